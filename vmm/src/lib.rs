@@ -1,1 +1,23 @@
-//! A minimal KVM virtual machine monitor. Depends on `ringside-rings` and `ringside-vfio`, never on the back-ends: it meets them over a Unix socket.
+//! A minimal KVM virtual machine monitor. Depends on `ringside-rings` and `ringside-vfio`, never
+//! on the back-ends: it meets them over a Unix socket.
+//!
+//! One file per concern:
+//!
+//! | module | concern |
+//! | --- | --- |
+//! | [`layout`] | where everything is in the guest's address spaces |
+//! | [`kvm`] | the VM: its memory slots, in-kernel interrupt controllers and timer |
+//! | [`memory`] | guest RAM, one sealed memfd that peers can map |
+//! | [`bus`] | which device answers a port or MMIO access |
+//! | [`irq`] | GSIs, MSI routes and irqfds |
+//! | [`event_loop`] | the control thread: signals, and whatever devices wait for |
+//! | [`exit`] | why the virtual machine ends |
+#![deny(unsafe_code)]
+
+pub mod bus;
+pub mod event_loop;
+pub mod exit;
+pub mod irq;
+pub mod kvm;
+pub mod layout;
+pub mod memory;

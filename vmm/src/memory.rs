@@ -1,0 +1,417 @@
+//! Guest RAM: one memfd, mapped shared, its size sealed so that peers that map it can trust it.
+
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::ftruncate;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
+};
+
+use crate::layout;
+
+/// The least RAM a guest can have.
+pub const MIN_SIZE: u64 = 16 << 20;
+
+/// Why there is no guest RAM.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Too little to boot anything.
+    #[error(
+        "guest memory of {size} is too small: give at least {}",
+        Size(MIN_SIZE)
+    )]
+    TooSmall {
+        /// What was asked for.
+        size: Size,
+    },
+    /// More than the host has.
+    #[error("guest memory of {size} is more than this host's memory and swap, {host}")]
+    TooLarge {
+        /// What was asked for.
+        size: Size,
+        /// RAM and swap of the host.
+        host: Size,
+    },
+    /// Not a whole number of pages.
+    #[error("guest memory of {size} is not a multiple of the page size, {page}")]
+    Unaligned {
+        /// What was asked for.
+        size: Size,
+        /// Size of the pages asked for.
+        page: Size,
+    },
+    /// The host's memory cannot be inquired.
+    #[error("cannot find out how much memory the host has")]
+    Host(#[source] io::Error),
+    /// No memfd.
+    #[error("cannot create the guest memory's memfd of {size}{}", hugepage_hint(*pages))]
+    Create {
+        /// What was asked for.
+        size: Size,
+        /// Which pages.
+        pages: PageSize,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// No pages behind the memfd.
+    #[error("cannot allocate {size} of guest memory{}", hugepage_hint(*pages))]
+    Allocate {
+        /// What was asked for.
+        size: Size,
+        /// Which pages.
+        pages: PageSize,
+        /// The kernel's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// No mapping of the memfd.
+    #[error("cannot map {size} of guest memory{}", hugepage_hint(*pages))]
+    Map {
+        /// What was asked for.
+        size: Size,
+        /// Which pages.
+        pages: PageSize,
+        /// vm-memory's reason.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+fn hugepage_hint(pages: PageSize) -> &'static str {
+    match pages {
+        PageSize::Normal => "",
+        _ => " in huge pages: is /proc/sys/vm/nr_hugepages large enough?",
+    }
+}
+
+/// A number of bytes that is written and read with a unit: `512M`, `6G`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
+            if self.0 >> shift != 0 && self.0.trailing_zeros() >= shift {
+                return write!(f, "{} {unit}", self.0 >> shift);
+            }
+        }
+        if self.0 >> 20 != 0 {
+            return write!(f, "{} MiB", self.0 >> 20);
+        }
+        write!(f, "{} bytes", self.0)
+    }
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    /// A decimal number and an optional binary unit: `K`, `M`, `G`, `T`, with or without `iB`.
+    /// Without a unit it is in bytes.
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit.to_ascii_lowercase().trim_end_matches("ib") {
+            "" if unit.is_empty() => 0,
+            "k" => 10,
+            "m" => 20,
+            "g" => 30,
+            "t" => 40,
+            _ => return Err(format!("`{text}` is not a size: write it like 512M or 6G")),
+        };
+        let number: u64 = number
+            .parse()
+            .map_err(|_| format!("`{text}` is not a size: write it like 512M or 6G"))?;
+        number
+            .checked_mul(1 << shift)
+            .map(Size)
+            .ok_or_else(|| format!("`{text}` is more than any machine has"))
+    }
+}
+
+/// What guest RAM is made of.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum PageSize {
+    /// The host's normal pages.
+    #[default]
+    Normal,
+    /// Huge pages of the host's default size.
+    HugeDefault,
+    /// Huge pages of 2 MiB.
+    Huge2M,
+    /// Huge pages of 1 GiB.
+    Huge1G,
+}
+
+impl PageSize {
+    /// Of what the RAM's size must be a multiple. The default huge page is 2 MiB on x86-64 unless
+    /// the kernel's command line says otherwise; then the kernel refuses what does not fit.
+    fn bytes(self) -> u64 {
+        match self {
+            Self::Normal => 4096,
+            Self::HugeDefault | Self::Huge2M => 2 << 20,
+            Self::Huge1G => 1 << 30,
+        }
+    }
+
+    fn flags(self) -> MFdFlags {
+        match self {
+            Self::Normal => MFdFlags::empty(),
+            Self::HugeDefault => MFdFlags::MFD_HUGETLB,
+            Self::Huge2M => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_2MB,
+            Self::Huge1G => MFdFlags::MFD_HUGETLB | MFdFlags::MFD_HUGE_1GB,
+        }
+    }
+}
+
+/// What guest RAM is to be like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Size in bytes.
+    pub size: Size,
+    /// What it is made of.
+    pub pages: PageSize,
+    /// Allocate all pages at the start instead of when the guest first touches them.
+    pub prefault: bool,
+}
+
+/// Guest RAM, mapped into this process.
+pub struct GuestRam {
+    memory: GuestMemoryMmap,
+    file: Arc<File>,
+    size: u64,
+}
+
+impl GuestRam {
+    /// Allocates and maps guest RAM.
+    pub fn new(options: Options) -> Result<Self, Error> {
+        let Options {
+            size,
+            pages,
+            prefault,
+        } = options;
+        check(options, host_memory()?)?;
+
+        let map_error = |source| Error::Map {
+            size,
+            pages,
+            source,
+        };
+        let create_error = |e: nix::Error| Error::Create {
+            size,
+            pages,
+            source: e.into(),
+        };
+        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | pages.flags();
+        let file: File = memfd_create("guest-ram", flags)
+            .map_err(create_error)?
+            .into();
+        let length = i64::try_from(size.0).map_err(|e| Error::Create {
+            size,
+            pages,
+            source: io::Error::other(e),
+        })?;
+        ftruncate(&file, length).map_err(create_error)?;
+        // A peer that maps this file must not be killed by SIGBUS because somebody truncates it.
+        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(create_error)?;
+        if prefault {
+            // Unlike MAP_POPULATE alone this reports a lack of memory.
+            fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| Error::Allocate {
+                size,
+                pages,
+                source: e.into(),
+            })?;
+        }
+
+        let file = Arc::new(file);
+        let mut regions = Vec::new();
+        let mut offset = 0;
+        for range in layout::ram_ranges(size.0) {
+            let populate = if prefault { libc::MAP_POPULATE } else { 0 };
+            let bytes = usize::try_from(range.size).map_err(|e| map_error(e.into()))?;
+            let mapping = MmapRegion::build(
+                Some(FileOffset::from_arc(Arc::clone(&file), offset)),
+                bytes,
+                libc::PROT_READ | libc::PROT_WRITE,
+                // Without MAP_NORESERVE a lack of huge pages shows here, not as SIGBUS later.
+                libc::MAP_SHARED | populate,
+            )
+            .map_err(|e| map_error(e.into()))?;
+            let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
+                .ok_or_else(|| map_error("the region wraps around".into()))?;
+            regions.push(region);
+            offset += range.size;
+        }
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(e.into()))?;
+        Ok(Self {
+            memory,
+            file,
+            size: size.0,
+        })
+    }
+
+    /// The mapping; its regions know their file offsets.
+    pub fn memory(&self) -> &GuestMemoryMmap {
+        &self.memory
+    }
+
+    /// The memfd behind all regions.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// First guest-physical address after RAM.
+    pub fn end(&self) -> u64 {
+        self.memory
+            .iter()
+            .map(|r| r.start_addr().0 + r.len())
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// End of the RAM below the hole.
+    pub fn low_end(&self) -> u64 {
+        self.size.min(layout::LOW_RAM_END)
+    }
+}
+
+fn check(options: Options, host: Size) -> Result<(), Error> {
+    let size = options.size;
+    if size.0 < MIN_SIZE {
+        return Err(Error::TooSmall { size });
+    }
+    if size > host {
+        return Err(Error::TooLarge { size, host });
+    }
+    let page = Size(options.pages.bytes());
+    if !size.0.is_multiple_of(page.0) {
+        return Err(Error::Unaligned { size, page });
+    }
+    Ok(())
+}
+
+fn host_memory() -> Result<Size, Error> {
+    let info = nix::sys::sysinfo::sysinfo().map_err(|e| Error::Host(e.into()))?;
+    Ok(Size(info.ram_total().saturating_add(info.swap_total())))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::Bytes;
+
+    fn options(size: u64) -> Options {
+        Options {
+            size: Size(size),
+            pages: PageSize::Normal,
+            prefault: false,
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_and_written() {
+        for (text, bytes) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("512M", 512 << 20),
+            ("6g", 6 << 30),
+            ("1GiB", 1 << 30),
+        ] {
+            assert_eq!(text.parse(), Ok(Size(bytes)));
+        }
+        for text in [
+            "",
+            "G",
+            "1X",
+            "-1G",
+            "1.5G",
+            "1 G",
+            "1ib",
+            "99999999999999999999",
+        ] {
+            assert!(text.parse::<Size>().is_err(), "{text}");
+        }
+        assert!("18446744073709551615T".parse::<Size>().is_err());
+        assert_eq!(Size(6 << 30).to_string(), "6 GiB");
+        assert_eq!(Size(1536 << 20).to_string(), "1536 MiB");
+        assert_eq!(Size(12).to_string(), "12 bytes");
+    }
+
+    #[test]
+    fn absurd_sizes_are_refused() {
+        let host = Size(8 << 30);
+        assert!(matches!(
+            check(options(0), host),
+            Err(Error::TooSmall { .. })
+        ));
+        assert!(matches!(
+            check(options(9 << 30), host),
+            Err(Error::TooLarge { .. })
+        ));
+        assert!(matches!(
+            check(options((1 << 30) + 1), host),
+            Err(Error::Unaligned { .. })
+        ));
+        let huge = Options {
+            pages: PageSize::Huge1G,
+            ..options(1 << 29)
+        };
+        assert!(matches!(check(huge, host), Err(Error::Unaligned { .. })));
+        check(options(8 << 30), host).unwrap();
+        assert!(GuestRam::new(options(1 << 50)).is_err());
+    }
+
+    #[test]
+    fn ram_is_one_sealed_file_around_the_hole() {
+        let ram = GuestRam::new(options(layout::LOW_RAM_END + (1 << 20))).unwrap();
+        assert_eq!(ram.end(), layout::HIGH_RAM_START + (1 << 20));
+        assert_eq!(ram.low_end(), layout::LOW_RAM_END);
+        let offsets: Vec<u64> = ram
+            .memory()
+            .iter()
+            .map(|r| r.file_offset().unwrap().start())
+            .collect();
+        assert_eq!(offsets, [0, layout::LOW_RAM_END]);
+        assert!(
+            ram.memory()
+                .write_obj(1u8, GuestAddress(layout::LOW_RAM_END))
+                .is_err()
+        );
+        ram.memory()
+            .write_obj(1u8, GuestAddress(layout::HIGH_RAM_START))
+            .unwrap();
+        // Shared: what the guest writes is in the file.
+        let mut byte = [0];
+        std::os::unix::fs::FileExt::read_exact_at(&**ram.file(), &mut byte, layout::LOW_RAM_END)
+            .unwrap();
+        assert_eq!(byte, [1]);
+        assert!(ram.file().set_len(4096).is_err());
+        assert!(ram.file().set_len(8 << 30).is_err());
+    }
+
+    #[test]
+    fn prefault_allocates() {
+        let ram = GuestRam::new(Options {
+            prefault: true,
+            ..options(MIN_SIZE)
+        })
+        .unwrap();
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&ram.file().metadata().unwrap());
+        assert_eq!(blocks * 512, MIN_SIZE);
+    }
+}
