@@ -1,1 +1,17 @@
-//! Guest-memory rings: the device side and the driver side of virtqueues. Depends on no other Ringside crate, on no socket and on no KVM.
+//! Guest-memory rings: the device side and the driver side of virtqueues. Depends on no other
+//! Ringside crate, on no socket and on no KVM.
+#![forbid(unsafe_code)]
+#![warn(clippy::arithmetic_side_effects)]
+
+mod area;
+mod chain;
+mod desc;
+mod device;
+mod error;
+mod layout;
+mod segment;
+
+pub use chain::{Chain, ChainBuf};
+pub use device::{DeviceRing, RingConfig, Session};
+pub use error::{Area, ChainError, PopError, RingError, SegmentError};
+pub use segment::{Segment, read_segments, total_len, write_segments};

@@ -1,0 +1,115 @@
+//! One ring area, resolved to this process's memory once and then accessed by offset.
+
+use std::sync::atomic::Ordering;
+
+use vm_memory::bitmap::{BS, BitmapSlice};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory, VolatileSlice};
+
+use crate::error::{Area, RingError};
+
+/// The slice type of guest memory `M`.
+pub(crate) type SliceOf<'a, M> = VolatileSlice<'a, BS<'a, <M as GuestMemory>::Bitmap>>;
+
+/// An area of the ring as seen from this process. Values in it are little-endian (VIRTIO 1.3, 2.7.1
+/// with VIRTIO_F_VERSION_1).
+pub(crate) struct AreaRef<'a, B> {
+    area: Area,
+    slice: VolatileSlice<'a, B>,
+}
+
+/// Finds an area in `mem`: it must lie there in one piece.
+pub(crate) fn resolve<'a, M: GuestMemory>(
+    mem: &'a M,
+    area: Area,
+    addr: GuestAddress,
+    len: usize,
+    access: Permissions,
+) -> Result<AreaRef<'a, BS<'a, M::Bitmap>>, RingError> {
+    let missing = |source| RingError::NotInMemory {
+        area,
+        addr: addr.0,
+        len,
+        source,
+    };
+    let mut slices = mem
+        .get_slices(addr, len, access)
+        .map_err(|e| missing(Some(e)))?;
+    let slice = match slices.next() {
+        Some(first) => first.map_err(|e| missing(Some(e)))?,
+        None => return Err(missing(None)),
+    };
+    match slices.next() {
+        None => Ok(AreaRef { area, slice }),
+        Some(Ok(_)) => Err(RingError::Split {
+            area,
+            addr: addr.0,
+            len,
+        }),
+        Some(Err(e)) => Err(missing(Some(e))),
+    }
+}
+
+impl<B: BitmapSlice> AreaRef<'_, B> {
+    fn failed(&self, offset: usize) -> impl FnOnce(vm_memory::VolatileMemoryError) -> RingError {
+        let area = self.area;
+        move |source| RingError::Access {
+            area,
+            offset,
+            source,
+        }
+    }
+
+    /// Loads a u16 that no other access is ordered by.
+    #[inline]
+    pub(crate) fn load_u16(&self, offset: usize) -> Result<u16, RingError> {
+        let value = self
+            .slice
+            .get_ref::<u16>(offset)
+            .map_err(self.failed(offset))?;
+        Ok(u16::from_le(value.load()))
+    }
+
+    /// Loads a u16 atomically.
+    #[inline]
+    pub(crate) fn load_u16_atomic(&self, offset: usize, order: Ordering) -> Result<u16, RingError> {
+        let value = self
+            .slice
+            .load::<u16>(offset, order)
+            .map_err(self.failed(offset))?;
+        Ok(u16::from_le(value))
+    }
+
+    /// Stores a u16 atomically.
+    #[inline]
+    pub(crate) fn store_u16_atomic(
+        &self,
+        offset: usize,
+        value: u16,
+        order: Ordering,
+    ) -> Result<(), RingError> {
+        self.slice
+            .store(value.to_le(), offset, order)
+            .map_err(self.failed(offset))
+    }
+
+    /// Loads a u64 that no other access is ordered by.
+    #[inline]
+    pub(crate) fn load_u64(&self, offset: usize) -> Result<u64, RingError> {
+        let value = self
+            .slice
+            .get_ref::<u64>(offset)
+            .map_err(self.failed(offset))?;
+        Ok(u64::from_le(value.load()))
+    }
+
+    /// Stores a u64 that no other access is ordered by.
+    #[inline]
+    pub(crate) fn store_u64(&self, offset: usize, value: u64) -> Result<(), RingError> {
+        let slot = self
+            .slice
+            .get_ref::<u64>(offset)
+            .map_err(self.failed(offset))?;
+        slot.store(value.to_le());
+        Ok(())
+    }
+}

@@ -1,0 +1,41 @@
+//! One split-ring descriptor as two little-endian words (VIRTIO 1.3, 2.7.5).
+
+use crate::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
+
+/// A descriptor, decoded from a single read: what is checked is what is used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Desc {
+    pub(crate) addr: u64,
+    pub(crate) len: u32,
+    pub(crate) flags: u16,
+    pub(crate) next: u16,
+}
+
+impl Desc {
+    /// Decodes the two words of a descriptor, in host byte order.
+    #[inline]
+    pub(crate) const fn from_words(addr: u64, rest: u64) -> Self {
+        let [l0, l1, l2, l3, f0, f1, n0, n1] = rest.to_le_bytes();
+        Self {
+            addr,
+            len: u32::from_le_bytes([l0, l1, l2, l3]),
+            flags: u16::from_le_bytes([f0, f1]),
+            next: u16::from_le_bytes([n0, n1]),
+        }
+    }
+
+    #[inline]
+    pub(crate) const fn has_next(self) -> bool {
+        self.flags & DESC_F_NEXT != 0
+    }
+
+    #[inline]
+    pub(crate) const fn is_writable(self) -> bool {
+        self.flags & DESC_F_WRITE != 0
+    }
+
+    #[inline]
+    pub(crate) const fn is_indirect(self) -> bool {
+        self.flags & DESC_F_INDIRECT != 0
+    }
+}
