@@ -5,6 +5,7 @@
 //!
 //! | module | concern |
 //! | --- | --- |
+//! | [`config`] | command line and configuration file, merged and checked |
 //! | [`layout`] | where everything is in the guest's address spaces |
 //! | [`kvm`] | the VM: its memory slots, in-kernel interrupt controllers and timer |
 //! | [`memory`] | guest RAM, one sealed memfd that peers can map |
@@ -15,6 +16,7 @@
 #![deny(unsafe_code)]
 
 pub mod bus;
+pub mod config;
 pub mod event_loop;
 pub mod exit;
 pub mod irq;

@@ -184,6 +184,21 @@ pub struct Options {
     pub prefault: bool,
 }
 
+impl Options {
+    /// Checks what can be checked without a look at the host.
+    pub fn check(&self) -> Result<(), Error> {
+        let size = self.size;
+        if size.0 < MIN_SIZE {
+            return Err(Error::TooSmall { size });
+        }
+        let page = Size(self.pages.bytes());
+        if !size.0.is_multiple_of(page.0) {
+            return Err(Error::Unaligned { size, page });
+        }
+        Ok(())
+    }
+}
+
 /// Guest RAM, mapped into this process.
 pub struct GuestRam {
     memory: GuestMemoryMmap,
@@ -199,7 +214,8 @@ impl GuestRam {
             pages,
             prefault,
         } = options;
-        check(options, host_memory()?)?;
+        options.check()?;
+        check_host(options, host_memory()?)?;
 
         let map_error = |source| Error::Map {
             size,
@@ -290,17 +306,10 @@ impl GuestRam {
     }
 }
 
-fn check(options: Options, host: Size) -> Result<(), Error> {
+fn check_host(options: Options, host: Size) -> Result<(), Error> {
     let size = options.size;
-    if size.0 < MIN_SIZE {
-        return Err(Error::TooSmall { size });
-    }
     if size > host {
         return Err(Error::TooLarge { size, host });
-    }
-    let page = Size(options.pages.bytes());
-    if !size.0.is_multiple_of(page.0) {
-        return Err(Error::Unaligned { size, page });
     }
     Ok(())
 }
@@ -355,24 +364,21 @@ mod tests {
     #[test]
     fn absurd_sizes_are_refused() {
         let host = Size(8 << 30);
+        assert!(matches!(options(0).check(), Err(Error::TooSmall { .. })));
         assert!(matches!(
-            check(options(0), host),
-            Err(Error::TooSmall { .. })
-        ));
-        assert!(matches!(
-            check(options(9 << 30), host),
+            check_host(options(9 << 30), host),
             Err(Error::TooLarge { .. })
         ));
         assert!(matches!(
-            check(options((1 << 30) + 1), host),
+            options((1 << 30) + 1).check(),
             Err(Error::Unaligned { .. })
         ));
         let huge = Options {
             pages: PageSize::Huge1G,
             ..options(1 << 29)
         };
-        assert!(matches!(check(huge, host), Err(Error::Unaligned { .. })));
-        check(options(8 << 30), host).unwrap();
+        assert!(matches!(huge.check(), Err(Error::Unaligned { .. })));
+        check_host(options(8 << 30), host).unwrap();
         assert!(GuestRam::new(options(1 << 50)).is_err());
     }
 
