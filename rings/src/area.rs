@@ -59,6 +59,16 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         }
     }
 
+    /// Sets all bytes to 0.
+    pub(crate) fn clear(&self) -> Result<(), RingError> {
+        for offset in 0..self.slice.len() {
+            self.slice
+                .write_obj(0_u8, offset)
+                .map_err(self.failed(offset))?;
+        }
+        Ok(())
+    }
+
     /// Loads a u16 that no other access is ordered by.
     #[inline]
     pub(crate) fn load_u16(&self, offset: usize) -> Result<u16, RingError> {
@@ -77,6 +87,17 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
             .load::<u16>(offset, order)
             .map_err(self.failed(offset))?;
         Ok(u16::from_le(value))
+    }
+
+    /// Stores a u16 that no other access is ordered by.
+    #[inline]
+    pub(crate) fn store_u16(&self, offset: usize, value: u16) -> Result<(), RingError> {
+        let slot = self
+            .slice
+            .get_ref::<u16>(offset)
+            .map_err(self.failed(offset))?;
+        slot.store(value.to_le());
+        Ok(())
     }
 
     /// Stores a u16 atomically.

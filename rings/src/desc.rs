@@ -24,6 +24,18 @@ impl Desc {
         }
     }
 
+    /// The two words of the descriptor, in host byte order.
+    #[inline]
+    pub(crate) const fn to_words(self) -> (u64, u64) {
+        let [l0, l1, l2, l3] = self.len.to_le_bytes();
+        let [f0, f1] = self.flags.to_le_bytes();
+        let [n0, n1] = self.next.to_le_bytes();
+        (
+            self.addr,
+            u64::from_le_bytes([l0, l1, l2, l3, f0, f1, n0, n1]),
+        )
+    }
+
     #[inline]
     pub(crate) const fn has_next(self) -> bool {
         self.flags & DESC_F_NEXT != 0

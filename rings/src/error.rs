@@ -14,6 +14,8 @@ pub enum Area {
     Available,
     /// The used ring, written by the device (VIRTIO 1.3, 2.7.8).
     Used,
+    /// A driver's indirect descriptor tables (VIRTIO 1.3, 2.7.5.3).
+    IndirectTables,
 }
 
 impl fmt::Display for Area {
@@ -22,6 +24,7 @@ impl fmt::Display for Area {
             Self::Descriptors => "descriptor table",
             Self::Available => "available ring",
             Self::Used => "used ring",
+            Self::IndirectTables => "indirect tables",
         })
     }
 }
@@ -230,5 +233,74 @@ pub enum SegmentError {
         /// What guest memory said.
         #[source]
         source: GuestMemoryError,
+    },
+}
+
+/// The driver side was used wrongly, or met a device that misbehaves.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DriverError {
+    /// The ring's areas cannot be used.
+    #[error("the virtqueue cannot be used")]
+    Ring(#[from] RingError),
+    /// The areas would reach past the end of the address space.
+    #[error("a virtqueue of {size} descriptors at {base:#x} does not fit the address space")]
+    Layout {
+        /// Guest-physical start of the areas.
+        base: u64,
+        /// Queue size in descriptors.
+        size: u16,
+    },
+    /// A chain needs at least one segment, and none may be empty.
+    #[error("a chain needs segments, and each of them at least one byte")]
+    Empty,
+    /// More segments than one chain can have here.
+    #[error("a chain of {segments} segments was to be added, at most {limit} are possible")]
+    TooLong {
+        /// Number of segments asked for.
+        segments: usize,
+        /// The most a chain can have.
+        limit: u16,
+    },
+    /// All segments together exceed 2^32 bytes (VIRTIO 1.3, 2.7.5.2).
+    #[error("the segments of a chain exceed 2^32 bytes in total")]
+    TooManyBytes,
+    /// Too few free descriptors: collect used chains first.
+    #[error("{needed} descriptors are needed, {free} are free")]
+    Full {
+        /// Descriptors that the chain takes.
+        needed: u16,
+        /// Descriptors that are free.
+        free: u16,
+    },
+    /// The device's used index claims more chains than it was given.
+    #[error(
+        "used index {used_idx} is {returned} chains ahead of {last_used}, and the device has {held}"
+    )]
+    UsedIndex {
+        /// The index that the device wrote.
+        used_idx: u16,
+        /// The index up to which the driver has collected chains.
+        last_used: u16,
+        /// How many chains the device claims to have returned since.
+        returned: u16,
+        /// How many it has at most.
+        held: u16,
+    },
+    /// The device returned a chain that it was not given.
+    #[error("the device returned chain {id}, which it was not given")]
+    UsedId {
+        /// `id` of the used element.
+        id: u32,
+    },
+    /// The device claims to have written more than the chain has room for (VIRTIO 1.3, 2.7.8.2).
+    #[error("the device wrote {len} bytes into chain {head}, which has room for {room}")]
+    UsedLen {
+        /// The head of the chain.
+        head: u16,
+        /// `len` of the used element, in bytes.
+        len: u32,
+        /// Length of its device-writable segments, in bytes.
+        room: u64,
     },
 }

@@ -9,6 +9,11 @@ pub(crate) const AVAIL_ALIGN: u64 = 2;
 /// Alignment of the used ring in bytes (VIRTIO 1.3, 2.7).
 pub(crate) const USED_ALIGN: u64 = 4;
 
+/// Largest queue size (VIRTIO 1.3, 2.7).
+pub(crate) const MAX_SIZE: u16 = 32768;
+/// Bytes that travel together between cores: what the two sides write is kept apart by this.
+pub(crate) const CACHE_LINE: u64 = 64;
+
 /// `flags` comes first in both rings (VIRTIO 1.3, 2.7.6 and 2.7.8).
 pub(crate) const FLAGS: usize = 0;
 /// `idx` follows it.

@@ -7,11 +7,13 @@ mod area;
 mod chain;
 mod desc;
 mod device;
+mod driver;
 mod error;
 mod layout;
 mod segment;
 
 pub use chain::{Chain, ChainBuf};
 pub use device::{DeviceRing, RingConfig, Session};
-pub use error::{Area, ChainError, PopError, RingError, SegmentError};
+pub use driver::{DriverLayout, DriverRing, DriverSession};
+pub use error::{Area, ChainError, DriverError, PopError, RingError, SegmentError};
 pub use segment::{Segment, read_segments, total_len, write_segments};
