@@ -1,1 +1,12 @@
-//! Vhost-user device back-ends and the daemon shell they share. Depends on `ringside-rings`.
+//! vhost-user device back-ends: a daemon shell that all of them share, and the devices themselves.
+//!
+//! May depend on `ringside-rings` and on no other crate of the workspace: front-ends (a VMM) are met
+//! over a Unix socket and shared memory only, whoever wrote them.
+//!
+//! The back-ends do not build on the `vhost-user-backend` daemon, but implement the message handler of
+//! the `vhost` crate themselves: each queue has one event loop of its own choice in which kicks, completions
+//! and commands all arrive (one io_uring for a disk), a ring is drained before it is given back, and
+//! front-ends that enable rings before they acknowledge features (QEMU) are served.
+#![deny(unsafe_code)]
+
+pub mod shell;

@@ -1,0 +1,100 @@
+//! What a back-end tells the shell about its device.
+
+use std::error::Error as StdError;
+use std::thread::JoinHandle;
+
+use thiserror::Error;
+use vhost::vhost_user::VhostUserProtocolFeatures;
+
+use super::vring::Commands;
+
+/// A request of the front-end or the shell that a device cannot fulfil.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DeviceError {
+    /// The range lies outside the device's configuration space.
+    #[error("bytes {offset}..{offset}+{len} lie outside the configuration space of {size} bytes")]
+    ConfigRange {
+        /// Offset of the first byte.
+        offset: u32,
+        /// Number of bytes.
+        len: usize,
+        /// Size of the configuration space.
+        size: usize,
+    },
+    /// The driver may not write this field.
+    #[error("the configuration field at offset {offset} cannot be written")]
+    ConfigReadOnly {
+        /// Offset of the first byte.
+        offset: u32,
+    },
+    /// A worker thread cannot be started.
+    #[error("worker {worker} cannot be started")]
+    Worker {
+        /// Number of the worker.
+        worker: usize,
+        /// What failed.
+        #[source]
+        source: Box<dyn StdError + Send + Sync>,
+    },
+}
+
+/// One device: its features, its configuration space, and who serves which queue. It does no I/O itself.
+///
+/// All methods run on the control thread. The order of calls over a life:
+/// [`spawn_worker`](Self::spawn_worker) for each worker once; then for each front-end that connects the
+/// configuration and [`set_features`](Self::set_features) in any order the peer likes, and
+/// [`reset`](Self::reset) when it leaves; at the end the shell sends [`super::Command::Exit`] and joins the workers.
+pub trait Device {
+    /// The virtio features that the device offers, without VHOST_USER_F_PROTOCOL_FEATURES, which is the shell's.
+    fn features(&self) -> u64;
+
+    /// The vhost-user protocol features that the device needs beyond those of the shell (REPLY_ACK, MQ,
+    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE).
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::empty()
+    }
+
+    /// Number of vrings, at least 1.
+    fn queue_count(&self) -> u16;
+
+    /// The largest queue size that the device serves: a power of two up to 32768.
+    fn max_queue_size(&self) -> u16 {
+        32768
+    }
+
+    /// Reads `len` bytes of the configuration space.
+    ///
+    /// # Errors
+    /// [`DeviceError::ConfigRange`]
+    fn read_config(&self, offset: u32, len: u32) -> Result<Vec<u8>, DeviceError>;
+
+    /// Writes into the configuration space.
+    ///
+    /// # Errors
+    /// [`DeviceError::ConfigRange`], [`DeviceError::ConfigReadOnly`]
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError>;
+
+    /// The driver accepted these features: a subset of [`features`](Self::features). All rings are stopped
+    /// while this runs, and each [`super::Vring`] that starts afterwards carries the same set.
+    fn set_features(&mut self, acked: u64);
+
+    /// Number of worker threads, at least 1.
+    fn worker_count(&self) -> usize;
+
+    /// The worker that serves a queue: less than [`worker_count`](Self::worker_count).
+    fn worker_of(&self, queue: u16) -> usize;
+
+    /// Starts a worker thread; it lives until [`super::Command::Exit`].
+    ///
+    /// # Errors
+    /// [`DeviceError::Worker`]
+    fn spawn_worker(
+        &mut self,
+        worker: usize,
+        commands: Commands,
+    ) -> Result<JoinHandle<()>, DeviceError>;
+
+    /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.
+    fn reset(&mut self);
+}
