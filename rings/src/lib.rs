@@ -1,5 +1,61 @@
 //! Guest-memory rings: the device side and the driver side of virtqueues. Depends on no other
 //! Ringside crate, on no socket and on no KVM.
+//!
+//! A virtqueue is memory that two parties who do not trust each other write to without asking. The
+//! device side is [`DeviceRing`] (the state) and [`Session`] (one turn of the device's loop); the
+//! driver side is [`DriverRing`] and [`DriverSession`]. Both drain in batches, make a batch visible
+//! with one index store, and decide on at most one notification for it. Neither allocates after
+//! its `new`.
+//!
+//! `virtio-queue` validates the queue's size and alignment, and the tests compare chains with what
+//! it finds. Its own iteration is not used: it looks up a memory region for each access to the
+//! ring, ends a malformed chain without a word, and stores the used index for each element.
+//!
+//! # Rules
+//!
+//! Every index, length, address and flag below is the driver's to write, at any time. The device
+//! side answers each in one of four ways: the queue is refused ([`RingError`] from
+//! [`DeviceRing::new`]), the queue is broken (`RingError` later: the device stops it), the chain is
+//! malformed ([`ChainError`]: the device returns it and goes on), or it is harmless. In no case does
+//! it panic, loop, allocate or touch memory outside the guest's. Sections are those of VIRTIO 1.3.
+//!
+//! | What the driver wrote | Section | What the device side answers |
+//! | --- | --- | --- |
+//! | Queue size 0, no power of two, above 32768 | 2.7 | refused: [`RingError::Size`] |
+//! | Area not aligned to 16 (descriptors), 2 (available), 4 (used) | 2.7.1 | refused: [`RingError::Misaligned`] |
+//! | Area outside guest memory, or past the end of the address space | 2.7 | refused: [`RingError::NotInMemory`] |
+//! | Area across two memory regions | – | refused: [`RingError::Split`]: the regions are mapped apart |
+//! | Used ring overlapping another area | 2.7 | refused: [`RingError::Overlap`] |
+//! | Available index ahead by more chains than can be outstanding, or moved back | 2.7.6.1 | broken: [`RingError::AvailIndex`] |
+//! | Head not below the queue size | 2.7.6 | broken: [`RingError::Head`]: it could not be returned |
+//! | Head of a chain that is in flight | 2.7.13 | broken: [`RingError::HeadInFlight`] |
+//! | `next` outside its table | 2.7.5 | malformed: [`ChainError::Next`] |
+//! | A loop, or more descriptors than the queue size | 2.7.5.2, 2.7.5.3.1 | malformed: [`ChainError::TooLong`], after at most that many |
+//! | More than 2^32 bytes in a chain | 2.7.5.2 | malformed: [`ChainError::TooManyBytes`] |
+//! | A buffer of length 0 | – | malformed: [`ChainError::Empty`] |
+//! | A buffer partly or wholly outside guest memory, or whose end overflows | 2.7.5 | malformed: [`ChainError::NotInMemory`] |
+//! | A buffer across regions that adjoin | – | served: one [`Segment`] |
+//! | A device-readable buffer behind a device-writable one | 2.7.4.2 | malformed: [`ChainError::ReadableAfterWritable`] |
+//! | Any split of the content over descriptors | 2.7.4.1 | served: [`read_segments`], [`write_segments`] |
+//! | INDIRECT without VIRTIO_F_INDIRECT_DESC | 2.7.5.3.1 | malformed: [`ChainError::IndirectNotNegotiated`] |
+//! | INDIRECT inside an indirect table | 2.7.5.3.1 | malformed: [`ChainError::IndirectNested`] |
+//! | INDIRECT together with NEXT | 2.7.5.3.1 | malformed: [`ChainError::IndirectNext`] |
+//! | Indirect table of length 0, no multiple of 16, or longer than the queue | 2.7.5.3, 2.7.5.3.1 | malformed: [`ChainError::IndirectLength`] |
+//! | Indirect table outside guest memory | 2.7.5.3 | malformed: [`ChainError::IndirectRead`] |
+//! | Indirect table at an odd address, or across regions that adjoin | 2.7.5.3 | served |
+//! | INDIRECT together with WRITE | 2.7.5.3.2 | served: WRITE is ignored |
+//! | Descriptors followed by an indirect one | 2.7.5.3.2 | served |
+//! | Unknown flags | 2.7.5 | served: ignored |
+//! | A descriptor changed while or after it is taken | 2.7.13 | harmless: each is read once, and what was checked is used |
+//! | An available element changed after its chain was taken | 2.7.6 | harmless: heads in flight are the device side's own notes |
+//! | Any `flags` and `used_event` in the available ring | 2.7.7 | harmless: costs the driver its own interrupts |
+//! | Buffers that overlap each other or the queue's areas | – | harmless: the driver's own memory, and every index read from there is checked |
+//!
+//! The reverse holds for [`DriverRing`]: a used index, id or length that a device cannot have
+//! arrived at is a [`DriverError`].
+//!
+//! # Restrictions
+//! Split virtqueues only. Little-endian, as VIRTIO_F_VERSION_1 demands (2.7.3 is legacy).
 #![forbid(unsafe_code)]
 #![warn(clippy::arithmetic_side_effects)]
 
