@@ -50,6 +50,9 @@ fn config() -> RingConfig {
     }
 }
 
+/// Readable and writable segments of a chain.
+type Parts = (Vec<Segment>, Vec<Segment>);
+
 /// A driver that writes what it likes.
 struct Rogue {
     mem: GuestMemoryMmap,
@@ -100,7 +103,7 @@ impl Rogue {
         self.put(AVAIL + 2, self.idx);
     }
 
-    fn pop(&mut self) -> Result<Option<(Vec<Segment>, Vec<Segment>)>, PopError> {
+    fn pop(&mut self) -> Result<Option<Parts>, PopError> {
         let chain = self.ring.session(&self.mem)?.pop(&mut self.buf)?;
         Ok(chain.map(|c| (c.readable().to_vec(), c.writable().to_vec())))
     }
@@ -128,7 +131,7 @@ impl Rogue {
     }
 
     /// Offers the chain at head 0, which has to be served.
-    fn served(&mut self) -> (Vec<Segment>, Vec<Segment>) {
+    fn served(&mut self) -> Parts {
         self.offer(0);
         self.pop().unwrap().unwrap()
     }

@@ -1,0 +1,154 @@
+//! Two threads, each asleep whenever it can be, on two mappings of one file as two processes have
+//! it: if either side ever loses a wake-up, both sleep for ever, and the test says so.
+// Helpers of tests: a panic is the way to fail, and values are small.
+#![allow(clippy::unwrap_used, clippy::panic, clippy::arithmetic_side_effects)]
+
+use std::fs::File;
+use std::sync::{Condvar, Mutex};
+use std::time::Duration;
+
+use ringside_rings::{
+    ChainBuf, DeviceRing, DriverLayout, DriverRing, Segment, read_segments, write_segments,
+};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap};
+
+const LEN: usize = 0x4_0000;
+const DATA: u64 = 0x3_0000;
+const REQUESTS: u64 = 40_000;
+
+/// What an eventfd is between processes.
+#[derive(Default)]
+struct Event {
+    signalled: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Event {
+    fn signal(&self) {
+        *self.signalled.lock().unwrap() = true;
+        self.changed.notify_one();
+    }
+
+    fn wait(&self, who: &str) {
+        let guard = self.signalled.lock().unwrap();
+        let wait = self
+            .changed
+            .wait_timeout_while(guard, Duration::from_secs(20), |s| !*s);
+        let (mut guard, timeout) = wait.unwrap();
+        assert!(
+            !timeout.timed_out(),
+            "the {who} waits for a wake-up that was lost"
+        );
+        *guard = false;
+    }
+}
+
+fn map(file: &File) -> GuestMemoryMmap {
+    let file = FileOffset::new(file.try_clone().unwrap(), 0);
+    GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), LEN, Some(file))]).unwrap()
+}
+
+/// A cheap source of variety; the run need not be the same twice.
+fn step(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+fn run(size: u16, event_idx: bool) {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(u64::try_from(LEN).unwrap()).unwrap();
+    let mem = map(&file);
+    let layout = DriverLayout::new(GuestAddress(0), size, size).unwrap();
+    assert!(layout.end().0 <= DATA);
+    let mut driver = DriverRing::<u64>::new(layout, event_idx, &mem).unwrap();
+    let (kick, call) = (Event::default(), Event::default());
+
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mem = map(&file);
+            let mut device = DeviceRing::new(&layout.config(event_idx), &mem).unwrap();
+            let mut buf = ChainBuf::new(size);
+            let mut chance = 0x9e37_79b9_7f4a_7c15_u64;
+            let mut done = 0;
+            while done < REQUESTS {
+                kick.wait("device");
+                let mut session = device.session(&mem).unwrap();
+                loop {
+                    session.disable_notifications().unwrap();
+                    while let Some(chain) = session.pop(&mut buf).unwrap() {
+                        let mut token = [0; 8];
+                        read_segments(&mem, chain.readable(), 0, &mut token).unwrap();
+                        write_segments(&mem, chain.writable(), 0, &token).unwrap();
+                        session.push_used(chain.head(), 8).unwrap();
+                        done += 1;
+                        if step(&mut chance).is_multiple_of(4) && session.publish().unwrap() {
+                            call.signal();
+                        }
+                    }
+                    if session.publish().unwrap() {
+                        call.signal();
+                    }
+                    if !session.enable_notifications().unwrap() {
+                        break;
+                    }
+                }
+            }
+        });
+
+        let mut chance = 0x2545_f491_4f6c_dd1d_u64;
+        let (mut next, mut collected) = (0_u64, 0_u64);
+        while collected < REQUESTS {
+            let mut session = driver.session(&mem).unwrap();
+            loop {
+                session.disable_interrupts().unwrap();
+                while let Some((token, len)) = session.poll_used().unwrap() {
+                    let mut answer = [0; 8];
+                    let at = DATA + (token % 1024) * 16 + 8;
+                    let answered = [Segment::new(GuestAddress(at), 8)];
+                    read_segments(&mem, &answered, 0, &mut answer).unwrap();
+                    assert_eq!((u64::from_le_bytes(answer), len), (token, 8));
+                    collected += 1;
+                }
+                let batch = step(&mut chance) % u64::from(size) + 1;
+                for _ in 0..batch.min(REQUESTS - next) {
+                    let at = DATA + (next % 1024) * 16;
+                    let request = [Segment::new(GuestAddress(at), 8)];
+                    let answer = [Segment::new(GuestAddress(at + 8), 8)];
+                    if session.free() < 2 {
+                        break;
+                    }
+                    write_segments(&mem, &request, 0, &next.to_le_bytes()).unwrap();
+                    if next.is_multiple_of(3) {
+                        session.add_indirect(&request, &answer, next).unwrap();
+                    } else {
+                        session.add(&request, &answer, next).unwrap();
+                    }
+                    next += 1;
+                }
+                if session.publish().unwrap() {
+                    kick.signal();
+                }
+                if collected == REQUESTS || !session.enable_interrupts().unwrap() {
+                    break;
+                }
+            }
+            if collected < REQUESTS {
+                call.wait("driver");
+            }
+        }
+    });
+}
+
+#[test]
+fn no_wakeup_is_lost_with_flags() {
+    run(4, false);
+    run(64, false);
+}
+
+#[test]
+fn no_wakeup_is_lost_with_event_idx() {
+    run(4, true);
+    run(64, true);
+}
