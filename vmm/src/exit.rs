@@ -3,6 +3,7 @@
 use std::fmt;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -52,6 +53,7 @@ impl fmt::Display for ExitReason {
 }
 
 struct Shared {
+    is_set: AtomicBool,
     reason: Mutex<Option<ExitReason>>,
     event: EventFd,
 }
@@ -65,6 +67,7 @@ impl ExitHandle {
     pub fn new() -> io::Result<Self> {
         let event = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
         Ok(Self(Arc::new(Shared {
+            is_set: AtomicBool::new(false),
             reason: Mutex::new(None),
             event,
         })))
@@ -76,11 +79,17 @@ impl ExitHandle {
         if first.is_none() {
             tracing::debug!(%reason, "end of the machine asked for");
             *first = Some(reason);
+            self.0.is_set.store(true, Ordering::Release);
             // Cannot fail: the counter is written once.
             if let Err(error) = self.0.event.write(1) {
                 tracing::error!(%error, "cannot wake the control thread");
             }
         }
+    }
+
+    /// Whether the machine is to end. Cheap enough for each exit of a processor.
+    pub fn is_set(&self) -> bool {
+        self.0.is_set.load(Ordering::Acquire)
     }
 
     /// The first reason given, if any was.

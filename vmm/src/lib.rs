@@ -12,14 +12,21 @@
 //! | [`bus`] | which device answers a port or MMIO access |
 //! | [`irq`] | GSIs, MSI routes and irqfds |
 //! | [`event_loop`] | the control thread: signals, and whatever devices wait for |
+//! | [`devices`] | serial port, RTC, power, reset, panic |
+//! | [`console`], [`terminal`] | the host's end of the serial port |
 //! | [`exit`] | why the virtual machine ends |
 #![deny(unsafe_code)]
 
+pub mod acpi;
+pub mod boot;
 pub mod bus;
 pub mod config;
+pub mod console;
+pub mod devices;
 pub mod event_loop;
 pub mod exit;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
+pub mod terminal;
