@@ -1,6 +1,6 @@
 //! The daemon shell of all back-ends: command line, socket, vhost-user messages, memory, signals, logs.
 //!
-//! A back-end implements [`Device`] and calls `run`. Two kinds of threads exist:
+//! A back-end implements [`Device`] and calls [`run`]. Two kinds of threads exist:
 //!
 //! ```text
 //!  control thread (the shell)                          worker threads (the device)
@@ -13,10 +13,24 @@
 //! A ring that runs belongs to its worker. Whatever is to change about it (memory, addresses, call
 //! eventfd, enabled or not), the shell stops the ring, changes it and starts it again.
 
+mod daemon;
 mod device;
+mod handler;
 mod limit;
+mod log;
+mod memory;
+mod options;
+mod session;
+mod socket;
 mod vring;
 
+pub use daemon::{ShellError, exit_code, run};
 pub use device::{Device, DeviceError};
+pub use handler::HandlerError;
 pub use limit::LogLimit;
+pub use log::Chain;
+pub use memory::MemoryError;
+pub use options::{EXIT_STATUS_HELP, LogFormat, Program, ShellArgs};
+pub use session::SessionError;
+pub use socket::SocketError;
 pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel};

@@ -1,0 +1,319 @@
+//! The life of a back-end process: start, front-ends that come and go, end.
+
+use std::fmt;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use thiserror::Error;
+use tracing::{debug, error, info};
+use tracing_subscriber::filter::ParseError;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::device::Device;
+use super::handler::{Handler, HandlerError};
+use super::log::{self, Chain};
+use super::options::{Program, ShellArgs};
+use super::session::{Session, SessionError, Step};
+use super::socket::{self, Endpoint, Listener, SocketError};
+
+const SIGNALS: Token = Token(0);
+const LISTENER: Token = Token(1);
+const SESSION: Token = Token(2);
+
+/// How long to wait before connecting again to a front-end that does not listen (yet).
+const RECONNECT: Duration = Duration::from_millis(200);
+
+/// The program cannot start, or cannot go on.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ShellError {
+    /// The log filter is wrong.
+    #[error("log filter {filter:?} is wrong; use a level such as info or debug")]
+    LogFilter {
+        /// What was given.
+        filter: String,
+        /// What is wrong with it.
+        #[source]
+        source: ParseError,
+    },
+    /// Neither a path nor a descriptor was given.
+    #[error("no socket: give --socket-path or --fd")]
+    NoSocket,
+    /// The socket cannot be used.
+    #[error(transparent)]
+    Socket(#[from] SocketError),
+    /// The system refused something that every process needs.
+    #[error("cannot {what}")]
+    System {
+        /// What was to be done.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device cannot be served any more.
+    #[error("the device failed")]
+    Device(#[from] HandlerError),
+    /// The only front-end there will be ended by an error.
+    #[error("the front-end's connection failed")]
+    Session(#[from] SessionError),
+}
+
+fn system(what: &'static str) -> impl Fn(io::Error) -> ShellError {
+    move |source| ShellError::System { what, source }
+}
+
+/// The signal that ends a worker's system call so that it looks at its commands.
+pub(super) fn wake_signal() -> i32 {
+    SIGRTMIN()
+}
+
+extern "C" fn on_wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    // That the system call was interrupted is all that is wanted.
+}
+
+/// Runs a back-end from start to end: returns when it was told to end, or cannot go on. Call it from the
+/// main thread before any other is started, so that signals reach nobody else.
+///
+/// # Errors
+/// [`ShellError`]: what failed, for the user.
+pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(), ShellError> {
+    log::start(args)?;
+    let mut end_signals = SigSet::empty();
+    end_signals.add(Signal::SIGTERM);
+    end_signals.add(Signal::SIGINT);
+    let failed = system("receive signals");
+    // Before any thread starts: they inherit it.
+    end_signals.thread_block().map_err(|e| failed(e.into()))?;
+    let signals =
+        SignalFd::with_flags(&end_signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
+            .map_err(|e| failed(e.into()))?;
+    register_signal_handler(wake_signal(), on_wake).map_err(|e| failed(e.into()))?;
+
+    let endpoint = match (&args.socket_path, args.fd) {
+        (Some(path), _) if args.client => Endpoint::Connecting(path.clone()),
+        (Some(path), _) => socket::listen(path)?,
+        (None, Some(fd)) => socket::inherit(fd)?,
+        (None, None) => return Err(ShellError::NoSocket),
+    };
+    let handler = Arc::new(Mutex::new(Handler::new(device)?));
+    let served = Daemon::new(signals, &handler, args.exit_on_disconnect)
+        .and_then(|mut daemon| daemon.serve(program, endpoint));
+    let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+    let ended = handler.end_session();
+    if ended.is_ok() {
+        handler.shut_down();
+    }
+    served?;
+    Ok(ended?)
+}
+
+/// Why a connection is over.
+enum End {
+    /// The front-end left or was thrown out.
+    Left(Result<(), SessionError>),
+    /// A signal came.
+    Signal,
+}
+
+struct Daemon<'h, D: Device> {
+    poll: Poll,
+    events: Events,
+    signals: SignalFd,
+    handler: &'h Arc<Mutex<Handler<D>>>,
+    exit_on_disconnect: bool,
+}
+
+impl<'h, D: Device> Daemon<'h, D> {
+    fn new(
+        signals: SignalFd,
+        handler: &'h Arc<Mutex<Handler<D>>>,
+        exit_on_disconnect: bool,
+    ) -> Result<Self, ShellError> {
+        let failed = system("wait for events");
+        let poll = Poll::new().map_err(&failed)?;
+        let fd = signals.as_raw_fd();
+        poll.registry()
+            .register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)
+            .map_err(&failed)?;
+        Ok(Self {
+            poll,
+            events: Events::with_capacity(8),
+            signals,
+            handler,
+            exit_on_disconnect,
+        })
+    }
+
+    /// Waits for an event. `Ok(true)` means that a signal came and all is to end.
+    fn wait(&mut self, timeout: Option<Duration>) -> Result<bool, ShellError> {
+        match self.poll.poll(&mut self.events, timeout) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(system("wait for events")(e)),
+        }
+        let signalled = self.events.iter().any(|e| e.token() == SIGNALS);
+        if signalled && let Ok(Some(info)) = self.signals.read_signal() {
+            let name = i32::try_from(info.ssi_signo)
+                .ok()
+                .and_then(|n| Signal::try_from(n).ok())
+                .map_or("a signal", Signal::as_str);
+            info!("ending on {name}");
+        }
+        Ok(signalled)
+    }
+
+    fn serve(&mut self, program: &Program, endpoint: Endpoint) -> Result<(), ShellError> {
+        match endpoint {
+            Endpoint::Connected(stream) => {
+                info!("{} ready on an inherited connection", program.name);
+                match self.session(stream)? {
+                    End::Left(result) => Ok(result?),
+                    End::Signal => Ok(()),
+                }
+            }
+            Endpoint::Listening(listener) => {
+                info!("{} ready", program.name);
+                self.listen(&listener)
+            }
+            Endpoint::Connecting(path) => {
+                info!("{} connecting to {}", program.name, path.display());
+                self.connect(&path)
+            }
+        }
+    }
+
+    fn listen(&mut self, listener: &Listener) -> Result<(), ShellError> {
+        let fd = listener.socket.as_raw_fd();
+        self.poll
+            .registry()
+            .register(&mut SourceFd(&fd), LISTENER, Interest::READABLE)
+            .map_err(system("wait for connections"))?;
+        loop {
+            match listener.socket.accept() {
+                Ok((stream, _)) => {
+                    if self.front_end(stream)? {
+                        return Ok(());
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    if self.wait(None)? {
+                        return Ok(());
+                    }
+                }
+                // Out of descriptors, or a peer that left at once: not for ever.
+                Err(e) => {
+                    error!("cannot accept a connection: {e}");
+                    if self.wait(Some(RECONNECT))? {
+                        return Ok(());
+                    }
+                }
+            }
+        }
+    }
+
+    fn connect(&mut self, path: &Path) -> Result<(), ShellError> {
+        let mut said = false;
+        loop {
+            match UnixStream::connect(path) {
+                Ok(stream) => {
+                    said = false;
+                    if self.front_end(stream)? {
+                        return Ok(());
+                    }
+                }
+                Err(e) if !said => {
+                    info!("waiting for a front-end on {}: {e}", path.display());
+                    said = true;
+                }
+                Err(_) => {}
+            }
+            if self.wait(Some(RECONNECT))? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Serves one front-end of several. `Ok(true)`: the program is to end.
+    fn front_end(&mut self, stream: UnixStream) -> Result<bool, ShellError> {
+        info!("front-end connected");
+        match self.session(stream)? {
+            End::Signal => Ok(true),
+            End::Left(result) => {
+                match result {
+                    Ok(()) => info!("front-end disconnected"),
+                    Err(e) if self.exit_on_disconnect => return Err(e.into()),
+                    Err(e) => error!("front-end disconnected: {}", Chain(&e)),
+                }
+                Ok(self.exit_on_disconnect)
+            }
+        }
+    }
+
+    fn session(&mut self, stream: UnixStream) -> Result<End, ShellError> {
+        let result = self.messages(stream);
+        self.handler
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .end_session()?;
+        result
+    }
+
+    fn messages(&mut self, stream: UnixStream) -> Result<End, ShellError> {
+        let mut session = match Session::new(stream, self.handler) {
+            Ok(session) => session,
+            Err(e) => return Ok(End::Left(Err(e))),
+        };
+        let fd = session.as_raw_fd();
+        self.poll
+            .registry()
+            .register(&mut SourceFd(&fd), SESSION, Interest::READABLE)
+            .map_err(system("wait for messages"))?;
+        let end = loop {
+            // One message, then a look at the signals: a front-end that never stops talking cannot hold
+            // up the end.
+            let timeout = match session.step() {
+                Ok(Step::Served) => Some(Duration::ZERO),
+                Ok(Step::Idle) => None,
+                Ok(Step::Gone) => break End::Left(Ok(())),
+                Err(e) => break End::Left(Err(e)),
+            };
+            if self.wait(timeout)? {
+                break End::Signal;
+            }
+        };
+        if let Err(e) = self.poll.registry().deregister(&mut SourceFd(&fd)) {
+            debug!("cannot stop waiting for messages: {e}");
+        }
+        Ok(end)
+    }
+}
+
+/// The exit status for the result of a back-end program, whose error goes to standard error.
+#[must_use]
+pub fn exit_code<E: std::error::Error>(program: &Program, result: Result<(), E>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{}: {}", program.name, Full(&error));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+struct Full<'a>(&'a dyn std::error::Error);
+
+impl fmt::Display for Full<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Chain(self.0).fmt(f)
+    }
+}

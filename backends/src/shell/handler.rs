@@ -1,0 +1,705 @@
+//! The vhost-user messages: what each of them does to features, memory, rings and configuration.
+//!
+//! A ring's life, seen from here:
+//!
+//! ```text
+//!            SET_VRING_NUM, _ADDR, _BASE, _CALL, _ERR          SET_VRING_KICK, and all is there
+//!  stopped ────────────────────────────────────────▶ stopped ────────────────────────────────▶ running
+//!     ▲                                                                                          │ ▲
+//!     │   GET_VRING_BASE, RESET_DEVICE, the front-end leaves:                                    │ │
+//!     └──────────────── the worker finishes what is in flight and gives the ring back ◀──────────┘ │
+//!                                                                                                  │
+//!        any other message about a running ring, or about memory: stop, change, start again ───────┘
+//! ```
+//!
+//! Rings start on SET_VRING_KICK and not on the first kick, as all known back-ends do: a chain that was
+//! added before the connection must not wait for the next one.
+//!
+//! Inflight tracking and the dirty log are not offered. They would come in here with their messages, reach a
+//! worker inside its [`Vring`], and be served where a chain is taken and where it is returned.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use ringside_rings::{DeviceRing, RingConfig, RingError};
+use thiserror::Error;
+use tracing::{debug, info, warn};
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{
+    Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
+    VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+};
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::signal::Killable;
+
+use super::daemon::wake_signal;
+use super::device::{Device, DeviceError};
+use super::log::Chain;
+use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
+use super::vring::{Command, CommandSender, Vring, command_channel};
+
+/// VHOST_USER_F_PROTOCOL_FEATURES, the one virtio feature bit that is vhost-user's own.
+pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// The largest split virtqueue (VIRTIO 1.3, 2.7).
+const MAX_QUEUE_SIZE: u16 = 32768;
+
+/// How long a worker may take to give a ring back before it is woken from a system call, and then how often.
+const STOP_PATIENCE: Duration = Duration::from_millis(500);
+
+/// A message that cannot be obeyed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum HandlerError {
+    /// There is no such queue.
+    #[error("queue {index} does not exist: the device has {count}")]
+    NoQueue {
+        /// Number of the queue.
+        index: u32,
+        /// How many queues there are.
+        count: usize,
+    },
+    /// The front-end accepted features that were not offered.
+    #[error("features {unknown:#x} were accepted but not offered")]
+    Features {
+        /// The bits that were not offered.
+        unknown: u64,
+    },
+    /// A queue size that cannot be served.
+    #[error("queue {index}: size {size} is not a power of two up to {max}")]
+    QueueSize {
+        /// Number of the queue.
+        index: u32,
+        /// Size asked for.
+        size: u32,
+        /// The largest size that is served.
+        max: u16,
+    },
+    /// A ring index that does not fit 16 bits.
+    #[error("queue {index}: base {base:#x} is not an index of a split virtqueue")]
+    Base {
+        /// Number of the queue.
+        index: u32,
+        /// What the front-end sent.
+        base: u32,
+    },
+    /// A ring address lies in no region of the front-end's memory table.
+    #[error("queue {index}: address {addr:#x} lies in no memory region")]
+    Address {
+        /// Number of the queue.
+        index: u16,
+        /// Address in the front-end's address space.
+        addr: u64,
+    },
+    /// The ring cannot be used as it is described.
+    #[error("queue {index} cannot be started")]
+    Ring {
+        /// Number of the queue.
+        index: u16,
+        /// What is wrong with it.
+        #[source]
+        source: RingError,
+    },
+    /// Guest memory cannot be used as it is described.
+    #[error("guest memory")]
+    Memory(#[from] MemoryError),
+    /// The device refuses.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// A worker thread has ended; nothing can be served any more.
+    #[error("worker {worker} has ended unexpectedly")]
+    WorkerLost {
+        /// Number of the worker.
+        worker: usize,
+        /// What the command channel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The message belongs to a protocol feature that was not offered.
+    #[error("{0} is not offered")]
+    NotOffered(&'static str),
+}
+
+impl From<HandlerError> for ProtocolError {
+    fn from(error: HandlerError) -> Self {
+        Self::ReqHandlerError(io::Error::other(error))
+    }
+}
+
+/// Where the driver's kicks arrive.
+#[derive(Debug, Default)]
+enum Kick {
+    /// SET_VRING_KICK has not come since the ring was stopped.
+    #[default]
+    Unset,
+    /// It came without a descriptor: the ring is to be polled.
+    Polled,
+    /// It came with this descriptor.
+    Fd(File),
+}
+
+/// Ring addresses in the front-end's address space.
+#[derive(Debug, Clone, Copy)]
+struct Addresses {
+    desc: u64,
+    avail: u64,
+    used: u64,
+}
+
+/// What the front-end said about one ring.
+#[derive(Debug, Default)]
+struct RingState {
+    size: u16,
+    addresses: Option<Addresses>,
+    /// Index of the next chain to take, when the ring is stopped.
+    base: u16,
+    enabled: bool,
+    kick: Kick,
+    call: Option<File>,
+    err: Option<File>,
+    /// A worker has it, and with it the three descriptors.
+    running: bool,
+}
+
+struct Worker {
+    commands: CommandSender,
+    thread: JoinHandle<()>,
+}
+
+/// The device, its workers, and all that the present front-end has said.
+pub(super) struct Handler<D> {
+    device: D,
+    workers: Vec<Worker>,
+    rings: Vec<RingState>,
+    memory: MemoryTable,
+    /// With VHOST_USER_F_PROTOCOL_FEATURES.
+    acked_features: u64,
+    acked_protocol: u64,
+}
+
+impl<D: Device> Handler<D> {
+    /// Starts the device's workers.
+    pub(super) fn new(mut device: D) -> Result<Self, HandlerError> {
+        let mut workers = Vec::new();
+        for number in 0..device.worker_count() {
+            let (commands, receiver) = command_channel().map_err(|e| DeviceError::Worker {
+                worker: number,
+                source: e.into(),
+            })?;
+            let thread = device.spawn_worker(number, receiver)?;
+            workers.push(Worker { commands, thread });
+        }
+        let rings = (0..device.queue_count())
+            .map(|_| RingState::default())
+            .collect();
+        Ok(Self {
+            device,
+            workers,
+            rings,
+            memory: MemoryTable::default(),
+            acked_features: 0,
+            acked_protocol: 0,
+        })
+    }
+
+    /// Whether the front-end may send SET_VRING_ENABLE: it accepted the protocol features as such, although
+    /// maybe not yet by SET_FEATURES. QEMU enables rings in between.
+    pub(super) fn enables_early(&self) -> bool {
+        self.acked_protocol != 0 && self.acked_features & PROTOCOL_FEATURES == 0
+    }
+
+    /// REPLY_ACK was negotiated: a message that wants a reply gets one, whatever comes of it.
+    pub(super) fn reply_ack(&self) -> bool {
+        self.acked_protocol & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
+    }
+
+    /// The front-end is gone: stop all rings, and forget it.
+    pub(super) fn end_session(&mut self) -> Result<(), HandlerError> {
+        self.reset_rings()?;
+        self.memory = MemoryTable::default();
+        self.acked_features = 0;
+        self.acked_protocol = 0;
+        self.device.reset();
+        Ok(())
+    }
+
+    /// Ends all workers.
+    pub(super) fn shut_down(&mut self) {
+        for worker in &self.workers {
+            // A worker that is gone needs no command.
+            let _ = worker.commands.send(Command::Exit);
+        }
+        for worker in self.workers.drain(..) {
+            if worker.thread.join().is_err() {
+                warn!("a worker thread panicked");
+            }
+        }
+    }
+
+    fn queue(&self, index: u32) -> Result<u16, HandlerError> {
+        u16::try_from(index)
+            .ok()
+            .filter(|&i| usize::from(i) < self.rings.len())
+            .ok_or(HandlerError::NoQueue {
+                index,
+                count: self.rings.len(),
+            })
+    }
+
+    fn state(&mut self, index: u16) -> Result<&mut RingState, HandlerError> {
+        let count = self.rings.len();
+        self.rings
+            .get_mut(usize::from(index))
+            .ok_or(HandlerError::NoQueue {
+                index: index.into(),
+                count,
+            })
+    }
+
+    fn worker(&self, index: u16) -> Result<(usize, &Worker), HandlerError> {
+        let number = self.device.worker_of(index);
+        self.workers
+            .get(number)
+            .map(|worker| (number, worker))
+            .ok_or_else(|| HandlerError::WorkerLost {
+                worker: number,
+                source: io::ErrorKind::NotFound.into(),
+            })
+    }
+
+    /// Stops a ring if it runs, changes it, and starts it again, or for the first time, if it then can run.
+    fn change(
+        &mut self,
+        index: u32,
+        change: impl FnOnce(&mut RingState),
+    ) -> Result<(), HandlerError> {
+        let index = self.queue(index)?;
+        self.stop(index)?;
+        change(self.state(index)?);
+        self.start(index)
+    }
+
+    /// The same for something that all rings depend on.
+    fn change_all(&mut self, change: impl FnOnce(&mut Self)) -> Result<(), HandlerError> {
+        let running: Vec<u16> = self.running().collect();
+        for &index in &running {
+            self.stop(index)?;
+        }
+        change(self);
+        for index in running {
+            // A ring that no longer works is its own misfortune.
+            if let Err(error) = self.start(index) {
+                if matches!(error, HandlerError::WorkerLost { .. }) {
+                    return Err(error);
+                }
+                warn!(queue = index, "ring stays stopped: {}", Chain(&error));
+                if let Some(err) = &self.state(index)?.err {
+                    signal_error(err);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn running(&self) -> impl Iterator<Item = u16> + '_ {
+        (0_u16..)
+            .zip(&self.rings)
+            .filter_map(|(index, ring)| ring.running.then_some(index))
+    }
+
+    /// Gives a ring to its worker, if the front-end has said all that is needed.
+    fn start(&mut self, index: u16) -> Result<(), HandlerError> {
+        let features = self.acked_features;
+        let memory = Arc::clone(self.memory.memory());
+        let state = self.state(index)?;
+        let (Some(user), false, false) = (
+            state.addresses,
+            state.running,
+            matches!(state.kick, Kick::Unset),
+        ) else {
+            return Ok(());
+        };
+        if state.size == 0 {
+            return Ok(());
+        }
+        let (size, base) = (state.size, state.base);
+        let translate = |addr| {
+            self.memory
+                .guest_address(addr)
+                .ok_or(HandlerError::Address { index, addr })
+        };
+        let used_ring = translate(user.used)?;
+        let config = RingConfig {
+            size,
+            desc_table: translate(user.desc)?,
+            avail_ring: translate(user.avail)?,
+            used_ring,
+            event_idx: features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
+            indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
+            next_avail: base,
+            next_used: used_index(&memory, used_ring).unwrap_or(base),
+        };
+        let ring = DeviceRing::new(&config, memory.as_ref())
+            .map_err(|source| HandlerError::Ring { index, source })?;
+        let state = self.state(index)?;
+        let vring = Vring {
+            index,
+            ring,
+            memory,
+            kick: match std::mem::replace(&mut state.kick, Kick::Polled) {
+                Kick::Fd(file) => Some(file),
+                Kick::Unset | Kick::Polled => None,
+            },
+            call: state.call.take(),
+            err: state.err.take(),
+            features: features & !PROTOCOL_FEATURES,
+            enabled: state.enabled,
+        };
+        state.running = true;
+        debug!(
+            queue = index,
+            size,
+            next_avail = config.next_avail,
+            next_used = config.next_used,
+            enabled = vring.enabled,
+            "ring starts"
+        );
+        let (worker, found) = self.worker(index)?;
+        found
+            .commands
+            .send(Command::Start(Box::new(vring)))
+            .map_err(|source| HandlerError::WorkerLost { worker, source })
+    }
+
+    /// Takes a ring back from its worker, which first finishes what is in flight.
+    fn stop(&mut self, index: u16) -> Result<(), HandlerError> {
+        if !self.state(index)?.running {
+            return Ok(());
+        }
+        let (worker, found) = self.worker(index)?;
+        let lost = |source| HandlerError::WorkerLost { worker, source };
+        let (done, given_back) = mpsc::channel();
+        found
+            .commands
+            .send(Command::Stop { index, done })
+            .map_err(lost)?;
+        let mut warned = false;
+        let vring = loop {
+            match given_back.recv_timeout(STOP_PATIENCE) {
+                Ok(vring) => break vring,
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(lost(io::ErrorKind::BrokenPipe.into()));
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    // The storage may be slow. Or the peer made an eventfd that it handed us block.
+                    if !warned {
+                        warn!(queue = index, "waiting for requests in flight to finish");
+                        warned = true;
+                    }
+                    if let Err(error) = found.thread.kill(wake_signal()) {
+                        return Err(lost(error.into()));
+                    }
+                }
+            }
+        };
+        let state = self.state(index)?;
+        state.running = false;
+        state.base = vring.ring.next_avail();
+        state.kick = vring.kick.map_or(Kick::Polled, Kick::Fd);
+        state.call = vring.call;
+        state.err = vring.err;
+        debug!(queue = index, next_avail = state.base, "ring stopped");
+        Ok(())
+    }
+
+    /// All rings stopped, disabled, and as if never set up.
+    fn reset_rings(&mut self) -> Result<(), HandlerError> {
+        let running: Vec<u16> = self.running().collect();
+        for index in running {
+            self.stop(index)?;
+        }
+        for ring in &mut self.rings {
+            *ring = RingState::default();
+        }
+        Ok(())
+    }
+
+    fn set_memory(&mut self, memory: Result<MemoryTable, MemoryError>) -> ProtocolResult<()> {
+        let memory = memory.map_err(HandlerError::from)?;
+        Ok(self.change_all(|handler| handler.memory = memory)?)
+    }
+
+    /// VHOST_USER_SET_VRING_ENABLE, also when it comes early.
+    pub(super) fn enable(&mut self, index: u32, enable: bool) -> Result<(), HandlerError> {
+        let queue = self.queue(index)?;
+        if self.state(queue)?.enabled == enable {
+            return Ok(());
+        }
+        debug!(queue, enable, "ring enabled or disabled");
+        self.change(index, |ring| ring.enabled = enable)
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::RESET_DEVICE
+            | self.device.protocol_features()
+    }
+}
+
+/// The used index as it stands in guest memory (VIRTIO 1.3, 2.7.8): vhost-user does not send it.
+fn used_index(memory: &super::Memory, used_ring: GuestAddress) -> Option<u16> {
+    let at = GuestAddress(used_ring.0.checked_add(2)?);
+    memory
+        .load::<u16>(at, Ordering::Acquire)
+        .ok()
+        .map(u16::from_le)
+}
+
+fn signal_error(mut err: &File) {
+    // The peer owns the other end; there is nobody else to tell.
+    let _ = io::Write::write(&mut err, &1_u64.to_ne_bytes());
+}
+
+impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
+    fn set_owner(&mut self) -> ProtocolResult<()> {
+        Ok(())
+    }
+
+    /// Deprecated; the specification lets it disable all rings.
+    fn reset_owner(&mut self) -> ProtocolResult<()> {
+        for index in 0..self.device.queue_count() {
+            self.enable(index.into(), false)?;
+        }
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> ProtocolResult<()> {
+        self.reset_rings()?;
+        self.device.reset();
+        // What was negotiated holds until the front-end negotiates again.
+        self.device
+            .set_features(self.acked_features & !PROTOCOL_FEATURES);
+        info!("device reset by the front-end");
+        Ok(())
+    }
+
+    fn get_features(&mut self) -> ProtocolResult<u64> {
+        Ok(self.device.features() | PROTOCOL_FEATURES)
+    }
+
+    fn set_features(&mut self, features: u64) -> ProtocolResult<()> {
+        let unknown = features & !(self.device.features() | PROTOCOL_FEATURES);
+        if unknown != 0 {
+            return Err(HandlerError::Features { unknown }.into());
+        }
+        self.change_all(|handler| {
+            handler.acked_features = features;
+            handler.device.set_features(features & !PROTOCOL_FEATURES);
+            if features & PROTOCOL_FEATURES == 0 {
+                // Without SET_VRING_ENABLE, rings begin enabled.
+                for ring in &mut handler.rings {
+                    ring.enabled = true;
+                }
+            }
+        })?;
+        debug!(
+            features = format_args!("{features:#x}"),
+            "features accepted"
+        );
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> ProtocolResult<Option<Vec<u64>>> {
+        self.set_memory(MemoryTable::new(regions, files))?;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> ProtocolResult<()> {
+        let max = self.device.max_queue_size().min(MAX_QUEUE_SIZE);
+        let size = u16::try_from(num)
+            .ok()
+            .filter(|size| size.is_power_of_two() && *size <= max)
+            .ok_or(HandlerError::QueueSize {
+                index,
+                size: num,
+                max,
+            })?;
+        Ok(self.change(index, |ring| ring.size = size)?)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> ProtocolResult<()> {
+        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
+            return Err(HandlerError::NotOffered("the dirty log").into());
+        }
+        Ok(self.change(index, |ring| {
+            ring.addresses = Some(Addresses {
+                desc: descriptor,
+                avail: available,
+                used,
+            });
+        })?)
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> ProtocolResult<()> {
+        let base = u16::try_from(base).map_err(|_| HandlerError::Base { index, base })?;
+        Ok(self.change(index, |ring| ring.base = base)?)
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> ProtocolResult<VhostUserVringState> {
+        let queue = self.queue(index)?;
+        self.stop(queue)?;
+        let ring = self.state(queue)?;
+        // It starts again with the next SET_VRING_KICK.
+        ring.kick = Kick::Unset;
+        ring.call = None;
+        Ok(VhostUserVringState::new(index, ring.base.into()))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
+        let kick = fd.map_or(Kick::Polled, Kick::Fd);
+        Ok(self.change(index.into(), |ring| ring.kick = kick)?)
+    }
+
+    fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
+        Ok(self.change(index.into(), |ring| ring.call = fd)?)
+    }
+
+    fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
+        Ok(self.change(index.into(), |ring| ring.err = fd)?)
+    }
+
+    fn get_protocol_features(&mut self) -> ProtocolResult<VhostUserProtocolFeatures> {
+        Ok(self.protocol_features())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> ProtocolResult<()> {
+        let unknown = features & !self.protocol_features().bits();
+        if unknown != 0 {
+            return Err(HandlerError::Features { unknown }.into());
+        }
+        self.acked_protocol = features;
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> ProtocolResult<u64> {
+        Ok(self.device.queue_count().into())
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> ProtocolResult<()> {
+        Ok(self.enable(index, enable)?)
+    }
+
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> ProtocolResult<Vec<u8>> {
+        Ok(self
+            .device
+            .read_config(offset, size)
+            .map_err(HandlerError::from)?)
+    }
+
+    fn set_config(
+        &mut self,
+        offset: u32,
+        buf: &[u8],
+        _flags: VhostUserConfigFlags,
+    ) -> ProtocolResult<()> {
+        Ok(self
+            .device
+            .write_config(offset, buf)
+            .map_err(HandlerError::from)?)
+    }
+
+    fn get_max_mem_slots(&mut self) -> ProtocolResult<u64> {
+        Ok(u64::try_from(MAX_SLOTS).unwrap_or(u64::MAX))
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        fd: File,
+        _postcopy_listening: Option<bool>,
+    ) -> ProtocolResult<Option<u64>> {
+        self.set_memory(self.memory.with(region, fd))?;
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> ProtocolResult<()> {
+        self.set_memory(self.memory.without(region))
+    }
+
+    // The rest belongs to protocol features that are not offered.
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> ProtocolResult<()> {
+        Err(HandlerError::NotOffered("a GPU socket").into())
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> ProtocolResult<File> {
+        Err(HandlerError::NotOffered("SHARED_OBJECT").into())
+    }
+
+    fn get_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+    ) -> ProtocolResult<(VhostUserInflight, File)> {
+        Err(HandlerError::NotOffered("INFLIGHT_SHMFD").into())
+    }
+
+    fn set_inflight_fd(
+        &mut self,
+        _inflight: &VhostUserInflight,
+        _file: File,
+    ) -> ProtocolResult<()> {
+        Err(HandlerError::NotOffered("INFLIGHT_SHMFD").into())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _fd: File,
+    ) -> ProtocolResult<Option<File>> {
+        Err(HandlerError::NotOffered("DEVICE_STATE").into())
+    }
+
+    fn check_device_state(&mut self) -> ProtocolResult<()> {
+        Err(HandlerError::NotOffered("DEVICE_STATE").into())
+    }
+
+    fn get_shmem_config(&mut self) -> ProtocolResult<VhostUserShMemConfig> {
+        Err(HandlerError::NotOffered("SHMEM").into())
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> ProtocolResult<()> {
+        Err(HandlerError::NotOffered("LOG_SHMFD").into())
+    }
+}

@@ -1,0 +1,331 @@
+//! Guest memory as the front-end describes it: checked, mapped, and searched by the front-end's addresses.
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use thiserror::Error;
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::mmap::MmapRegionError;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
+    MmapRegion,
+};
+
+use super::vring::Memory;
+
+/// How many regions a front-end can add (VHOST_USER_GET_MAX_MEM_SLOTS): as many as KVM has slots.
+pub(super) const MAX_SLOTS: usize = 509;
+
+/// A memory region that the front-end named cannot be used.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The region is empty, or an address range overflows.
+    #[error(
+        "memory region at guest address {guest:#x}, {len:#x} bytes: empty, or its end overflows"
+    )]
+    Range {
+        /// Guest-physical start.
+        guest: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// The file offset cannot be mapped.
+    #[error(
+        "memory region at guest address {guest:#x}: file offset {offset:#x} is not a multiple of the page size"
+    )]
+    Offset {
+        /// Guest-physical start.
+        guest: u64,
+        /// Offset in the file in bytes.
+        offset: u64,
+    },
+    /// The file ends before the region does; touching the rest would kill the process.
+    #[error(
+        "memory region at guest address {guest:#x}: its file has {size:#x} bytes, the region ends at {end:#x}"
+    )]
+    FileTooShort {
+        /// Guest-physical start.
+        guest: u64,
+        /// Size of the file in bytes.
+        size: u64,
+        /// Where the region ends in the file.
+        end: u64,
+    },
+    /// The file cannot be examined.
+    #[error("memory region at guest address {guest:#x}: cannot examine its file")]
+    Stat {
+        /// Guest-physical start.
+        guest: u64,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file cannot be mapped.
+    #[error(
+        "memory region at guest address {guest:#x}: cannot map its file for reading and writing"
+    )]
+    Map {
+        /// Guest-physical start.
+        guest: u64,
+        /// What the system said.
+        #[source]
+        source: MmapRegionError,
+    },
+    /// Two regions overlap in the front-end's address space.
+    #[error("memory regions overlap at front-end address {user:#x}")]
+    UserOverlap {
+        /// Start of the second region in the front-end's address space.
+        user: u64,
+    },
+    /// Two regions overlap in guest memory.
+    #[error("memory regions overlap in guest memory")]
+    GuestOverlap(#[source] GuestRegionCollectionError),
+    /// The front-end added more regions than the back-end said it takes.
+    #[error("more than {MAX_SLOTS} memory regions")]
+    TooMany,
+    /// A region to be removed is not there.
+    #[error("there is no memory region at guest address {guest:#x} with {len:#x} bytes to remove")]
+    NotFound {
+        /// Guest-physical start.
+        guest: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+}
+
+#[derive(Clone)]
+struct Mapped {
+    region: Arc<GuestRegionMmap<()>>,
+    guest: u64,
+    /// Where the front-end has the region in its own address space.
+    user: u64,
+    len: u64,
+}
+
+/// All regions of one front-end.
+#[derive(Clone, Default)]
+pub(super) struct MemoryTable {
+    mapped: Vec<Mapped>,
+    memory: Arc<Memory>,
+}
+
+impl MemoryTable {
+    /// Maps the regions of a VHOST_USER_SET_MEM_TABLE.
+    pub(super) fn new(
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+    ) -> Result<Self, MemoryError> {
+        let mapped = regions
+            .iter()
+            .zip(files)
+            .map(|(region, file)| map(region, file))
+            .collect::<Result<_, _>>()?;
+        Self::build(mapped)
+    }
+
+    /// The table with one region more (VHOST_USER_ADD_MEM_REG).
+    pub(super) fn with(
+        &self,
+        region: &VhostUserMemoryRegion,
+        file: File,
+    ) -> Result<Self, MemoryError> {
+        if self.mapped.len() >= MAX_SLOTS {
+            return Err(MemoryError::TooMany);
+        }
+        let mut mapped = self.mapped.clone();
+        mapped.push(map(region, file)?);
+        Self::build(mapped)
+    }
+
+    /// The table without a region (VHOST_USER_REM_MEM_REG): it is named by guest address, front-end
+    /// address and length.
+    pub(super) fn without(&self, region: &VhostUserMemoryRegion) -> Result<Self, MemoryError> {
+        let (guest, user, len) = (region.guest_phys_addr, region.user_addr, region.memory_size);
+        let mut mapped = self.mapped.clone();
+        let before = mapped.len();
+        mapped.retain(|m| (m.guest, m.user, m.len) != (guest, user, len));
+        if mapped.len() == before {
+            return Err(MemoryError::NotFound { guest, len });
+        }
+        Self::build(mapped)
+    }
+
+    fn build(mut mapped: Vec<Mapped>) -> Result<Self, MemoryError> {
+        mapped.sort_by_key(|m| m.user);
+        for pair in mapped.windows(2) {
+            if let [a, b] = pair
+                && b.user.saturating_sub(a.user) < a.len
+            {
+                return Err(MemoryError::UserOverlap { user: b.user });
+            }
+        }
+        mapped.sort_by_key(|m| m.guest);
+        let regions = mapped.iter().map(|m| Arc::clone(&m.region)).collect();
+        let memory = match Memory::from_arc_regions(regions) {
+            Ok(memory) => memory,
+            Err(GuestRegionCollectionError::NoMemoryRegion) => Memory::new(),
+            Err(e) => return Err(MemoryError::GuestOverlap(e)),
+        };
+        Ok(Self {
+            mapped,
+            memory: Arc::new(memory),
+        })
+    }
+
+    pub(super) fn memory(&self) -> &Arc<Memory> {
+        &self.memory
+    }
+
+    /// Guest-physical address of an address in the front-end's address space, in which vhost-user names
+    /// ring addresses.
+    pub(super) fn guest_address(&self, user: u64) -> Option<GuestAddress> {
+        self.mapped.iter().find_map(|m| {
+            let offset = user.checked_sub(m.user)?;
+            (offset < m.len).then_some(())?;
+            m.guest.checked_add(offset).map(GuestAddress)
+        })
+    }
+}
+
+fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Mapped, MemoryError> {
+    let (guest, len, user, offset) = (
+        region.guest_phys_addr,
+        region.memory_size,
+        region.user_addr,
+        region.mmap_offset,
+    );
+    let range = || MemoryError::Range { guest, len };
+    let size = usize::try_from(len).map_err(|_| range())?;
+    let end = offset.checked_add(len).ok_or_else(range)?;
+    if len == 0 || guest.checked_add(len).is_none() || user.checked_add(len).is_none() {
+        return Err(range());
+    }
+    let page = u64::try_from(page_size()).unwrap_or(4096);
+    if offset % page != 0 {
+        return Err(MemoryError::Offset { guest, offset });
+    }
+    let meta = file
+        .metadata()
+        .map_err(|source| MemoryError::Stat { guest, source })?;
+    // A device file (such as DAX) has no size.
+    if meta.is_file() && meta.len() < end {
+        return Err(MemoryError::FileTooShort {
+            guest,
+            size: meta.len(),
+            end,
+        });
+    }
+    let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size)
+        .map_err(|source| MemoryError::Map { guest, source })?;
+    let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or_else(range)?;
+    debug_assert_eq!(region.len(), len);
+    Ok(Mapped {
+        region: Arc::new(region),
+        guest,
+        user,
+        len,
+    })
+}
+
+fn page_size() -> i64 {
+    nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
+        .ok()
+        .flatten()
+        .unwrap_or(4096)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend};
+
+    fn file(len: u64) -> File {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(len).unwrap();
+        file
+    }
+
+    fn region(guest: u64, len: u64, user: u64, offset: u64) -> VhostUserMemoryRegion {
+        VhostUserMemoryRegion::new(guest, len, user, offset)
+    }
+
+    #[test]
+    fn translates_front_end_addresses() {
+        let table = MemoryTable::new(
+            &[
+                region(0x10_0000, 0x2000, 0x7000_0000, 0),
+                region(0, 0x1000, 0x6000_0000, 0x1000),
+            ],
+            vec![file(0x2000), file(0x2000)],
+        )
+        .unwrap();
+        assert_eq!(table.memory().num_regions(), 2);
+        let at = |user| table.guest_address(user).map(|a| a.0);
+        assert_eq!(at(0x7000_0000), Some(0x10_0000));
+        assert_eq!(at(0x7000_1fff), Some(0x10_1fff));
+        assert_eq!(at(0x7000_2000), None);
+        assert_eq!(at(0x6000_0010), Some(0x10));
+        assert_eq!(at(0), None);
+        table
+            .memory()
+            .write_obj(7_u32, GuestAddress(0x10_0004))
+            .unwrap();
+    }
+
+    #[test]
+    fn refuses_what_cannot_be_mapped_safely() {
+        let one = |r, len| MemoryTable::new(&[r], vec![file(len)]).map(|_| ());
+        assert!(matches!(
+            one(region(0, 0x3000, 0, 0), 0x2000),
+            Err(MemoryError::FileTooShort { .. })
+        ));
+        assert!(matches!(
+            one(region(0, 0x1000, 0, 0x200), 0x2000),
+            Err(MemoryError::Offset { .. })
+        ));
+        assert!(matches!(
+            one(region(u64::MAX - 0xfff, 0x2000, 0, 0), 0x2000),
+            Err(MemoryError::Range { .. })
+        ));
+        assert!(matches!(
+            one(region(0, 0x1000, 0, u64::MAX - 0xfff), 0x2000),
+            Err(MemoryError::Range { .. })
+        ));
+        assert!(matches!(
+            MemoryTable::new(
+                &[
+                    region(0, 0x2000, 0x1000, 0),
+                    region(0x1000, 0x1000, 0x9000, 0)
+                ],
+                vec![file(0x2000), file(0x2000)]
+            ),
+            Err(MemoryError::GuestOverlap(_))
+        ));
+        assert!(matches!(
+            MemoryTable::new(
+                &[
+                    region(0, 0x2000, 0x1000, 0),
+                    region(0x8000, 0x1000, 0x2000, 0)
+                ],
+                vec![file(0x2000), file(0x2000)]
+            ),
+            Err(MemoryError::UserOverlap { user: 0x2000 })
+        ));
+    }
+
+    #[test]
+    fn adds_and_removes_regions() {
+        let table = MemoryTable::default();
+        let a = region(0, 0x1000, 0x1000, 0);
+        let table = table.with(&a, file(0x1000)).unwrap();
+        assert!(table.with(&a, file(0x1000)).is_err());
+        let b = region(0x1000, 0x1000, 0x5000, 0);
+        let table = table.with(&b, file(0x1000)).unwrap();
+        assert!(table.without(&region(0, 0x1000, 0x5000, 0)).is_err());
+        let table = table.without(&a).unwrap();
+        assert_eq!(table.guest_address(0x1000), None);
+        let table = table.without(&b).unwrap();
+        assert_eq!(table.memory().num_regions(), 0);
+    }
+}

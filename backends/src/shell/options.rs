@@ -1,0 +1,144 @@
+//! The command line that all back-ends share, after QEMU's conventions for back-end programs
+//! (docs/interop/vhost-user.rst, "Backend program conventions").
+
+use std::ffi::OsStr;
+use std::io::{self, Write};
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+/// What a back-end program is, for `--print-capabilities` and for its log.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Program {
+    /// Name of the program.
+    #[serde(skip)]
+    pub name: &'static str,
+    /// Device type as in QEMU's `vhost-user.json`, such as `block` or `net`.
+    #[serde(rename = "type")]
+    pub kind: &'static str,
+    /// Features of that type that the program's options can switch on.
+    #[serde(skip_serializing_if = "<[_]>::is_empty")]
+    pub features: &'static [&'static str],
+}
+
+impl Program {
+    /// Prints the capabilities and says so, if the command line asks for them. All other options are then
+    /// ignored, right or wrong, as the convention demands; so this comes before any parsing.
+    ///
+    /// # Errors
+    /// If standard output cannot be written.
+    pub fn print_capabilities_if_asked(&self) -> io::Result<bool> {
+        let asked = std::env::args_os()
+            .skip(1)
+            .take_while(|arg| arg != OsStr::new("--"))
+            .any(|arg| arg == OsStr::new("--print-capabilities"));
+        if asked {
+            let mut out = io::stdout().lock();
+            serde_json::to_writer_pretty(&mut out, self)?;
+            writeln!(out)?;
+        }
+        Ok(asked)
+    }
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// One line of text for each event.
+    Text,
+    /// One JSON object for each event.
+    Json,
+}
+
+/// Options of every back-end.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Connection and logs")]
+pub struct ShellArgs {
+    /// Unix socket to listen on for a front-end (with --client: to connect to)
+    ///
+    /// The socket file is created with mode 0600 and removed at exit. A file left behind by a program that
+    /// is gone is replaced; a socket that somebody serves, or a file that is no socket, is not.
+    #[arg(long, value_name = "PATH", required_unless_present_any = ["fd", "print_capabilities"], conflicts_with = "fd")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Inherited socket to use, by number: listening, or already connected to a front-end
+    #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(RawFd).range(0..))]
+    pub fd: Option<RawFd>,
+
+    /// Connect to a front-end that listens on --socket-path, and try again until it does
+    #[arg(long, requires = "socket_path", conflicts_with = "fd")]
+    pub client: bool,
+
+    /// End when the front-end leaves; without it, a new one can connect
+    #[arg(long)]
+    pub exit_on_disconnect: bool,
+
+    /// Print what this program can do as JSON (QEMU's vhost-user.json), and end
+    #[arg(long)]
+    pub print_capabilities: bool,
+
+    /// What to log: error, warn, info, debug, trace, or a filter such as ringside_backends::shell=debug
+    ///
+    /// The environment variable RINGSIDE_LOG says the same when this option is not given. Default: info.
+    #[arg(long, value_name = "FILTER")]
+    pub log_level: Option<String>,
+
+    /// How log lines look; they go to standard error
+    #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
+    pub log_format: LogFormat,
+}
+
+/// The end of each back-end's `--help`.
+pub const EXIT_STATUS_HELP: &str = "Exit status:
+  0  ended by SIGTERM or SIGINT, or the front-end left and --exit-on-disconnect was given
+  1  something failed; the message says what
+  2  the command line is wrong";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        shell: ShellArgs,
+    }
+
+    #[test]
+    fn a_socket_is_needed_and_only_one() {
+        assert!(Cli::try_parse_from(["x"]).is_err());
+        assert!(Cli::try_parse_from(["x", "--socket-path", "a", "--fd", "3"]).is_err());
+        assert!(Cli::try_parse_from(["x", "--fd", "-1"]).is_err());
+        assert!(Cli::try_parse_from(["x", "--fd", "3", "--client"]).is_err());
+        let cli = Cli::try_parse_from(["x", "--socket-path", "a", "--client"]).unwrap();
+        assert!(cli.shell.client);
+        assert_eq!(
+            Cli::try_parse_from(["x", "--fd", "3"]).unwrap().shell.fd,
+            Some(3)
+        );
+    }
+
+    #[test]
+    fn capabilities_are_as_qemu_reads_them() {
+        let program = Program {
+            name: "p",
+            kind: "block",
+            features: &["read-only"],
+        };
+        assert_eq!(
+            serde_json::to_string(&program).unwrap(),
+            r#"{"type":"block","features":["read-only"]}"#
+        );
+        let program = Program {
+            features: &[],
+            ..program
+        };
+        assert_eq!(
+            serde_json::to_string(&program).unwrap(),
+            r#"{"type":"block"}"#
+        );
+    }
+}

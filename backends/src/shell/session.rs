@@ -1,0 +1,260 @@
+//! One front-end's connection: takes its messages one by one, and decides which errors end it.
+
+use std::io::{self, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::sys::socket::{MsgFlags, recv};
+use thiserror::Error;
+use tracing::warn;
+use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+
+use super::device::Device;
+use super::handler::{Handler, HandlerError};
+use super::log::Chain;
+
+/// Length of a message header: request, flags, size of the payload.
+const HEADER: usize = 12;
+/// Version 1, in the header's flags.
+const VERSION: u32 = 0x1;
+/// The message is a reply.
+const FLAG_REPLY: u32 = 0x4;
+/// The sender wants a reply (REPLY_ACK).
+const FLAG_NEED_REPLY: u32 = 0x8;
+
+/// How long a front-end may take to send the rest of a message that it began, or to take a reply.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// The connection ends, and not because the front-end left.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SessionError {
+    /// The socket failed.
+    #[error("the connection failed")]
+    Socket(#[source] io::Error),
+    /// The front-end began a message and did not finish it.
+    #[error("the front-end stopped in the middle of a message")]
+    Stalled,
+    /// A message broke the protocol.
+    #[error("message {request}: {source}")]
+    Protocol {
+        /// Which message.
+        request: String,
+        /// What is wrong with it.
+        source: ProtocolError,
+    },
+}
+
+/// What one step found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Step {
+    /// A message was served; there may be more.
+    Served,
+    /// No message is waiting.
+    Idle,
+    /// The front-end closed the connection.
+    Gone,
+}
+
+pub(super) struct Session<D: Device> {
+    socket: UnixStream,
+    messages: BackendReqHandler<Mutex<Handler<D>>>,
+    handler: Arc<Mutex<Handler<D>>>,
+}
+
+/// The part of a header that is needed before the message is read.
+#[derive(Debug, Clone, Copy)]
+struct Header {
+    request: u32,
+    flags: u32,
+    size: u32,
+}
+
+impl Header {
+    fn parse(bytes: [u8; HEADER]) -> Self {
+        let [a, b, c, d, e, f, g, h, i, j, k, l] = bytes;
+        Self {
+            request: u32::from_ne_bytes([a, b, c, d]),
+            flags: u32::from_ne_bytes([e, f, g, h]),
+            size: u32::from_ne_bytes([i, j, k, l]),
+        }
+    }
+
+    fn name(self) -> String {
+        FrontendReq::try_from(self.request)
+            .map_or_else(|()| format!("{}", self.request), |r| format!("{r:?}"))
+    }
+
+    fn is(self, request: FrontendReq) -> bool {
+        self.request == u32::from(request)
+    }
+}
+
+impl<D: Device> Session<D> {
+    pub(super) fn new(
+        socket: UnixStream,
+        handler: &Arc<Mutex<Handler<D>>>,
+    ) -> Result<Self, SessionError> {
+        // Messages are begun only when one waits, so blocking reads are short; time-outs bound them.
+        let prepare = || {
+            socket.set_nonblocking(false)?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            socket.set_write_timeout(Some(PATIENCE))?;
+            socket.try_clone()
+        };
+        let stream = prepare().map_err(SessionError::Socket)?;
+        Ok(Self {
+            socket,
+            messages: BackendReqHandler::from_stream(stream, Arc::clone(handler)),
+            handler: Arc::clone(handler),
+        })
+    }
+
+    /// Serves one message, if one waits.
+    pub(super) fn step(&mut self) -> Result<Step, SessionError> {
+        let header = match self.peek()? {
+            Ok(header) => header,
+            Err(step) => return Ok(step),
+        };
+        let early = header.is(FrontendReq::SET_VRING_ENABLE) && self.lock().enables_early();
+        let result = if early {
+            self.enable_early(header)
+        } else {
+            self.messages.handle_request()
+        };
+        match result {
+            Ok(()) => Ok(Step::Served),
+            Err(ProtocolError::Disconnected) => Ok(Step::Gone),
+            Err(ProtocolError::SocketRetry(_)) => Err(SessionError::Stalled),
+            Err(ProtocolError::SocketBroken(e) | ProtocolError::SocketError(e)) => {
+                Err(SessionError::Socket(e))
+            }
+            Err(source) if self.survives(header, &source) => {
+                warn!("message {} refused: {}", header.name(), Cause(&source));
+                Ok(Step::Served)
+            }
+            Err(source) => Err(SessionError::Protocol {
+                request: header.name(),
+                source,
+            }),
+        }
+    }
+
+    /// Whether the connection goes on after a message that could not be obeyed: if the front-end was told, or
+    /// if the message is a guest's attempt to write its configuration space.
+    fn survives(&self, header: Header, error: &ProtocolError) -> bool {
+        let ProtocolError::ReqHandlerError(cause) = error else {
+            return false;
+        };
+        let cause = cause.get_ref().and_then(|e| e.downcast_ref());
+        if matches!(cause, Some(HandlerError::WorkerLost { .. })) {
+            return false;
+        }
+        let told = header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
+        told || header.is(FrontendReq::SET_CONFIG)
+    }
+
+    /// Looks at the header of the next message and leaves it in the socket.
+    fn peek(&self) -> Result<Result<Header, Step>, SessionError> {
+        let mut bytes = [0; HEADER];
+        let fd = self.socket.as_raw_fd();
+        let peek = MsgFlags::MSG_PEEK;
+        let first = loop {
+            match recv(fd, &mut bytes, peek | MsgFlags::MSG_DONTWAIT) {
+                Ok(n) => break n,
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return Ok(Err(Step::Idle)),
+                Err(Errno::ECONNRESET) => return Ok(Err(Step::Gone)),
+                Err(e) => return Err(SessionError::Socket(e.into())),
+            }
+        };
+        match first {
+            0 => return Ok(Err(Step::Gone)),
+            HEADER => {}
+            _ => loop {
+                match recv(fd, &mut bytes, peek | MsgFlags::MSG_WAITALL) {
+                    Ok(HEADER) => break,
+                    Err(Errno::EINTR) => {}
+                    Ok(_) | Err(Errno::EAGAIN) => return Err(SessionError::Stalled),
+                    Err(e) => return Err(SessionError::Socket(e.into())),
+                }
+            },
+        }
+        Ok(Ok(Header::parse(bytes)))
+    }
+
+    /// Serves a SET_VRING_ENABLE that the `vhost` crate would refuse. QEMU sends it for network devices between
+    /// SET_PROTOCOL_FEATURES and SET_FEATURES, when VHOST_USER_F_PROTOCOL_FEATURES is offered but not yet accepted.
+    fn enable_early(&mut self, header: Header) -> Result<(), ProtocolError> {
+        let mut message = [0; HEADER + 8];
+        if header.size != 8 || header.flags & !FLAG_NEED_REPLY != VERSION {
+            return Err(ProtocolError::InvalidMessage);
+        }
+        self.socket.read_exact(&mut message).map_err(socket_error)?;
+        let [.., a, b, c, d, e, f, g, h] = message;
+        let index = u32::from_ne_bytes([a, b, c, d]);
+        let enable = match u32::from_ne_bytes([e, f, g, h]) {
+            0 => false,
+            1 => true,
+            _ => return Err(ProtocolError::InvalidParam),
+        };
+        let (result, ack) = {
+            let mut handler = self.lock();
+            let result = handler.enable(index, enable);
+            (result, handler.reply_ack())
+        };
+        if ack && header.flags & FLAG_NEED_REPLY != 0 {
+            let mut reply = [0; HEADER + 8];
+            let words = [
+                header.request,
+                VERSION | FLAG_REPLY,
+                8,
+                u32::from(result.is_err()),
+                0,
+            ];
+            for (place, word) in reply.chunks_exact_mut(4).zip(words) {
+                place.copy_from_slice(&word.to_ne_bytes());
+            }
+            self.socket.write_all(&reply).map_err(socket_error)?;
+        }
+        Ok(result?)
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Handler<D>> {
+        // Only this thread ever locks it.
+        self.handler.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<D: Device> AsRawFd for Session<D> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+fn socket_error(error: io::Error) -> ProtocolError {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => ProtocolError::Disconnected,
+        io::ErrorKind::WouldBlock => ProtocolError::SocketRetry(error),
+        _ => ProtocolError::SocketError(error),
+    }
+}
+
+/// What the handler said, without the wrapping of the `vhost` crate, which keeps no source chain.
+struct Cause<'a>(&'a ProtocolError);
+
+impl std::fmt::Display for Cause<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            ProtocolError::ReqHandlerError(e) => match e.get_ref() {
+                Some(inner) => Chain(inner).fmt(f),
+                None => e.fmt(f),
+            },
+            other => other.fmt(f),
+        }
+    }
+}
