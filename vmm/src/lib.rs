@@ -14,6 +14,8 @@
 //! | [`event_loop`] | the control thread: signals, and whatever devices wait for |
 //! | [`devices`] | serial port, RTC, power, reset, panic |
 //! | [`console`], [`terminal`] | the host's end of the serial port |
+//! | [`pci`] | host bridge, configuration space, BARs, MSI-X |
+//! | [`virtio`] | the virtio PCI transport |
 //! | [`exit`] | why the virtual machine ends |
 #![deny(unsafe_code)]
 
@@ -29,4 +31,6 @@ pub mod irq;
 pub mod kvm;
 pub mod layout;
 pub mod memory;
+pub mod pci;
 pub mod terminal;
+pub mod virtio;

@@ -1,0 +1,81 @@
+//! Numbers of the PCI specifications.
+
+/// Size of a function's configuration space in bytes (PCI Express 5.0, 7.2.1).
+pub const CONFIG_SIZE: usize = 4096;
+/// Size of the part that mechanism 1 and conventional capabilities reach.
+pub const CONVENTIONAL_SIZE: usize = 256;
+/// End of the type 0 header.
+pub const HEADER_SIZE: usize = 0x40;
+
+// Type 0 header (PCI Express 5.0, 7.5.1).
+
+/// Vendor ID.
+pub const VENDOR_ID: usize = 0x00;
+/// Device ID.
+pub const DEVICE_ID: usize = 0x02;
+/// Command register.
+pub const COMMAND: usize = 0x04;
+/// Status register.
+pub const STATUS: usize = 0x06;
+/// Revision ID.
+pub const REVISION_ID: usize = 0x08;
+/// Class code: programming interface, sub-class, base class.
+pub const CLASS_CODE: usize = 0x09;
+/// First base address register.
+pub const BAR0: usize = 0x10;
+/// Number of base address registers of a type 0 header.
+pub const BAR_COUNT: usize = 6;
+/// Subsystem vendor ID.
+pub const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
+/// Subsystem ID.
+pub const SUBSYSTEM_ID: usize = 0x2e;
+/// Offset of the first capability.
+pub const CAPABILITIES_POINTER: usize = 0x34;
+/// Interrupt line, a scratch register for software.
+pub const INTERRUPT_LINE: usize = 0x3c;
+
+/// Command: answers to memory accesses (PCI Express 5.0, 7.5.1.1.3).
+pub const COMMAND_MEMORY: u16 = 1 << 1;
+/// Command: may access memory and send interrupts itself.
+pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
+/// Command bits that software can change: I/O, memory, bus master, parity, SERR#, INTx disable.
+pub const COMMAND_WRITABLE: u16 = 0x0547;
+/// Status: there is a capability list.
+pub const STATUS_CAPABILITIES: u16 = 1 << 4;
+
+/// BAR: a 64-bit memory BAR, which takes up two registers (PCI Express 5.0, 7.5.1.2.1).
+pub const BAR_MEMORY_64: u32 = 0b100;
+/// BAR: reads have no side effects.
+pub const BAR_PREFETCHABLE: u32 = 1 << 3;
+/// BAR: the bits of a memory BAR that are not address.
+pub const BAR_MEMORY_FLAGS: u64 = 0xf;
+
+/// Capability ID: vendor-specific (PCI Code and ID Assignment, 2).
+pub const CAP_VENDOR: u8 = 0x09;
+/// Capability ID: PCI Express.
+pub const CAP_EXPRESS: u8 = 0x10;
+/// Capability ID: MSI-X.
+pub const CAP_MSIX: u8 = 0x11;
+
+/// Size of the PCI Express capability, version 2, with its ID and next pointer.
+pub const EXPRESS_SIZE: usize = 0x3c;
+/// PCI Express capabilities register: version 2 (PCI Express 5.0, 7.5.3.2).
+pub const EXPRESS_VERSION: u16 = 2;
+/// PCI Express capabilities register: root complex integrated endpoint.
+pub const EXPRESS_INTEGRATED_ENDPOINT: u16 = 0b1001 << 4;
+/// Device capabilities: role-based error reporting, required (PCI Express 5.0, 7.5.3.3).
+pub const EXPRESS_DEVCAP_RBER: u32 = 1 << 15;
+/// Device control after reset: relaxed ordering, no snoop, 512-byte read requests
+/// (PCI Express 5.0, 7.5.3.4).
+pub const EXPRESS_DEVCTL_DEFAULT: u16 = 0x2810;
+
+/// Message control: the function uses MSI-X (PCI Express 5.0, 7.7.2.2).
+pub const MSIX_ENABLE: u16 = 1 << 15;
+/// Message control: all vectors are masked.
+pub const MSIX_FUNCTION_MASK: u16 = 1 << 14;
+/// Limit of the number of vectors of a function.
+pub const MSIX_MAX_VECTORS: u16 = 2048;
+/// Size of a table entry in bytes (PCI Express 5.0, 7.7.2.5).
+pub const MSIX_ENTRY_SIZE: u64 = 16;
+/// Vector control: the vector is masked (PCI Express 5.0, 7.7.2.9).
+pub const MSIX_VECTOR_MASKED: u32 = 1;

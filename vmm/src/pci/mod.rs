@@ -1,0 +1,50 @@
+//! PCI Express: a host bridge with its configuration mechanisms, what a function must implement to
+//! sit on bus 0, and MSI-X.
+//!
+//! | module | concern |
+//! | --- | --- |
+//! | [`bits`] | numbers of the specifications |
+//! | [`config`] | one function's configuration space |
+//! | [`host`] | bus 0: configuration accesses, placing of BARs |
+//! | [`msix`] | message-signalled interrupts |
+
+pub mod bits;
+pub mod config;
+pub mod host;
+pub mod msix;
+
+pub use config::ConfigSpace;
+pub use host::{PciRoot, Windows};
+pub use msix::{InterruptRouting, Msix};
+
+/// A function on the bus.
+///
+/// The host bridge calls [`PciFunction::bar_moved`] whenever the address changes that the function
+/// is to answer at; registering that range on the MMIO bus is the host bridge's work.
+pub trait PciFunction: Send {
+    /// Its configuration space, as far as BARs and the command register go.
+    fn config(&self) -> &ConfigSpace;
+    /// The same, for placing BARs.
+    fn config_mut(&mut self) -> &mut ConfigSpace;
+
+    /// Reads configuration registers.
+    fn read_config(&mut self, offset: usize, data: &mut [u8]) {
+        self.config().read(offset, data);
+    }
+
+    /// Writes configuration registers.
+    fn write_config(&mut self, offset: usize, data: &[u8]) {
+        self.config_mut().write(offset, data);
+    }
+
+    /// Reads inside a BAR.
+    fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]);
+
+    /// Writes inside a BAR.
+    fn write_bar(&mut self, bar: usize, offset: u64, data: &[u8]);
+
+    /// The BAR is now at another address, or nowhere.
+    fn bar_moved(&mut self, bar: usize, from: Option<u64>, to: Option<u64>) {
+        let _ = (bar, from, to);
+    }
+}

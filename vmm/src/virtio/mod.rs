@@ -1,0 +1,134 @@
+//! Virtio devices as the guest sees them: the PCI transport, and what it needs from a device.
+//!
+//! | module | concern |
+//! | --- | --- |
+//! | [`bits`] | numbers of VIRTIO 1.3 |
+//! | [`common`] | the common configuration structure: negotiation, queues, status |
+//! | [`pci`] | that structure and the others as a PCI function |
+//!
+//! ```text
+//!           features        FEATURES_OK        DRIVER_OK
+//!   reset ──────────▶ negotiating ──────▶ agreed ──────▶ running: VirtioDevice::activate
+//!     ▲                                                     │
+//!     └────────── status 0: VirtioDevice::reset ◀───────────┘
+//! ```
+
+pub mod bits;
+pub mod common;
+pub mod pci;
+
+use std::error::Error;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use pci::VirtioPci;
+
+/// A queue as the driver set it up. Addresses are guest-physical and not checked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Queue {
+    /// Index among the device's queues.
+    pub index: u16,
+    /// Number of descriptors, a power of two within the device's limit.
+    pub size: u16,
+    /// Descriptor table.
+    pub descriptors: u64,
+    /// Available ring.
+    pub available: u64,
+    /// Used ring.
+    pub used: u64,
+}
+
+/// A queue with its notifications.
+pub struct ActiveQueue {
+    /// Where it is.
+    pub queue: Queue,
+    /// Signalled when the driver rings its doorbell.
+    pub kick: EventFd,
+    /// To be signalled to interrupt the driver.
+    pub call: EventFd,
+}
+
+/// All that is settled when the driver sets DRIVER_OK.
+pub struct Activation {
+    /// The features that the driver chose, among those offered.
+    pub features: u64,
+    /// The queues it enabled, by index.
+    pub queues: Vec<ActiveQueue>,
+}
+
+/// A virtio device behind a transport.
+pub trait VirtioDevice: Send {
+    /// The device ID (VIRTIO 1.3, 5).
+    fn device_type(&self) -> u16;
+    /// Features offered to the driver.
+    fn features(&self) -> u64;
+    /// The size limit of each queue.
+    fn queue_sizes(&self) -> Vec<u16>;
+    /// How the device tells the driver about changes, and that it cannot go on.
+    fn notifier(&self) -> std::sync::Arc<Notifier>;
+    /// Reads device configuration; bytes that do not exist read as zero.
+    fn read_config(&mut self, offset: u64, data: &mut [u8]);
+    /// Writes device configuration.
+    fn write_config(&mut self, offset: u64, data: &[u8]);
+    /// Starts the queues. After an error the device needs a reset.
+    fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
+    /// Stops the queues. When it returns, guest memory is no longer touched.
+    fn reset(&mut self);
+}
+
+/// What a device tells its driver outside of queues. Shared by the transport, which shows it in
+/// registers, and the device, any thread of which may call it.
+#[derive(Default)]
+pub struct Notifier {
+    generation: AtomicU8,
+    /// Bits of the status register that the device sets itself.
+    status: AtomicU8,
+    isr: AtomicU8,
+    event: Mutex<Option<EventFd>>,
+}
+
+impl Notifier {
+    /// The configuration has changed: a new generation (VIRTIO 1.3, 2.5.1) and an interrupt.
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.isr.fetch_or(bits::ISR_CONFIG, Ordering::SeqCst);
+        let event = self.event.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Err(error)) = event.as_ref().map(|e| e.write(1)) {
+            tracing::debug!(%error, "configuration interrupt is already pending");
+        }
+    }
+
+    /// The device cannot go on until the driver resets it (VIRTIO 1.3, 2.1.2).
+    pub fn needs_reset(&self) {
+        let before = self
+            .status
+            .fetch_or(bits::STATUS_NEEDS_RESET, Ordering::SeqCst);
+        if before & bits::STATUS_NEEDS_RESET == 0 {
+            self.config_changed();
+        }
+    }
+
+    /// Takes NEEDS_RESET back, when the device was reset.
+    fn clear(&self, event: Option<EventFd>) {
+        self.status.store(0, Ordering::SeqCst);
+        self.isr.store(0, Ordering::SeqCst);
+        *self.event.lock().unwrap_or_else(PoisonError::into_inner) = event;
+    }
+
+    /// The configuration's generation.
+    pub fn generation(&self) -> u8 {
+        self.generation.load(Ordering::SeqCst)
+    }
+
+    /// The status bits that the device set.
+    pub fn status(&self) -> u8 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// The interrupt status, which reading clears (VIRTIO 1.3, 4.1.4.5.1).
+    fn take_isr(&self) -> u8 {
+        self.isr.swap(0, Ordering::SeqCst)
+    }
+}
