@@ -16,6 +16,7 @@
 //! | [`console`], [`terminal`] | the host's end of the serial port |
 //! | [`pci`] | host bridge, configuration space, BARs, MSI-X |
 //! | [`virtio`] | the virtio PCI transport |
+//! | [`vhost_user`] | virtio devices that another process serves |
 //! | [`exit`] | why the virtual machine ends |
 #![deny(unsafe_code)]
 
@@ -33,4 +34,5 @@ pub mod layout;
 pub mod memory;
 pub mod pci;
 pub mod terminal;
+pub mod vhost_user;
 pub mod virtio;

@@ -1,0 +1,294 @@
+//! The conversation with a back-end, as narrow as a device needs it, so that a test can play the
+//! other end; and its implementation on a Unix socket by `vhost`'s front-end.
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{MsgFlags, recv};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
+use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::virtio::bits::MAX_QUEUES;
+
+/// Feature bit 30: there are protocol features (vhost-user, "Feature negotiation").
+pub(crate) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+/// Protocol feature: more queues than one, GET_QUEUE_NUM.
+pub(crate) const P_MQ: u64 = VhostUserProtocolFeatures::MQ.bits();
+/// Protocol feature: requests are acknowledged when asked for.
+pub(crate) const P_REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
+/// Protocol feature: a channel for the back-end's own requests.
+pub(crate) const P_BACKEND_REQ: u64 = VhostUserProtocolFeatures::BACKEND_REQ.bits();
+/// Protocol feature: the back-end has the device configuration.
+pub(crate) const P_CONFIG: u64 = VhostUserProtocolFeatures::CONFIG.bits();
+
+/// A step of the conversation that failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{step} failed")]
+pub struct LinkError {
+    /// The vhost-user request.
+    pub step: &'static str,
+    /// What went wrong.
+    #[source]
+    pub source: vhost::Error,
+}
+
+impl LinkError {
+    /// Whether the back-end is still there and has merely said no.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(
+            self.source,
+            vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError)
+        )
+    }
+}
+
+/// A queue in terms of this process's addresses, as the protocol has it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Ring {
+    /// Index of the queue.
+    pub index: usize,
+    /// Number of descriptors.
+    pub size: u16,
+    /// The available index to go on from.
+    pub base: u16,
+    /// Address of the descriptor table.
+    pub descriptors: u64,
+    /// Address of the available ring.
+    pub available: u64,
+    /// Address of the used ring.
+    pub used: u64,
+}
+
+/// A queue's eventfds.
+pub struct RingEvents<'a> {
+    /// The driver rang its doorbell.
+    pub kick: &'a EventFd,
+    /// The driver is to be interrupted.
+    pub call: &'a EventFd,
+    /// The back-end gave up on the queue.
+    pub error: &'a EventFd,
+}
+
+/// What a device says to its back-end. Each call is one or a few vhost-user requests and returns
+/// when the back-end has taken them, as far as it can tell us.
+pub trait Link: Send {
+    /// SET_OWNER, GET_FEATURES.
+    fn features(&mut self) -> Result<u64, LinkError>;
+    /// GET_PROTOCOL_FEATURES.
+    fn protocol_features(&mut self) -> Result<u64, LinkError>;
+    /// SET_PROTOCOL_FEATURES.
+    fn set_protocol_features(&mut self, features: u64) -> Result<(), LinkError>;
+    /// GET_QUEUE_NUM.
+    fn queue_count(&mut self) -> Result<u64, LinkError>;
+    /// SET_BACKEND_REQ_FD.
+    fn set_channel(&mut self, socket: &UnixStream) -> Result<(), LinkError>;
+    /// GET_CONFIG.
+    fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, LinkError>;
+    /// SET_CONFIG.
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), LinkError>;
+    /// SET_FEATURES.
+    fn set_features(&mut self, features: u64) -> Result<(), LinkError>;
+    /// SET_MEM_TABLE.
+    fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError>;
+    /// SET_VRING_NUM, _BASE, _ADDR, _CALL, _ERR and last _KICK, which starts the ring.
+    fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError>;
+    /// SET_VRING_ENABLE.
+    fn enable_ring(&mut self, index: usize, enable: bool) -> Result<(), LinkError>;
+    /// GET_VRING_BASE, which stops the ring after what is under way.
+    fn stop_ring(&mut self, index: usize) -> Result<(), LinkError>;
+}
+
+/// A back-end at the other end of a Unix socket.
+pub(crate) struct SocketLink {
+    frontend: Frontend,
+}
+
+impl SocketLink {
+    pub(crate) fn new(socket: UnixStream) -> Self {
+        let limit = u64::try_from(MAX_QUEUES).unwrap_or(u64::MAX);
+        Self {
+            frontend: Frontend::from_stream(socket, limit),
+        }
+    }
+}
+
+fn step<T>(step: &'static str, result: vhost::Result<T>) -> Result<T, LinkError> {
+    result.map_err(|source| LinkError { step, source })
+}
+
+impl Link for SocketLink {
+    fn features(&mut self) -> Result<u64, LinkError> {
+        step("SET_OWNER", self.frontend.set_owner())?;
+        step("GET_FEATURES", self.frontend.get_features())
+    }
+
+    fn protocol_features(&mut self) -> Result<u64, LinkError> {
+        let features = self.frontend.get_protocol_features();
+        Ok(step("GET_PROTOCOL_FEATURES", features)?.bits())
+    }
+
+    fn set_protocol_features(&mut self, features: u64) -> Result<(), LinkError> {
+        let bits = VhostUserProtocolFeatures::from_bits_truncate(features);
+        step(
+            "SET_PROTOCOL_FEATURES",
+            self.frontend.set_protocol_features(bits),
+        )?;
+        if features & P_REPLY_ACK != 0 {
+            self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        }
+        Ok(())
+    }
+
+    fn queue_count(&mut self) -> Result<u64, LinkError> {
+        step("GET_QUEUE_NUM", self.frontend.get_queue_num())
+    }
+
+    fn set_channel(&mut self, socket: &UnixStream) -> Result<(), LinkError> {
+        step(
+            "SET_BACKEND_REQ_FD",
+            self.frontend.set_backend_request_fd(socket),
+        )
+    }
+
+    fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, LinkError> {
+        let buffer = vec![0; usize::try_from(length).unwrap_or(0)];
+        // QEMU's and all other back-ends take the request with no flag set.
+        let flags = VhostUserConfigFlags::empty();
+        let reply = self.frontend.get_config(offset, length, flags, &buffer);
+        Ok(step("GET_CONFIG", reply)?.1)
+    }
+
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), LinkError> {
+        let flags = VhostUserConfigFlags::empty();
+        step("SET_CONFIG", self.frontend.set_config(offset, flags, data))
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<(), LinkError> {
+        step("SET_FEATURES", self.frontend.set_features(features))
+    }
+
+    fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError> {
+        let regions: vhost::Result<Vec<_>> = memory
+            .iter()
+            .map(VhostUserMemoryRegionInfo::from_guest_region)
+            .collect();
+        let regions = step("SET_MEM_TABLE", regions)?;
+        step("SET_MEM_TABLE", self.frontend.set_mem_table(&regions))?;
+        Ok(())
+    }
+
+    fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError> {
+        let f = &self.frontend;
+        let index = ring.index;
+        let addresses = VringConfigData {
+            queue_max_size: ring.size,
+            queue_size: ring.size,
+            flags: 0,
+            desc_table_addr: ring.descriptors,
+            used_ring_addr: ring.used,
+            avail_ring_addr: ring.available,
+            log_addr: None,
+        };
+        step("SET_VRING_NUM", f.set_vring_num(index, ring.size))?;
+        step("SET_VRING_BASE", f.set_vring_base(index, ring.base))?;
+        step("SET_VRING_ADDR", f.set_vring_addr(index, &addresses))?;
+        step("SET_VRING_CALL", f.set_vring_call(index, events.call))?;
+        step("SET_VRING_ERR", f.set_vring_err(index, events.error))?;
+        step("SET_VRING_KICK", f.set_vring_kick(index, events.kick))
+    }
+
+    fn enable_ring(&mut self, index: usize, enable: bool) -> Result<(), LinkError> {
+        step(
+            "SET_VRING_ENABLE",
+            self.frontend.set_vring_enable(index, enable),
+        )
+    }
+
+    fn stop_ring(&mut self, index: usize) -> Result<(), LinkError> {
+        step("GET_VRING_BASE", self.frontend.get_vring_base(index))?;
+        Ok(())
+    }
+}
+
+/// Ends a conversation in which the back-end does not answer: `vhost` waits for ever, so after the
+/// limit the socket is shut down under it.
+pub(crate) struct Guard {
+    // Dropped to end the thread.
+    _done: mpsc::Sender<()>,
+    expired: Arc<AtomicBool>,
+}
+
+impl Guard {
+    pub(crate) fn new(socket: &UnixStream, limit: Duration) -> io::Result<Self> {
+        let socket = socket.try_clone()?;
+        let (done, wait) = mpsc::channel();
+        let expired = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&expired);
+        let watch = move || {
+            if wait.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
+                flag.store(true, Ordering::SeqCst);
+                // It fails only if the socket is closed already.
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+        };
+        std::thread::Builder::new()
+            .name("vhost-user-watch".into())
+            .spawn(watch)?;
+        Ok(Self {
+            _done: done,
+            expired,
+        })
+    }
+
+    /// Whether the limit has passed.
+    pub(crate) fn expired(&self) -> bool {
+        self.expired.load(Ordering::SeqCst)
+    }
+}
+
+/// Connects to a listening socket. A socket that does not exist yet or that nobody listens on is
+/// tried again until `patience` is over.
+pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
+    const PAUSE: Duration = Duration::from_millis(50);
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(path) {
+            Ok(socket) => return Ok(socket),
+            Err(error) => {
+                let transient = matches!(
+                    error.kind(),
+                    io::ErrorKind::NotFound
+                        | io::ErrorKind::ConnectionRefused
+                        | io::ErrorKind::WouldBlock
+                        | io::ErrorKind::Interrupted
+                );
+                let left = patience.saturating_sub(start.elapsed());
+                if !transient || left.is_zero() {
+                    return Err(error);
+                }
+                std::thread::sleep(PAUSE.min(left));
+            }
+        }
+    }
+}
+
+/// Whether the peer has closed its end.
+pub(crate) fn is_closed(socket: &UnixStream) -> bool {
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    match recv(socket.as_raw_fd(), &mut [0], flags) {
+        Ok(n) => n == 0,
+        Err(nix::Error::EAGAIN | nix::Error::EINTR) => false,
+        Err(_) => true,
+    }
+}

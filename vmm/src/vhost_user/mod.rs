@@ -1,0 +1,777 @@
+//! Virtio devices that another process serves: the vhost-user front-end.
+//!
+//! | module | concern |
+//! | --- | --- |
+//! | [`link`] | the conversation with a back-end |
+//! | [`offer`] | what the guest is offered |
+//! | `channel` | what the back-end asks of us |
+//!
+//! ```text
+//!              connect          DRIVER_OK
+//!   (nothing) ─────────▶ idle ─────────────▶ running
+//!                         ▲ ◀───────────────  │
+//!                         │    guest's reset  │ the back-end goes
+//!                         │                   ▼
+//!                         └───────────────── lost
+//!                          it comes back
+//! ```
+//!
+//! Guest memory, doorbells and interrupts are handed over at DRIVER_OK; from then on this process
+//! has no part in the data path.
+//!
+//! A back-end that goes is waited for in the background; the device stays where it is and the
+//! guest's requests wait in its queues. What happens when it comes back depends on what is known:
+//!
+//! - The guest had not started the device: nothing is lost, all goes on as usual.
+//! - A network card: its back-ends use buffers in order, so the used index tells where to go on;
+//!   packets that were under way are lost, as on any network.
+//! - Other devices: requests that were under way may have been done or not, and only an in-flight
+//!   log could tell. They are neither repeated nor dropped silently: the device says NEEDS_RESET,
+//!   and serves the guest again once its driver has reset it.
+
+mod channel;
+pub mod link;
+pub mod offer;
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+
+use self::channel::Channel;
+use self::link::{Guard, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed};
+use self::offer::{ConfigSource, Offer};
+use crate::config::{DeviceConfig, DeviceType};
+use crate::event_loop::{HandlerId, LoopHandle, Next};
+use crate::pci::msix::new_event;
+use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
+
+/// How long a back-end may take for a request.
+const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+/// How long it may take to finish what is under way when a device is reset.
+const STOP_LIMIT: Duration = Duration::from_secs(120);
+/// Pause between attempts to reach a back-end that is gone.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+
+/// Why a device has no back-end.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens.
+    #[error("no back-end for device {kind} at {socket}: is it running? (waited {} s)", waited.as_secs())]
+    Connect {
+        /// Type of the device.
+        kind: DeviceType,
+        /// The socket's path.
+        socket: PathBuf,
+        /// How long it was waited for.
+        waited: Duration,
+        /// The last attempt's failure.
+        #[source]
+        source: io::Error,
+    },
+    /// It hung up before it was ready.
+    #[error("the back-end for device {kind} at {socket} went away during negotiation")]
+    Negotiate {
+        /// Type of the device.
+        kind: DeviceType,
+        /// The socket's path.
+        socket: PathBuf,
+        /// The step in question.
+        #[source]
+        source: LinkError,
+    },
+    /// It does not suit the device.
+    #[error("the back-end for device {kind} at {socket} cannot be used")]
+    Unsuitable {
+        /// Type of the device.
+        kind: DeviceType,
+        /// The socket's path.
+        socket: PathBuf,
+        /// Why not.
+        #[source]
+        source: Box<offer::Error>,
+    },
+    /// It does not speak vhost-user, or hangs.
+    #[error("the back-end for device {kind} at {socket} does not answer within {} s: does it speak vhost-user?", limit.as_secs())]
+    Silent {
+        /// Type of the device.
+        kind: DeviceType,
+        /// The socket's path.
+        socket: PathBuf,
+        /// The limit.
+        limit: Duration,
+    },
+    /// The process has no file descriptor or thread left.
+    #[error("no resources to talk to the back-end for device {kind} at {socket}")]
+    Resources {
+        /// Type of the device.
+        kind: DeviceType,
+        /// The socket's path.
+        socket: PathBuf,
+        /// What is missing.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Why a device cannot be started.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    /// The driver put a queue where no memory is.
+    #[error("queue {index}: its {part} is not {alignment}-byte aligned guest memory")]
+    Area {
+        index: u16,
+        part: &'static str,
+        alignment: u64,
+    },
+    /// The back-end refused something.
+    #[error("the back-end at {socket} refuses to start the device")]
+    Refused {
+        socket: PathBuf,
+        #[source]
+        source: LinkError,
+    },
+}
+
+/// How to reach a back-end.
+trait Dial: Send + Sync {
+    /// Connects, within `patience`. The socket, if there is one, is watched for the peer's end.
+    fn dial(&self, patience: Duration) -> io::Result<(Box<dyn Link>, Option<UnixStream>)>;
+}
+
+struct SocketDial(PathBuf);
+
+impl Dial for SocketDial {
+    fn dial(&self, patience: Duration) -> io::Result<(Box<dyn Link>, Option<UnixStream>)> {
+        let socket = connect(&self.0, patience)?;
+        let watched = socket.try_clone()?;
+        Ok((Box::new(SocketLink::new(socket)), Some(watched)))
+    }
+}
+
+struct Connection {
+    link: Box<dyn Link>,
+    socket: Option<UnixStream>,
+}
+
+enum CallError {
+    /// The back-end said no.
+    Refused(LinkError),
+    /// It is gone, or talks nonsense.
+    Lost(LinkError),
+    /// It did not answer in time.
+    Silent,
+    Resources(io::Error),
+}
+
+impl Connection {
+    /// Talks to the back-end, for no longer than `limit`.
+    fn call<T, E>(
+        &mut self,
+        limit: Duration,
+        talk: impl FnOnce(&mut dyn Link) -> Result<T, E>,
+    ) -> Result<Result<T, E>, CallError> {
+        let guard = self.socket.as_ref().map(|s| Guard::new(s, limit));
+        let guard = guard.transpose().map_err(CallError::Resources)?;
+        let result = talk(&mut *self.link);
+        match (result, guard) {
+            (Err(_), Some(guard)) if guard.expired() => Err(CallError::Silent),
+            (result, _) => Ok(result),
+        }
+    }
+
+    fn simple<T>(
+        &mut self,
+        limit: Duration,
+        talk: impl FnOnce(&mut dyn Link) -> Result<T, LinkError>,
+    ) -> Result<T, CallError> {
+        self.call(limit, talk)?.map_err(|error| {
+            if error.is_refusal() {
+                CallError::Refused(error)
+            } else {
+                CallError::Lost(error)
+            }
+        })
+    }
+}
+
+/// The queues that the guest has started.
+struct Running {
+    features: u64,
+    queues: Vec<(ActiveQueue, Ring)>,
+    error: EventFd,
+    error_handler: Option<HandlerId>,
+    /// A back-end has had them: what it did with them is not known if it goes.
+    handed_over: bool,
+    /// The connection whose back-end has them now.
+    on: Option<u64>,
+}
+
+#[derive(Default)]
+struct State {
+    connection: Option<Connection>,
+    handlers: Vec<HandlerId>,
+    config: Vec<u8>,
+    running: Option<Running>,
+    /// Counts connections, so that news of an old one is told from news of this one.
+    epoch: u64,
+}
+
+struct Shared {
+    wanted: DeviceConfig,
+    offer: Offer,
+    dial: Box<dyn Dial>,
+    memory: GuestMemoryMmap,
+    events: LoopHandle,
+    notifier: Arc<Notifier>,
+    config_stale: AtomicBool,
+    state: Mutex<State>,
+}
+
+/// A device of a virtual machine whose work another process does.
+pub struct VhostUserDevice {
+    shared: Arc<Shared>,
+}
+
+impl VhostUserDevice {
+    /// Connects to the back-end and negotiates with it. `memory` is the guest's RAM, all of it
+    /// backed by files.
+    pub fn connect(
+        wanted: DeviceConfig,
+        memory: GuestMemoryMmap,
+        events: LoopHandle,
+    ) -> Result<Self, Error> {
+        let dial = SocketDial(wanted.socket.clone());
+        Self::with_dial(wanted, memory, events, Box::new(dial))
+    }
+
+    fn with_dial(
+        wanted: DeviceConfig,
+        memory: GuestMemoryMmap,
+        events: LoopHandle,
+        dial: Box<dyn Dial>,
+    ) -> Result<Self, Error> {
+        let patience = wanted.reconnect_timeout;
+        let (connection, offer, config) = negotiate(&*dial, &wanted, patience)?;
+        let shared = Arc::new(Shared {
+            wanted,
+            offer,
+            dial,
+            memory,
+            events,
+            notifier: Arc::default(),
+            config_stale: AtomicBool::new(false),
+            state: Mutex::default(),
+        });
+        let mut state = shared.state();
+        shared
+            .install(&mut state, connection, config)
+            .map_err(|source| shared.resources(source))?;
+        drop(state);
+        Ok(Self { shared })
+    }
+}
+
+fn negotiate(
+    dial: &dyn Dial,
+    wanted: &DeviceConfig,
+    patience: Duration,
+) -> Result<(Connection, Offer, Vec<u8>), Error> {
+    let (kind, socket) = (wanted.device_type, || wanted.socket.clone());
+    let (link, stream) = dial.dial(patience).map_err(|source| Error::Connect {
+        kind,
+        socket: socket(),
+        waited: patience,
+        source,
+    })?;
+    let mut connection = Connection {
+        link,
+        socket: stream,
+    };
+    let talk = |link: &mut dyn Link| {
+        let offer = Offer::negotiate(link, wanted)?;
+        let config = offer.read_config(link)?;
+        Ok((offer, config))
+    };
+    match connection.call(ANSWER_LIMIT, talk) {
+        Ok(Ok((offer, config))) => Ok((connection, offer, config)),
+        Ok(Err(offer::Error::Link(source))) => Err(Error::Negotiate {
+            kind,
+            socket: socket(),
+            source,
+        }),
+        Ok(Err(source)) => Err(Error::Unsuitable {
+            kind,
+            socket: socket(),
+            source: Box::new(source),
+        }),
+        Err(CallError::Resources(source)) => Err(Error::Resources {
+            kind,
+            socket: socket(),
+            source,
+        }),
+        Err(_) => Err(Error::Silent {
+            kind,
+            socket: socket(),
+            limit: ANSWER_LIMIT,
+        }),
+    }
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn resources(&self, source: io::Error) -> Error {
+        Error::Resources {
+            kind: self.wanted.device_type,
+            socket: self.wanted.socket.clone(),
+            source,
+        }
+    }
+
+    /// Makes a negotiated connection the device's, and watches it.
+    fn install(
+        self: &Arc<Self>,
+        state: &mut State,
+        mut connection: Connection,
+        config: Vec<u8>,
+    ) -> io::Result<()> {
+        state.epoch += 1;
+        let epoch = state.epoch;
+        if self.offer.announces_changes() {
+            let (channel, theirs) = Channel::new()?;
+            match connection.simple(ANSWER_LIMIT, |link| link.set_channel(&theirs)) {
+                Ok(()) => state.handlers.push(self.watch_channel(channel)?),
+                Err(_) => tracing::warn!("{self}: the back-end takes no channel for its requests"),
+            }
+        }
+        if let Some(socket) = &connection.socket {
+            let watched = socket.try_clone()?;
+            let weak = Arc::downgrade(self);
+            let fd = watched.as_raw_fd();
+            let handler = move || {
+                if !is_closed(&watched) {
+                    return Next::Continue;
+                }
+                if let Some(shared) = weak.upgrade() {
+                    let mut state = shared.state();
+                    if state.epoch == epoch {
+                        shared.lose(&mut state, "it closed the connection");
+                    }
+                }
+                Next::Remove
+            };
+            state.handlers.push(self.events.add(fd, Box::new(handler))?);
+        }
+        state.connection = Some(connection);
+        state.config = config;
+        Ok(())
+    }
+
+    fn watch_channel(self: &Arc<Self>, mut channel: Channel) -> io::Result<HandlerId> {
+        let weak = Arc::downgrade(self);
+        let fd = channel.socket().as_raw_fd();
+        let handler = move || {
+            let requests = channel.serve();
+            if requests.config_changed
+                && let Some(shared) = weak.upgrade()
+            {
+                tracing::info!("{shared}: the configuration has changed");
+                shared.config_stale.store(true, Ordering::SeqCst);
+                shared.notifier.config_changed();
+            }
+            if requests.closed {
+                Next::Remove
+            } else {
+                Next::Continue
+            }
+        };
+        self.events.add(fd, Box::new(handler))
+    }
+
+    /// The back-end is gone: says so once, tells the guest what it needs to know, and waits for
+    /// the back-end's return in the background.
+    fn lose(self: &Arc<Self>, state: &mut State, why: &str) {
+        if state.connection.take().is_none() {
+            return;
+        }
+        for handler in state.handlers.drain(..) {
+            self.events.remove(handler);
+        }
+        state.epoch += 1;
+        let waits = match &state.running {
+            None => "the guest does not use the device now",
+            Some(running) if !running.handed_over || self.resumes() => "the guest waits for it",
+            Some(_) => {
+                self.notifier.needs_reset();
+                "the guest's driver must reset the device when the back-end is back"
+            }
+        };
+        tracing::error!("{self}: the back-end is gone: {why}; {waits}");
+        let (weak, epoch) = (Arc::downgrade(self), state.epoch);
+        let spawned = std::thread::Builder::new()
+            .name("vhost-user-wait".into())
+            .spawn(move || wait_for_return(&weak, epoch));
+        if let Err(error) = spawned {
+            tracing::error!(%error, "{self}: cannot wait for the back-end");
+        }
+    }
+
+    /// Whether a running device of this type can go on with another back-end.
+    fn resumes(&self) -> bool {
+        self.wanted.device_type == DeviceType::NET
+    }
+
+    /// One attempt at reaching a back-end that came back.
+    fn reconnect(self: &Arc<Self>, epoch: u64) -> Attempt {
+        let negotiated = negotiate(&*self.dial, &self.wanted, Duration::ZERO);
+        let (connection, offer, config) = match negotiated {
+            Ok(negotiated) => negotiated,
+            Err(Error::Connect { .. }) => return Attempt::Again,
+            Err(error) => {
+                tracing::debug!(
+                    error = &error as &dyn std::error::Error,
+                    "{self}: no new back-end"
+                );
+                return Attempt::Again;
+            }
+        };
+        if !self.offer.is_served_by(&offer) {
+            return Attempt::Unlike;
+        }
+        let mut state = self.state();
+        if state.epoch != epoch {
+            return Attempt::Done;
+        }
+        let same_config = state.config == config;
+        if let Err(error) = self.install(&mut state, connection, config) {
+            tracing::error!(%error, "{self}: cannot use the new back-end");
+            for handler in state.handlers.drain(..) {
+                self.events.remove(handler);
+            }
+            state.epoch = epoch;
+            return Attempt::Again;
+        }
+        tracing::warn!("{self}: the back-end is back");
+        if !same_config {
+            self.notifier.config_changed();
+        }
+        let goes_on = state
+            .running
+            .as_ref()
+            .is_some_and(|r| !r.handed_over || self.resumes());
+        if goes_on && let Err(error) = self.start(&mut state) {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "{self}: the device cannot go on"
+            );
+            self.notifier.needs_reset();
+        }
+        Attempt::Done
+    }
+
+    /// Hands the queues in `state.running` to the back-end. A back-end that goes meanwhile is no
+    /// error: it is waited for.
+    fn start(self: &Arc<Self>, state: &mut State) -> Result<(), StartError> {
+        let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
+            return Ok(());
+        };
+        for (active, ring) in &mut running.queues {
+            // Zero for a queue that nobody has served yet.
+            ring.base = used_index(&self.memory, &active.queue);
+        }
+        let features = self.offer.backend_choice(running.features);
+        let talk = |link: &mut dyn Link| {
+            link.set_features(features)?;
+            link.set_memory(&self.memory)?;
+            for (active, ring) in &running.queues {
+                let events = RingEvents {
+                    kick: &active.kick,
+                    call: &active.call,
+                    error: &running.error,
+                };
+                link.start_ring(ring, &events)?;
+            }
+            if self.offer.enables_rings {
+                for (_, ring) in &running.queues {
+                    link.enable_ring(ring.index, true)?;
+                }
+            }
+            Ok(())
+        };
+        let again = running.handed_over;
+        running.handed_over = true;
+        match connection.simple(ANSWER_LIMIT, talk) {
+            Ok(()) => running.on = Some(state.epoch),
+            Err(CallError::Refused(source)) => {
+                // Some queues may run.
+                running.on = Some(state.epoch);
+                return Err(StartError::Refused {
+                    socket: self.wanted.socket.clone(),
+                    source,
+                });
+            }
+            Err(error) => {
+                // The guest has put no request into a queue before DRIVER_OK.
+                running.handed_over = again;
+                self.lose(state, &error.to_string());
+                return Ok(());
+            }
+        }
+        if again {
+            for (active, _) in &running.queues {
+                // What the guest has put in while nobody looked; and it may wait for buffers that
+                // were used without an interrupt.
+                let _ = (active.kick.write(1), active.call.write(1));
+            }
+        }
+        tracing::debug!(queues = running.queues.len(), "{self}: started");
+        Ok(())
+    }
+
+    fn stop(self: &Arc<Self>, state: &mut State) {
+        let Some(running) = state.running.take() else {
+            return;
+        };
+        if let Some(handler) = running.error_handler {
+            self.events.remove(handler);
+        }
+        if running.on != Some(state.epoch) {
+            return;
+        }
+        let Some(connection) = &mut state.connection else {
+            return;
+        };
+        let enables = self.offer.enables_rings;
+        let talk = |link: &mut dyn Link| {
+            for (_, ring) in &running.queues {
+                link.stop_ring(ring.index)?;
+                if enables {
+                    link.enable_ring(ring.index, false)?;
+                }
+            }
+            Ok(())
+        };
+        match connection.simple(STOP_LIMIT, talk) {
+            Ok(()) => tracing::debug!("{self}: stopped"),
+            // One that does not stop must not keep the guest's memory: the connection ends.
+            Err(error) => self.lose(state, &error.to_string()),
+        }
+    }
+
+    /// Reads the configuration anew if it may have changed.
+    fn refresh_config(self: &Arc<Self>, state: &mut State) {
+        let fixed = matches!(self.offer.config, ConfigSource::Fixed(_));
+        let stale = self.config_stale.swap(false, Ordering::SeqCst);
+        if fixed || self.offer.announces_changes() && !stale {
+            return;
+        }
+        let Some(connection) = &mut state.connection else {
+            return;
+        };
+        match connection.simple(ANSWER_LIMIT, |link| self.offer.read_config(link)) {
+            Ok(config) => state.config = config,
+            Err(CallError::Refused(error)) => {
+                tracing::warn!(%error, "{self}: the configuration cannot be read");
+            }
+            Err(error) => self.lose(state, &error.to_string()),
+        }
+    }
+}
+
+impl std::fmt::Display for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let DeviceConfig {
+            device_type,
+            socket,
+            ..
+        } = &self.wanted;
+        write!(f, "device {device_type} at {}", socket.display())
+    }
+}
+
+impl std::fmt::Display for CallError {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Refused(error) | Self::Lost(error) => write!(f, "{error} ({})", error.source),
+            Self::Silent => write!(f, "it does not answer"),
+            Self::Resources(error) => write!(f, "{error}"),
+        }
+    }
+}
+
+enum Attempt {
+    /// It is back, or nobody waits for it any more.
+    Done,
+    Again,
+    /// Somebody is there, but it is another device.
+    Unlike,
+}
+
+/// Body of the thread that waits for a back-end. Ends with the device.
+fn wait_for_return(device: &Weak<Shared>, epoch: u64) {
+    let mut told = false;
+    loop {
+        std::thread::sleep(RECONNECT_PAUSE);
+        let Some(shared) = device.upgrade() else {
+            return;
+        };
+        match shared.reconnect(epoch) {
+            Attempt::Done => return,
+            Attempt::Again => {}
+            Attempt::Unlike if told => {}
+            Attempt::Unlike => {
+                tracing::error!(
+                    "{shared}: the new back-end lacks features, queues or configuration that the \
+                     guest was offered; waiting for another"
+                );
+                told = true;
+            }
+        }
+    }
+}
+
+/// How far a queue was served, by the used ring (VIRTIO 1.3, 2.7.8).
+fn used_index(memory: &GuestMemoryMmap, queue: &Queue) -> u16 {
+    let index = queue.used.checked_add(2).map(GuestAddress);
+    index
+        .and_then(|at| memory.read_obj::<u16>(at).ok())
+        .map_or(0, u16::from_le)
+}
+
+/// Checks a queue's areas (VIRTIO 1.3, 2.7) and finds them in this process.
+fn ring(memory: &GuestMemoryMmap, queue: &Queue) -> Result<Ring, StartError> {
+    let size = usize::from(queue.size);
+    let area = |part, start: u64, length: usize, alignment: u64| {
+        start
+            .is_multiple_of(alignment)
+            .then(|| memory.get_slice(GuestAddress(start), length).ok())
+            .flatten()
+            .and_then(|slice| u64::try_from(slice.ptr_guard().as_ptr().addr()).ok())
+            .ok_or(StartError::Area {
+                index: queue.index,
+                part,
+                alignment,
+            })
+    };
+    Ok(Ring {
+        index: queue.index.into(),
+        size: queue.size,
+        base: 0,
+        // With an event index behind each ring, which exists if EVENT_IDX was agreed on.
+        descriptors: area("descriptor table", queue.descriptors, 16 * size, 16)?,
+        available: area("available ring", queue.available, 6 + 2 * size, 2)?,
+        used: area("used ring", queue.used, 6 + 8 * size, 4)?,
+    })
+}
+
+impl VirtioDevice for VhostUserDevice {
+    fn device_type(&self) -> u16 {
+        self.shared.wanted.device_type.0
+    }
+
+    fn features(&self) -> u64 {
+        self.shared.offer.features
+    }
+
+    fn queue_sizes(&self) -> Vec<u16> {
+        self.shared.offer.queue_sizes.clone()
+    }
+
+    fn notifier(&self) -> Arc<Notifier> {
+        Arc::clone(&self.shared.notifier)
+    }
+
+    fn read_config(&mut self, offset: u64, data: &mut [u8]) {
+        let mut state = self.shared.state();
+        self.shared.refresh_config(&mut state);
+        let from = usize::try_from(offset).unwrap_or(usize::MAX);
+        for (place, byte) in data.iter_mut().zip(state.config.iter().skip(from)) {
+            *place = *byte;
+        }
+    }
+
+    fn write_config(&mut self, offset: u64, data: &[u8]) {
+        let shared = &self.shared;
+        let ConfigSource::Backend(size) = shared.offer.config else {
+            return;
+        };
+        let length = u64::try_from(data.len()).unwrap_or(u64::MAX);
+        let (Ok(at), true) = (
+            u32::try_from(offset),
+            offset.saturating_add(length) <= size.into() && length > 0,
+        ) else {
+            tracing::debug!(offset, "{shared}: write beyond the configuration");
+            return;
+        };
+        let mut state = shared.state();
+        let Some(connection) = &mut state.connection else {
+            return;
+        };
+        match connection.simple(ANSWER_LIMIT, |link| link.write_config(at, data)) {
+            Ok(()) => shared.config_stale.store(true, Ordering::SeqCst),
+            Err(CallError::Refused(_)) => {
+                tracing::debug!(offset, "{shared}: the field is read-only");
+            }
+            Err(error) => shared.lose(&mut state, &error.to_string()),
+        }
+    }
+
+    fn activate(
+        &mut self,
+        activation: Activation,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let shared = &self.shared;
+        let mut queues = Vec::with_capacity(activation.queues.len());
+        for active in activation.queues {
+            let ring = ring(&shared.memory, &active.queue)?;
+            queues.push((active, ring));
+        }
+        let error = new_event()?;
+        let weak = Arc::downgrade(shared);
+        // Once is enough, so the eventfd need not be read: a back-end could make that block.
+        let handler = move || {
+            if let Some(shared) = weak.upgrade() {
+                tracing::error!("{shared}: the back-end has stopped a queue");
+                shared.notifier.needs_reset();
+            }
+            Next::Remove
+        };
+        let error_handler = Some(shared.events.add(error.as_raw_fd(), Box::new(handler))?);
+        let mut state = shared.state();
+        state.running = Some(Running {
+            features: activation.features,
+            queues,
+            error,
+            error_handler,
+            handed_over: false,
+            on: None,
+        });
+        Ok(shared.start(&mut state)?)
+    }
+
+    fn reset(&mut self) {
+        let mut state = self.shared.state();
+        self.shared.stop(&mut state);
+    }
+}
+
+impl Drop for VhostUserDevice {
+    fn drop(&mut self) {
+        let mut state = self.shared.state();
+        self.shared.stop(&mut state);
+        for handler in state.handlers.drain(..) {
+            self.shared.events.remove(handler);
+        }
+        state.connection = None;
+        state.epoch += 1;
+    }
+}

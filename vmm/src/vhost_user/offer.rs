@@ -1,0 +1,400 @@
+//! What the guest is offered: the back-end's features, queues and configuration, less what the VMM
+//! or the user do not want.
+//!
+//! vhost-user has no message that tells a device's type, so a socket of another type is recognised
+//! by what cannot be:
+//!
+//! - A block device needs a configuration (its size is there), and feature bits 18 to 23 and 50 to
+//!   63 mean nothing for it, while network back-ends with a configuration have a control queue and
+//!   so some of these.
+//! - A network card whose back-end has a configuration offers at least one of bits 15 to 23 and 50
+//!   to 63 (mergeable buffers, link status, control queue, …), while block back-ends use bits 0 to
+//!   14 only, but for bits 15 to 17 of zoned and secure-erase disks, which are told by bits 2, 6
+//!   and 9.
+//! - For all types: the configuration can be read in the size that belongs to it.
+
+use std::hash::{BuildHasher, Hasher, RandomState};
+
+use super::link::{
+    F_PROTOCOL_FEATURES, Link, LinkError, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK,
+};
+use crate::config::{DeviceConfig, DeviceType, Mac};
+use crate::virtio::bits::*;
+
+/// The protocol features that we make use of.
+const PROTOCOL_WANTED: u64 = P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG;
+/// Transport features that both the VMM and its back-ends can have. The others need an IOMMU,
+/// another ring format, or a doorbell that carries data.
+const TRANSPORT: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_IN_ORDER;
+
+/// Block (VIRTIO 1.3, 5.2.3): SEG_MAX, BLK_SIZE and FLUSH, of which each real disk has some.
+const BLK_TYPICAL: u64 = 1 << 2 | 1 << 6 | 1 << 9;
+const BLK_MQ: u64 = 1 << 12;
+const BLK_SECURE_ERASE: u64 = 1 << 16;
+const BLK_ZONED: u64 = 1 << 17;
+/// Feature bits without a meaning for block devices.
+const BLK_UNDEFINED: u64 = 0xfc << 16 | 0xfffc << 48;
+/// Offset of `num_queues` in the configuration (5.2.4).
+const BLK_NUM_QUEUES: usize = 34;
+/// Size of the configuration up to `write_zeroes_may_unmap` and its padding.
+const BLK_CONFIG_SIZE: u16 = 60;
+/// Size with secure erase and zones.
+const BLK_CONFIG_SIZE_FULL: u16 = 96;
+
+/// Network (5.1.3).
+const NET_MTU: u64 = 1 << 3;
+const NET_MAC: u64 = 1 << 5;
+const NET_STATUS: u64 = 1 << 16;
+const NET_CTRL_VQ: u64 = 1 << 17;
+const NET_MQ: u64 = 1 << 22;
+const NET_HASH_REPORT: u64 = 1 << 57;
+const NET_RSS: u64 = 1 << 60;
+const NET_SPEED_DUPLEX: u64 = 1 << 63;
+/// Features that work without the device's configuration and control queue: checksum and
+/// segmentation offloads, mergeable receive buffers, USO, header length.
+const NET_RINGS_ONLY: u64 =
+    1 | 1 << 1 | 0x1ff << 6 | 1 << 15 | 1 << 54 | 1 << 55 | 1 << 56 | 1 << 59;
+/// Bits that all network back-ends with a configuration have some of.
+const NET_TYPICAL: u64 = 0xff << 15 | 1 << 23 | 0xfffc << 48;
+/// Offset of `max_virtqueue_pairs` in the configuration (5.1.4).
+const NET_MAX_PAIRS: usize = 8;
+
+/// Why a back-end cannot serve the device it is meant for.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The conversation failed.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// A legacy back-end.
+    #[error("the back-end does not offer VIRTIO_F_VERSION_1, which modern virtio needs")]
+    Legacy,
+    /// The socket belongs to another type of device.
+    #[error(
+        "the back-end is not one of type {wanted}: {why}; give the socket to the option of its own type"
+    )]
+    WrongType {
+        /// The type it should be of.
+        wanted: DeviceType,
+        /// What speaks against it.
+        why: &'static str,
+    },
+    /// The configuration cannot be read.
+    #[error(
+        "the back-end does not have {size} bytes of configuration; is it really one of type {wanted}?"
+    )]
+    Config {
+        /// Size asked for.
+        size: u16,
+        /// The type it should be of.
+        wanted: DeviceType,
+        /// The back-end's answer.
+        #[source]
+        source: LinkError,
+    },
+    /// More or fewer queues than there are.
+    #[error("the back-end has {available} queues, so num-queues={wanted} is impossible; {advice}")]
+    Queues {
+        /// The number asked for.
+        wanted: u16,
+        /// The number it has.
+        available: u64,
+        /// What to do.
+        advice: &'static str,
+    },
+}
+
+/// Where the configuration comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ConfigSource {
+    /// The back-end, this many bytes.
+    Backend(u16),
+    /// The VMM.
+    Fixed(Vec<u8>),
+}
+
+/// What the guest is offered.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Offer {
+    pub(crate) device_type: DeviceType,
+    /// Features for the guest.
+    pub(crate) features: u64,
+    /// Features that the back-end has.
+    backend_features: u64,
+    pub(crate) protocol: u64,
+    pub(crate) queue_sizes: Vec<u16>,
+    pub(crate) config: ConfigSource,
+    /// A field of the back-end's configuration that the VMM sets.
+    patch: Option<(usize, u16)>,
+    /// The back-end has protocol features, so its rings start disabled.
+    pub(crate) enables_rings: bool,
+}
+
+impl Offer {
+    /// Negotiates with a fresh back-end. Everything up to the features is settled afterwards.
+    pub(crate) fn negotiate(link: &mut dyn Link, wanted: &DeviceConfig) -> Result<Self, Error> {
+        let features = link.features()?;
+        if features & F_VERSION_1 == 0 {
+            return Err(Error::Legacy);
+        }
+        let mut protocol = 0;
+        if features & F_PROTOCOL_FEATURES != 0 {
+            protocol = link.protocol_features()? & PROTOCOL_WANTED;
+            link.set_protocol_features(protocol)?;
+        }
+        let mut offer = Self {
+            device_type: wanted.device_type,
+            features: features & (TRANSPORT | F_DEVICE_SPECIFIC),
+            backend_features: features,
+            protocol,
+            queue_sizes: Vec::new(),
+            config: ConfigSource::Fixed(Vec::new()),
+            patch: None,
+            enables_rings: features & F_PROTOCOL_FEATURES != 0,
+        };
+        offer.check_type()?;
+        let queues = match wanted.device_type {
+            DeviceType::BLOCK => offer.block(link, wanted)?,
+            DeviceType::NET => offer.net(link, wanted)?,
+            _ => offer.other(link, wanted)?,
+        };
+        offer.queue_sizes = vec![wanted.queue_size; usize::try_from(queues).unwrap_or(0)];
+        Ok(offer)
+    }
+
+    /// Whether a guest that was offered `self` can go on with a back-end that has `other`.
+    pub(crate) fn is_served_by(&self, other: &Self) -> bool {
+        // The configuration's content may differ (another disk size, say): the guest is told.
+        let same_shape = match (&self.config, &other.config) {
+            (ConfigSource::Fixed(_), ConfigSource::Fixed(_)) => true,
+            (a, b) => a == b,
+        };
+        same_shape
+            && self.features & !other.features == 0
+            && self.queue_sizes.len() == other.queue_sizes.len()
+            && self.enables_rings == other.enables_rings
+    }
+
+    /// What to tell the back-end when the guest has chosen `features`.
+    pub(crate) fn backend_choice(&self, features: u64) -> u64 {
+        // Without F_PROTOCOL_FEATURES rings would be enabled from the start.
+        (features | F_PROTOCOL_FEATURES) & self.backend_features
+    }
+
+    /// Whether the back-end tells us when its configuration changes.
+    pub(crate) fn announces_changes(&self) -> bool {
+        self.has(P_BACKEND_REQ)
+    }
+
+    fn has(&self, protocol: u64) -> bool {
+        self.protocol & protocol != 0
+    }
+
+    fn check_type(&self) -> Result<(), Error> {
+        let wrong = |why| {
+            Err(Error::WrongType {
+                wanted: self.device_type,
+                why,
+            })
+        };
+        match self.device_type {
+            DeviceType::BLOCK if !self.has(P_CONFIG) => wrong("it has no configuration space"),
+            DeviceType::BLOCK if self.features & BLK_UNDEFINED != 0 => {
+                wrong("it offers features that no block device has")
+            }
+            DeviceType::NET
+                if self.has(P_CONFIG)
+                    && (self.features & NET_TYPICAL == 0
+                        || self.features & (NET_TYPICAL & !(7 << 15)) == 0
+                            && self.features & (NET_MAC | BLK_TYPICAL) == BLK_TYPICAL) =>
+            {
+                wrong("it offers the features of a block device")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Reads the configuration, with the VMM's changes.
+    pub(crate) fn read_config(&self, link: &mut dyn Link) -> Result<Vec<u8>, LinkError> {
+        let size = match &self.config {
+            ConfigSource::Fixed(config) => return Ok(config.clone()),
+            ConfigSource::Backend(0) => return Ok(Vec::new()),
+            ConfigSource::Backend(size) => *size,
+        };
+        let mut config = link.read_config(0, size.into())?;
+        if let Some((at, value)) = self.patch {
+            for (place, byte) in config.iter_mut().skip(at).zip(value.to_le_bytes()) {
+                *place = byte;
+            }
+        }
+        Ok(config)
+    }
+
+    fn backend_config(&mut self, link: &mut dyn Link, size: u16) -> Result<Vec<u8>, Error> {
+        self.config = ConfigSource::Backend(size);
+        self.read_config(link).map_err(|source| {
+            if source.is_refusal() {
+                let wanted = self.device_type;
+                Error::Config {
+                    size,
+                    wanted,
+                    source,
+                }
+            } else {
+                source.into()
+            }
+        })
+    }
+
+    fn block(&mut self, link: &mut dyn Link, wanted: &DeviceConfig) -> Result<u64, Error> {
+        let full = self.features & (BLK_SECURE_ERASE | BLK_ZONED) != 0;
+        let size = if full {
+            BLK_CONFIG_SIZE_FULL
+        } else {
+            BLK_CONFIG_SIZE
+        };
+        let config = self.backend_config(link, size)?;
+        let mut available = 1;
+        if self.features & BLK_MQ != 0 && self.has(P_MQ) {
+            available = u64::from(field(&config, BLK_NUM_QUEUES))
+                .min(link.queue_count()?)
+                .max(1);
+        }
+        let queues = limit(wanted.num_queues, available)?;
+        if self.features & BLK_MQ != 0 {
+            self.patch = Some((BLK_NUM_QUEUES, u16::try_from(queues).unwrap_or(1)));
+        }
+        Ok(queues)
+    }
+
+    fn net(&mut self, link: &mut dyn Link, wanted: &DeviceConfig) -> Result<u64, Error> {
+        if !self.has(P_CONFIG) {
+            // A back-end that knows rings only: the rest of the device is here, and small.
+            self.features &= TRANSPORT | NET_RINGS_ONLY;
+            self.features |= NET_MAC | NET_STATUS;
+            let Mac(mac) = wanted.mac.unwrap_or_else(random_mac);
+            const LINK_UP: u16 = 1;
+            let mut config = mac.to_vec();
+            config.extend(LINK_UP.to_le_bytes());
+            self.config = ConfigSource::Fixed(config);
+            limit(wanted.num_queues, 2)?;
+            return Ok(2);
+        }
+        let config = self.backend_config(link, net_config_size(self.features))?;
+        if let Some(mac) = wanted.mac {
+            tracing::warn!(%mac, "the back-end has the card's address; mac= is ignored");
+        }
+        let mut pairs = 1;
+        if self.features & (NET_MQ | NET_CTRL_VQ) == NET_MQ | NET_CTRL_VQ && self.has(P_MQ) {
+            pairs = u64::from(field(&config, NET_MAX_PAIRS)).clamp(1, 0x8000);
+        } else {
+            self.features &= !NET_MQ;
+        }
+        // With MQ the control queue's index follows from the configuration (5.1.2), so the back-end
+        // would look for it elsewhere if only some of its pairs were offered.
+        match wanted.num_queues.map(u64::from) {
+            None => {}
+            Some(2) => {
+                pairs = 1;
+                self.features &= !NET_MQ;
+            }
+            Some(n) if n == 2 * pairs => {}
+            Some(_) => {
+                return Err(Error::Queues {
+                    wanted: wanted.num_queues.unwrap_or(0),
+                    available: 2 * pairs,
+                    advice: "give that number, or 2, or start the back-end with as many as you want",
+                });
+            }
+        }
+        Ok(2 * pairs + u64::from(self.features & NET_CTRL_VQ != 0))
+    }
+
+    fn other(&mut self, link: &mut dyn Link, wanted: &DeviceConfig) -> Result<u64, Error> {
+        if self.has(P_CONFIG) {
+            let size = wanted.config_size;
+            let size = size.unwrap_or_else(|| config_size(wanted.device_type));
+            self.backend_config(link, size)?;
+        } else {
+            let size = usize::from(wanted.config_size.unwrap_or(0));
+            self.config = ConfigSource::Fixed(vec![0; size]);
+        }
+        let usual = queue_count(wanted.device_type);
+        if !self.has(P_MQ) {
+            // Nobody can tell us how many queues there are.
+            return Ok(wanted.num_queues.map_or(usual, u64::from));
+        }
+        let available = link.queue_count()?;
+        match wanted.num_queues {
+            None => limit(None, usual.min(available).max(1)),
+            wanted => limit(wanted, available),
+        }
+    }
+}
+
+/// The number of queues: as many as wanted, if there are so many.
+fn limit(wanted: Option<u16>, available: u64) -> Result<u64, Error> {
+    // More than the transport's limit are of no use to anybody.
+    let usable = available.min(u64::try_from(MAX_QUEUES).unwrap_or(u64::MAX));
+    match wanted {
+        None => Ok(usable),
+        Some(n) if u64::from(n) <= usable => Ok(n.into()),
+        Some(wanted) => Err(Error::Queues {
+            wanted,
+            available,
+            advice: "ask for fewer, or start the back-end with more",
+        }),
+    }
+}
+
+fn field(config: &[u8], at: usize) -> u16 {
+    let bytes = config.get(at..at + 2).and_then(|b| b.try_into().ok());
+    bytes.map_or(0, u16::from_le_bytes)
+}
+
+/// The part of `virtio_net_config` that these features make exist (5.1.4).
+fn net_config_size(features: u64) -> u16 {
+    let ends = [
+        (NET_RSS | NET_HASH_REPORT, 24),
+        (NET_SPEED_DUPLEX, 17),
+        (NET_MTU, 12),
+        (NET_MQ, 10),
+        (NET_STATUS, 8),
+        (NET_MAC, 6),
+    ];
+    let end = ends.iter().find(|(bits, _)| features & bits != 0);
+    end.map_or(0, |(_, end)| *end)
+}
+
+/// Size of the configuration of the types that people have back-ends for (5.3 and on).
+fn config_size(device_type: DeviceType) -> u16 {
+    match device_type.0 {
+        3 => 12,
+        8 => 36,
+        16 => 16,
+        18 => 136,
+        19 => 8,
+        20 => 56,
+        25 => 12,
+        26 => 44,
+        41 => 8,
+        _ => 0,
+    }
+}
+
+/// Their number of queues.
+fn queue_count(device_type: DeviceType) -> u64 {
+    match device_type.0 {
+        3 | 16 | 18 | 20 | 26 | 30 | 31 | 41 => 2,
+        8 | 19 | 36 => 3,
+        25 => 4,
+        _ => 1,
+    }
+}
+
+/// A locally administered unicast address.
+fn random_mac() -> Mac {
+    // The seed of std's hash tables comes from the kernel; a collision costs a working network at
+    // worst, so no better source is needed.
+    let [_, _, a, b, c, d, e, g] = RandomState::new().build_hasher().finish().to_ne_bytes();
+    Mac([a & 0xfc | 2, b, c, d, e, g])
+}
