@@ -1,1 +1,31 @@
 //! The lab, the end-to-end tests and the benchmarks. May depend on every Ringside crate.
+//!
+//! ```text
+//! cargo lab ──── app ──── setup     Debian systems in the user's cache
+//!   on the machine │ ───── programs  static builds of what is tested
+//!                  │ ───── l1        the lab VM, unless the machine's own KVM serves (probe)
+//!                  │ link: requests, events (protocol)
+//!                inside              in the lab VM, or on the machine: beside KVM
+//!                  │ ───── suite     each test in a process and namespaces of its own
+//!                  │ ───── demo
+//!                harness             back-ends, guests, networks, counters: what tests are written with
+//! ```
+#![deny(unsafe_code)]
+
+pub mod app;
+pub mod command;
+pub mod cpio;
+pub mod demo;
+pub mod error;
+pub mod harness;
+pub mod initramfs;
+pub mod inside;
+pub mod l1;
+pub mod link;
+pub mod native;
+pub mod probe;
+pub mod programs;
+pub mod protocol;
+pub mod setup;
+pub mod site;
+pub mod suite;

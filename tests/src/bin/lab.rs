@@ -1,3 +1,8 @@
 //! The `lab` command line.
+#![forbid(unsafe_code)]
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    ringside_tests::app::main()
+}

@@ -1,0 +1,26 @@
+#!/bin/busybox sh
+# First process of the lab VM ("L1"): lays a writable layer over the shared Debian root and goes there.
+/bin/busybox --install -s /bin
+mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+for module in /modules/*.ko; do insmod "$module"; done
+nine=ro,trans=virtio,version=9p2000.L,msize=512000
+mkdir -p /lower /over /new
+mount -t 9p -o $nine,cache=loose root /lower || exit 1
+mount -t tmpfs tmpfs /over
+mkdir /over/upper /over/work
+mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work overlay /new || exit 1
+mkdir -p /new/lab/bin /new/lab/run /new/lab/scratch
+mount -t 9p -o $nine,cache=loose bin /new/lab/bin || exit 1
+mount -t 9p -o $nine,cache=loose run /new/lab/run || exit 1
+mount --move /proc /new/proc
+mount --move /sys /new/sys
+mount --move /dev /new/dev
+mkdir -p /new/dev/pts /new/dev/shm
+mount -t devpts devpts /new/dev/pts
+mount -t tmpfs tmpfs /new/dev/shm
+mount -t tmpfs tmpfs /new/tmp
+mount -t tmpfs tmpfs /new/run
+mount -t debugfs debugfs /new/sys/kernel/debug
+exec switch_root /new /bin/sh /lab/run/l1-start.sh

@@ -1,0 +1,20 @@
+# Runs in the lab VM on the Debian root: loads what tests need, then serves requests or a shell.
+export PATH=/lab/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8
+hostname lab
+for module in kvm_amd tun vhost_net loop; do modprobe "$module"; done
+ip link set lo up
+# /dev/vdb is as empty as on its first day at each boot.
+mkfs.ext4 -q -E nodiscard,lazy_itable_init=1,lazy_journal_init=1 /dev/vdb &&
+    mount -o noatime,discard /dev/vdb /lab/scratch
+case " $(cat /proc/cmdline) " in
+*" lab.shell "*)
+    cat /lab/run/motd
+    cd /lab/scratch
+    setsid -c bash -l </dev/ttyS0 >/dev/ttyS0 2>&1
+    ;;
+*)
+    /lab/bin/lab inside --port /dev/vport0p1
+    echo "lab inside ended with status $?"
+    ;;
+esac
+poweroff -f

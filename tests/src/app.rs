@@ -1,0 +1,399 @@
+//! The `lab` command line and what its commands do.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::error::{Doing, LabError, Result};
+use crate::inside;
+use crate::l1::{self, Run};
+use crate::link::Link;
+use crate::native;
+use crate::probe;
+use crate::programs;
+use crate::protocol::{Event, Outcome, Request, Tally};
+use crate::setup::{Cache, Wishes};
+use crate::site::{Place, Site};
+use crate::suite;
+
+/// Longer than any test may be silent.
+const SILENCE_LIMIT: Duration = Duration::from_secs(3600);
+/// Until `lab inside` on this machine is ready.
+const HOST_LIMIT: Duration = Duration::from_secs(20);
+
+const EXAMPLES: &str = "\
+Examples:
+  cargo lab demo                 a guest with its disk and network from our back-ends; fio and iperf3 in it
+  cargo lab test                 all tests; ends with the line `N passed, N failed, N skipped`
+  cargo lab test boot:: blk::    the tests whose names contain one of these
+  cargo lab test --list          their names
+  cargo lab shell                a shell in the lab VM, with the programs in /lab/bin
+  cargo lab shell -- uname -a    one command there
+  cargo lab check                format and lints: what each commit has to pass, with `cargo lab test`
+  cargo lab clean                removes what the lab keeps in the cache directory
+
+Where guests run:
+  They need a KVM that boots Linux. Where this machine has one (tried by booting a small guest) and you are root,
+  they run on it, in network namespaces of their own. Elsewhere they run in the lab VM: an emulated machine in
+  which Linux has a real KVM. It is slower by 10 to 20 times, and needs no privileges at all.
+
+Exit status: 0 all went well, 1 something failed, 2 wrong usage.";
+
+/// Ringside's lab: real guests on real KVM, on any x86-64 Linux machine.
+#[derive(Debug, Parser)]
+#[command(name = "cargo lab", bin_name = "cargo lab", version, after_help = EXAMPLES)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Action,
+}
+
+/// Options of the commands that need the lab.
+#[derive(Debug, Args)]
+struct Common {
+    /// Agree to what setup installs and downloads, without being asked
+    #[arg(long, short)]
+    yes: bool,
+    /// Where guests run
+    #[arg(long = "where", value_enum, default_value_t = Where::Auto)]
+    place: Where,
+    /// Debian mirror (the directory that has dists/trixie) [default: that of apt's configuration]
+    #[arg(long, value_name = "URL")]
+    mirror: Option<String>,
+    /// Show everything that tests write
+    #[arg(long, short)]
+    verbose: bool,
+}
+
+/// Where guests run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Where {
+    /// On this machine if its KVM boots Linux, else in the lab VM
+    Auto,
+    /// On this machine
+    Host,
+    /// In the lab VM
+    Lab,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Boot a guest with its disk and network from our back-ends, and measure both in it
+    Demo {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Run the native tests, then the end-to-end tests with guests
+    Test {
+        #[command(flatten)]
+        common: Common,
+        /// Only tests whose name contains one of these (native tests are then left out)
+        filters: Vec<String>,
+        /// Print the names of the end-to-end tests and do nothing
+        #[arg(long)]
+        list: bool,
+    },
+    /// Check format and lints of the whole workspace
+    Check,
+    /// Open a shell where guests run, or run one command there
+    Shell {
+        #[command(flatten)]
+        common: Common,
+        /// The command, after `--`
+        #[arg(last = true)]
+        command: Vec<String>,
+    },
+    /// Build the lab's systems if they are not there, and nothing else
+    Setup {
+        #[command(flatten)]
+        common: Common,
+    },
+    /// Remove everything the lab keeps outside of this directory
+    Clean,
+    /// The side where KVM is
+    #[command(hide = true)]
+    Inside {
+        /// Character device to serve requests on, instead of standard input and output
+        #[arg(long)]
+        port: Option<PathBuf>,
+    },
+    /// One test, in a process of its own
+    #[command(hide = true)]
+    RunTest {
+        /// Its name
+        name: String,
+    },
+}
+
+/// Runs the program.
+#[must_use]
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    match run(cli.command) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(action: Action) -> Result<ExitCode> {
+    match action {
+        Action::Demo { common } => {
+            let mut lab = Lab::start(&common)?;
+            let status = lab
+                .link
+                .request(&Request::Demo, SILENCE_LIMIT, |event| show(event, true))?;
+            Ok(exit_code(status))
+        }
+        Action::Test {
+            common,
+            filters,
+            list,
+        } => test(&common, &filters, list),
+        Action::Check => native::check().map(|()| ExitCode::SUCCESS),
+        Action::Shell { common, command } => shell(&common, &command),
+        Action::Setup { common } => {
+            Cache::open()?.ensure(&wishes(&common))?;
+            println!("lab: ready");
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Clean => {
+            let cache = Cache::open()?;
+            let path = cache.path().display().to_string();
+            cache.remove()?;
+            println!("lab: removed {path}");
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Inside { port: Some(port) } => {
+            inside::serve_port(&port, &Site::inside_lab())?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Inside { port: None } => {
+            inside::serve(
+                std::io::stdin(),
+                Box::new(std::io::stdout()),
+                &Site::current()?,
+            )?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::RunTest { name } => suite::run_test(&name).map(exit_code),
+    }
+}
+
+fn exit_code(status: i32) -> ExitCode {
+    ExitCode::from(u8::try_from(status).unwrap_or(1))
+}
+
+fn wishes(common: &Common) -> Wishes {
+    Wishes {
+        yes: common.yes,
+        mirror: common.mirror.clone(),
+    }
+}
+
+/// A connected lab.
+struct Lab {
+    // Fields are dropped in this order: the other side ends before its files go.
+    link: Link,
+    _run: Run,
+}
+
+impl Lab {
+    fn start(common: &Common) -> Result<Self> {
+        let cache = Cache::open()?;
+        cache.ensure(&wishes(common))?;
+        let programs = build_programs()?;
+        let run = Run::create(&cache)?;
+        let start = Instant::now();
+        let link = match place(common.place, &cache, &programs, &run)? {
+            Place::Host => host_link(&cache.host_site(&programs, run.path()), &programs, &run)?,
+            Place::Lab => l1::boot(&cache, &run, &programs)?,
+        };
+        eprintln!("lab: ready after {:.1} s", start.elapsed().as_secs_f64());
+        Ok(Self { link, _run: run })
+    }
+}
+
+fn build_programs() -> Result<PathBuf> {
+    eprintln!("lab: building the programs (static, release)");
+    programs::build()
+}
+
+/// Starts `lab inside` on this machine.
+fn host_link(site: &Site, programs: &Path, run: &Run) -> Result<Link> {
+    let mut command = Command::new(programs.join("lab"));
+    let site = serde_json::to_string(site).map_err(|error| LabError::Protocol {
+        from: "host",
+        text: error.to_string(),
+    })?;
+    command.arg("inside").env(crate::site::SITE_VARIABLE, site);
+    let log = run.path().join("inside.log");
+    Link::start("lab program beside KVM", command, &log, &[], HOST_LIMIT)
+}
+
+/// Decides where guests run, and says so.
+fn place(wanted: Where, cache: &Cache, programs: &Path, run: &Run) -> Result<Place> {
+    if wanted == Where::Lab {
+        eprintln!("lab: guests run in the lab VM");
+        return Ok(Place::Lab);
+    }
+    match probe::host_obstacle(cache, &cache.host_site(programs, run.path()))? {
+        None => {
+            eprintln!("lab: guests run on this machine's own KVM");
+            Ok(Place::Host)
+        }
+        Some(obstacle) if wanted == Where::Host => Err(LabError::Setup(format!(
+            "guests cannot run on this machine: {obstacle}; use --where lab"
+        ))),
+        Some(obstacle) => {
+            eprintln!("lab: guests run in the lab VM, not on this machine: {obstacle}");
+            Ok(Place::Lab)
+        }
+    }
+}
+
+fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
+    if command.is_empty() && common.place != Where::Host {
+        let cache = Cache::open()?;
+        cache.ensure(&wishes(common))?;
+        let programs = build_programs()?;
+        let run = Run::create(&cache)?;
+        l1::shell(&cache, &run, &programs)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if command.is_empty() {
+        return Err(LabError::Setup(
+            "a shell on this machine needs no lab; give a command after `--`, or --where lab"
+                .into(),
+        ));
+    }
+    let mut lab = Lab::start(common)?;
+    let request = Request::Shell {
+        command: command.join(" "),
+    };
+    let status = lab
+        .link
+        .request(&request, SILENCE_LIMIT, |event| show(event, true))?;
+    Ok(exit_code(status))
+}
+
+fn test(common: &Common, filters: &[String], list: bool) -> Result<ExitCode> {
+    if list {
+        for name in suite::names(filters) {
+            println!("{name}");
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut tally = Tally::default();
+    let outcome = test_all(common, filters, &mut tally);
+    if let Err(error) = &outcome {
+        // What could not even be run has failed.
+        eprintln!("lab: {error}");
+        tally.failed += 1;
+    }
+    println!("{tally}");
+    Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn test_all(common: &Common, filters: &[String], tally: &mut Tally) -> Result<()> {
+    let expected = suite::names(filters);
+    if expected.is_empty() {
+        return Err(LabError::Setup(format!(
+            "no end-to-end test has a name with {}; `cargo lab test --list` shows them",
+            filters.join(" or ")
+        )));
+    }
+    if filters.is_empty() {
+        let native = native::test(common.verbose)?;
+        println!("lab: native tests: {native}");
+        tally.add(native);
+    }
+    let mut lab = Lab::start(common)?;
+    let mut outcomes = BTreeMap::new();
+    let request = Request::Suite {
+        filters: filters.to_vec(),
+    };
+    let result = lab.link.request(&request, SILENCE_LIMIT, |event| {
+        if let Event::Ended { name, outcome, .. } = event {
+            outcomes.insert(name.clone(), *outcome);
+        }
+        show(event, common.verbose);
+    });
+    for outcome in outcomes.values() {
+        tally.count(*outcome);
+    }
+    result?;
+    let missing = expected.len().saturating_sub(outcomes.len());
+    if missing > 0 {
+        return Err(LabError::Setup(format!("{missing} tests gave no result")));
+    }
+    Ok(())
+}
+
+/// Shows an event on the terminal.
+fn show(event: &Event, verbose: bool) {
+    let mut out = std::io::stdout().lock();
+    let written = match event {
+        Event::Output { text } => write!(out, "{text}"),
+        Event::Started { name } => write!(out, "test {name} ... "),
+        Event::Ended {
+            outcome,
+            seconds,
+            detail,
+            ..
+        } => {
+            let word = match outcome {
+                Outcome::Passed => "ok",
+                Outcome::Failed => "FAILED",
+                Outcome::Skipped => "skipped",
+            };
+            let indented = detail
+                .lines()
+                .map(|line| format!("    {line}\n"))
+                .collect::<String>();
+            // What a passed test printed is a result: figures that belong into the log.
+            match outcome {
+                Outcome::Skipped => writeln!(out, "{word} ({seconds:.1} s): {detail}"),
+                Outcome::Passed if !verbose && detail.len() > 2000 => {
+                    writeln!(out, "{word} ({seconds:.1} s)")
+                }
+                _ => write!(out, "{word} ({seconds:.1} s)\n{indented}"),
+            }
+        }
+        Event::Ready | Event::Done { .. } => Ok(()),
+    };
+    // Nobody looks any more; the exit status still tells.
+    let _ = written
+        .and_then(|()| out.flush())
+        .doing(|| "write to standard output".into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn shell_takes_a_command_after_dashes() {
+        let cli = Cli::try_parse_from(["lab", "shell", "--yes", "--", "ls", "-l"]).unwrap();
+        let Action::Shell { command, common } = cli.command else {
+            panic!("not a shell")
+        };
+        assert_eq!(command, ["ls", "-l"]);
+        assert!(common.yes);
+    }
+}

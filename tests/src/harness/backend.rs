@@ -1,0 +1,204 @@
+//! The project's back-ends as processes.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus};
+use std::time::Duration;
+
+use super::daemon::{Daemon, fresh_name, is_socket};
+use crate::command;
+use crate::error::Result;
+use crate::site::Site;
+
+/// How long a back-end may take until its socket is there, on plain hardware.
+const READY_LIMIT: Duration = Duration::from_secs(5);
+
+/// What a back-end serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    Blk,
+    Net,
+}
+
+/// A running back-end.
+#[derive(Debug)]
+pub struct BackEnd {
+    daemon: Daemon,
+    pub(super) kind: Kind,
+    /// Its socket, relative to the test's directory: socket addresses are short.
+    pub(super) socket: String,
+    /// Queues, or queue pairs.
+    pub(super) queues: u16,
+}
+
+impl BackEnd {
+    /// Its process.
+    #[must_use]
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
+    }
+
+    /// Its socket's path, relative to the test's directory.
+    #[must_use]
+    pub fn socket(&self) -> &str {
+        &self.socket
+    }
+
+    /// Asks it to end and gives its exit status.
+    ///
+    /// # Errors
+    /// Fails if it does not end promptly.
+    pub fn stop(mut self, site: &Site) -> Result<ExitStatus> {
+        self.daemon.stop(site)
+    }
+
+    fn start(site: &Site, kind: Kind, queues: u16, arguments: &[String]) -> Result<Self> {
+        let (program, stem) = match kind {
+            Kind::Blk => ("ringside-blk", "blk"),
+            Kind::Net => ("ringside-net", "net"),
+        };
+        let socket = fresh_name(site, stem, "sock");
+        let mut command = site.program(program);
+        command.arg("--socket-path").arg(&socket).args(arguments);
+        let mut daemon = Daemon::start(site, program, command)?;
+        let path = site.scratch.join(&socket);
+        daemon.wait_until("its socket", site.limit(READY_LIMIT), || is_socket(&path))?;
+        Ok(Self {
+            daemon,
+            kind,
+            socket,
+            queues,
+        })
+    }
+}
+
+/// Starts `ringside-blk`.
+#[derive(Debug)]
+pub struct Blk {
+    path: PathBuf,
+    queues: u16,
+    arguments: Vec<String>,
+}
+
+impl Blk {
+    /// A disk on this file or block device.
+    #[must_use]
+    pub fn on(path: impl Into<PathBuf>) -> Self {
+        Self {
+            path: path.into(),
+            queues: 1,
+            arguments: Vec::new(),
+        }
+    }
+
+    /// How many queues it offers.
+    #[must_use]
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues;
+        self
+    }
+
+    /// One more argument of the program.
+    #[must_use]
+    pub fn arg(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// Starts it, and waits until a front-end can connect.
+    ///
+    /// # Errors
+    /// Fails, with the end of its log, if it does not come up.
+    pub fn start(mut self, site: &Site) -> Result<BackEnd> {
+        self.arguments
+            .push(format!("--path={}", self.path.display()));
+        self.arguments.push(format!("--queues={}", self.queues));
+        BackEnd::start(site, Kind::Blk, self.queues, &self.arguments)
+    }
+}
+
+/// Starts `ringside-net` on a TAP of the test's network namespace.
+#[derive(Debug)]
+pub struct Net {
+    tap: String,
+    address: Option<String>,
+    pairs: u16,
+    arguments: Vec<String>,
+}
+
+impl Net {
+    /// A network card on a TAP of this name.
+    #[must_use]
+    pub fn tap(name: &str) -> Self {
+        Self {
+            tap: name.into(),
+            address: None,
+            pairs: 1,
+            arguments: Vec::new(),
+        }
+    }
+
+    /// The address (with its prefix length) that this side of the TAP gets.
+    #[must_use]
+    pub fn address(mut self, address: &str) -> Self {
+        self.address = Some(address.into());
+        self
+    }
+
+    /// How many queue pairs it offers.
+    #[must_use]
+    pub fn queue_pairs(mut self, pairs: u16) -> Self {
+        self.pairs = pairs;
+        self
+    }
+
+    /// One more argument of the program.
+    #[must_use]
+    pub fn arg(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// Starts it, waits until a front-end can connect, and brings the TAP up.
+    ///
+    /// # Errors
+    /// Fails, with the end of its log, if it does not come up; and if the TAP cannot be set up.
+    pub fn start(mut self, site: &Site) -> Result<BackEnd> {
+        self.arguments.push(format!("--tap={}", self.tap));
+        self.arguments.push(format!("--queue-pairs={}", self.pairs));
+        let backend = BackEnd::start(site, Kind::Net, self.pairs, &self.arguments)?;
+        if let Some(address) = &self.address {
+            command::sh(&format!("ip address add {address} dev {}", self.tap))?;
+        }
+        command::sh(&format!("ip link set {} up", self.tap))?;
+        Ok(backend)
+    }
+}
+
+/// Creates a sparse file for a disk in the test's directory; `size` in bytes.
+///
+/// # Errors
+/// Fails if it cannot be created.
+pub fn disk_file(site: &Site, name: &str, size: u64) -> Result<PathBuf> {
+    use crate::error::Doing;
+    let path = site.scratch.join(name);
+    let doing = || format!("create {}", path.display());
+    std::fs::File::create(&path)
+        .doing(doing)?
+        .set_len(size)
+        .doing(doing)?;
+    Ok(path)
+}
+
+/// SHA-256 of a whole file or block device.
+///
+/// # Errors
+/// Fails if it cannot be read.
+pub fn sha256(path: &Path) -> Result<String> {
+    let mut command = Command::new("sha256sum");
+    let text = command::run(command.arg(path), Duration::from_secs(600))?;
+    Ok(text
+        .split_whitespace()
+        .next()
+        .unwrap_or_default()
+        .to_owned())
+}

@@ -1,0 +1,542 @@
+//! A Linux guest on one of the VMMs, with a command agent on its serial port.
+
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
+
+use super::backend::{BackEnd, Blk, Kind};
+use super::daemon::fresh_name;
+use crate::command::{describe, wait_for};
+use crate::error::{Doing, LabError, Result, last_lines};
+use crate::site::{QemuVersion, Site};
+
+/// From start to the agent's first word, on plain hardware.
+const BOOT_LIMIT: Duration = Duration::from_secs(20);
+/// A command without a limit of its own, on plain hardware.
+const COMMAND_LIMIT: Duration = Duration::from_secs(15);
+/// From the power-off command to the end of the VMM, on plain hardware.
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
+/// Characters per line to the agent: a serial driver without flow control loses more than it can buffer.
+const LINE_LENGTH: usize = 512;
+
+/// What runs the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vmm {
+    /// ringside-vmm.
+    Ringside,
+    /// Stock QEMU of Debian trixie.
+    Qemu10,
+    /// Stock QEMU of trixie-backports.
+    Qemu11,
+}
+
+/// A guest to be booted.
+#[derive(Debug)]
+pub struct GuestBuilder<'a> {
+    vmm: Vmm,
+    cpus: u32,
+    memory: String,
+    diskless: bool,
+    cmdline: String,
+    back_ends: Vec<&'a BackEnd>,
+    arguments: Vec<String>,
+    boot_limit: Duration,
+}
+
+impl<'a> GuestBuilder<'a> {
+    /// How many CPUs it has (1 unless given).
+    #[must_use]
+    pub fn cpus(mut self, cpus: u32) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Its memory, as `512M` or `6G` (512M unless given).
+    #[must_use]
+    pub fn memory(mut self, size: &str) -> Self {
+        self.memory = size.into();
+        self
+    }
+
+    /// Boots without the Debian disk: busybox only, quickly. Disks of the test are then from `/dev/vda` on, else from `/dev/vdb`.
+    #[must_use]
+    pub fn diskless(mut self) -> Self {
+        self.diskless = true;
+        self
+    }
+
+    /// Words for the kernel's command line.
+    #[must_use]
+    pub fn cmdline(mut self, words: &str) -> Self {
+        self.cmdline = words.into();
+        self
+    }
+
+    /// A device served by a back-end. Order is kept.
+    #[must_use]
+    pub fn device(mut self, back_end: &'a BackEnd) -> Self {
+        self.back_ends.push(back_end);
+        self
+    }
+
+    /// One more argument for the VMM.
+    #[must_use]
+    pub fn arg(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
+    /// How long it may take to come up, on plain hardware.
+    #[must_use]
+    pub fn boot_limit(mut self, limit: Duration) -> Self {
+        self.boot_limit = limit;
+        self
+    }
+
+    /// Boots it and waits for its agent.
+    ///
+    /// # Errors
+    /// Fails, with the console's tail, if it does not come up in time.
+    pub fn boot(self, site: &Site) -> Result<Guest> {
+        let mut root = None;
+        if self.vmm == Vmm::Ringside && !self.diskless {
+            root = Some(Blk::on(&site.guest_disk).arg("--read-only").start(site)?);
+        }
+        let mut command = match self.vmm {
+            Vmm::Ringside => self.ringside(site, root.as_ref()),
+            Vmm::Qemu10 => self.qemu(site, QemuVersion::V10),
+            Vmm::Qemu11 => self.qemu(site, QemuVersion::V11),
+        };
+        command.args(&self.arguments);
+        let mut guest = Guest::start(site, command, root)?;
+        guest.wait_for_agent(site.limit(self.boot_limit))?;
+        Ok(guest)
+    }
+
+    fn kernel_cmdline(&self) -> String {
+        let root = if self.diskless {
+            ""
+        } else {
+            " lab.root=/dev/vda"
+        };
+        let extra = if self.cmdline.is_empty() { "" } else { " " };
+        format!(
+            "console=ttyS0 panic=-1 loglevel=5{root}{extra}{}",
+            self.cmdline
+        )
+    }
+
+    fn ringside(&self, site: &Site, root: Option<&BackEnd>) -> Command {
+        let mut command = site.program("ringside-vmm");
+        command
+            .arg("--kernel")
+            .arg(site.kernel())
+            .arg("--initramfs")
+            .arg(&site.initramfs);
+        command.arg("--cmdline").arg(self.kernel_cmdline());
+        command.arg(format!("--cpus={}", self.cpus));
+        command.arg(format!("--memory=size={}", self.memory));
+        command.arg("--serial=stdio");
+        for back_end in root.into_iter().chain(self.back_ends.iter().copied()) {
+            let option = match back_end.kind {
+                Kind::Blk => "--blk",
+                Kind::Net => "--net",
+            };
+            command.arg(option).arg(format!(
+                "socket={},num-queues={}",
+                back_end.socket, back_end.queues
+            ));
+        }
+        command
+    }
+
+    fn qemu(&self, site: &Site, version: QemuVersion) -> Command {
+        let mut qemu = site.qemu(version);
+        qemu.args([
+            "-nodefaults",
+            "-display",
+            "none",
+            "-serial",
+            "stdio",
+            "-no-reboot",
+        ]);
+        qemu.args(["-accel", "kvm", "-cpu", "host"]);
+        qemu.args(["-machine", "q35,memory-backend=ram"]);
+        qemu.arg("-object").arg(format!(
+            "memory-backend-memfd,id=ram,share=on,size={}",
+            self.memory
+        ));
+        qemu.arg("-m")
+            .arg(&self.memory)
+            .arg("-smp")
+            .arg(self.cpus.to_string());
+        qemu.arg("-kernel")
+            .arg(site.kernel())
+            .arg("-initrd")
+            .arg(&site.initramfs);
+        qemu.arg("-append").arg(self.kernel_cmdline());
+        if !self.diskless {
+            qemu.arg("-drive").arg(format!(
+                "if=none,id=root,format=raw,readonly=on,file={}",
+                site.guest_disk.display()
+            ));
+            qemu.args(["-device", "virtio-blk-pci,drive=root"]);
+        }
+        for (number, back_end) in self.back_ends.iter().enumerate() {
+            let queues = back_end.queues;
+            qemu.arg("-chardev")
+                .arg(format!("socket,id=char{number},path={}", back_end.socket));
+            match back_end.kind {
+                Kind::Blk => {
+                    qemu.arg("-device").arg(format!(
+                        "vhost-user-blk-pci,chardev=char{number},num-queues={queues}"
+                    ));
+                }
+                Kind::Net => {
+                    qemu.arg("-netdev").arg(format!(
+                        "vhost-user,id=net{number},chardev=char{number},queues={queues}"
+                    ));
+                    // One vector per queue, one for the control queue, one for configuration changes.
+                    let (multiqueue, vectors) = if queues > 1 {
+                        ("on", 2 * queues + 2)
+                    } else {
+                        ("off", 4)
+                    };
+                    qemu.arg("-device").arg(format!(
+                        "virtio-net-pci,netdev=net{number},mq={multiqueue},vectors={vectors}"
+                    ));
+                }
+            }
+        }
+        qemu
+    }
+}
+
+/// What a command in the guest wrote, and its exit status.
+#[derive(Debug, Clone)]
+pub struct GuestOutput {
+    /// Exit status of the command.
+    pub status: i32,
+    /// Standard output and standard error, as they came.
+    pub text: String,
+}
+
+/// All that the guest has written to its serial port, and whether there can be more.
+#[derive(Debug, Default)]
+struct Console {
+    text: Vec<u8>,
+    ended: bool,
+}
+
+type SharedConsole = Arc<(Mutex<Console>, Condvar)>;
+
+/// A running guest. It is ended when this goes.
+#[derive(Debug)]
+pub struct Guest {
+    child: Child,
+    input: Option<ChildStdin>,
+    console: SharedConsole,
+    /// How much of the console has been dealt with.
+    seen: usize,
+    commands: u32,
+    site: Site,
+    name: String,
+    /// Serves the Debian disk.
+    _root: Option<BackEnd>,
+}
+
+impl Guest {
+    /// Describes a guest on this VMM.
+    #[must_use]
+    pub fn on<'a>(vmm: Vmm) -> GuestBuilder<'a> {
+        GuestBuilder {
+            vmm,
+            cpus: 1,
+            memory: "512M".into(),
+            diskless: false,
+            cmdline: String::new(),
+            back_ends: Vec::new(),
+            arguments: Vec::new(),
+            boot_limit: BOOT_LIMIT,
+        }
+    }
+
+    fn start(site: &Site, mut command: Command, root: Option<BackEnd>) -> Result<Self> {
+        let line = describe(&command);
+        let log_name = fresh_name(site, "vmm", "log");
+        let log = site.scratch.join(&log_name);
+        let mut errors = File::create(&log).doing(|| format!("create {}", log.display()))?;
+        writeln!(errors, "{line}").doing(|| format!("write {}", log.display()))?;
+        let console_log = site.scratch.join(fresh_name(site, "console", "log"));
+        let copy =
+            File::create(&console_log).doing(|| format!("create {}", console_log.display()))?;
+        let mut child = command
+            .current_dir(&site.scratch)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(errors)
+            .spawn()
+            .doing(|| format!("run `{line}`"))?;
+        let console = SharedConsole::default();
+        if let Some(output) = child.stdout.take() {
+            let console = Arc::clone(&console);
+            thread::spawn(move || read_console(output, copy, &console));
+        }
+        let input = child.stdin.take();
+        Ok(Self {
+            child,
+            input,
+            console,
+            seen: 0,
+            commands: 0,
+            site: site.clone(),
+            name: log.display().to_string(),
+            _root: root,
+        })
+    }
+
+    /// Process id of the VMM.
+    #[must_use]
+    pub fn vmm_pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// All that came from its serial port.
+    #[must_use]
+    pub fn console(&self) -> String {
+        String::from_utf8_lossy(&self.lock().text).into_owned()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Console> {
+        self.console
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait_for_agent(&mut self, limit: Duration) -> Result<()> {
+        self.wait_for_line("the guest's boot", limit, |line| {
+            line.ends_with("@@ringside ready").then_some(())
+        })?;
+        if self.console().contains("@@ringside no-root") {
+            return Err(self.failed("the guest cannot mount its root disk".into()));
+        }
+        Ok(())
+    }
+
+    /// Takes whole lines from the console until one gives a value.
+    fn wait_for_line<T>(
+        &mut self,
+        what: &str,
+        limit: Duration,
+        mut take: impl FnMut(&str) -> Option<T>,
+    ) -> Result<T> {
+        let deadline = Instant::now() + limit;
+        let shared = Arc::clone(&self.console);
+        let mut console = shared.0.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            while let Some(rest) = console.text.get(self.seen..)
+                && let Some(length) = rest.iter().position(|byte| *byte == b'\n')
+            {
+                let line = String::from_utf8_lossy(rest.get(..length).unwrap_or_default());
+                let taken = take(line.trim_end_matches('\r'));
+                self.seen += length + 1;
+                if let Some(value) = taken {
+                    return Ok(value);
+                }
+            }
+            if console.ended {
+                drop(console);
+                return Err(self.failed(format!("the VMM ended before {what}")));
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                drop(console);
+                let output = self.tails();
+                return Err(LabError::TimedOut {
+                    what: what.into(),
+                    limit,
+                    output,
+                });
+            }
+            (console, _) = shared
+                .1
+                .wait_timeout(console, left)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    fn failed(&mut self, what: String) -> LabError {
+        let status = wait_for(&mut self.child, Duration::from_secs(1))
+            .ok()
+            .flatten();
+        let what = match status {
+            Some(status) => format!("{what} ({status})"),
+            None => what,
+        };
+        LabError::Ended {
+            what,
+            output: self.tails(),
+        }
+    }
+
+    fn tails(&self) -> String {
+        let console = self.console();
+        let mut lines = last_lines(&console, 20);
+        let log = fs::read_to_string(&self.name).unwrap_or_default();
+        lines.extend(last_lines(&log, 10));
+        lines.join("\n")
+    }
+
+    /// Runs a shell command in the guest, within the usual time limit.
+    ///
+    /// # Errors
+    /// Fails if the guest does not answer in time; not if the command fails.
+    pub fn run(&mut self, command: &str) -> Result<GuestOutput> {
+        self.run_within(command, COMMAND_LIMIT)
+    }
+
+    /// Runs a shell command in the guest that has to succeed; gives what it wrote.
+    ///
+    /// # Errors
+    /// As [`Guest::run`], and if its exit status is not 0.
+    pub fn run_ok(&mut self, command: &str) -> Result<String> {
+        self.run_ok_within(command, COMMAND_LIMIT)
+    }
+
+    /// As [`Guest::run_ok`], with a time limit as for plain hardware.
+    ///
+    /// # Errors
+    /// As [`Guest::run_ok`].
+    pub fn run_ok_within(&mut self, command: &str, limit: Duration) -> Result<String> {
+        let output = self.run_within(command, limit)?;
+        if output.status != 0 {
+            return Err(LabError::Ended {
+                what: format!("`{command}` in the guest ended with {}", output.status),
+                output: output.text,
+            });
+        }
+        Ok(output.text)
+    }
+
+    /// As [`Guest::run`], with a time limit as for plain hardware.
+    ///
+    /// # Errors
+    /// As [`Guest::run`].
+    pub fn run_within(&mut self, command: &str, limit: Duration) -> Result<GuestOutput> {
+        let id = self.send(command)?;
+        let begin = format!("@@ringside begin {id}");
+        let end = format!("@@ringside end {id} ");
+        let mut started = false;
+        let mut encoded = String::new();
+        let status = self.wait_for_line(
+            &format!("the end of `{command}` in the guest"),
+            self.site.limit(limit),
+            |line| {
+                if started {
+                    if let Some(status) = line.strip_prefix(&end) {
+                        return Some(status.to_owned());
+                    }
+                    encoded.push_str(line);
+                } else {
+                    started = line.ends_with(&begin);
+                }
+                None
+            },
+        )?;
+        let damaged = || LabError::Protocol {
+            from: "guest agent",
+            text: encoded.clone(),
+        };
+        let bytes = BASE64.decode(&encoded).map_err(|_| damaged())?;
+        Ok(GuestOutput {
+            status: status.parse().map_err(|_| damaged())?,
+            text: String::from_utf8_lossy(&bytes).into_owned(),
+        })
+    }
+
+    /// Sends a command to the agent; gives its number.
+    fn send(&mut self, command: &str) -> Result<u32> {
+        self.commands += 1;
+        let id = self.commands;
+        let encoded = BASE64.encode(command);
+        let mut rest = encoded.as_str();
+        let mut lines = String::new();
+        while rest.len() > LINE_LENGTH {
+            // Base64 is ASCII: every index is a character boundary.
+            let (part, remaining) = rest.split_at(LINE_LENGTH);
+            lines.push_str(&format!("part {part}\n"));
+            rest = remaining;
+        }
+        lines.push_str(&format!("run {id} {rest}\n"));
+        let sent = match &mut self.input {
+            Some(input) => input
+                .write_all(lines.as_bytes())
+                .and_then(|()| input.flush()),
+            None => Err(std::io::ErrorKind::BrokenPipe.into()),
+        };
+        match sent {
+            Ok(()) => Ok(id),
+            Err(_) => Err(self.failed("the VMM has ended".into())),
+        }
+    }
+
+    /// Powers the guest off from inside and gives the exit status of the VMM.
+    ///
+    /// # Errors
+    /// Fails if the VMM does not end in time.
+    pub fn shut_down(mut self) -> Result<ExitStatus> {
+        self.send("sync; poweroff -f")?;
+        self.wait(SHUTDOWN_LIMIT)
+    }
+
+    /// Waits for the VMM to end by itself; the limit as for plain hardware.
+    ///
+    /// # Errors
+    /// Fails if it still runs then.
+    pub fn wait(mut self, limit: Duration) -> Result<ExitStatus> {
+        let limit = self.site.limit(limit);
+        match wait_for(&mut self.child, limit)? {
+            Some(status) => Ok(status),
+            None => Err(LabError::TimedOut {
+                what: "the end of the VMM".into(),
+                limit,
+                output: self.tails(),
+            }),
+        }
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn read_console(mut output: impl Read, mut copy: File, console: &SharedConsole) {
+    let mut buffer = [0; 4096];
+    loop {
+        let count = match output.read(&mut buffer) {
+            Ok(count) => count,
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
+            Err(_) => 0,
+        };
+        let bytes = buffer.get(..count).unwrap_or_default();
+        // The copy is for people; the test goes on without it.
+        let _ = copy.write_all(bytes);
+        let mut console_now = console.0.lock().unwrap_or_else(PoisonError::into_inner);
+        console_now.text.extend_from_slice(bytes);
+        console_now.ended = count == 0;
+        console.1.notify_all();
+        if count == 0 {
+            return;
+        }
+    }
+}

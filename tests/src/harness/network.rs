@@ -1,0 +1,125 @@
+//! Networks around a guest: namespaces beyond the test's own, and iperf3.
+
+use std::process::Command;
+use std::time::Duration;
+
+use super::daemon::Daemon;
+use super::guest::Guest;
+use crate::command;
+use crate::error::{LabError, Result};
+use crate::site::Site;
+
+/// How long a server may take to listen, on plain hardware.
+const LISTEN_LIMIT: Duration = Duration::from_secs(5);
+
+/// A network namespace joined to the test's own by a pair of virtual Ethernet interfaces. It lives as long as the process that holds it.
+#[derive(Debug)]
+pub struct Namespace {
+    holder: Daemon,
+}
+
+impl Namespace {
+    /// Creates it; `near` and `far` are the addresses (with prefix length) of the pair's two ends, and far's default route is near.
+    ///
+    /// # Errors
+    /// Fails if one of the steps does.
+    pub fn create(site: &Site, name: &str, near: &str, far: &str) -> Result<Self> {
+        let mut holding = Command::new("unshare");
+        holding.args(["--net", "sleep", "infinity"]);
+        let mut holder = Daemon::start(site, name, holding)?;
+        let pid = holder.pid();
+        let own = std::fs::read_link("/proc/self/ns/net").ok();
+        holder.wait_until("its namespace", site.limit(LISTEN_LIMIT), || {
+            let other = std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
+            other.is_some() && other != own
+        })?;
+        let namespace = Self { holder };
+        command::sh(&format!(
+            "ip link add {name} type veth peer name eth0 netns {pid}"
+        ))?;
+        command::sh(&format!("ip address add {near} dev {name}"))?;
+        command::sh(&format!("ip link set {name} up"))?;
+        let gateway = near.split('/').next().unwrap_or(near);
+        for line in [
+            "ip link set lo up".to_owned(),
+            format!("ip address add {far} dev eth0"),
+            "ip link set eth0 up".to_owned(),
+            format!("ip route add default via {gateway}"),
+        ] {
+            namespace.sh(&line)?;
+        }
+        Ok(namespace)
+    }
+
+    /// Lets the test's own namespace forward packets between its interfaces.
+    ///
+    /// # Errors
+    /// Fails if the kernel does not allow it.
+    pub fn forward() -> Result<()> {
+        command::sh("sysctl -q -w net.ipv4.ip_forward=1").map(drop)
+    }
+
+    /// A command that runs a program in the namespace.
+    #[must_use]
+    pub fn program(&self, name: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/proc/{}/ns/net", self.holder.pid()))
+            .arg(name);
+        command
+    }
+
+    /// As [`command::sh`], in the namespace.
+    ///
+    /// # Errors
+    /// As [`command::sh`].
+    pub fn sh(&self, line: &str) -> Result<String> {
+        command::sh(&format!(
+            "nsenter --net=/proc/{}/ns/net {line}",
+            self.holder.pid()
+        ))
+    }
+}
+
+/// Starts an iperf3 server, in a namespace or in the test's own.
+///
+/// # Errors
+/// Fails if it does not come to listen.
+pub fn iperf3_server(site: &Site, namespace: Option<&Namespace>) -> Result<Daemon> {
+    let mut command = match namespace {
+        Some(namespace) => namespace.program("iperf3"),
+        None => Command::new("iperf3"),
+    };
+    command.args(["--server", "--forceflush"]);
+    let mut server = Daemon::start(site, "iperf3", command)?;
+    let pid = server.pid();
+    server.wait_until("it listens", site.limit(LISTEN_LIMIT), || {
+        // Port 5201 (0x1451) in state LISTEN (0A), of the namespace that process is in.
+        ["tcp", "tcp6"].iter().any(|file| {
+            std::fs::read_to_string(format!("/proc/{pid}/net/{file}"))
+                .is_ok_and(|table| table.contains(":1451 0") && table.contains(" 0A "))
+        })
+    })?;
+    Ok(server)
+}
+
+/// Runs an iperf3 client in the guest; gives bit/s as received. `options` are more of its arguments.
+///
+/// # Errors
+/// Fails if iperf3 does, or gives no result.
+pub fn iperf3(guest: &mut Guest, server: &str, seconds: u64, options: &str) -> Result<f64> {
+    let line = format!("iperf3 --client {server} --time {seconds} --json {options}");
+    let text = guest.run_ok_within(&line, Duration::from_secs(seconds + 15))?;
+    let result: serde_json::Value =
+        serde_json::from_str(&text).map_err(|_| LabError::Protocol {
+            from: "iperf3",
+            text: text.clone(),
+        })?;
+    result
+        .pointer("/end/sum_received/bits_per_second")
+        .and_then(serde_json::Value::as_f64)
+        .ok_or(LabError::Protocol {
+            from: "iperf3",
+            text,
+        })
+}

@@ -1,0 +1,205 @@
+//! The lab VM ("L1"): QEMU in software emulation of a machine with AMD SVM, in which Linux has a real KVM.
+//!
+//! Its system is the lab's Debian root, shared read-only over 9p; the programs under test and the files of this run are two more shares.
+//! Requests and events go through a virtio-serial port on QEMU's standard input and output.
+
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use crate::error::{Doing, LabError, Result};
+use crate::initramfs;
+use crate::link::Link;
+use crate::setup::Cache;
+use crate::site::{QemuVersion, Site};
+
+/// What the interactive shell of the lab VM says first.
+const MOTD: &str = include_str!("../recipe/motd");
+/// What runs in it after the initramfs.
+const START: &str = include_str!("../recipe/l1-start.sh");
+/// Size of the scratch file system, sparse on the machine.
+const SCRATCH_SIZE: u64 = 12 << 30;
+/// Size of the raw disk for tests, sparse on the machine.
+const RAW_DISK_SIZE: u64 = 4 << 30;
+/// Memory of the lab VM: a guest of 6 GiB fits. The machine provides what is touched, no more.
+const MEMORY_MIB: u64 = 10 * 1024;
+/// Less than this does not run the suite.
+const LEAST_MEMORY_MIB: u64 = 3 * 1024;
+/// From power-on to the first event; it takes 6 s when the machine has nothing else to do.
+const BOOT_LIMIT: Duration = Duration::from_secs(240);
+
+/// Directory with the files of one run of `cargo lab`; removed when this goes.
+#[derive(Debug)]
+pub struct Run {
+    directory: PathBuf,
+}
+
+impl Run {
+    /// Creates the directory, with the guest's initramfs in it.
+    ///
+    /// # Errors
+    /// Fails if it cannot be written.
+    pub fn create(cache: &Cache) -> Result<Self> {
+        let directory = cache.path().join(format!("run-{}", std::process::id()));
+        fs::create_dir_all(directory.join("scratch"))
+            .doing(|| format!("create {}", directory.display()))?;
+        let run = Self { directory };
+        initramfs::write_guest(&cache.system().join("root"), &run.path().join("guest.cpio"))?;
+        Ok(run)
+    }
+
+    /// The directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.directory
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed by the next run.
+        let _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Boots the lab VM for requests.
+///
+/// # Errors
+/// Fails, with the console's tail, if it does not come up.
+pub fn boot(cache: &Cache, run: &Run, programs: &Path) -> Result<Link> {
+    let console = run.path().join("l1-console.log");
+    let mut qemu = machine(cache, run, programs, "quiet")?;
+    qemu.args(["-display", "none", "-monitor", "none"]);
+    qemu.arg("-serial")
+        .arg(format!("file:{}", console.display()));
+    // Signals from the terminal reach QEMU as part of the foreground process group, and are to end it.
+    qemu.args(["-chardev", "stdio,id=channel,signal=on"]);
+    qemu.args(["-device", "virtio-serial-pci"]);
+    qemu.args(["-device", "virtserialport,chardev=channel,name=ringside"]);
+    Link::start(
+        "lab VM",
+        qemu,
+        &run.path().join("l1-qemu.log"),
+        &[console],
+        BOOT_LIMIT,
+    )
+}
+
+/// Boots the lab VM with a shell on the terminal, and waits for its end.
+///
+/// # Errors
+/// Fails if QEMU cannot be run.
+pub fn shell(cache: &Cache, run: &Run, programs: &Path) -> Result<()> {
+    let mut qemu = machine(cache, run, programs, "quiet lab.shell")?;
+    qemu.arg("-nographic");
+    qemu.status().doing(|| "run the lab's QEMU".into())?;
+    Ok(())
+}
+
+fn machine(cache: &Cache, run: &Run, programs: &Path, cmdline: &str) -> Result<Command> {
+    let root = cache.system().join("root");
+    let site = Site {
+        root: root.clone(),
+        ..Site::inside_lab()
+    };
+    let write = |name: &str, text: &str| {
+        let path = run.path().join(name);
+        fs::write(&path, text).doing(|| format!("write {}", path.display()))
+    };
+    write("motd", MOTD)?;
+    write("l1-start.sh", START)?;
+    initramfs::write_l1(&root, &run.path().join("l1.cpio"))?;
+
+    let mut qemu = site.qemu(QemuVersion::V11);
+    qemu.args([
+        "-accel",
+        "tcg,thread=multi",
+        "-machine",
+        "q35",
+        "-cpu",
+        "max",
+        "-smp",
+        "2",
+    ]);
+    qemu.args(["-run-with", "exit-with-parent=on"]);
+    qemu.arg("-m").arg(format!("{}M", memory_mib()?));
+    qemu.args(["-nodefaults", "-no-reboot"]);
+    qemu.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
+    for (tag, path) in [
+        ("root", root.as_path()),
+        ("bin", programs),
+        ("run", run.path()),
+    ] {
+        qemu.arg("-virtfs").arg(format!(
+            "local,path={},mount_tag={tag},security_model=none,readonly=on,multidevs=remap",
+            escaped(path)
+        ));
+    }
+    // In this order they are vda, vdb and vdc.
+    qemu.arg("-drive").arg(format!(
+        "if=virtio,format=raw,readonly=on,cache=unsafe,file={}",
+        escaped(&cache.system().join("guest.ext4"))
+    ));
+    for (name, size) in [("scratch.img", SCRATCH_SIZE), ("disk.img", RAW_DISK_SIZE)] {
+        let path = run.path().join(name);
+        let doing = || format!("create {}", path.display());
+        File::create(&path)
+            .doing(doing)?
+            .set_len(size)
+            .doing(doing)?;
+        qemu.arg("-drive").arg(format!(
+            "if=virtio,format=raw,cache=unsafe,discard=unmap,file={}",
+            escaped(&path)
+        ));
+    }
+    qemu.arg("-kernel").arg(site.kernel());
+    qemu.arg("-initrd").arg(run.path().join("l1.cpio"));
+    qemu.arg("-append").arg(format!(
+        "console=ttyS0 panic=-1 intel_iommu=on iommu=pt {cmdline}"
+    ));
+    Ok(qemu)
+}
+
+/// A path as a value in QEMU's option syntax, where a comma is doubled.
+fn escaped(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
+/// How much memory the lab VM gets: all it wants, or three quarters of what this machine has left.
+fn memory_mib() -> Result<u64> {
+    let info = fs::read_to_string("/proc/meminfo").doing(|| "read /proc/meminfo".into())?;
+    let available = available_mib(&info).unwrap_or(MEMORY_MIB);
+    let memory = (available / 4 * 3).min(MEMORY_MIB);
+    if memory < LEAST_MEMORY_MIB {
+        return Err(LabError::Setup(format!(
+            "the lab VM needs {LEAST_MEMORY_MIB} MiB, and this machine has {available} MiB of memory left"
+        )));
+    }
+    Ok(memory)
+}
+
+fn available_mib(meminfo: &str) -> Option<u64> {
+    let line = meminfo
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    let kib: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kib / 1024)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn available_memory_is_found() {
+        let text = "MemTotal: 100 kB\nMemAvailable:   2097152 kB\n";
+        assert_eq!(available_mib(text), Some(2048));
+        assert_eq!(available_mib("MemTotal: 1 kB\n"), None);
+    }
+
+    #[test]
+    fn commas_are_doubled() {
+        assert_eq!(escaped(Path::new("/a,b")), "/a,,b");
+    }
+}

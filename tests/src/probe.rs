@@ -1,0 +1,79 @@
+//! Finds out whether this machine's own KVM boots Linux, by booting one.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::harness::{Guest, Vmm};
+use crate::setup::Cache;
+use crate::site::Site;
+
+/// What a probe found; good until the machine boots again.
+#[derive(Debug, Serialize, Deserialize)]
+struct Finding {
+    boot_id: String,
+    /// Why it does not work, or nothing if it does.
+    obstacle: Option<String>,
+}
+
+/// Why guests cannot run on this machine's own KVM; `None` if they can. A real KVM answers in a second or two.
+///
+/// # Errors
+/// Fails only if the probe itself cannot be done.
+pub fn host_obstacle(cache: &Cache, site: &Site) -> Result<Option<String>> {
+    if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
+        return Ok(Some(format!("/dev/kvm cannot be opened: {error}")));
+    }
+    if !geteuid().is_root() {
+        return Ok(Some(
+            "creating TAPs and network namespaces here needs root".into(),
+        ));
+    }
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let remembered = cache.path().join("host-kvm.json");
+    if let Some(finding) = remember(&remembered)
+        && finding.boot_id == boot_id
+    {
+        return Ok(finding.obstacle);
+    }
+    eprintln!("lab: trying whether this machine's own KVM boots Linux");
+    let obstacle = boot(site);
+    let finding = Finding { boot_id, obstacle };
+    if let Ok(text) = serde_json::to_string(&finding) {
+        // If it cannot be remembered it is probed again.
+        let _ = fs::write(&remembered, text);
+    }
+    Ok(finding.obstacle)
+}
+
+fn remember(path: &Path) -> Option<Finding> {
+    serde_json::from_str(&fs::read_to_string(path).ok()?).ok()
+}
+
+/// Boots a guest without a disk under stock QEMU; the reason if that fails.
+fn boot(site: &Site) -> Option<String> {
+    let limit = Duration::from_secs(15);
+    let guest = Guest::on(Vmm::Qemu11)
+        .diskless()
+        .boot_limit(limit)
+        .boot(site);
+    let text = match guest.map(Guest::shut_down) {
+        Ok(Ok(_)) => return None,
+        Ok(Err(error)) | Err(error) => error.to_string(),
+    };
+    // The registers that QEMU dumps below the first line interest nobody here.
+    let first = text.lines().next().unwrap_or_default();
+    let reason = text
+        .lines()
+        .find(|line| line.contains("KVM"))
+        .unwrap_or_default();
+    Some(
+        format!("a Linux guest did not boot: {first} {}", reason.trim())
+            .trim_end()
+            .to_owned(),
+    )
+}

@@ -1,0 +1,57 @@
+//! Builds the programs under test as static binaries, which run on the machine, in the lab VM and in an initramfs alike.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::command::describe;
+use crate::error::{Doing, LabError, Result};
+
+/// Target triple of the lab.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// The workspace's directory.
+#[must_use]
+pub fn workspace() -> &'static Path {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR"));
+    tests.parent().unwrap_or(tests)
+}
+
+/// The cargo that runs this program, or the one in the path.
+#[must_use]
+pub fn cargo() -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace());
+    command
+}
+
+/// Builds all programs; gives the directory they are in.
+///
+/// # Errors
+/// Fails if the build fails; the compiler's messages are on the terminal then.
+pub fn build() -> Result<PathBuf> {
+    let target_directory = workspace().join("target").join("lab");
+    let mut command = cargo();
+    command
+        .args([
+            "build",
+            "--release",
+            "--workspace",
+            "--bins",
+            "--target",
+            TARGET,
+        ])
+        .arg("--target-dir")
+        .arg(&target_directory)
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    let line = describe(&command);
+    let status = command.status().doing(|| format!("run `{line}`"))?;
+    if !status.success() {
+        return Err(LabError::Command {
+            command: line,
+            status,
+            output: String::new(),
+        });
+    }
+    Ok(target_directory.join(TARGET).join("release"))
+}

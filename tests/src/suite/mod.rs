@@ -1,0 +1,199 @@
+//! The end-to-end tests, and what runs them: each in a process of its own, in its own process, mount and network namespaces, so
+//! that nothing it starts or creates outlives it, whatever happens to it.
+
+mod boot;
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::command::wait_for;
+use crate::error::{Doing, LabError, Result, last_lines};
+use crate::inside::Events;
+use crate::protocol::{Event, Outcome};
+use crate::setup::sorted_names;
+use crate::site::{SITE_VARIABLE, Site};
+
+/// Exit status of the process of a test that cannot run here.
+const SKIPPED_STATUS: i32 = 77;
+
+/// One end-to-end test.
+#[derive(Debug)]
+pub struct Test {
+    /// Its name: `area::what_holds`.
+    pub name: &'static str,
+    /// How long it may take on plain hardware, in seconds.
+    pub seconds: u64,
+    /// The test. It may write into the current directory; what it leaves there named `*.log` is shown if it fails.
+    pub run: fn(&Site) -> Result<()>,
+}
+
+/// All tests, in the order they run.
+fn tests() -> impl Iterator<Item = &'static Test> {
+    [boot::TESTS].into_iter().flatten()
+}
+
+/// Names of the tests that `filters` select: all when there are none, else those that contain one of them.
+#[must_use]
+pub fn names(filters: &[String]) -> Vec<&'static str> {
+    selected(filters).map(|test| test.name).collect()
+}
+
+fn selected(filters: &[String]) -> impl Iterator<Item = &'static Test> {
+    tests().filter(move |test| {
+        filters.is_empty()
+            || filters
+                .iter()
+                .any(|filter| test.name.contains(filter.as_str()))
+    })
+}
+
+/// Runs the selected tests; the status is 1 when one failed.
+///
+/// # Errors
+/// Fails if a test cannot be started, or nobody takes the events.
+pub fn run(site: &Site, filters: &[String], events: &Events) -> Result<i32> {
+    let mut status = 0;
+    for test in selected(filters) {
+        events.tell(&Event::Started {
+            name: test.name.into(),
+        })?;
+        let start = Instant::now();
+        let (outcome, detail) = run_in_process(site, test)?;
+        if outcome == Outcome::Failed {
+            status = 1;
+        }
+        let seconds = start.elapsed().as_secs_f64();
+        events.tell(&Event::Ended {
+            name: test.name.into(),
+            outcome,
+            seconds,
+            detail,
+        })?;
+    }
+    Ok(status)
+}
+
+fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
+    let directory = site.scratch.join(test.name.replace("::", "-"));
+    fs::create_dir_all(&directory).doing(|| format!("create {}", directory.display()))?;
+    let log_path = directory.join("test.log");
+    let log = File::create(&log_path).doing(|| format!("create {}", log_path.display()))?;
+    let errors = log
+        .try_clone()
+        .doing(|| format!("write {}", log_path.display()))?;
+    let own_site = Site {
+        scratch: directory.clone(),
+        ..site.clone()
+    };
+    let site_text = serde_json::to_string(&own_site).map_err(|error| LabError::Protocol {
+        from: "suite",
+        text: error.to_string(),
+    })?;
+    let program = std::env::current_exe().doing(|| "find this program".into())?;
+    let mut child = Command::new("unshare")
+        .args([
+            "--fork",
+            "--pid",
+            "--mount-proc",
+            "--net",
+            "--kill-child",
+            "--",
+        ])
+        .arg(program)
+        .args(["run-test", test.name])
+        .env(SITE_VARIABLE, site_text)
+        .current_dir(&directory)
+        .stdin(Stdio::null())
+        .stdout(log)
+        .stderr(errors)
+        .spawn()
+        .doing(|| "run unshare".into())?;
+    let limit = site.limit(Duration::from_secs(test.seconds));
+    let status = wait_for(&mut child, limit)?;
+    if status.is_none() {
+        // The kernel ends all in the process namespace with its first process.
+        let _ = child.kill();
+        let _ = child.wait();
+    }
+    let result = match status.map(|status| status.code()) {
+        Some(Some(0)) => (Outcome::Passed, text_of(&log_path)),
+        Some(Some(SKIPPED_STATUS)) => (Outcome::Skipped, text_of(&log_path)),
+        Some(_) => (Outcome::Failed, failure(&directory, "")),
+        None => {
+            let why = format!("It did not end within {} s.\n", limit.as_secs());
+            (Outcome::Failed, failure(&directory, &why))
+        }
+    };
+    fs::remove_dir_all(&directory).doing(|| format!("remove {}", directory.display()))?;
+    Ok(result)
+}
+
+fn text_of(log: &Path) -> String {
+    String::from_utf8_lossy(&fs::read(log).unwrap_or_default())
+        .trim_end()
+        .to_owned()
+}
+
+/// What shows why a test failed: its messages, and the end of each log it left.
+fn failure(directory: &Path, why: &str) -> String {
+    let mut text = format!("{why}{}\n", text_of(&directory.join("test.log")));
+    for name in sorted_names(directory).unwrap_or_default() {
+        if name == "test.log" || !name.ends_with(".log") {
+            continue;
+        }
+        text.push_str(&format!("--- end of {name}\n"));
+        for line in last_lines(&text_of(&directory.join(&name)), 40) {
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// Runs one test in this process; gives the exit status.
+///
+/// # Errors
+/// Fails if there is no such test, or this is not a process of the suite.
+pub fn run_test(name: &str) -> Result<i32> {
+    let site = Site::current()?;
+    let test = tests()
+        .find(|test| test.name == name)
+        .ok_or_else(|| LabError::Setup(format!("there is no test {name}")))?;
+    Ok(match (test.run)(&site) {
+        Ok(()) => 0,
+        Err(LabError::Skipped(why)) => {
+            eprintln!("{why}");
+            SKIPPED_STATUS
+        }
+        Err(error) => {
+            eprintln!("{error}");
+            1
+        }
+    })
+}
+
+#[cfg(test)]
+mod unit_tests {
+    use super::*;
+
+    #[test]
+    fn names_are_unique_and_good_for_directories() {
+        let mut all = names(&[]);
+        assert!(!all.is_empty());
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count);
+        let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_' || c == ':';
+        assert!(all.iter().all(|name| name.chars().all(fits)));
+    }
+
+    #[test]
+    fn filters_select_by_part_of_the_name() {
+        assert!(names(&["no such test".into()]).is_empty());
+        let first = names(&[])[0];
+        assert!(names(&[first.into()]).contains(&first));
+    }
+}
