@@ -13,8 +13,12 @@ case " $(cat /proc/cmdline) " in
     setsid -c bash -l </dev/ttyS0 >/dev/ttyS0 2>&1
     ;;
 *)
-    /lab/bin/lab inside --port /dev/vport0p1
-    echo "lab inside ended with status $?"
+    for port in /sys/class/virtio-ports/*; do
+        if [ "$(cat "$port/name")" = ringside ]; then
+            /lab/bin/lab inside --port "/dev/${port##*/}"
+            echo "lab inside ended with status $?"
+        fi
+    done
     ;;
 esac
-poweroff -f
+busybox poweroff -f

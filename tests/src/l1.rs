@@ -92,7 +92,7 @@ pub fn boot(cache: &Cache, run: &Run, programs: &Path) -> Result<Link> {
 /// Fails if QEMU cannot be run.
 pub fn shell(cache: &Cache, run: &Run, programs: &Path) -> Result<()> {
     let mut qemu = machine(cache, run, programs, "quiet lab.shell")?;
-    qemu.arg("-nographic");
+    qemu.args(["-display", "none", "-serial", "mon:stdio"]);
     qemu.status().doing(|| "run the lab's QEMU".into())?;
     Ok(())
 }
