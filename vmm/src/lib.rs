@@ -32,6 +32,7 @@ pub mod exit;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
+pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod terminal;

@@ -1,0 +1,291 @@
+//! The machine: creates everything in order, runs it, and takes it down in the opposite order.
+//!
+//! The order is: VM and guest RAM; kernel, RAM disk and ACPI tables in it; platform devices; PCI
+//! devices; processors. The end comes as an [`ExitReason`]: the processors stop first, so that
+//! nothing is asked of a device that is gone.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::{Arc, Mutex};
+
+use kvm_ioctls::VcpuFd;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use vm_memory::GuestMemoryMmap;
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use crate::acpi;
+use crate::boot::{self, Images};
+use crate::bus::{self, Bus, SharedDevice};
+use crate::config::Config;
+use crate::console::{self, Console};
+use crate::cpu::{self, CpuTemplate};
+use crate::devices::acpi_pm::{self, AcpiPm};
+use crate::devices::i8042::I8042;
+use crate::devices::pvpanic::PvPanic;
+use crate::devices::reset::ResetControl;
+use crate::devices::rtc::{self, Rtc};
+use crate::devices::serial::{self, Serial, SerialInput};
+use crate::event_loop::{EventLoop, LoopHandle, Next};
+use crate::exit::{ExitHandle, ExitReason};
+use crate::irq::{self, GsiRouter};
+use crate::kvm::{self, Vm};
+use crate::layout::{self, Range};
+use crate::memory::{self, GuestRam};
+use crate::vcpu::{self, Context, Vcpus};
+
+/// Why there is no machine.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// More processors than KVM can give.
+    #[error("this host's KVM gives a guest at most {max} CPUs, not {cpus}")]
+    Cpus {
+        /// What was asked for.
+        cpus: u32,
+        /// What there is.
+        max: usize,
+    },
+    /// A processor that KVM does not create.
+    #[error("KVM cannot create CPU {cpu}")]
+    CreateCpu {
+        /// Which processor.
+        cpu: u8,
+        /// KVM's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// File descriptors, most likely.
+    #[error("cannot set up the control thread's events")]
+    Events(#[source] io::Error),
+    /// The VM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Guest RAM.
+    #[error(transparent)]
+    Memory(#[from] memory::Error),
+    /// Kernel and RAM disk.
+    #[error(transparent)]
+    Boot(#[from] boot::Error),
+    /// ACPI tables.
+    #[error(transparent)]
+    Acpi(#[from] acpi::Error),
+    /// A processor's state.
+    #[error(transparent)]
+    Cpu(#[from] cpu::Error),
+    /// A processor's thread.
+    #[error(transparent)]
+    Vcpu(#[from] vcpu::Error),
+    /// An interrupt.
+    #[error(transparent)]
+    Irq(#[from] irq::Error),
+    /// A device's addresses.
+    #[error(transparent)]
+    Bus(#[from] bus::Error),
+    /// The serial port's other end.
+    #[error(transparent)]
+    Console(#[from] console::Error),
+}
+
+/// What devices are built from. Cheap to clone; all of it is shared.
+#[derive(Clone)]
+pub struct Resources {
+    /// The VM: ioeventfds, memory slots.
+    pub vm: Arc<Vm>,
+    /// Guest RAM.
+    pub memory: GuestMemoryMmap,
+    /// Ports.
+    pub ports: Arc<Bus>,
+    /// MMIO.
+    pub mmio: Arc<Bus>,
+    /// GSIs and irqfds.
+    pub router: Arc<GsiRouter>,
+    /// The control thread's loop.
+    pub events: LoopHandle,
+    /// Ends the machine.
+    pub exit: ExitHandle,
+    /// The 64-bit PCI MMIO window.
+    pub pci_mmio64: Range,
+}
+
+/// A machine that is ready to run.
+pub struct Machine {
+    // Dropped in this order.
+    processors: Vec<VcpuFd>,
+    events: EventLoop,
+    resources: Resources,
+    input: SerialInput,
+    console: Console,
+}
+
+impl Machine {
+    /// Builds the machine that `config` describes.
+    pub fn new(config: &Config) -> Result<Self, Error> {
+        let exit = ExitHandle::new().map_err(Error::Events)?;
+        let events = event_loop(&exit)?;
+
+        let vm = Arc::new(Vm::new()?);
+        let max = vm.kvm().get_max_vcpus();
+        let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
+        if usize::from(cpus) > max {
+            return Err(Error::Cpus {
+                cpus: config.cpus,
+                max,
+            });
+        }
+        let template = CpuTemplate::new(vm.kvm(), cpus)?;
+        let ram = GuestRam::new(config.memory)?;
+        vm.add_ram(&ram)?;
+        let memory = ram.memory().clone();
+        let pci_mmio64 = layout::pci_mmio64(ram.end(), template.physical_bits());
+
+        let rsdp = acpi::write(&memory, &acpi::Platform { cpus, pci_mmio64 })?;
+        let images = Images {
+            kernel: &config.kernel,
+            initramfs: config.initramfs.as_deref(),
+            cmdline: &config.cmdline,
+        };
+        let entry = boot::load(&memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
+        cpu::write_tables(&memory, &entry)?;
+
+        let router = Arc::new(GsiRouter::new(Arc::clone(vm.fd()))?);
+        let resources = Resources {
+            vm: Arc::clone(&vm),
+            memory,
+            ports: Arc::default(),
+            mmio: Arc::default(),
+            router,
+            events: events.handle(),
+            exit,
+            pci_mmio64,
+        };
+        let (console, output) = Console::open(&config.serial, &resources.exit)?;
+        let input = add_platform_devices(&resources, output, None)?;
+
+        let mut processors = Vec::new();
+        for cpu in 0..cpus {
+            let fd = vm
+                .fd()
+                .create_vcpu(cpu.into())
+                .map_err(|e| Error::CreateCpu {
+                    cpu,
+                    source: e.into(),
+                })?;
+            template.prepare(&fd, cpu, (cpu == 0).then_some(&entry))?;
+            processors.push(fd);
+        }
+        Ok(Self {
+            processors,
+            events,
+            resources,
+            input,
+            console,
+        })
+    }
+
+    /// Runs the guest until the machine ends.
+    pub fn run(self) -> Result<ExitReason, Error> {
+        let Self {
+            processors,
+            mut events,
+            resources,
+            input,
+            mut console,
+        } = self;
+        console.start(input, resources.exit.clone())?;
+        let context = Context {
+            vm: Arc::clone(&resources.vm),
+            ports: Arc::clone(&resources.ports),
+            mmio: Arc::clone(&resources.mmio),
+            exit: resources.exit.clone(),
+        };
+        let vcpus = Vcpus::start(processors, &context)?;
+        events.run().map_err(Error::Events)?;
+        drop(vcpus);
+        let lost = || ExitReason::Failure("the control thread's loop ended".to_owned());
+        Ok(resources.exit.reason().unwrap_or_else(lost))
+    }
+}
+
+/// Signals that ask for an orderly end.
+const END_SIGNALS: [(Signal, &str); 3] = [
+    (Signal::SIGTERM, "SIGTERM"),
+    (Signal::SIGINT, "SIGINT"),
+    (Signal::SIGHUP, "SIGHUP"),
+];
+
+/// The control thread's loop: it ends with the machine, and signals end the machine. Blocks the
+/// signals in this thread, and so in all that it starts.
+fn event_loop(exit: &ExitHandle) -> Result<EventLoop, Error> {
+    let failed = |e: nix::Error| Error::Events(e.into());
+    let events = EventLoop::new().map_err(Error::Events)?;
+    let handle = events.handle();
+
+    let mut set = SigSet::empty();
+    END_SIGNALS.iter().for_each(|(signal, _)| set.add(*signal));
+    set.thread_block().map_err(failed)?;
+    let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
+    let signals = SignalFd::with_flags(&set, flags).map_err(failed)?;
+    let on_signal = exit.clone();
+    let fd = signals.as_fd().as_raw_fd();
+    let add = handle.add(
+        fd,
+        Box::new(move || {
+            while let Ok(Some(info)) = signals.read_signal() {
+                let found = END_SIGNALS
+                    .iter()
+                    .find(|(s, _)| *s as u32 == info.ssi_signo);
+                on_signal.end(ExitReason::Requested(
+                    found.map_or("a signal", |(_, name)| name),
+                ));
+            }
+            Next::Continue
+        }),
+    );
+    add.map_err(Error::Events)?;
+
+    let (stop, fd) = (handle.clone(), exit.as_raw_fd());
+    let keep = exit.clone();
+    let add = handle.add(
+        fd,
+        Box::new(move || {
+            if keep.is_set() {
+                stop.stop();
+            }
+            Next::Continue
+        }),
+    );
+    add.map_err(Error::Events)?;
+    Ok(events)
+}
+
+/// Puts the platform's fixed devices on the buses. `pci` answers the PCI configuration ports.
+fn add_platform_devices(
+    resources: &Resources,
+    output: serial::Output,
+    pci: Option<SharedDevice>,
+) -> Result<SerialInput, Error> {
+    let Resources {
+        ports,
+        exit,
+        router,
+        ..
+    } = resources;
+    let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Events)?;
+    router.register_irqfd(&irq, layout::SERIAL_IRQ)?;
+    let (com1, input) = Serial::new(irq, output);
+    ports.insert(layout::SERIAL_PORT, serial::SIZE, com1)?;
+    ports.insert(
+        layout::RTC_PORT,
+        rtc::SIZE,
+        Arc::new(Mutex::new(Rtc::new())),
+    )?;
+    let pm = Arc::new(Mutex::new(AcpiPm::new(exit.clone())));
+    ports.insert(layout::ACPI_PM_PORT, acpi_pm::SIZE, pm)?;
+    let keyboard = Arc::new(Mutex::new(I8042::new(exit.clone())));
+    ports.insert(layout::I8042_COMMAND_PORT, 1, keyboard)?;
+    let pvpanic = Arc::new(Mutex::new(PvPanic::new(exit.clone())));
+    ports.insert(layout::PVPANIC_PORT, 1, pvpanic)?;
+    let reset = Arc::new(Mutex::new(ResetControl::new(exit.clone(), pci)));
+    ports.insert(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE, reset)?;
+    Ok(input)
+}

@@ -1,0 +1,81 @@
+//! `ringside-vmm`: reads the configuration, runs the machine, ends with its exit status.
+
+use std::error::Error as _;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::process::ExitCode;
+
+use clap::Parser;
+use ringside_vmm::config::{Cli, Config, FileOptions};
+use ringside_vmm::exit::ExitReason;
+use ringside_vmm::machine::Machine;
+use tracing_subscriber::EnvFilter;
+
+/// Something failed at run time.
+const FAILURE: u8 = 1;
+/// Wrong usage; clap's own errors end with the same status.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let file = match cli.config.as_deref().map(read_file).transpose() {
+        Ok(file) => file.unwrap_or_default(),
+        Err((status, message)) => return fail(status, &message),
+    };
+    let config = match Config::new(cli, file) {
+        Ok(config) => config,
+        Err(error) => return fail(USAGE, &error.to_string()),
+    };
+    let Ok(filter) = EnvFilter::try_new(&config.log_level) else {
+        let message = format!(
+            "--log-level `{}` is not a level or a filter",
+            config.log_level
+        );
+        return fail(USAGE, &message);
+    };
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .init();
+
+    match Machine::new(&config).and_then(Machine::run) {
+        Ok(reason) => {
+            match &reason {
+                ExitReason::PowerOff | ExitReason::Requested(_) | ExitReason::Reset(_) => {
+                    tracing::info!("{reason}");
+                }
+                ExitReason::Panic | ExitReason::Crash(_) | ExitReason::Failure(_) => {
+                    eprintln!("ringside-vmm: {reason}");
+                }
+            }
+            ExitCode::from(reason.status())
+        }
+        Err(error) => {
+            let mut message = error.to_string();
+            let mut source = error.source();
+            while let Some(cause) = source {
+                message.push_str(": ");
+                message.push_str(&cause.to_string());
+                source = cause.source();
+            }
+            fail(FAILURE, &message)
+        }
+    }
+}
+
+fn read_file(path: &Path) -> Result<FileOptions, (u8, String)> {
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        (
+            FAILURE,
+            format!("cannot read the configuration {}: {e}", path.display()),
+        )
+    })?;
+    text.parse()
+        .map_err(|e| (USAGE, format!("{}: {e}", path.display())))
+}
+
+fn fail(status: u8, message: &str) -> ExitCode {
+    eprintln!("ringside-vmm: {message}");
+    ExitCode::from(status)
+}
