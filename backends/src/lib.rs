@@ -9,4 +9,5 @@
 //! front-ends that enable rings before they acknowledge features (QEMU) are served.
 #![deny(unsafe_code)]
 
+pub mod blk;
 pub mod shell;

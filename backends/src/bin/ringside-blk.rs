@@ -1,0 +1,63 @@
+//! `ringside-blk`: serves a disk to a virtual machine over vhost-user.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ringside_backends::blk::{ArgsError, Blk, BlkArgs};
+use ringside_backends::shell::{self, EXIT_STATUS_HELP, Program, ShellArgs};
+
+const PROGRAM: Program = Program {
+    name: "ringside-blk",
+    kind: "block",
+    features: &["read-only", "blk-file"],
+};
+
+const EXAMPLES: &str = "Examples:
+  Serve an image to one virtual machine after the other, with four queues:
+    ringside-blk --socket-path /run/vm1-disk.sock --path disk.img --queues 4
+
+  Attach it to ringside-vmm:
+    ringside-vmm --kernel vmlinuz --blk socket=/run/vm1-disk.sock …
+
+  Attach it to QEMU, whose guest memory must be shared:
+    qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
+      -chardev socket,id=c0,path=/run/vm1-disk.sock -device vhost-user-blk-pci,chardev=c0,num-queues=4 …
+
+  Attach it to cloud-hypervisor:
+    cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/vm1-disk.sock,num_queues=4,queue_size=128 …
+
+  Measure the path without a disk, read by QEMU's own front-end:
+    ringside-blk --socket-path /tmp/null.sock --null 1G
+    qemu-img bench -c 100000 -d 32 -s 4096 -t none --image-opts driver=virtio-blk-vhost-user,path=/tmp/null.sock,cache.direct=on
+";
+
+/// Serves a raw disk image or a block device to a virtual machine over vhost-user.
+///
+/// The virtual machine monitor connects to a Unix socket and shares its guest's memory; requests are then taken from
+/// the guest's virtqueues and handed to the kernel by io_uring, without copying their data.
+#[derive(Parser)]
+#[command(name = PROGRAM.name, version, after_help = EXIT_STATUS_HELP, after_long_help = format!("{EXAMPLES}\n{EXIT_STATUS_HELP}"))]
+struct Cli {
+    #[command(flatten)]
+    blk: BlkArgs,
+    #[command(flatten)]
+    shell: ShellArgs,
+}
+
+fn main() -> ExitCode {
+    match PROGRAM.print_capabilities_if_asked() {
+        Ok(false) => {}
+        asked => return shell::exit_code(&PROGRAM, asked.map(|_| ())),
+    }
+    let cli = Cli::parse();
+    let config = match cli.blk.open() {
+        Ok(config) => config,
+        Err(error) => {
+            let usage = error.is_usage();
+            let code = shell::exit_code::<ArgsError>(&PROGRAM, Err(error));
+            return if usage { ExitCode::from(2) } else { code };
+        }
+    };
+    let result = shell::run(&PROGRAM, Blk::new(config), &cli.shell);
+    shell::exit_code(&PROGRAM, result)
+}

@@ -1,0 +1,333 @@
+//! The options of `ringside-blk`, and the checks that need no front-end.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use thiserror::Error;
+
+use super::config::Geometry;
+use super::disk::{Disk, DiskError, DiskOptions};
+use super::request::{ID_LEN, SECTOR};
+use super::{BlkConfig, SEG_MAX};
+
+/// Most bytes in one discard or write-zeroes request.
+const MAX_RANGE: u64 = 1 << 30;
+
+/// Whether something is to be offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// It is.
+    On,
+    /// It is not.
+    Off,
+}
+
+/// The cache that the driver is told of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// Writes are durable after a flush.
+    Writeback,
+    /// Each write is durable when it completes.
+    Writethrough,
+}
+
+/// Options of the block device.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Disk")]
+pub struct BlkArgs {
+    /// Raw image file or block device to serve
+    #[arg(long, alias = "blk-file", value_name = "FILE", required_unless_present_any = ["null", "print_capabilities"], conflicts_with = "null")]
+    pub path: Option<PathBuf>,
+
+    /// Serve a disk of this size that moves no data, to measure everything else (K, M, G, T are powers of 1024)
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    pub null: Option<u64>,
+
+    /// Let the guest read only
+    #[arg(long)]
+    pub read_only: bool,
+
+    /// Number of queues, each with a thread of its own
+    #[arg(long, visible_alias = "num-queues", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub queues: u16,
+
+    /// Largest queue size to accept from a front-end: a power of two
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(2..=4096))]
+    pub queue_size: u16,
+
+    /// Bypass the host's page cache (O_DIRECT)
+    #[arg(long)]
+    pub direct: bool,
+
+    /// Cache mode that the guest begins with; it can switch
+    #[arg(long, value_enum, default_value = "writeback", value_name = "MODE")]
+    pub cache: Cache,
+
+    /// Serial number that the guest reads: up to 20 printable ASCII characters
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = parse_serial)]
+    pub serial: String,
+
+    /// Logical block size in bytes: 512 or 4096 [default: what the storage needs]
+    #[arg(long, value_name = "BYTES", value_parser = parse_block_size)]
+    pub block_size: Option<u32>,
+
+    /// Physical block size in bytes [default: what the storage says]
+    #[arg(long, value_name = "BYTES", value_parser = parse_io_size)]
+    pub physical_block_size: Option<u32>,
+
+    /// Smallest efficient transfer in bytes [default: the physical block size]
+    #[arg(long, value_name = "BYTES", value_parser = parse_io_size)]
+    pub min_io_size: Option<u32>,
+
+    /// Best transfer size in bytes [default: what the storage says]
+    #[arg(long, value_name = "BYTES", value_parser = parse_io_size)]
+    pub opt_io_size: Option<u32>,
+
+    /// Offer discard and write-zeroes, which punch holes into an image
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub discard: OnOff,
+}
+
+/// Options that do not fit each other, or a disk that cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ArgsError {
+    /// The disk cannot be used.
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    /// Neither a file nor a size was given.
+    #[error("no disk: give --path or --null")]
+    NoDisk,
+    /// A size that no disk can have.
+    #[error(
+        "--null {size}: a disk has at least one block of {block} bytes, and a whole number of them"
+    )]
+    NullSize {
+        /// What was given, in bytes.
+        size: u64,
+        /// The block size in bytes.
+        block: u32,
+    },
+    /// The queue size is no power of two.
+    #[error("--queue-size {0} is not a power of two")]
+    QueueSize(u16),
+    /// A size of the topology is not a multiple of the block size.
+    #[error("--{option} {size} is not a multiple of the block size {block}")]
+    Topology {
+        /// The option.
+        option: &'static str,
+        /// What was given, in bytes.
+        size: u32,
+        /// The block size in bytes.
+        block: u32,
+    },
+}
+
+impl ArgsError {
+    /// Whether the command line is wrong, and not the world.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        !matches!(self, Self::Disk(_))
+    }
+}
+
+impl BlkArgs {
+    /// Opens the disk and checks that all options fit it.
+    ///
+    /// # Errors
+    /// [`ArgsError`]
+    pub fn open(&self) -> Result<BlkConfig, ArgsError> {
+        if !self.queue_size.is_power_of_two() {
+            return Err(ArgsError::QueueSize(self.queue_size));
+        }
+        let disk = match (&self.path, self.null) {
+            (Some(path), _) => Some(Disk::open(&DiskOptions {
+                path: path.clone(),
+                read_only: self.read_only,
+                direct: self.direct,
+                block_size: self.block_size,
+            })?),
+            (None, Some(_)) => None,
+            (None, None) => return Err(ArgsError::NoDisk),
+        };
+        let sector = u32::try_from(SECTOR).unwrap_or(512);
+        let (capacity, block, physical, opt_io) = match &disk {
+            Some(d) => (d.capacity, d.block_size, d.physical_block_size, d.opt_io),
+            None => {
+                let block = self.block_size.unwrap_or(sector);
+                let size = self.null.unwrap_or(0);
+                if size == 0 || !size.is_multiple_of(u64::from(block)) {
+                    return Err(ArgsError::NullSize { size, block });
+                }
+                (size, block, block, 0)
+            }
+        };
+        let fit = |option, given: Option<u32>, otherwise| match given {
+            Some(size) if size % block != 0 => Err(ArgsError::Topology {
+                option,
+                size,
+                block,
+            }),
+            Some(size) => Ok(size),
+            None => Ok(otherwise),
+        };
+        let physical = fit("physical-block-size", self.physical_block_size, physical)?;
+        let mut serial = [0; ID_LEN];
+        for (place, byte) in serial.iter_mut().zip(self.serial.bytes()) {
+            *place = byte;
+        }
+        let discard = self.discard == OnOff::On && !self.read_only;
+        Ok(BlkConfig {
+            geometry: Geometry {
+                capacity,
+                seg_max: u32::from(SEG_MAX.min(self.queue_size.saturating_sub(2)).max(1)),
+                block_size: block,
+                physical_block_size: physical,
+                min_io: fit("min-io-size", self.min_io_size, physical)?,
+                opt_io: fit("opt-io-size", self.opt_io_size, opt_io - opt_io % block)?,
+                queues: self.queues,
+                max_range: if discard { MAX_RANGE } else { 0 },
+            },
+            disk,
+            read_only: self.read_only,
+            writeback: self.cache == Cache::Writeback,
+            serial,
+            max_queue_size: self.queue_size,
+        })
+    }
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.char_indices().last() {
+        Some((at, 'k' | 'K')) => (text.get(..at), 10),
+        Some((at, 'm' | 'M')) => (text.get(..at), 20),
+        Some((at, 'g' | 'G')) => (text.get(..at), 30),
+        Some((at, 't' | 'T')) => (text.get(..at), 40),
+        _ => (Some(text), 0),
+    };
+    let number: u64 = digits
+        .unwrap_or_default()
+        .parse()
+        .map_err(|_| "not a number of bytes; use for example 64M or 2G".to_owned())?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|&size| i64::try_from(size).is_ok())
+        .ok_or_else(|| "larger than a disk can be".to_owned())
+}
+
+fn parse_serial(text: &str) -> Result<String, String> {
+    if text.len() > ID_LEN {
+        return Err(format!("longer than {ID_LEN} characters"));
+    }
+    if !text.bytes().all(|b| b.is_ascii_graphic() || b == b' ') {
+        return Err("has characters that are not printable ASCII".to_owned());
+    }
+    Ok(text.to_owned())
+}
+
+fn parse_block_size(text: &str) -> Result<u32, String> {
+    match text {
+        "512" => Ok(512),
+        "4096" => Ok(4096),
+        _ => Err("only 512 and 4096 are possible".to_owned()),
+    }
+}
+
+fn parse_io_size(text: &str) -> Result<u32, String> {
+    let size = parse_size(text)?;
+    u32::try_from(size)
+        .ok()
+        .filter(|size| size.is_power_of_two() && (512..=1 << 24).contains(size))
+        .ok_or_else(|| "not a power of two between 512 and 16M".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser)]
+    struct Cli {
+        #[command(flatten)]
+        blk: BlkArgs,
+        #[arg(long)]
+        print_capabilities: bool,
+    }
+
+    fn open(args: &[&str]) -> Result<BlkConfig, ArgsError> {
+        let cli = Cli::try_parse_from([&["x"], args].concat()).unwrap();
+        assert!(!cli.print_capabilities);
+        cli.blk.open()
+    }
+
+    fn refused(args: &[&str]) -> bool {
+        Cli::try_parse_from([&["x"], args].concat()).is_err()
+    }
+
+    #[test]
+    fn sizes_have_units_and_limits() {
+        assert_eq!(parse_size("512"), Ok(512));
+        assert_eq!(parse_size("3K"), Ok(3072));
+        assert_eq!(parse_size("1t"), Ok(1 << 40));
+        for wrong in ["", "K", "-1", "1.5G", "9999999T", "18446744073709551615"] {
+            assert!(parse_size(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        assert!(refused(&[]));
+        assert!(refused(&["--null", "1G", "--path", "x"]));
+        assert!(refused(&["--null", "1G", "--queues", "0"]));
+        assert!(refused(&[
+            "--null",
+            "1G",
+            "--serial",
+            "123456789012345678901"
+        ]));
+        assert!(refused(&["--null", "1G", "--block-size", "1024"]));
+        assert!(refused(&["--null", "1G", "--min-io-size", "1000"]));
+        assert!(matches!(
+            open(&["--null", "1G", "--queue-size", "100"]),
+            Err(ArgsError::QueueSize(100))
+        ));
+        assert!(matches!(
+            open(&["--null", "0"]),
+            Err(ArgsError::NullSize { .. })
+        ));
+        assert!(matches!(
+            open(&[
+                "--null",
+                "1G",
+                "--block-size",
+                "4096",
+                "--min-io-size",
+                "512"
+            ]),
+            Err(ArgsError::Topology { .. })
+        ));
+    }
+
+    #[test]
+    fn a_null_disk_has_the_geometry_asked_for() {
+        let config = open(&[
+            "--null",
+            "1G",
+            "--queues",
+            "4",
+            "--serial",
+            "ABC",
+            "--physical-block-size",
+            "4096",
+        ])
+        .unwrap();
+        assert_eq!(config.geometry.capacity, 1 << 30);
+        assert_eq!(config.geometry.queues, 4);
+        assert_eq!(config.geometry.min_io, 4096);
+        assert_eq!(&config.serial[..4], b"ABC\0");
+        assert!(config.writeback);
+        let config = open(&["--null", "1G", "--read-only", "--cache", "writethrough"]).unwrap();
+        assert_eq!(config.geometry.max_range, 0);
+        assert!(!config.writeback);
+    }
+}

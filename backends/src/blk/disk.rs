@@ -1,0 +1,375 @@
+//! The disk behind the device: an image file or a block device, opened, examined and locked; or nothing at all.
+
+use std::fs::{self, File, Metadata, OpenOptions};
+use std::io::{self, Seek, SeekFrom};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, fcntl};
+use thiserror::Error;
+use tracing::warn;
+
+use super::request::SECTOR;
+
+/// The disk cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum DiskError {
+    /// There is no such file.
+    #[error("disk {path} does not exist")]
+    Absent {
+        /// The path.
+        path: PathBuf,
+    },
+    /// It is a directory, a socket, a terminal…
+    #[error("disk {path} is neither a regular file nor a block device")]
+    NotADisk {
+        /// The path.
+        path: PathBuf,
+    },
+    /// It may not be opened for writing.
+    #[error("disk {path} cannot be opened for writing; use --read-only, or change its permissions")]
+    NotWritable {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It cannot be opened.
+    #[error("disk {path} cannot be opened")]
+    Open {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The file system has no direct I/O.
+    #[error("disk {path}: its file system does not support --direct")]
+    NoDirect {
+        /// The path.
+        path: PathBuf,
+    },
+    /// It has no bytes.
+    #[error("disk {path} is empty; give it a size, for example with truncate --size 1G")]
+    Empty {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its size is not a whole number of blocks.
+    #[error("disk {path} has {size} bytes, which is not a multiple of the block size {block}")]
+    Unaligned {
+        /// The path.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+        /// The block size in bytes.
+        block: u32,
+    },
+    /// The block size asked for is smaller than what the storage can do.
+    #[error("disk {path} needs --block-size {needed} (with --direct, or on this device)")]
+    BlockSize {
+        /// The path.
+        path: PathBuf,
+        /// The smallest block size in bytes.
+        needed: u32,
+    },
+    /// Another program uses it.
+    #[error(
+        "disk {path} is in use by another program (it holds a lock); two writers would destroy it"
+    )]
+    Locked {
+        /// The path.
+        path: PathBuf,
+    },
+}
+
+/// How to open a disk.
+#[derive(Debug, Clone)]
+pub struct DiskOptions {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Open it for reading only.
+    pub read_only: bool,
+    /// Bypass the host's page cache.
+    pub direct: bool,
+    /// Logical block size in bytes; chosen after the storage if not given.
+    pub block_size: Option<u32>,
+}
+
+/// A disk that is open, locked and examined.
+#[derive(Debug)]
+pub struct Disk {
+    /// The open file; its lock lives as long as it.
+    pub file: File,
+    /// Size in bytes, a multiple of `block_size`.
+    pub capacity: u64,
+    /// Logical block size in bytes.
+    pub block_size: u32,
+    /// Physical block size in bytes.
+    pub physical_block_size: u32,
+    /// Best transfer size in bytes, or 0.
+    pub opt_io: u32,
+    /// Transfers and buffers must be aligned to this many bytes; 1 if any will do.
+    pub align: u32,
+}
+
+impl Disk {
+    /// Opens, examines and locks a disk.
+    ///
+    /// # Errors
+    /// [`DiskError`]
+    pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
+        let path = &options.path;
+        let meta = fs::metadata(path).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => DiskError::Absent { path: path.clone() },
+            _ => DiskError::Open {
+                path: path.clone(),
+                source,
+            },
+        })?;
+        let device = meta.file_type().is_block_device();
+        if !device && !meta.is_file() {
+            return Err(DiskError::NotADisk { path: path.clone() });
+        }
+        let mut file = open(options)?;
+        lock(&file, options)?;
+        let fail = |source| DiskError::Open {
+            path: path.clone(),
+            source,
+        };
+        // The size of a block device is where its end is, too.
+        let capacity = file.seek(SeekFrom::End(0)).map_err(fail)?;
+        if capacity == 0 {
+            return Err(DiskError::Empty { path: path.clone() });
+        }
+        let storage = Storage::examine(&meta, device);
+        let align = if options.direct {
+            direct_alignment(&file, storage.logical).max(storage.logical)
+        } else {
+            1
+        };
+        let needed = storage.logical.max(align);
+        let block_size = options.block_size.unwrap_or(needed);
+        if block_size < needed {
+            return Err(DiskError::BlockSize {
+                path: path.clone(),
+                needed,
+            });
+        }
+        if capacity % u64::from(block_size) != 0 {
+            return Err(DiskError::Unaligned {
+                path: path.clone(),
+                size: capacity,
+                block: block_size,
+            });
+        }
+        Ok(Self {
+            file,
+            capacity,
+            block_size,
+            physical_block_size: storage.physical.max(block_size),
+            opt_io: storage.opt_io,
+            align,
+        })
+    }
+}
+
+fn open(options: &DiskOptions) -> Result<File, DiskError> {
+    let path = options.path.clone();
+    let mut flags = libc::O_CLOEXEC;
+    if options.direct {
+        flags |= libc::O_DIRECT;
+    }
+    OpenOptions::new()
+        .read(true)
+        .write(!options.read_only)
+        .custom_flags(flags)
+        .open(&path)
+        .map_err(|source| match source.raw_os_error().map(Errno::from_raw) {
+            Some(Errno::EINVAL) if options.direct => DiskError::NoDirect { path },
+            Some(Errno::EACCES | Errno::EPERM | Errno::EROFS) if !options.read_only => {
+                DiskError::NotWritable { path, source }
+            }
+            _ => DiskError::Open { path, source },
+        })
+}
+
+/// Locks the disk for as long as it is open: one writer, or readers. The lock is an open file description lock
+/// as QEMU takes them too; a reader leaves out the bytes 100 and beyond, by which QEMU's readers and writers
+/// find each other, so that it can share an image with them.
+fn lock(file: &File, options: &DiskOptions) -> Result<(), DiskError> {
+    let (kind, len) = if options.read_only {
+        (libc::F_RDLCK, 100)
+    } else {
+        (libc::F_WRLCK, 0) // to the end, wherever it will be
+    };
+    let flock = libc::flock {
+        l_type: i16::try_from(kind).unwrap_or(0),
+        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
+        l_start: 0,
+        l_len: len,
+        l_pid: 0,
+    };
+    match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+        Ok(_) => Ok(()),
+        Err(Errno::EAGAIN | Errno::EACCES) => Err(DiskError::Locked {
+            path: options.path.clone(),
+        }),
+        Err(e) => {
+            warn!(
+                "disk {} cannot be locked against use by others: {e}",
+                options.path.display()
+            );
+            Ok(())
+        }
+    }
+}
+
+/// What the storage under a file is like, in bytes.
+struct Storage {
+    logical: u32,
+    physical: u32,
+    opt_io: u32,
+}
+
+impl Storage {
+    fn examine(meta: &Metadata, device: bool) -> Self {
+        let sector = u32::try_from(SECTOR).unwrap_or(512);
+        if device {
+            let queue = queue_directory(meta.rdev());
+            let value = |name: &str| -> Option<u32> {
+                fs::read_to_string(queue.as_ref()?.join(name))
+                    .ok()?
+                    .trim()
+                    .parse()
+                    .ok()
+            };
+            let logical = value("logical_block_size").unwrap_or(sector);
+            return Self {
+                logical,
+                physical: value("physical_block_size").unwrap_or(logical),
+                opt_io: value("optimal_io_size").unwrap_or(0),
+            };
+        }
+        // The file system's block, so that guests align their partitions to it.
+        let block = u32::try_from(meta.blksize()).unwrap_or(4096).min(4096);
+        Self {
+            logical: sector,
+            physical: if block.is_power_of_two() {
+                block.max(sector)
+            } else {
+                sector
+            },
+            opt_io: 0,
+        }
+    }
+}
+
+/// Where sysfs describes the request queue of a block device; for a partition, that of the whole disk.
+fn queue_directory(rdev: u64) -> Option<PathBuf> {
+    let (major, minor) = (nix::sys::stat::major(rdev), nix::sys::stat::minor(rdev));
+    let device = Path::new("/sys/dev/block").join(format!("{major}:{minor}"));
+    ["queue", "../queue"]
+        .iter()
+        .map(|sub| device.join(sub))
+        .find(|dir| dir.is_dir())
+}
+
+/// The alignment that direct I/O needs: found by trying.
+fn direct_alignment(file: &File, logical: u32) -> u32 {
+    const LARGE: usize = 4096;
+    let mut buffer = vec![0_u8; 2 * LARGE];
+    let start = buffer.as_ptr().align_offset(LARGE);
+    let logical_len = usize::try_from(logical).unwrap_or(LARGE);
+    let Some(aligned) = start
+        .checked_add(logical_len)
+        .and_then(|end| buffer.get_mut(start..end))
+    else {
+        return 4096;
+    };
+    match file.read_at(aligned, u64::from(logical)) {
+        Err(e) if e.raw_os_error() == Some(libc::EINVAL) => 4096,
+        _ => logical,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn options(path: &Path) -> DiskOptions {
+        DiskOptions {
+            path: path.to_owned(),
+            read_only: false,
+            direct: false,
+            block_size: None,
+        }
+    }
+
+    fn image(len: u64) -> tempfile::NamedTempFile {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(len).unwrap();
+        file
+    }
+
+    #[test]
+    fn opens_an_image() {
+        let file = image(1 << 20);
+        let disk = Disk::open(&options(file.path())).unwrap();
+        assert_eq!((disk.capacity, disk.block_size), (1 << 20, 512));
+        assert!(disk.physical_block_size >= 512);
+    }
+
+    #[test]
+    fn each_thing_that_is_no_disk_has_its_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let open = |path: &Path| Disk::open(&options(path)).map(|_| ());
+        assert!(matches!(
+            open(&dir.path().join("none")),
+            Err(DiskError::Absent { .. })
+        ));
+        assert!(matches!(open(dir.path()), Err(DiskError::NotADisk { .. })));
+        assert!(matches!(
+            open(Path::new("/dev/null")),
+            Err(DiskError::NotADisk { .. })
+        ));
+        assert!(matches!(
+            open(image(0).path()),
+            Err(DiskError::Empty { .. })
+        ));
+        assert!(matches!(
+            open(image(1000).path()),
+            Err(DiskError::Unaligned { size: 1000, .. })
+        ));
+        let mut big_blocks = options(dir.path());
+        let file = image(4096 + 512);
+        big_blocks.path = file.path().to_owned();
+        big_blocks.block_size = Some(4096);
+        assert!(matches!(
+            Disk::open(&big_blocks),
+            Err(DiskError::Unaligned { block: 4096, .. })
+        ));
+    }
+
+    #[test]
+    fn one_writer_or_many_readers() {
+        let mut file = image(4096);
+        file.write_all(b"x").unwrap();
+        let write = options(file.path());
+        let read = DiskOptions {
+            read_only: true,
+            ..write.clone()
+        };
+        let writer = Disk::open(&write).unwrap();
+        assert!(matches!(Disk::open(&write), Err(DiskError::Locked { .. })));
+        assert!(matches!(Disk::open(&read), Err(DiskError::Locked { .. })));
+        drop(writer);
+        let _one = Disk::open(&read).unwrap();
+        let _two = Disk::open(&read).unwrap();
+        assert!(matches!(Disk::open(&write), Err(DiskError::Locked { .. })));
+    }
+}

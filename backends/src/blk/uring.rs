@@ -1,0 +1,520 @@
+//! The io_uring of one worker, on guest memory: the only place of the disk back-end that needs `unsafe`.
+//!
+//! What makes it sound is kept here and not in the caller's care: iovecs point into a [`Memory`] that this
+//! structure holds, a slot cannot be touched while the kernel has it, and neither guest memory nor buffers are let go
+//! before all I/O has ended, not even when the worker panics.
+
+#![allow(unsafe_code)] // Submission entries carry raw pointers; copies to and from the bounce buffer.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::squeue::Entry;
+use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::{IoUring, cqueue, opcode};
+use ringside_rings::Segment;
+use thiserror::Error;
+use tracing::debug;
+use vm_memory::{GuestMemory, MmapRegion, Permissions};
+
+use crate::shell::Memory;
+
+/// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
+pub(super) const MAX_IOVECS: usize = 1024;
+/// Size of the bounce buffer, and of the buffer that zeroes are written from.
+const BUFFER: usize = 1 << 20;
+/// The disk's place among the ring's registered files.
+const DISK: Fixed = Fixed(0);
+
+/// What an entry's user data says: the high half its sort, the low half a number.
+const IO: u64 = 0;
+const POLL: u64 = 1 << 32;
+const IGNORED: u64 = 2 << 32;
+const SORT: u64 = !0xffff_ffff;
+
+/// Something that the ring reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Completion {
+    /// The operation in a slot ended: bytes moved, or a negative errno.
+    Io {
+        /// The slot.
+        slot: u16,
+        /// The result.
+        result: i32,
+    },
+    /// A descriptor that is polled became ready.
+    Poll {
+        /// The number given with it.
+        tag: u32,
+        /// The poll events, or a negative errno.
+        result: i32,
+        /// The poll goes on.
+        more: bool,
+    },
+}
+
+/// A request cannot be turned into iovecs.
+#[derive(Debug, Error)]
+pub(super) enum PrepareError {
+    /// Too many pieces of memory.
+    #[error("the request has more than {MAX_IOVECS} pieces of memory")]
+    TooManySegments,
+    /// A segment does not lie in guest memory any more.
+    #[error("the buffer at guest address {addr:#x} cannot be accessed")]
+    Memory {
+        /// Guest-physical address of the segment.
+        addr: u64,
+    },
+    /// The slot does not exist, or the kernel has it.
+    #[error("slot {slot} is not free")]
+    Slot {
+        /// The slot.
+        slot: u16,
+    },
+    /// No bounce buffer can be allocated.
+    #[error("no memory for a buffer")]
+    Buffer,
+}
+
+/// Which way a transfer goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// From the disk.
+    Read,
+    /// To the disk.
+    Write {
+        /// And durable when it completes.
+        durable: bool,
+    },
+}
+
+#[derive(Default)]
+struct Slot {
+    /// All of the request's memory. Grows to the largest request that used the slot, and is kept.
+    iovecs: Vec<libc::iovec>,
+    /// The first that is not done.
+    next: usize,
+    /// What the kernel gets in place of `iovecs`, when it goes through the bounce buffer.
+    bounce: Option<libc::iovec>,
+    /// The kernel has it.
+    busy: bool,
+}
+
+pub(super) struct Uring {
+    ring: IoUring,
+    slots: Vec<Slot>,
+    in_flight: u32,
+    /// What the iovecs point into.
+    memory: Option<Arc<Memory>>,
+    bounce: Option<MmapRegion<()>>,
+    zeroes: Option<MmapRegion<()>>,
+    /// Registered; kept open with the ring.
+    _disk: Option<Arc<File>>,
+    /// System calls made.
+    pub(super) syscalls: u64,
+}
+
+impl Uring {
+    /// A ring of the calling thread, on this disk.
+    pub(super) fn new(entries: u32, disk: Option<Arc<File>>) -> io::Result<Self> {
+        let ring = build(entries)?;
+        if let Some(disk) = &disk {
+            ring.submitter().register_files(&[disk.as_raw_fd()])?;
+        }
+        Ok(Self {
+            ring,
+            slots: Vec::new(),
+            in_flight: 0,
+            memory: None,
+            bounce: None,
+            zeroes: None,
+            _disk: disk,
+            syscalls: 0,
+        })
+    }
+
+    /// From now on, requests are in this memory, and in this many slots. Refused (`false`) while I/O is in flight.
+    pub(super) fn attach(&mut self, memory: Option<Arc<Memory>>, slots: u16) -> bool {
+        if self.in_flight != 0 {
+            return false;
+        }
+        for slot in &mut self.slots {
+            slot.iovecs.clear();
+        }
+        self.slots.resize_with(usize::from(slots), Slot::default);
+        self.memory = memory;
+        true
+    }
+
+    /// Operations that the kernel has.
+    pub(super) fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    fn free_slot(&mut self, slot: u16) -> Result<&mut Slot, PrepareError> {
+        self.slots
+            .get_mut(usize::from(slot))
+            .filter(|s| !s.busy)
+            .ok_or(PrepareError::Slot { slot })
+    }
+
+    /// Puts `len` bytes of guest memory into a slot, from `skip` bytes into the segments on. Returns whether all
+    /// pieces are aligned to `align` bytes (a power of two).
+    pub(super) fn prepare(
+        &mut self,
+        slot: u16,
+        segments: &[Segment],
+        skip: u64,
+        len: u64,
+        align: u32,
+    ) -> Result<bool, PrepareError> {
+        let memory = self.memory.clone();
+        let state = self.free_slot(slot)?;
+        let memory = memory.ok_or(PrepareError::Slot { slot })?;
+        state.iovecs.clear();
+        state.next = 0;
+        state.bounce = None;
+        let (mut skip, mut left) = (skip, len);
+        let mask = usize::try_from(align)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(1);
+        let mut misaligned = 0;
+        for segment in segments {
+            if left == 0 {
+                break;
+            }
+            let failed = || PrepareError::Memory {
+                addr: segment.addr.0,
+            };
+            let Some(room) = u64::from(segment.len)
+                .checked_sub(skip)
+                .filter(|&room| room > 0)
+            else {
+                skip = skip.saturating_sub(segment.len.into());
+                continue;
+            };
+            let start = segment.addr.0.checked_add(skip).ok_or_else(failed)?;
+            let take = room.min(left);
+            skip = 0;
+            left = left.saturating_sub(take);
+            let count = usize::try_from(take).map_err(|_| failed())?;
+            let slices = memory
+                .get_slices(
+                    vm_memory::GuestAddress(start),
+                    count,
+                    Permissions::ReadWrite,
+                )
+                .map_err(|_| failed())?;
+            for slice in slices {
+                let slice = slice.map_err(|_| failed())?;
+                if state.iovecs.len() == MAX_IOVECS {
+                    return Err(PrepareError::TooManySegments);
+                }
+                let base = slice.ptr_guard_mut().as_ptr();
+                misaligned |= (base.addr() | slice.len()) & mask;
+                state.iovecs.push(libc::iovec {
+                    iov_base: base.cast(),
+                    iov_len: slice.len(),
+                });
+            }
+        }
+        if left != 0 {
+            return Err(PrepareError::Memory { addr: 0 });
+        }
+        Ok(misaligned == 0)
+    }
+
+    /// Puts up to `len` bytes of zeroes into a slot, for writing. Returns how many.
+    pub(super) fn prepare_zeroes(&mut self, slot: u16, len: u64) -> Result<u64, PrepareError> {
+        if self.zeroes.is_none() {
+            self.zeroes = Some(MmapRegion::new(BUFFER).map_err(|_| PrepareError::Buffer)?);
+        }
+        let base = self
+            .zeroes
+            .as_ref()
+            .map(MmapRegion::as_ptr)
+            .ok_or(PrepareError::Buffer)?;
+        let state = self.free_slot(slot)?;
+        state.iovecs.clear();
+        state.next = 0;
+        state.bounce = None;
+        let mut left = len;
+        while left > 0 && state.iovecs.len() < MAX_IOVECS {
+            let piece = usize::try_from(left).map_or(BUFFER, |left| left.min(BUFFER));
+            state.iovecs.push(libc::iovec {
+                iov_base: base.cast(),
+                iov_len: piece,
+            });
+            left = left.saturating_sub(u64::try_from(piece).unwrap_or(left));
+        }
+        Ok(len.saturating_sub(left))
+    }
+
+    /// Sends the next part of a slot's memory through the bounce buffer, which the caller gives to one slot at a time.
+    pub(super) fn bounce(&mut self, slot: u16, direction: Direction) -> Result<(), PrepareError> {
+        if self.bounce.is_none() {
+            self.bounce = Some(MmapRegion::new(BUFFER).map_err(|_| PrepareError::Buffer)?);
+        }
+        let base = self
+            .bounce
+            .as_ref()
+            .map(MmapRegion::as_ptr)
+            .ok_or(PrepareError::Buffer)?;
+        let state = self.free_slot(slot)?;
+        let mut filled = 0_usize;
+        for iovec in state.iovecs.get(state.next..).unwrap_or_default() {
+            let piece = iovec.iov_len.min(BUFFER.saturating_sub(filled));
+            if matches!(direction, Direction::Write { .. }) {
+                // SAFETY: `filled` is at most the length of the buffer.
+                let to = unsafe { base.add(filled) };
+                // SAFETY: the iovec lies in guest memory, which `self.memory` keeps mapped, and `piece` is within both
+                // it and the buffer, which are different mappings. A guest that changes the bytes meanwhile
+                // changes what is written and nothing else.
+                unsafe { ptr::copy_nonoverlapping(iovec.iov_base.cast::<u8>(), to, piece) };
+            }
+            filled = filled.saturating_add(piece);
+        }
+        state.bounce = Some(libc::iovec {
+            iov_base: base.cast(),
+            iov_len: filled,
+        });
+        Ok(())
+    }
+
+    /// Copies what was read through the bounce buffer to where it belongs.
+    fn scatter(&mut self, slot: u16, bytes: usize) {
+        let (Some(buffer), Some(state)) = (&self.bounce, self.slots.get(usize::from(slot))) else {
+            return;
+        };
+        let mut copied = 0_usize;
+        for iovec in state.iovecs.get(state.next..).unwrap_or_default() {
+            let piece = iovec.iov_len.min(bytes.min(BUFFER).saturating_sub(copied));
+            // SAFETY: `copied` is at most the length of the buffer.
+            let from = unsafe { buffer.as_ptr().add(copied) };
+            // SAFETY: as in `bounce`: both ranges are mapped, long enough, and apart.
+            unsafe { ptr::copy_nonoverlapping(from, iovec.iov_base.cast::<u8>(), piece) };
+            copied = copied.saturating_add(piece);
+        }
+    }
+
+    /// Notes that `bytes` of a slot's memory are done.
+    pub(super) fn advance(&mut self, slot: u16, bytes: usize, direction: Direction) {
+        let bounced = self
+            .slots
+            .get(usize::from(slot))
+            .is_some_and(|s| s.bounce.is_some());
+        if bounced && direction == Direction::Read {
+            self.scatter(slot, bytes);
+        }
+        let Ok(state) = self.free_slot(slot) else {
+            return;
+        };
+        let mut left = bytes;
+        while left > 0 {
+            let Some(iovec) = state.iovecs.get_mut(state.next) else {
+                return;
+            };
+            if iovec.iov_len <= left {
+                left = left.saturating_sub(iovec.iov_len);
+                state.next = state.next.saturating_add(1);
+            } else {
+                iovec.iov_base = iovec.iov_base.wrapping_byte_add(left);
+                iovec.iov_len = iovec.iov_len.saturating_sub(left);
+                left = 0;
+            }
+        }
+    }
+
+    /// Transfers what is not done yet of a slot.
+    pub(super) fn transfer(
+        &mut self,
+        slot: u16,
+        direction: Direction,
+        offset: u64,
+    ) -> io::Result<()> {
+        let state = self.free_slot(slot).map_err(io::Error::other)?;
+        let iovecs = match &state.bounce {
+            Some(iovec) => std::slice::from_ref(iovec),
+            None => state.iovecs.get(state.next..).unwrap_or_default(),
+        };
+        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
+        let base = iovecs.as_ptr();
+        let entry = match direction {
+            Direction::Read => opcode::Readv::new(DISK, base, count).offset(offset).build(),
+            Direction::Write { durable } => opcode::Writev::new(DISK, base, count)
+                .offset(offset)
+                .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
+                .build(),
+        };
+        self.start(slot, entry)
+    }
+
+    /// Makes completed writes durable.
+    pub(super) fn fsync(&mut self, slot: u16) -> io::Result<()> {
+        self.free_slot(slot).map_err(io::Error::other)?;
+        let entry = opcode::Fsync::new(DISK).flags(FsyncFlags::DATASYNC).build();
+        self.start(slot, entry)
+    }
+
+    /// Punches a hole or zeroes a range, after `mode` of fallocate(2).
+    pub(super) fn fallocate(
+        &mut self,
+        slot: u16,
+        mode: i32,
+        offset: u64,
+        len: u64,
+    ) -> io::Result<()> {
+        self.free_slot(slot).map_err(io::Error::other)?;
+        let entry = opcode::Fallocate::new(DISK, len)
+            .offset(offset)
+            .mode(mode)
+            .build();
+        self.start(slot, entry)
+    }
+
+    fn start(&mut self, slot: u16, entry: Entry) -> io::Result<()> {
+        // SAFETY: what the entry points to are the slot's own iovecs, which stay as they are while it is busy, and
+        // guest memory or a buffer that this structure keeps until nothing is in flight.
+        unsafe { self.push(&entry.user_data(IO | u64::from(slot)))? };
+        if let Some(state) = self.slots.get_mut(usize::from(slot)) {
+            state.busy = true;
+        }
+        self.in_flight = self.in_flight.saturating_add(1);
+        Ok(())
+    }
+
+    /// Reports each time a descriptor becomes readable, until told otherwise. The descriptor is never read: an eventfd
+    /// from a peer may block or not, and the wake-ups are all that is wanted.
+    pub(super) fn poll(&mut self, fd: RawFd, tag: u32) -> io::Result<()> {
+        let events = u32::try_from(libc::POLLIN).unwrap_or(1);
+        let entry = opcode::PollAdd::new(Fd(fd), events).multi(true).build();
+        // SAFETY: a poll entry points to no memory.
+        unsafe { self.push(&entry.user_data(POLL | u64::from(tag))) }
+    }
+
+    /// Ends a poll.
+    pub(super) fn unpoll(&mut self, tag: u32) -> io::Result<()> {
+        let entry = opcode::PollRemove::new(POLL | u64::from(tag)).build();
+        // SAFETY: a poll-remove entry points to no memory.
+        unsafe { self.push(&entry.user_data(IGNORED)) }
+    }
+
+    /// # Safety
+    /// What the entry points to must stay valid until it completes.
+    unsafe fn push(&mut self, entry: &Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: passed on to the caller.
+            if unsafe { self.ring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            self.enter(0, None)?;
+        }
+    }
+
+    /// Submits what was pushed and waits for `want` completions, or for the time given. Returns also when a signal
+    /// came: look at the completions, there may be none.
+    pub(super) fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+        if want == 0 && self.ring.submission().is_empty() {
+            return Ok(());
+        }
+        self.syscalls = self.syscalls.saturating_add(1);
+        let result = match timeout {
+            None => self.ring.submit_and_wait(want),
+            Some(time) => {
+                let time = Timespec::from(time);
+                let args = SubmitArgs::new().timespec(&time);
+                self.ring.submitter().submit_with_args(want, &args)
+            }
+        };
+        match result {
+            Ok(_) => Ok(()),
+            Err(e)
+                if matches!(
+                    e.raw_os_error(),
+                    Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
+                ) =>
+            {
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The next thing that the ring reports, or `None` when there is nothing more now.
+    pub(super) fn completion(&mut self) -> Option<Completion> {
+        loop {
+            let entry = self.ring.completion().next()?;
+            let (data, result) = (entry.user_data(), entry.result());
+            let number = data & !SORT;
+            match data & SORT {
+                POLL => {
+                    return Some(Completion::Poll {
+                        tag: u32::try_from(number).unwrap_or(u32::MAX),
+                        result,
+                        more: cqueue::more(entry.flags()),
+                    });
+                }
+                IO => {
+                    let slot = u16::try_from(number).unwrap_or(u16::MAX);
+                    self.in_flight = self.in_flight.saturating_sub(1);
+                    if let Some(state) = self.slots.get_mut(usize::from(slot)) {
+                        state.busy = false;
+                    }
+                    return Some(Completion::Io { slot, result });
+                }
+                _ => {}
+            }
+        }
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        // The kernel may still write into guest memory, which must not be unmapped under it.
+        while self.in_flight > 0 {
+            if self.enter(1, None).is_err() {
+                // There is no way to know when it ends: keep all that it may touch.
+                std::mem::forget(self.memory.take());
+                std::mem::forget(self.bounce.take());
+                std::mem::forget(std::mem::take(&mut self.slots));
+                return;
+            }
+            while self.completion().is_some() {}
+        }
+    }
+}
+
+/// The best ring that the kernel has: completions are then only processed when this thread asks for them.
+fn build(entries: u32) -> io::Result<IoUring> {
+    let completions = entries.saturating_mul(2);
+    let attempts: [fn(&mut io_uring::Builder); 3] = [
+        |b| {
+            b.setup_single_issuer().setup_defer_taskrun();
+        },
+        |b| {
+            b.setup_coop_taskrun();
+        },
+        |_| {},
+    ];
+    let mut last = io::Error::from(io::ErrorKind::Unsupported);
+    for (number, attempt) in attempts.iter().enumerate() {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_clamp().setup_cqsize(completions);
+        attempt(&mut builder);
+        match builder.build(entries) {
+            Ok(ring) => {
+                debug!(fallback = number, "io_uring ready");
+                return Ok(ring);
+            }
+            Err(e) => last = e,
+        }
+        if last.raw_os_error() != Some(libc::EINVAL) {
+            break;
+        }
+    }
+    Err(last)
+}

@@ -1,0 +1,766 @@
+//! The data path of one queue: kick → drain the ring → io_uring on guest memory → used ring → interrupt.
+//!
+//! One turn of the loop costs one `io_uring_enter`, which submits a batch and waits for the next event, and at most one
+//! write to the call eventfd. Kicks, completions and the shell's commands all arrive as completions of the same ring.
+//! Nothing is allocated for a request: it lives in a slot, of which there are as many as descriptors in the ring.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use ringside_rings::{Chain, ChainBuf, PopError, RingError, Session, write_segments};
+use tracing::{debug, error, info, warn};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::config::feature;
+use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
+use super::uring::{Completion, Direction, PrepareError, Uring};
+use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring};
+
+/// Entries of the submission queue; a larger batch takes a system call more.
+const SUBMISSIONS: u32 = 256;
+/// Tag of the poll on the command eventfd; kicks count up from the next.
+const COMMANDS: u32 = 0;
+/// How often a ring without a kick descriptor is looked at.
+const POLL_INTERVAL: Duration = Duration::from_micros(100);
+/// How often an operation that the kernel wants repeated is repeated.
+const MAX_RETRIES: u8 = 100;
+
+/// What all workers of a disk have in common.
+#[derive(Debug, Clone)]
+pub(super) struct Shared {
+    /// `None`: requests succeed at once, and no data moves.
+    pub(super) disk: Option<Arc<File>>,
+    pub(super) limits: Limits,
+    /// Buffers must be aligned to this many bytes.
+    pub(super) memory_align: u32,
+    pub(super) serial: [u8; ID_LEN],
+    /// `wce` in the configuration space.
+    pub(super) writeback: Arc<AtomicBool>,
+}
+
+/// What a worker did, for its log.
+#[derive(Debug, Clone, Copy, Default)]
+struct Counters {
+    requests: u64,
+    kicks: u64,
+    notifications: u64,
+    turns: u64,
+}
+
+/// What an operation in a slot is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// Moves `remaining` bytes at `offset`.
+    Transfer(Direction),
+    /// Writes zeroes, where the storage cannot do that by itself.
+    WriteZeroes,
+    /// Frees or zeroes the range.
+    Fallocate { mode: i32, or_write: bool },
+    /// Makes durable what came before, and is the last.
+    Sync,
+}
+
+/// A request that is being served.
+#[derive(Debug, Clone, Copy)]
+struct Job {
+    head: u16,
+    status: GuestAddress,
+    stage: Stage,
+    offset: u64,
+    remaining: u64,
+    /// Bytes written to guest memory when it succeeds, without the status.
+    reply: u64,
+    durable: bool,
+    /// It goes through the bounce buffer.
+    bounced: bool,
+    retries: u8,
+}
+
+pub(super) struct Worker {
+    shared: Shared,
+    commands: Commands,
+    uring: Uring,
+    queue: Option<Queue>,
+    /// Number of the present kick poll; each start takes a new one.
+    kick_tag: u32,
+    counters: Counters,
+    limit: LogLimit,
+}
+
+/// A ring that this worker owns.
+struct Queue {
+    vring: Box<Vring>,
+    chain: ChainBuf,
+    jobs: Vec<Option<Job>>,
+    free: Vec<u16>,
+    /// Jobs that wait for the bounce buffer, which `bouncing` has.
+    waiting: VecDeque<u16>,
+    bouncing: Option<u16>,
+    /// The driver broke the ring; it is kept until the shell takes it back.
+    broken: bool,
+    /// Where to give it back, once nothing is in flight.
+    stop: Option<Sender<Box<Vring>>>,
+}
+
+/// What a completion means for its request.
+enum Next {
+    Done(Status),
+    /// Another operation was started, or waits.
+    Pending,
+}
+
+impl Worker {
+    /// A worker on the calling thread.
+    pub(super) fn new(shared: Shared, commands: Commands) -> std::io::Result<Self> {
+        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone())?;
+        uring.poll(commands.as_raw_fd(), COMMANDS)?;
+        Ok(Self {
+            shared,
+            commands,
+            uring,
+            queue: None,
+            kick_tag: COMMANDS,
+            counters: Counters::default(),
+            limit: LogLimit::default(),
+        })
+    }
+
+    /// Serves until told to end.
+    pub(super) fn run(mut self) {
+        let mut completed = Vec::new();
+        let mut wait = true;
+        loop {
+            let timeout = self.polling().then_some(POLL_INTERVAL);
+            if let Err(e) = self.uring.enter(usize::from(wait), timeout) {
+                // Nothing can be served without it, and the shell sees that the thread is gone.
+                error!("io_uring failed: {e}");
+                return;
+            }
+            self.counters.turns = self.counters.turns.saturating_add(1);
+            completed.clear();
+            let mut commanded = false;
+            while let Some(completion) = self.uring.completion() {
+                match completion {
+                    Completion::Io { slot, result } => completed.push((slot, result)),
+                    Completion::Poll { tag, result, more } => {
+                        commanded |= tag == COMMANDS;
+                        self.polled(tag, result, more);
+                    }
+                }
+            }
+            if commanded {
+                self.commands.acknowledge();
+                while let Some(command) = self.commands.next() {
+                    match command {
+                        Command::Start(vring) => self.start(vring),
+                        Command::Stop { index, done } => self.stop(index, done),
+                        Command::Exit => {
+                            self.report();
+                            return;
+                        }
+                    }
+                }
+            }
+            wait = !self.turn(&completed);
+        }
+    }
+
+    /// The front-end wants its ring to be polled.
+    fn polling(&self) -> bool {
+        self.queue
+            .as_ref()
+            .is_some_and(|q| q.vring.kick.is_none() && q.serves())
+    }
+
+    fn polled(&mut self, tag: u32, result: i32, more: bool) {
+        if tag != COMMANDS {
+            if tag != self.kick_tag {
+                return; // of a ring that was given back
+            }
+            self.counters.kicks = self.counters.kicks.saturating_add(1);
+        }
+        let gone = i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL);
+        if result < 0 || result & gone != 0 {
+            warn!(
+                "no kicks can arrive any more: the front-end's kick descriptor failed ({result})"
+            );
+            return;
+        }
+        if more {
+            return;
+        }
+        // The kernel ended the poll (a full completion queue): begin a new one, which reports at once what was missed.
+        let fd = if tag == COMMANDS {
+            Some(self.commands.as_raw_fd())
+        } else {
+            self.queue.as_ref().and_then(|q| q.vring.kick_fd())
+        };
+        if let Some(fd) = fd
+            && let Err(e) = self.uring.poll(fd, tag)
+        {
+            error!("cannot wait for kicks: {e}");
+        }
+    }
+
+    fn start(&mut self, vring: Box<Vring>) {
+        let size = vring.ring.size();
+        if self.queue.is_some() || !self.uring.attach(Some(Arc::clone(&vring.memory)), size) {
+            // The shell starts a ring only after it took back the one before.
+            error!(queue = vring.index, "the worker has a ring already");
+            return;
+        }
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(COMMANDS.wrapping_add(1));
+        if let Some(fd) = vring.kick_fd()
+            && let Err(e) = self.uring.poll(fd, self.kick_tag)
+        {
+            error!(queue = vring.index, "cannot wait for kicks: {e}");
+        }
+        self.queue = Some(Queue {
+            chain: ChainBuf::new(size),
+            jobs: vec![None; usize::from(size)],
+            free: (0..size).rev().collect(),
+            waiting: VecDeque::with_capacity(usize::from(size)),
+            bouncing: None,
+            broken: false,
+            stop: None,
+            vring,
+        });
+    }
+
+    fn stop(&mut self, index: u16, done: Sender<Box<Vring>>) {
+        match &mut self.queue {
+            Some(queue) if queue.vring.index == index => queue.stop = Some(done),
+            // Dropping `done` tells the shell.
+            _ => error!(queue = index, "the worker does not have this ring"),
+        }
+    }
+
+    /// One turn: what completed, then what is new. Returns whether to come back without waiting.
+    fn turn(&mut self, completed: &[(u16, i32)]) -> bool {
+        let Some(queue) = &mut self.queue else {
+            return false;
+        };
+        let mut turn = Turn {
+            shared: &self.shared,
+            uring: &mut self.uring,
+            counters: &mut self.counters,
+            limit: &mut self.limit,
+        };
+        let again = match turn.run(queue, completed) {
+            Ok(again) => again,
+            Err(error) => {
+                if !queue.broken {
+                    queue.broken = true;
+                    queue.abandon_waiting();
+                    if let Some(held_back) = self.limit.check() {
+                        warn!(
+                            queue = queue.vring.index,
+                            held_back,
+                            "queue stopped, the driver broke it: {}",
+                            Causes(&error)
+                        );
+                    }
+                    if let Err(e) = queue.vring.signal_error() {
+                        debug!("cannot signal the error eventfd: {e}");
+                    }
+                }
+                false
+            }
+        };
+        if queue.stop.is_some() && queue.idle() && self.uring.in_flight() == 0 {
+            self.give_back();
+        }
+        again
+    }
+
+    fn give_back(&mut self) {
+        let Some(queue) = self.queue.take() else {
+            return;
+        };
+        self.uring.attach(None, 0);
+        if queue.vring.kick.is_some()
+            && let Err(e) = self.uring.unpoll(self.kick_tag)
+        {
+            error!("cannot stop waiting for kicks: {e}");
+        }
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(COMMANDS.wrapping_add(1));
+        // The poll holds the descriptor; let it go before the ring does.
+        if let Err(e) = self.uring.enter(0, None) {
+            error!("io_uring failed: {e}");
+        }
+        if let Some(stop) = queue.stop {
+            // The shell waits for it.
+            let _ = stop.send(queue.vring);
+        }
+    }
+
+    fn report(&self) {
+        let Counters {
+            requests,
+            kicks,
+            notifications,
+            turns,
+        } = self.counters;
+        let syscalls = self.uring.syscalls.saturating_add(notifications);
+        if requests > 0 {
+            info!(
+                requests,
+                syscalls, notifications, kicks, turns, "worker ends"
+            );
+        }
+    }
+}
+
+impl Queue {
+    /// New chains are to be taken.
+    fn serves(&self) -> bool {
+        self.vring.enabled && !self.broken && self.stop.is_none()
+    }
+
+    /// Drops the requests that the kernel does not have: there is no ring to answer them on.
+    fn abandon_waiting(&mut self) {
+        while let Some(slot) = self.waiting.pop_front() {
+            if let Some(job) = self.jobs.get_mut(usize::from(slot)) {
+                *job = None;
+                self.free.push(slot);
+            }
+        }
+    }
+
+    /// No request is being served.
+    fn idle(&self) -> bool {
+        self.free.len() == self.jobs.len()
+    }
+}
+
+/// The parts of a worker that a turn needs, apart from the queue.
+struct Turn<'w> {
+    shared: &'w Shared,
+    uring: &'w mut Uring,
+    counters: &'w mut Counters,
+    limit: &'w mut LogLimit,
+}
+
+impl Turn<'_> {
+    fn run(&mut self, queue: &mut Queue, completed: &[(u16, i32)]) -> Result<bool, RingError> {
+        let serves = queue.serves();
+        let durable = self.durable(queue.vring.features);
+        let Queue {
+            vring,
+            chain,
+            jobs,
+            free,
+            waiting,
+            bouncing,
+            broken,
+            ..
+        } = queue;
+        let mut slots = Slots {
+            jobs,
+            free,
+            waiting,
+            bouncing,
+        };
+        if *broken {
+            // Requests end, but nobody can be told.
+            for &(slot, _) in completed {
+                slots.release(slot);
+            }
+            return Ok(false);
+        }
+        let mut session = match vring.ring.session(vring.memory.as_ref()) {
+            Ok(session) => session,
+            Err(e) => {
+                for &(slot, _) in completed {
+                    slots.release(slot);
+                }
+                return Err(e);
+            }
+        };
+        let mut first_error = None;
+        for &(slot, result) in completed {
+            let ended = self.completed(&mut slots, &mut session, slot, result);
+            // All completions must be seen, or their slots are lost.
+            first_error = first_error.or(ended.err());
+        }
+        if let Some(error) = first_error {
+            return Err(error);
+        }
+        let mut more = false;
+        if serves {
+            session.disable_notifications()?;
+            more = self.drain(&mut slots, &mut session, chain, durable)?;
+        }
+        let notify = session.publish()?;
+        if serves && !more {
+            more = session.enable_notifications()?;
+        }
+        if notify && vring.call.is_some() {
+            self.counters.notifications = self.counters.notifications.saturating_add(1);
+            if let Err(e) = vring.notify_driver() {
+                debug!("cannot signal the call eventfd: {e}");
+            }
+        }
+        Ok(more)
+    }
+
+    /// Writes are to be durable when they complete (VIRTIO 1.3, 5.2.6.2: the cache is writethrough unless the driver
+    /// can flush it, or has switched it to writeback).
+    fn durable(&self, features: u64) -> bool {
+        let writeback = self.shared.writeback.load(Ordering::Relaxed);
+        let flushes = features & (feature::FLUSH | feature::CONFIG_WCE) != 0;
+        !(writeback && flushes)
+    }
+
+    /// Takes chains until there are none, or as many as there are descriptors. Returns whether more may wait.
+    fn drain(
+        &mut self,
+        slots: &mut Slots<'_>,
+        session: &mut Session<'_, Memory>,
+        buf: &mut ChainBuf,
+        durable: bool,
+    ) -> Result<bool, RingError> {
+        for _ in 0..slots.jobs.len() {
+            match session.pop(buf) {
+                Ok(Some(chain)) => {
+                    self.counters.requests = self.counters.requests.saturating_add(1);
+                    let head = chain.head();
+                    if let Some(len) = self.begin(slots, session.memory(), &chain, durable) {
+                        session.push_used(head, len)?;
+                    }
+                }
+                Ok(None) => return Ok(false),
+                Err(PopError::Ring(e)) => return Err(e),
+                Err(PopError::Chain { head, error }) => {
+                    self.complain(&error);
+                    session.push_used(head, 0)?;
+                }
+            }
+        }
+        Ok(true)
+    }
+
+    fn complain(&mut self, error: &dyn std::error::Error) {
+        if let Some(held_back) = self.limit.check() {
+            warn!(held_back, "malformed request: {}", Causes(error));
+        }
+    }
+
+    /// Begins a request. Returns the length for the used ring if it is answered already.
+    fn begin(
+        &mut self,
+        slots: &mut Slots<'_>,
+        mem: &Memory,
+        chain: &Chain<'_>,
+        durable: bool,
+    ) -> Option<u32> {
+        let request = match request::parse(chain, mem, &self.shared.limits) {
+            Ok(request) => request,
+            Err(e) => {
+                self.complain(&e);
+                return Some(0);
+            }
+        };
+        // The last writable byte; `parse` saw that there is one.
+        let status = chain
+            .writable()
+            .last()
+            .and_then(|s| s.addr.0.checked_add(u64::from(s.len).saturating_sub(1)))
+            .map(GuestAddress)?;
+        let mut job = Job {
+            head: chain.head(),
+            status,
+            stage: Stage::Sync,
+            offset: 0,
+            remaining: 0,
+            reply: 0,
+            durable,
+            bounced: false,
+            retries: 0,
+        };
+        let null = self.shared.disk.is_none();
+        match request {
+            Request::Refuse(status) => return Some(answer(mem, &job, status)),
+            Request::GetId { len } => {
+                let count = ID_LEN.min(usize::try_from(len).unwrap_or(ID_LEN));
+                let id = self.shared.serial.get(..count).unwrap_or_default();
+                return Some(match write_segments(mem, chain.writable(), 0, id) {
+                    Ok(()) => {
+                        job.reply = u64::try_from(count).unwrap_or(0);
+                        answer(mem, &job, Status::Ok)
+                    }
+                    Err(_) => answer(mem, &job, Status::IoError),
+                });
+            }
+            Request::Flush => {}
+            Request::Read { offset, len } => {
+                job.stage = Stage::Transfer(Direction::Read);
+                (job.offset, job.remaining, job.reply) = (offset, len, len);
+            }
+            Request::Write { offset, len } => {
+                job.stage = Stage::Transfer(Direction::Write { durable });
+                (job.offset, job.remaining) = (offset, len);
+            }
+            Request::Discard { offset, len } => {
+                job.stage = Stage::Fallocate {
+                    mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                    or_write: false,
+                };
+                (job.offset, job.remaining) = (offset, len);
+            }
+            Request::WriteZeroes { offset, len, unmap } => {
+                let how = if unmap {
+                    libc::FALLOC_FL_PUNCH_HOLE
+                } else {
+                    libc::FALLOC_FL_ZERO_RANGE
+                };
+                job.stage = Stage::Fallocate {
+                    mode: how | libc::FALLOC_FL_KEEP_SIZE,
+                    or_write: true,
+                };
+                (job.offset, job.remaining) = (offset, len);
+            }
+        }
+        let nothing = job.remaining == 0 && job.stage != Stage::Sync;
+        if null || nothing {
+            return Some(answer(mem, &job, Status::Ok));
+        }
+        let Some(slot) = slots.take() else {
+            // Not reachable while the ring holds no more chains than it has descriptors.
+            return Some(answer(mem, &job, Status::IoError));
+        };
+        if let Stage::Transfer(direction) = job.stage {
+            let (segments, skip) = match direction {
+                Direction::Read => (chain.writable(), 0),
+                Direction::Write { .. } => (chain.readable(), HEADER_LEN),
+            };
+            let align = self.shared.memory_align;
+            match self
+                .uring
+                .prepare(slot, segments, skip, job.remaining, align)
+            {
+                Ok(aligned) => job.bounced = !aligned,
+                Err(e) => {
+                    self.complain(&e);
+                    slots.release(slot);
+                    return Some(answer(mem, &job, Status::IoError));
+                }
+            }
+        }
+        match self.advance(slots, slot, &mut job) {
+            Next::Pending => {
+                slots.put(slot, job);
+                None
+            }
+            Next::Done(status) => {
+                slots.release(slot);
+                Some(answer(mem, &job, status))
+            }
+        }
+    }
+
+    /// Starts the next operation of a job.
+    fn advance(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job) -> Next {
+        let started = match job.stage {
+            Stage::Transfer(direction) => {
+                if job.bounced && *slots.bouncing != Some(slot) {
+                    if slots.bouncing.is_some() {
+                        slots.waiting.push_back(slot);
+                        return Next::Pending;
+                    }
+                    *slots.bouncing = Some(slot);
+                }
+                let prepared = if job.bounced {
+                    self.uring.bounce(slot, direction)
+                } else {
+                    Ok(())
+                };
+                prepared
+                    .map_err(failed)
+                    .and_then(|()| self.uring.transfer(slot, direction, job.offset))
+            }
+            Stage::WriteZeroes => self
+                .uring
+                .prepare_zeroes(slot, job.remaining)
+                .map_err(failed)
+                .and_then(|_| {
+                    let direction = Direction::Write {
+                        durable: job.durable,
+                    };
+                    self.uring.transfer(slot, direction, job.offset)
+                }),
+            Stage::Fallocate { mode, .. } => {
+                self.uring.fallocate(slot, mode, job.offset, job.remaining)
+            }
+            Stage::Sync => self.uring.fsync(slot),
+        };
+        match started {
+            Ok(()) => Next::Pending,
+            Err(e) => {
+                self.complain(&e);
+                Next::Done(Status::IoError)
+            }
+        }
+    }
+
+    /// An operation ended.
+    fn completed(
+        &mut self,
+        slots: &mut Slots<'_>,
+        session: &mut Session<'_, Memory>,
+        slot: u16,
+        result: i32,
+    ) -> Result<(), RingError> {
+        let Some(mut job) = slots.get(slot) else {
+            return Ok(());
+        };
+        match self.result(slots, slot, &mut job, result) {
+            Next::Pending => {
+                slots.put(slot, job);
+                Ok(())
+            }
+            Next::Done(status) => {
+                slots.release(slot);
+                let ended = session.push_used(job.head, answer(session.memory(), &job, status));
+                self.next_bounce(slots, session)?;
+                ended
+            }
+        }
+    }
+
+    /// Gives the bounce buffer to the next that waits for it.
+    fn next_bounce(
+        &mut self,
+        slots: &mut Slots<'_>,
+        session: &mut Session<'_, Memory>,
+    ) -> Result<(), RingError> {
+        while slots.bouncing.is_none() {
+            let Some(slot) = slots.waiting.pop_front() else {
+                break;
+            };
+            let Some(mut job) = slots.get(slot) else {
+                continue;
+            };
+            match self.advance(slots, slot, &mut job) {
+                Next::Pending => slots.put(slot, job),
+                Next::Done(status) => {
+                    slots.release(slot);
+                    session.push_used(job.head, answer(session.memory(), &job, status))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn result(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job, result: i32) -> Next {
+        let Ok(bytes) = usize::try_from(result) else {
+            return self.failed(slots, slot, job, result.saturating_neg());
+        };
+        match job.stage {
+            Stage::Sync => Next::Done(Status::Ok),
+            Stage::Fallocate { .. } => {
+                if job.durable {
+                    job.stage = Stage::Sync;
+                    return self.advance(slots, slot, job);
+                }
+                Next::Done(Status::Ok)
+            }
+            Stage::Transfer(_) | Stage::WriteZeroes => {
+                let moved = u64::try_from(bytes).unwrap_or(u64::MAX);
+                let Some(left) = job.remaining.checked_sub(moved).filter(|_| bytes > 0) else {
+                    // The end of the file, which is shorter than it was.
+                    return Next::Done(Status::IoError);
+                };
+                if let Stage::Transfer(direction) = job.stage {
+                    self.uring.advance(slot, bytes, direction);
+                }
+                job.remaining = left;
+                job.offset = job.offset.saturating_add(moved);
+                if left == 0 {
+                    return Next::Done(Status::Ok);
+                }
+                self.advance(slots, slot, job)
+            }
+        }
+    }
+
+    fn failed(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job, errno: i32) -> Next {
+        match (errno, job.stage) {
+            (libc::EINTR | libc::EAGAIN, _) if job.retries < MAX_RETRIES => {
+                job.retries = job.retries.saturating_add(1);
+                self.advance(slots, slot, job)
+            }
+            (libc::EOPNOTSUPP | libc::ENOSYS, Stage::Fallocate { or_write: true, .. }) => {
+                job.stage = Stage::WriteZeroes;
+                self.advance(slots, slot, job)
+            }
+            (libc::EOPNOTSUPP | libc::ENOSYS, Stage::Fallocate { .. }) => {
+                Next::Done(Status::Unsupported)
+            }
+            _ => {
+                if let Some(held_back) = self.limit.check() {
+                    let error = std::io::Error::from_raw_os_error(errno);
+                    warn!(
+                        held_back,
+                        offset = job.offset,
+                        len = job.remaining,
+                        "I/O error: {error}"
+                    );
+                }
+                Next::Done(Status::IoError)
+            }
+        }
+    }
+}
+
+fn failed(error: PrepareError) -> std::io::Error {
+    std::io::Error::other(error)
+}
+
+/// Writes the status, and returns the length for the used ring: bytes written, with the status.
+fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
+    if mem.write_obj(status as u8, job.status).is_err() {
+        return 0;
+    }
+    let data = if status == Status::Ok { job.reply } else { 0 };
+    u32::try_from(data.saturating_add(1)).unwrap_or(u32::MAX)
+}
+
+/// Jobs and who has which slot.
+struct Slots<'q> {
+    jobs: &'q mut Vec<Option<Job>>,
+    free: &'q mut Vec<u16>,
+    waiting: &'q mut VecDeque<u16>,
+    bouncing: &'q mut Option<u16>,
+}
+
+impl Slots<'_> {
+    fn take(&mut self) -> Option<u16> {
+        self.free.pop()
+    }
+
+    fn get(&self, slot: u16) -> Option<Job> {
+        self.jobs.get(usize::from(slot)).copied().flatten()
+    }
+
+    fn put(&mut self, slot: u16, job: Job) {
+        if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
+            *place = Some(job);
+        }
+    }
+
+    fn release(&mut self, slot: u16) {
+        if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
+            *place = None;
+            self.free.push(slot);
+        }
+        if *self.bouncing == Some(slot) {
+            *self.bouncing = None;
+        }
+    }
+}
