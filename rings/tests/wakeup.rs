@@ -4,8 +4,9 @@
 #![allow(clippy::unwrap_used, clippy::panic, clippy::arithmetic_side_effects)]
 
 use std::fs::File;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use ringside_rings::{
     ChainBuf, DeviceRing, DriverLayout, DriverRing, Segment, read_segments, write_segments,
@@ -151,4 +152,96 @@ fn no_wakeup_is_lost_with_flags() {
 fn no_wakeup_is_lost_with_event_idx() {
     run(4, true);
     run(64, true);
+}
+
+/// Waits until both threads have come here `round` times.
+fn meet(arrived: &AtomicU64, round: u64, delay: u64) {
+    arrived.fetch_add(1, Ordering::AcqRel);
+    let mut spins = 0_u32;
+    while arrived.load(Ordering::Acquire) < 2 * round {
+        spins = spins.wrapping_add(1);
+        if spins.is_multiple_of(256) {
+            std::thread::yield_now();
+        } else {
+            std::hint::spin_loop();
+        }
+    }
+    for i in 0..delay {
+        std::hint::black_box(i);
+    }
+}
+
+/// One side publishes in the moment in which the other goes to sleep: the publisher is asked for a
+/// wake-up, or the sleeper sees what was published. Without the barriers sometimes neither happens.
+fn race(event_idx: bool) {
+    const SIZE: u16 = 8;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(u64::try_from(LEN).unwrap()).unwrap();
+    let mem = map(&file);
+    let layout = DriverLayout::new(GuestAddress(0), SIZE, 0).unwrap();
+    let mut driver = DriverRing::<u64>::new(layout, event_idx, &mem).unwrap();
+    let arrived = AtomicU64::new(0);
+    let (kicked, called) = (AtomicBool::new(false), AtomicBool::new(false));
+    // Counted, not asserted: a thread that panics leaves the other one waiting.
+    let lost = AtomicU64::new(0);
+    // On a busy machine a round can take a time slice, so time is the bound and not their number.
+    let end = Instant::now() + Duration::from_millis(700);
+    let stop = AtomicBool::new(false);
+
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mem = map(&file);
+            let mut device = DeviceRing::new(&layout.config(event_idx), &mem).unwrap();
+            let mut buf = ChainBuf::new(SIZE);
+            let mut chance = 0x9e37_79b9_7f4a_7c15_u64;
+            let mut session = device.session(&mem).unwrap();
+            for round in 0.. {
+                session.disable_notifications().unwrap();
+                meet(&arrived, 4 * round + 1, step(&mut chance) % 128);
+                let seen = session.enable_notifications().unwrap();
+                meet(&arrived, 4 * round + 2, 0);
+                if !seen && !kicked.load(Ordering::Relaxed) {
+                    lost.fetch_add(1, Ordering::Relaxed);
+                }
+                let chain = session.pop(&mut buf).unwrap().unwrap();
+                session.push_used(chain.head(), 0).unwrap();
+                meet(&arrived, 4 * round + 3, step(&mut chance) % 128);
+                called.store(session.publish().unwrap(), Ordering::Relaxed);
+                meet(&arrived, 4 * round + 4, 0);
+                if stop.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+
+        let mut chance = 0x2545_f491_4f6c_dd1d_u64;
+        let mut session = driver.session(&mem).unwrap();
+        for round in 0.. {
+            session
+                .add(&[Segment::new(GuestAddress(DATA), 8)], &[], round)
+                .unwrap();
+            meet(&arrived, 4 * round + 1, step(&mut chance) % 128);
+            kicked.store(session.publish().unwrap(), Ordering::Relaxed);
+            meet(&arrived, 4 * round + 2, 0);
+            session.disable_interrupts().unwrap();
+            meet(&arrived, 4 * round + 3, step(&mut chance) % 128);
+            let seen = session.enable_interrupts().unwrap();
+            stop.store(Instant::now() > end, Ordering::Relaxed);
+            meet(&arrived, 4 * round + 4, 0);
+            if !seen && !called.load(Ordering::Relaxed) {
+                lost.fetch_add(1, Ordering::Relaxed);
+            }
+            assert_eq!(session.poll_used().unwrap(), Some((round, 0)));
+            if stop.load(Ordering::Relaxed) {
+                break;
+            }
+        }
+    });
+    assert_eq!(lost.load(Ordering::Relaxed), 0, "wake-ups were lost");
+}
+
+#[test]
+fn publishing_races_with_going_to_sleep() {
+    race(false);
+    race(true);
 }
