@@ -1,6 +1,7 @@
 //! The options of `ringside-blk`, and the checks that need no front-end.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
@@ -12,6 +13,8 @@ use super::{BlkConfig, SEG_MAX};
 
 /// Most bytes in one discard or write-zeroes request.
 const MAX_RANGE: u64 = 1 << 30;
+/// How long a disk may stay locked by a program that is ending.
+const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// Whether something is to be offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -146,6 +149,7 @@ impl BlkArgs {
                 read_only: self.read_only,
                 direct: self.direct,
                 block_size: self.block_size,
+                lock_wait: LOCK_WAIT,
             })?),
             (None, Some(_)) => None,
             (None, None) => return Err(ArgsError::NoDisk),

@@ -4,13 +4,18 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use thiserror::Error;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::request::SECTOR;
+
+/// How often to try to lock a disk.
+const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
 /// The disk cannot be used.
 #[derive(Debug, Error)]
@@ -97,6 +102,8 @@ pub struct DiskOptions {
     pub direct: bool,
     /// Logical block size in bytes; chosen after the storage if not given.
     pub block_size: Option<u32>,
+    /// How long to wait for a lock that another program holds.
+    pub lock_wait: Duration,
 }
 
 /// A disk that is open, locked and examined.
@@ -206,25 +213,48 @@ fn lock(file: &File, options: &DiskOptions) -> Result<(), DiskError> {
     } else {
         (libc::F_WRLCK, 0) // to the end, wherever it will be
     };
-    let flock = libc::flock {
+    let flock = flock(kind, len);
+    let mut patience = options.lock_wait;
+    loop {
+        match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+            Ok(_) => return Ok(()),
+            // A program that was killed a moment ago has its lock until the kernel has torn down its io_uring.
+            Err(Errno::EAGAIN | Errno::EACCES) if patience > Duration::ZERO => {
+                thread::sleep(LOCK_INTERVAL);
+                patience = patience.saturating_sub(LOCK_INTERVAL);
+            }
+            Err(Errno::EAGAIN | Errno::EACCES) => {
+                return Err(DiskError::Locked {
+                    path: options.path.clone(),
+                });
+            }
+            Err(e) => {
+                warn!(
+                    "disk {} cannot be locked against use by others: {e}",
+                    options.path.display()
+                );
+                return Ok(());
+            }
+        }
+    }
+}
+
+/// Gives the lock back at once. Closing the file does it too, but only when no io_uring has it any more, which the
+/// kernel finds out some time after the ring is closed.
+pub(super) fn unlock(file: &File) {
+    let flock = flock(libc::F_UNLCK, 0);
+    if let Err(e) = fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+        debug!("the disk's lock cannot be given back: {e}");
+    }
+}
+
+fn flock(kind: i32, len: i64) -> libc::flock {
+    libc::flock {
         l_type: i16::try_from(kind).unwrap_or(0),
         l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
         l_start: 0,
         l_len: len,
         l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
-        Ok(_) => Ok(()),
-        Err(Errno::EAGAIN | Errno::EACCES) => Err(DiskError::Locked {
-            path: options.path.clone(),
-        }),
-        Err(e) => {
-            warn!(
-                "disk {} cannot be locked against use by others: {e}",
-                options.path.display()
-            );
-            Ok(())
-        }
     }
 }
 
@@ -307,6 +337,7 @@ mod tests {
             read_only: false,
             direct: false,
             block_size: None,
+            lock_wait: Duration::ZERO,
         }
     }
 

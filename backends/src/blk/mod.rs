@@ -110,6 +110,14 @@ impl Blk {
     }
 }
 
+impl Drop for Blk {
+    fn drop(&mut self) {
+        if let Some(disk) = &self.shared.disk {
+            disk::unlock(disk);
+        }
+    }
+}
+
 impl Device for Blk {
     fn features(&self) -> u64 {
         self.features
