@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::demo;
 use crate::error::{Doing, LabError, Result};
 use crate::inside;
 use crate::l1::{self, Run};
@@ -27,19 +28,21 @@ const HOST_LIMIT: Duration = Duration::from_secs(20);
 
 const EXAMPLES: &str = "\
 Examples:
-  cargo lab demo                 a guest with its disk and network from our back-ends; fio and iperf3 in it
-  cargo lab test                 all tests; ends with the line `N passed, N failed, N skipped`
-  cargo lab test boot:: blk::    the tests whose names contain one of these
-  cargo lab test --list          their names
-  cargo lab shell                a shell in the lab VM, with the programs in /lab/bin
-  cargo lab shell -- uname -a    one command there
-  cargo lab check                format and lints: what each commit has to pass, with `cargo lab test`
-  cargo lab clean                removes what the lab keeps in the cache directory
+  cargo lab demo               a guest with disk and network from our back-ends
+  cargo lab test               all tests; the last line counts them
+  cargo lab test boot:: blk::  the tests whose names contain one of these
+  cargo lab test --list        their names
+  cargo lab shell              a shell in the lab VM, programs in /lab/bin
+  cargo lab shell -- uname -a  one command there
+  cargo lab check              format, lints, native tests: before each commit
+  cargo lab clean              removes the lab from the cache directory
 
 Where guests run:
-  They need a KVM that boots Linux. Where this machine has one (tried by booting a small guest) and you are root,
-  they run on it, in network namespaces of their own. Elsewhere they run in the lab VM: an emulated machine in
-  which Linux has a real KVM. It is slower by 10 to 20 times, and needs no privileges at all.
+  They need a KVM that boots Linux. Where this machine has one (tried by
+  booting a small guest) and you are root, they run on it, in network
+  namespaces of their own. Elsewhere they run in the lab VM: an emulated
+  machine in which Linux has a real KVM. It is slower by 10 to 20 times, and
+  needs no privileges at all.
 
 Exit status: 0 all went well, 1 something failed, 2 wrong usage.";
 
@@ -96,7 +99,7 @@ enum Action {
         #[arg(long)]
         list: bool,
     },
-    /// Check format and lints of the whole workspace
+    /// Check format, lints and native tests of the whole workspace: for before each commit
     Check,
     /// Open a shell where guests run, or run one command there
     Shell {
@@ -120,6 +123,9 @@ enum Action {
         #[arg(long)]
         port: Option<PathBuf>,
     },
+    /// The demonstration, in a process of its own
+    #[command(hide = true)]
+    RunDemo,
     /// One test, in a process of its own
     #[command(hide = true)]
     RunTest {
@@ -155,7 +161,7 @@ fn run(action: Action) -> Result<ExitCode> {
             filters,
             list,
         } => test(&common, &filters, list),
-        Action::Check => native::check().map(|()| ExitCode::SUCCESS),
+        Action::Check => check(),
         Action::Shell { common, command } => shell(&common, &command),
         Action::Setup { common } => {
             Cache::open()?.ensure(&wishes(&common))?;
@@ -181,6 +187,7 @@ fn run(action: Action) -> Result<ExitCode> {
             )?;
             Ok(ExitCode::SUCCESS)
         }
+        Action::RunDemo => demo::run(&Site::current()?).map(|()| ExitCode::SUCCESS),
         Action::RunTest { name } => suite::run_test(&name).map(exit_code),
     }
 }
@@ -280,6 +287,17 @@ fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
         .link
         .request(&request, SILENCE_LIMIT, |event| show(event, true))?;
     Ok(exit_code(status))
+}
+
+fn check() -> Result<ExitCode> {
+    native::check()?;
+    let tally = native::test(false)?;
+    println!("{tally}");
+    Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn test(common: &Common, filters: &[String], list: bool) -> Result<ExitCode> {

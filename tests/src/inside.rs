@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::demo;
+use crate::command::describe;
 use crate::error::{Doing, LabError, Result};
 use crate::protocol::{Event, Request};
 use crate::site::Site;
@@ -62,36 +62,33 @@ pub fn serve(input: impl Read, output: Box<dyn Write + Send>, site: &Site) -> Re
             text: line.clone(),
         })?;
         let status = match request {
-            Request::Shell { command } => shell(&command, site, &events)?,
+            Request::Shell { command } => stream(
+                Command::new("sh")
+                    .args(["-c", &command])
+                    .current_dir(&site.scratch),
+                &events,
+            )?,
             Request::Suite { filters } => suite::run(site, &filters, &events)?,
-            Request::Demo => match demo::run(site, &events) {
-                Ok(()) => 0,
-                Err(error) => {
-                    events.tell(&Event::Output {
-                        text: format!("lab: {error}\n"),
-                    })?;
-                    1
-                }
-            },
+            Request::Demo => stream(
+                &mut suite::isolated(site, &site.scratch, &["run-demo"])?,
+                &events,
+            )?,
         };
         events.tell(&Event::Done { status })?;
     }
     Ok(())
 }
 
-/// Runs a shell command and passes on what it writes as it comes.
-fn shell(command: &str, site: &Site, events: &Events) -> Result<i32> {
-    let running = || format!("run `{command}`");
+/// Runs a program and passes on what it writes as it comes; gives its exit status.
+fn stream(command: &mut Command, events: &Events) -> Result<i32> {
+    let line = describe(command);
+    let running = || format!("run `{line}`");
     let (mut reader, writer) = std::io::pipe().doing(running)?;
     let errors = writer.try_clone().doing(running)?;
-    let mut child = Command::new("sh")
-        .args(["-c", command])
-        .current_dir(&site.scratch)
-        .stdin(Stdio::null())
-        .stdout(writer)
-        .stderr(errors)
-        .spawn()
-        .doing(running)?;
+    command.stdin(Stdio::null()).stdout(writer).stderr(errors);
+    let mut child = command.spawn().doing(running)?;
+    // The command keeps the pipe's other end open, and the reader would never see its end.
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     let mut buffer = [0; 4096];
     loop {
         let count = reader.read(&mut buffer).doing(running)?;

@@ -8,7 +8,7 @@ use crate::error::{Doing, LabError, Result};
 use crate::programs::cargo;
 use crate::protocol::Tally;
 
-/// Checks format and lints, and with cargo-deny, where it is installed, licences and advisories.
+/// Checks format and lints, and with cargo-deny, where it is installed, licences.
 ///
 /// # Errors
 /// Fails at the first check that does.

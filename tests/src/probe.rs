@@ -67,6 +67,7 @@ fn boot(site: &Site) -> Option<String> {
     };
     // The registers that QEMU dumps below the first line interest nobody here.
     let first = text.lines().next().unwrap_or_default();
+    let first = first.split("; the last").next().unwrap_or_default();
     let reason = text
         .lines()
         .find(|line| line.contains("KVM"))

@@ -83,28 +83,7 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
     let errors = log
         .try_clone()
         .doing(|| format!("write {}", log_path.display()))?;
-    let own_site = Site {
-        scratch: directory.clone(),
-        ..site.clone()
-    };
-    let site_text = serde_json::to_string(&own_site).map_err(|error| LabError::Protocol {
-        from: "suite",
-        text: error.to_string(),
-    })?;
-    let program = std::env::current_exe().doing(|| "find this program".into())?;
-    let mut child = Command::new("unshare")
-        .args([
-            "--fork",
-            "--pid",
-            "--mount-proc",
-            "--net",
-            "--kill-child",
-            "--",
-        ])
-        .arg(program)
-        .args(["run-test", test.name])
-        .env(SITE_VARIABLE, site_text)
-        .current_dir(&directory)
+    let mut child = isolated(site, &directory, &["run-test", test.name])?
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(errors)
@@ -128,6 +107,37 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
     };
     fs::remove_dir_all(&directory).doing(|| format!("remove {}", directory.display()))?;
     Ok(result)
+}
+
+/// A command that runs this program with other arguments in namespaces and a directory of its own.
+///
+/// # Errors
+/// Fails if this program cannot be found.
+pub fn isolated(site: &Site, directory: &Path, arguments: &[&str]) -> Result<Command> {
+    let site = Site {
+        scratch: directory.to_owned(),
+        ..site.clone()
+    };
+    let site = serde_json::to_string(&site).map_err(|error| LabError::Protocol {
+        from: "suite",
+        text: error.to_string(),
+    })?;
+    let program = std::env::current_exe().doing(|| "find this program".into())?;
+    let mut command = Command::new("unshare");
+    command
+        .args([
+            "--fork",
+            "--pid",
+            "--mount-proc",
+            "--net",
+            "--kill-child",
+            "--",
+        ])
+        .arg(program)
+        .args(arguments)
+        .env(SITE_VARIABLE, site)
+        .current_dir(directory);
+    Ok(command)
 }
 
 fn text_of(log: &Path) -> String {
