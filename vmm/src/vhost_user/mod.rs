@@ -53,7 +53,7 @@ use crate::pci::msix::new_event;
 use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
 
 /// How long a back-end may take for a request.
-const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
 /// How long it may take to finish what is under way when a device is reset.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
 /// Pause between attempts to reach a back-end that is gone.
@@ -775,3 +775,6 @@ impl Drop for VhostUserDevice {
         state.epoch += 1;
     }
 }
+
+#[cfg(test)]
+mod tests;
