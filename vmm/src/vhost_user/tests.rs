@@ -443,10 +443,13 @@ const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
 const GET_CONFIG: u32 = 24;
 
+/// The requests that came: number and body.
+type Seen = Mutex<VecDeque<(u32, Vec<u8>)>>;
+
 /// Serves one connection, then ends.
 struct Server {
     thread: JoinHandle<()>,
-    seen: Arc<Mutex<VecDeque<(u32, Vec<u8>)>>>,
+    seen: Arc<Seen>,
     stream: UnixStream,
 }
 
@@ -506,7 +509,7 @@ fn answer(
     mut stream: UnixStream,
     features: u64,
     config: &[u8],
-    seen: &Mutex<VecDeque<(u32, Vec<u8>)>>,
+    seen: &Seen,
 ) {
     loop {
         let mut header = [0; 12];
