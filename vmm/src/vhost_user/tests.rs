@@ -505,12 +505,7 @@ impl Drop for Machine {
     }
 }
 
-fn answer(
-    mut stream: UnixStream,
-    features: u64,
-    config: &[u8],
-    seen: &Seen,
-) {
+fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen) {
     loop {
         let mut header = [0; 12];
         if stream.read_exact(&mut header).is_err() {
