@@ -59,6 +59,7 @@ impl Daemon {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(program);
         command.arg("--socket-path").arg(dir.path().join("s"));
+        command.stdin(Stdio::null());
         Self::spawn_command(command.args(args), dir)
     }
 
@@ -67,7 +68,6 @@ impl Daemon {
         let log = File::create(dir.path().join("log")).unwrap();
         let child = command
             .env_remove("RINGSIDE_LOG")
-            .stdin(Stdio::null())
             .stderr(log)
             .spawn()
             .unwrap();
@@ -249,6 +249,13 @@ impl Queue {
                 self.call.read().unwrap();
                 self.interrupts += 1;
             }
+        }
+    }
+
+    /// Takes an interrupt that came for a chain which was seen before it.
+    pub fn settle(&self) {
+        if readable(self.call.as_raw_fd(), Duration::from_millis(100)) {
+            self.call.read().unwrap();
         }
     }
 
