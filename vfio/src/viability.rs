@@ -43,7 +43,7 @@ impl fmt::Display for Obstacle {
             Self::Bridge => write!(f, "is a bridge"),
             Self::NoIommu => write!(
                 f,
-                "has no IOMMU group: switch the IOMMU on in the firmware and on Intel, on the kernel's command line (intel_iommu=on)"
+                "has no IOMMU group: switch the IOMMU on in the firmware, and on Intel machines on the kernel's command line too (intel_iommu=on)"
             ),
             Self::Unconfined => {
                 write!(
