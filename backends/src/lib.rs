@@ -10,4 +10,5 @@
 #![deny(unsafe_code)]
 
 pub mod blk;
+pub mod net;
 pub mod shell;

@@ -114,8 +114,7 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
 #[macro_export]
 macro_rules! ensure {
     ($condition:expr, $($message:tt)+) => {
-        let holds: bool = $condition;
-        if !holds {
+        if !$condition {
             return Err($crate::error::LabError::Check(format!($($message)+)));
         }
     };

@@ -366,7 +366,6 @@ mod tests {
         console.start(input, exit).unwrap();
         use crate::bus::BusDevice;
         serial.lock().unwrap().write(1, &[1]);
-        serial.lock().unwrap().write(4, &[8]);
         for text in [b"one", b"two"] {
             let mut client = UnixStream::connect(&path).unwrap();
             client.write_all(text).unwrap();

@@ -1,0 +1,65 @@
+//! `ringside-net`: serves a network interface to a virtual machine over vhost-user.
+
+use std::process::ExitCode;
+
+use clap::Parser;
+use ringside_backends::net::{ArgsError, NetArgs};
+use ringside_backends::shell::{self, EXIT_STATUS_HELP, Program, ShellArgs};
+
+const PROGRAM: Program = Program {
+    name: "ringside-net",
+    kind: "net",
+    features: &[],
+};
+
+const EXAMPLES: &str = "Examples:
+  Create a TAP interface, give the host's end an address, and serve one virtual machine after the other:
+    ringside-net --socket-path /run/vm1-net.sock --tap vm1 --tap-ip 192.168.90.1/24
+
+  Four queue pairs, on a TAP interface made beforehand for a user without privileges:
+    ip tuntap add dev vm1 mode tap user alice vnet_hdr multi_queue && ip link set vm1 up
+    ringside-net --socket-path /run/vm1-net.sock --tap vm1 --queue-pairs 4 --mac 52:54:00:12:34:56
+
+  Attach it to ringside-vmm:
+    ringside-vmm --kernel vmlinuz --net socket=/run/vm1-net.sock …
+
+  Attach it to QEMU, whose guest memory must be shared:
+    qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
+      -chardev socket,id=c0,path=/run/vm1-net.sock -netdev vhost-user,id=n0,chardev=c0,queues=4 \\
+      -device virtio-net-pci,netdev=n0,mq=on,vectors=10,mac=52:54:00:12:34:56 …
+
+  Attach it to cloud-hypervisor:
+    cloud-hypervisor --memory size=1G,shared=on --net vhost_user=true,socket=/run/vm1-net.sock,num_queues=8,mac=52:54:00:12:34:56 …
+";
+
+/// Serves a network interface to a virtual machine over vhost-user, on a TAP interface of the host.
+///
+/// The virtual machine monitor connects to a Unix socket and shares its guest's memory; packets then go from the
+/// guest's virtqueues to the TAP interface and back with one system call each and without being copied, segments of
+/// up to 64 KiB included.
+#[derive(Parser)]
+#[command(name = PROGRAM.name, version, after_help = EXIT_STATUS_HELP, after_long_help = format!("{EXAMPLES}\n{EXIT_STATUS_HELP}"))]
+struct Cli {
+    #[command(flatten)]
+    net: NetArgs,
+    #[command(flatten)]
+    shell: ShellArgs,
+}
+
+fn main() -> ExitCode {
+    match PROGRAM.print_capabilities_if_asked() {
+        Ok(false) => {}
+        asked => return shell::exit_code(&PROGRAM, asked.map(|_| ())),
+    }
+    let cli = Cli::parse();
+    let net = match cli.net.open() {
+        Ok(net) => net,
+        Err(error) => {
+            let usage = error.is_usage();
+            let code = shell::exit_code::<ArgsError>(&PROGRAM, Err(error));
+            return if usage { ExitCode::from(2) } else { code };
+        }
+    };
+    let result = shell::run(&PROGRAM, net, &cli.shell);
+    shell::exit_code(&PROGRAM, result)
+}

@@ -1,0 +1,297 @@
+//! The command line of a network device, and the device it asks for.
+
+use std::fmt;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::RawFd;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use clap::{Args, ValueEnum};
+use thiserror::Error;
+use tracing::info;
+
+use super::config::{MacAddress, NetConfig};
+use super::device::Net;
+use super::features::{Extras, Offloads, offered};
+use super::tap::{MAX_QUEUES, Tap, TapError};
+
+/// Kinds of offload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Offload {
+    /// All that the kernel has
+    All,
+    /// None
+    Off,
+    /// Checksums
+    Csum,
+    /// TCP segmentation over IPv4 and IPv6, needs csum
+    Tso,
+    /// UDP fragmentation, needs csum
+    Ufo,
+    /// UDP segmentation, needs csum
+    Uso,
+}
+
+/// An IPv4 address and the length of its network prefix.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Cidr {
+    /// The address.
+    pub address: Ipv4Addr,
+    /// Bits of the prefix, up to 32.
+    pub prefix_len: u8,
+}
+
+/// A text is no address with a prefix length.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("expected an IPv4 address with a prefix length, as in 192.168.90.1/24")]
+pub struct CidrError;
+
+impl FromStr for Cidr {
+    type Err = CidrError;
+
+    fn from_str(text: &str) -> Result<Self, CidrError> {
+        let (address, prefix_len) = text.split_once('/').ok_or(CidrError)?;
+        let prefix_len = prefix_len.parse().map_err(|_| CidrError)?;
+        if prefix_len > 32 {
+            return Err(CidrError);
+        }
+        Ok(Self {
+            address: address.parse().map_err(|_| CidrError)?,
+            prefix_len,
+        })
+    }
+}
+
+impl fmt::Display for Cidr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.prefix_len)
+    }
+}
+
+/// Options of a network device.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Network device")]
+pub struct NetArgs {
+    /// TAP interface to use; it is created if there is none, and then goes away with this program
+    ///
+    /// A %d in the name is replaced by a free number. Creating an interface needs CAP_NET_ADMIN. Without it, use
+    /// one made for this user: ip tuntap add dev NAME mode tap user USER vnet_hdr multi_queue
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["tap_fd", "print_capabilities"], conflicts_with = "tap_fd")]
+    pub tap: Option<String>,
+
+    /// Inherited TAP queues to use, by number: one for each queue pair, all of one interface
+    ///
+    /// Each must have been attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several with IFF_MULTI_QUEUE.
+    #[arg(long, value_name = "NUMBER", value_delimiter = ',', value_parser = clap::value_parser!(RawFd).range(0..))]
+    pub tap_fd: Vec<RawFd>,
+
+    /// Keep the TAP interface when this program ends
+    #[arg(long, requires = "tap")]
+    pub tap_persist: bool,
+
+    /// Bring the TAP interface up
+    #[arg(long)]
+    pub tap_up: bool,
+
+    /// IPv4 address of the host's end of the TAP interface; implies --tap-up
+    #[arg(long, value_name = "ADDRESS/LENGTH")]
+    pub tap_ip: Option<Cidr>,
+
+    /// Address of the guest's interface [default: a random one]
+    #[arg(long, value_name = "ADDRESS")]
+    pub mac: Option<MacAddress>,
+
+    /// Largest packet in bytes, told to the guest and set on the TAP interface
+    #[arg(long, value_name = "BYTES", value_parser = clap::value_parser!(u16).range(68..))]
+    pub mtu: Option<u16>,
+
+    /// Speed in Mbit/s that the guest shows for its interface; it limits nothing
+    #[arg(long, value_name = "MBITS", value_parser = clap::value_parser!(u32).range(1..=0x7fff_ffff))]
+    pub speed: Option<u32>,
+
+    /// Number of queue pairs, each served by a thread of its own [default: 1, or as many as --tap-fd has]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), conflicts_with = "tap_fd")]
+    pub queue_pairs: Option<u16>,
+
+    /// Work that the guest may leave to the host and the host to the guest, as far as the kernel can
+    #[arg(
+        long,
+        value_name = "KIND",
+        value_enum,
+        value_delimiter = ',',
+        default_value = "all"
+    )]
+    pub offload: Vec<Offload>,
+}
+
+/// The device that the command line asks for cannot be had.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum ArgsError {
+    /// Values that do not go together.
+    #[error("--offload: {0}")]
+    Offload(&'static str),
+    /// A queue was named twice.
+    #[error("--tap-fd: file descriptor {0} is given twice; each queue pair needs its own")]
+    SameFd(RawFd),
+    /// Too many queues were handed over.
+    #[error("--tap-fd: {0} queues; at most {MAX_QUEUES} can be served")]
+    TooManyFds(usize),
+    /// The TAP cannot be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The system refused something that every process needs.
+    #[error("cannot create event descriptors: raise the limit of open files (ulimit -n)")]
+    System(#[source] io::Error),
+}
+
+impl ArgsError {
+    /// The command line itself is wrong, whatever the system.
+    #[must_use]
+    pub fn is_usage(&self) -> bool {
+        match self {
+            Self::Offload(_) | Self::SameFd(_) | Self::TooManyFds(_) => true,
+            Self::Tap(error) => matches!(error, TapError::Name { .. }),
+            Self::System(_) => false,
+        }
+    }
+}
+
+impl NetArgs {
+    fn offloads(&self) -> Result<Offloads, ArgsError> {
+        let given = |kind| self.offload.contains(&kind);
+        let alone = |kind| given(kind) && self.offload.iter().any(|&other| other != kind);
+        if alone(Offload::All) || alone(Offload::Off) {
+            return Err(ArgsError::Offload("all and off stand alone"));
+        }
+        let on = |kind| given(kind) || given(Offload::All);
+        let offloads = Offloads {
+            csum: on(Offload::Csum),
+            tso: on(Offload::Tso),
+            ufo: on(Offload::Ufo),
+            uso: on(Offload::Uso),
+        };
+        if !offloads.csum && (offloads.tso || offloads.ufo || offloads.uso) {
+            return Err(ArgsError::Offload("tso, ufo and uso need csum as well"));
+        }
+        Ok(offloads)
+    }
+
+    /// Opens the TAP interface and makes the device.
+    ///
+    /// # Errors
+    /// [`ArgsError`]
+    pub fn open(&self) -> Result<Net, ArgsError> {
+        let offloads = self.offloads()?;
+        let (tap, queues) = match &self.tap {
+            Some(name) => Tap::open(name, self.queue_pairs.unwrap_or(1))?,
+            None => {
+                for (index, fd) in self.tap_fd.iter().enumerate() {
+                    if self
+                        .tap_fd
+                        .iter()
+                        .skip(index.saturating_add(1))
+                        .any(|other| other == fd)
+                    {
+                        return Err(ArgsError::SameFd(*fd));
+                    }
+                }
+                if self.tap_fd.len() > usize::from(MAX_QUEUES) {
+                    return Err(ArgsError::TooManyFds(self.tap_fd.len()));
+                }
+                Tap::inherit(&self.tap_fd)?
+            }
+        };
+        let tun = tap.probe_offloads(&offloads.candidates());
+        if self.tap_persist {
+            tap.set_persistent()?;
+        }
+        if let Some(mtu) = self.mtu {
+            tap.set_mtu(mtu)?;
+        }
+        if let Some(Cidr {
+            address,
+            prefix_len,
+        }) = self.tap_ip
+        {
+            tap.set_address(address, prefix_len)?;
+        }
+        if self.tap_up || self.tap_ip.is_some() {
+            tap.set_up()?;
+        }
+        let pairs = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
+        let config = NetConfig {
+            mac: self.mac.unwrap_or_else(MacAddress::random),
+            pairs,
+            mtu: self.mtu,
+            speed: self.speed,
+        };
+        let extras = Extras {
+            mtu: self.mtu.is_some(),
+            speed: self.speed.is_some(),
+            multi_queue: pairs > 1,
+        };
+        let features = offered(tun, extras);
+        info!(tap = tap.name(), mac = %config.mac, pairs, "network device");
+        Net::new(config, features, Arc::new(tap), queues).map_err(ArgsError::System)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[derive(Parser, Debug)]
+    struct Cli {
+        #[command(flatten)]
+        net: NetArgs,
+        #[arg(long)]
+        print_capabilities: bool,
+    }
+
+    fn parse(args: &[&str]) -> Result<NetArgs, clap::Error> {
+        Cli::try_parse_from([&["x"], args].concat()).map(|cli| cli.net)
+    }
+
+    #[test]
+    fn one_way_to_a_tap_is_needed_and_only_one() {
+        assert!(parse(&[]).is_err());
+        assert!(parse(&["--tap", "t", "--tap-fd", "3"]).is_err());
+        assert!(parse(&["--tap-fd", "3", "--queue-pairs", "2"]).is_err());
+        assert_eq!(parse(&["--tap-fd", "3,4"]).unwrap().tap_fd, [3, 4]);
+        assert!(parse(&["--tap", "t", "--queue-pairs", "0"]).is_err());
+        assert!(parse(&["--tap", "t", "--queue-pairs", "257"]).is_err());
+        assert!(parse(&["--tap", "t", "--mtu", "67"]).is_err());
+        assert!(parse(&["--tap", "t", "--mac", "01:00:00:00:00:00"]).is_err());
+        assert!(parse(&["--tap", "t", "--tap-ip", "10.0.0.1"]).is_err());
+        let same = parse(&["--tap-fd", "900,900"]).unwrap().open();
+        assert!(matches!(same, Err(ArgsError::SameFd(900))));
+    }
+
+    #[test]
+    fn offloads_that_do_not_go_together_are_refused() {
+        let offloads = |list| {
+            parse(&["--tap", "t", "--offload", list])
+                .unwrap()
+                .offloads()
+        };
+        assert!(offloads("all").unwrap().uso);
+        assert!(!offloads("off").unwrap().csum);
+        let some = offloads("csum,tso").unwrap();
+        assert!(some.csum && some.tso && !some.ufo && !some.uso);
+        assert!(offloads("tso").unwrap_err().is_usage());
+        assert!(offloads("all,csum").is_err());
+        assert!(offloads("off,csum").is_err());
+    }
+
+    #[test]
+    fn cidr() {
+        let cidr: Cidr = "192.168.90.1/24".parse().unwrap();
+        assert_eq!(cidr.to_string(), "192.168.90.1/24");
+        for bad in ["", "1.2.3.4", "1.2.3.4/33", "1.2.3/24", "1.2.3.4/-1"] {
+            assert_eq!(bad.parse::<Cidr>(), Err(CidrError), "{bad:?}");
+        }
+    }
+}

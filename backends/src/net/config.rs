@@ -1,0 +1,195 @@
+//! The configuration space of a network device: struct virtio_net_config (VIRTIO 1.3, 5.1.4).
+
+use std::fmt;
+use std::str::FromStr;
+
+use thiserror::Error;
+
+use crate::shell::DeviceError;
+
+/// An Ethernet address.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct MacAddress([u8; 6]);
+
+/// A text is no usable address.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error("expected the address of one interface, as in 52:54:00:12:34:56")]
+pub struct MacError;
+
+impl MacAddress {
+    /// The address with these bytes, in the order of the wire.
+    #[must_use]
+    pub const fn new(bytes: [u8; 6]) -> Self {
+        Self(bytes)
+    }
+
+    /// The bytes, in the order of the wire.
+    #[must_use]
+    pub const fn octets(self) -> [u8; 6] {
+        self.0
+    }
+
+    /// A random address of our own making: locally administered, for one interface (IEEE 802, 8.4).
+    #[must_use]
+    pub fn random() -> Self {
+        use std::hash::{BuildHasher, RandomState};
+        // Its keys come from the system's random numbers.
+        let [mut first, a, b, c, d, e, ..] = RandomState::new().hash_one(0).to_ne_bytes();
+        first = (first & !1) | 2;
+        Self([first, a, b, c, d, e])
+    }
+
+    /// It names a group, not one interface.
+    #[must_use]
+    pub const fn is_group(self) -> bool {
+        self.0[0] & 1 != 0
+    }
+}
+
+impl fmt::Display for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl fmt::Debug for MacAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for MacAddress {
+    type Err = MacError;
+
+    fn from_str(text: &str) -> Result<Self, MacError> {
+        let mut bytes = [0; 6];
+        let mut parts = text.split(':');
+        for byte in &mut bytes {
+            let part = parts.next().ok_or(MacError)?;
+            if part.len() != 2 || !part.bytes().all(|b| b.is_ascii_hexdigit()) {
+                return Err(MacError);
+            }
+            *byte = u8::from_str_radix(part, 16).map_err(|_| MacError)?;
+        }
+        let address = Self(bytes);
+        if parts.next().is_some() || address.is_group() || address == Self::default() {
+            return Err(MacError);
+        }
+        Ok(address)
+    }
+}
+
+/// What the fields hold. Fields whose feature is not offered read as 0.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NetConfig {
+    /// `mac`.
+    pub(super) mac: MacAddress,
+    /// `max_virtqueue_pairs`.
+    pub(super) pairs: u16,
+    /// `mtu` in bytes.
+    pub(super) mtu: Option<u16>,
+    /// `speed` in Mbit/s.
+    pub(super) speed: Option<u32>,
+}
+
+/// VIRTIO_NET_S_LINK_UP (VIRTIO 1.3, 5.1.4).
+const LINK_UP: u16 = 1;
+/// `duplex` full (VIRTIO 1.3, 5.1.4).
+const FULL_DUPLEX: u8 = 1;
+
+/// Length of the structure with its fields for RSS, which is not offered.
+const LEN: usize = 28;
+
+impl NetConfig {
+    fn bytes(&self) -> [u8; LEN] {
+        let Self {
+            mac,
+            pairs,
+            mtu,
+            speed,
+        } = *self;
+        let mut bytes = [0; LEN];
+        let fields = mac
+            .octets()
+            .into_iter()
+            .chain(LINK_UP.to_le_bytes())
+            .chain(pairs.to_le_bytes())
+            .chain(mtu.unwrap_or(0).to_le_bytes())
+            .chain(speed.unwrap_or(0).to_le_bytes())
+            .chain([if speed.is_some() { FULL_DUPLEX } else { 0 }]);
+        for (place, field) in bytes.iter_mut().zip(fields) {
+            *place = field;
+        }
+        bytes
+    }
+
+    /// Reads `len` bytes from `offset` on.
+    pub(super) fn read(&self, offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
+        let len = usize::try_from(len).unwrap_or(usize::MAX);
+        let bytes = self.bytes();
+        bytes
+            .get(start..start.saturating_add(len))
+            .map(<[u8]>::to_vec)
+            .ok_or(DeviceError::ConfigRange {
+                offset,
+                len,
+                size: LEN,
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_are_read_strictly() {
+        let mac: MacAddress = "52:54:00:ab:CD:01".parse().unwrap();
+        assert_eq!(mac.octets(), [0x52, 0x54, 0, 0xab, 0xcd, 1]);
+        assert_eq!(mac.to_string(), "52:54:00:ab:cd:01");
+        for bad in [
+            "",
+            "52:54:00:ab:cd",
+            "52:54:00:ab:cd:01:02",
+            "52:54:00:ab:cd:+1",
+            "5254:00:ab:cd:01",
+            "01:00:5e:00:00:01",
+            "ff:ff:ff:ff:ff:ff",
+            "00:00:00:00:00:00",
+        ] {
+            assert_eq!(bad.parse::<MacAddress>(), Err(MacError), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn random_addresses_are_local_and_differ() {
+        let (a, b) = (MacAddress::random(), MacAddress::random());
+        assert_ne!(a, b);
+        for mac in [a, b] {
+            assert!(!mac.is_group());
+            assert_eq!(mac.octets()[0] & 2, 2);
+        }
+    }
+
+    #[test]
+    fn fields_lie_where_the_specification_puts_them() {
+        let config = NetConfig {
+            mac: MacAddress::new([2, 3, 4, 5, 6, 7]),
+            pairs: 4,
+            mtu: Some(9000),
+            speed: Some(25_000),
+        };
+        assert_eq!(config.read(0, 6).unwrap(), [2, 3, 4, 5, 6, 7]);
+        assert_eq!(config.read(6, 2).unwrap(), 1_u16.to_le_bytes());
+        assert_eq!(config.read(8, 2).unwrap(), 4_u16.to_le_bytes());
+        assert_eq!(config.read(10, 2).unwrap(), 9000_u16.to_le_bytes());
+        assert_eq!(config.read(12, 4).unwrap(), 25_000_u32.to_le_bytes());
+        assert_eq!(config.read(16, 1).unwrap(), [1]);
+        assert_eq!(config.read(17, 11).unwrap(), [0; 11]);
+        for (offset, len) in [(0, 29), (28, 1), (u32::MAX, 1), (0, u32::MAX)] {
+            assert!(config.read(offset, len).is_err());
+        }
+    }
+}

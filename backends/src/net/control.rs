@@ -1,0 +1,350 @@
+//! Commands of the control queue (VIRTIO 1.3, 5.1.6.5): parsing, apart from obeying.
+
+use thiserror::Error;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
+    VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
+    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_ALLUNI,
+    VIRTIO_NET_CTRL_RX_NOBCAST, VIRTIO_NET_CTRL_RX_NOMULTI, VIRTIO_NET_CTRL_RX_NOUNI,
+    VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD,
+    VIRTIO_NET_CTRL_VLAN_DEL, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN,
+    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
+};
+
+use super::config::MacAddress;
+use super::features::{GUEST_OFFLOADS, has};
+use super::filter::{TABLE_SIZE, Table, VLANS};
+
+/// The longest command that is read, in bytes. A MAC table of ten thousand addresses fits.
+pub(super) const MAX_COMMAND: usize = 65536;
+
+/// What a driver commands.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum ControlCommand {
+    /// Switches one receive mode (5.1.6.5.1).
+    Rx(RxMode, bool),
+    /// Replaces the tables of addresses (5.1.6.5.2).
+    MacTable {
+        /// Of single interfaces.
+        unicast: Table,
+        /// Of groups.
+        multicast: Table,
+    },
+    /// Sets the device's own address (5.1.6.5.2).
+    MacAddress(MacAddress),
+    /// Lets a VLAN pass, or not (5.1.6.5.3).
+    Vlan(u16, bool),
+    /// The driver has announced itself (5.1.6.5.4).
+    AnnounceAck,
+    /// Uses this many queue pairs (5.1.6.5.5).
+    Pairs(u16),
+    /// Takes packets with these offloads, as bits of the features (5.1.6.5.8).
+    GuestOffloads(u64),
+}
+
+/// Receive modes (5.1.6.5.1).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RxMode {
+    Promiscuous,
+    AllMulticast,
+    AllUnicast,
+    NoMulticast,
+    NoUnicast,
+    NoBroadcast,
+}
+
+/// Why a command is answered with VIRTIO_NET_ERR.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub(super) enum ControlError {
+    /// Nothing is known by these numbers, or its feature was not negotiated.
+    #[error("command {command} of class {class} is unknown or was not negotiated")]
+    Unknown { class: u8, command: u8 },
+    /// The data of the command ends too soon, or is too long.
+    #[error("command {command} of class {class} has data of a wrong length")]
+    Length { class: u8, command: u8 },
+    /// A value that the specification does not allow.
+    #[error("command {command} of class {class}: value {value} is not allowed")]
+    Value { class: u8, command: u8, value: u64 },
+}
+
+/// Reads a command: class, command and data (struct virtio_net_ctrl without `ack`).
+///
+/// `features` are those the driver accepted, `max_pairs` the queue pairs of the device.
+pub(super) fn parse(
+    features: u64,
+    max_pairs: u16,
+    bytes: &[u8],
+) -> Result<ControlCommand, ControlError> {
+    let (class, command, data) = match bytes {
+        [class, command, data @ ..] => (*class, *command, data),
+        _ => {
+            return Err(ControlError::Length {
+                class: bytes.first().copied().unwrap_or(0),
+                command: 0,
+            });
+        }
+    };
+    let unknown = ControlError::Unknown { class, command };
+    let length = || ControlError::Length { class, command };
+    let value = |value| ControlError::Value {
+        class,
+        command,
+        value,
+    };
+    let u16_le = || {
+        <[u8; 2]>::try_from(data)
+            .map(u16::from_le_bytes)
+            .map_err(|_| length())
+    };
+    match (u32::from(class), u32::from(command)) {
+        (VIRTIO_NET_CTRL_RX, number) => {
+            let (mode, feature) = match number {
+                VIRTIO_NET_CTRL_RX_PROMISC => (RxMode::Promiscuous, VIRTIO_NET_F_CTRL_RX),
+                VIRTIO_NET_CTRL_RX_ALLMULTI => (RxMode::AllMulticast, VIRTIO_NET_F_CTRL_RX),
+                VIRTIO_NET_CTRL_RX_ALLUNI => (RxMode::AllUnicast, VIRTIO_NET_F_CTRL_RX_EXTRA),
+                VIRTIO_NET_CTRL_RX_NOMULTI => (RxMode::NoMulticast, VIRTIO_NET_F_CTRL_RX_EXTRA),
+                VIRTIO_NET_CTRL_RX_NOUNI => (RxMode::NoUnicast, VIRTIO_NET_F_CTRL_RX_EXTRA),
+                VIRTIO_NET_CTRL_RX_NOBCAST => (RxMode::NoBroadcast, VIRTIO_NET_F_CTRL_RX_EXTRA),
+                _ => return Err(unknown),
+            };
+            if !has(features, feature) {
+                return Err(unknown);
+            }
+            match data {
+                [0] => Ok(ControlCommand::Rx(mode, false)),
+                [1] => Ok(ControlCommand::Rx(mode, true)),
+                [other] => Err(value(u64::from(*other))),
+                _ => Err(length()),
+            }
+        }
+        // The table belongs to the receive filters, the address has a feature of its own (5.1.6.5.2).
+        (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_TABLE_SET)
+            if has(features, VIRTIO_NET_F_CTRL_RX) =>
+        {
+            let (unicast, rest) = parse_table(data).ok_or_else(length)?;
+            let (multicast, rest) = parse_table(rest).ok_or_else(length)?;
+            if rest.is_empty() {
+                Ok(ControlCommand::MacTable { unicast, multicast })
+            } else {
+                Err(length())
+            }
+        }
+        (VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET)
+            if has(features, VIRTIO_NET_F_CTRL_MAC_ADDR) =>
+        {
+            let bytes = <[u8; 6]>::try_from(data).map_err(|_| length())?;
+            let address = MacAddress::new(bytes);
+            // A group cannot be an interface's own address.
+            if address.is_group() || address == MacAddress::default() {
+                let [a, b, c, d, e, f] = bytes;
+                return Err(value(u64::from_be_bytes([0, 0, a, b, c, d, e, f])));
+            }
+            Ok(ControlCommand::MacAddress(address))
+        }
+        (VIRTIO_NET_CTRL_VLAN, number @ (VIRTIO_NET_CTRL_VLAN_ADD | VIRTIO_NET_CTRL_VLAN_DEL))
+            if has(features, VIRTIO_NET_F_CTRL_VLAN) =>
+        {
+            let vlan = u16_le()?;
+            if vlan >= VLANS {
+                return Err(value(vlan.into()));
+            }
+            Ok(ControlCommand::Vlan(
+                vlan,
+                number == VIRTIO_NET_CTRL_VLAN_ADD,
+            ))
+        }
+        (VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK)
+            if has(features, VIRTIO_NET_F_GUEST_ANNOUNCE) =>
+        {
+            if data.is_empty() {
+                Ok(ControlCommand::AnnounceAck)
+            } else {
+                Err(length())
+            }
+        }
+        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET) if has(features, VIRTIO_NET_F_MQ) => {
+            let pairs = u16_le()?;
+            if pairs == 0 || pairs > max_pairs {
+                return Err(value(pairs.into()));
+            }
+            Ok(ControlCommand::Pairs(pairs))
+        }
+        (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET)
+            if has(features, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) =>
+        {
+            let bytes = <[u8; 8]>::try_from(data).map_err(|_| length())?;
+            let offloads = u64::from_le_bytes(bytes);
+            if offloads & !(features & GUEST_OFFLOADS) != 0 {
+                return Err(value(offloads));
+            }
+            Ok(ControlCommand::GuestOffloads(offloads))
+        }
+        _ => Err(unknown),
+    }
+}
+
+/// Reads one struct virtio_net_ctrl_mac: le32 entries, then that many addresses.
+fn parse_table(data: &[u8]) -> Option<(Table, &[u8])> {
+    let (count, rest) = data.split_first_chunk::<4>()?;
+    let count = usize::try_from(u32::from_le_bytes(*count)).ok()?;
+    let (entries, rest) = rest.split_at_checked(count.checked_mul(6)?)?;
+    let table = if count > TABLE_SIZE {
+        Table::Overflow
+    } else {
+        let entries = entries.chunks_exact(6);
+        let addresses = entries.filter_map(|e| <[u8; 6]>::try_from(e).ok());
+        Table::Listed(addresses.map(MacAddress::new).collect())
+    };
+    Some((table, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn ok(bytes: &[u8]) -> ControlCommand {
+        parse(u64::MAX, 4, bytes).unwrap()
+    }
+
+    fn fails(bytes: &[u8]) -> ControlError {
+        parse(u64::MAX, 4, bytes).unwrap_err()
+    }
+
+    #[test]
+    fn receive_modes() {
+        let modes = [
+            RxMode::Promiscuous,
+            RxMode::AllMulticast,
+            RxMode::AllUnicast,
+            RxMode::NoMulticast,
+            RxMode::NoUnicast,
+            RxMode::NoBroadcast,
+        ];
+        for (number, mode) in (0..).zip(modes) {
+            assert_eq!(ok(&[0, number, 1]), ControlCommand::Rx(mode, true));
+            assert_eq!(ok(&[0, number, 0]), ControlCommand::Rx(mode, false));
+        }
+        assert!(matches!(
+            fails(&[0, 0, 2]),
+            ControlError::Value { value: 2, .. }
+        ));
+        assert!(matches!(fails(&[0, 0]), ControlError::Length { .. }));
+        assert!(matches!(fails(&[0, 0, 1, 1]), ControlError::Length { .. }));
+        assert!(matches!(fails(&[0, 6, 1]), ControlError::Unknown { .. }));
+    }
+
+    #[test]
+    fn mac_tables() {
+        let mut bytes = vec![1, 0, 1, 0, 0, 0, 2, 0, 0, 0, 0, 1, 2, 0, 0, 0];
+        bytes.extend([1, 0, 0x5e, 0, 0, 1, 1, 0, 0x5e, 0, 0, 2]);
+        let ControlCommand::MacTable { unicast, multicast } = ok(&bytes) else {
+            panic!("not a table");
+        };
+        assert_eq!(
+            unicast,
+            Table::Listed(vec![MacAddress::new([2, 0, 0, 0, 0, 1])])
+        );
+        assert!(matches!(multicast, Table::Listed(list) if list.len() == 2));
+        for cut in 2..bytes.len() {
+            assert!(
+                matches!(fails(&bytes[..cut]), ControlError::Length { .. }),
+                "{cut}"
+            );
+        }
+        bytes.push(0);
+        assert!(matches!(fails(&bytes), ControlError::Length { .. }));
+        // A count that overflows everything.
+        assert!(matches!(
+            fails(&[1, 0, 0xff, 0xff, 0xff, 0xff, 1]),
+            ControlError::Length { .. }
+        ));
+    }
+
+    #[test]
+    fn long_tables_overflow_instead_of_growing() {
+        let mut bytes = vec![1, 0];
+        bytes.extend(65_u32.to_le_bytes());
+        bytes.extend([2; 65 * 6]);
+        bytes.extend([0; 4]);
+        let expected = ControlCommand::MacTable {
+            unicast: Table::Overflow,
+            multicast: Table::default(),
+        };
+        assert_eq!(ok(&bytes), expected);
+    }
+
+    #[test]
+    fn the_other_commands() {
+        assert_eq!(ok(&[2, 0, 7, 0]), ControlCommand::Vlan(7, true));
+        assert_eq!(ok(&[2, 1, 0xff, 0x0f]), ControlCommand::Vlan(4095, false));
+        assert!(matches!(
+            fails(&[2, 0, 0, 0x10]),
+            ControlError::Value { value: 4096, .. }
+        ));
+        assert_eq!(ok(&[3, 0]), ControlCommand::AnnounceAck);
+        assert!(matches!(fails(&[3, 0, 0]), ControlError::Length { .. }));
+        assert_eq!(ok(&[4, 0, 4, 0]), ControlCommand::Pairs(4));
+        assert!(matches!(
+            fails(&[4, 0, 0, 0]),
+            ControlError::Value { value: 0, .. }
+        ));
+        assert!(matches!(
+            fails(&[4, 0, 5, 0]),
+            ControlError::Value { value: 5, .. }
+        ));
+        assert!(matches!(fails(&[4, 1, 5, 0]), ControlError::Unknown { .. }));
+        assert_eq!(
+            ok(&[1, 1, 2, 3, 4, 5, 6, 7]),
+            ControlCommand::MacAddress(MacAddress::new([2, 3, 4, 5, 6, 7]))
+        );
+        assert!(matches!(
+            fails(&[1, 1, 1, 3, 4, 5, 6, 7]),
+            ControlError::Value { .. }
+        ));
+        assert_eq!(
+            ok(&[5, 0, 0x82, 0, 0, 0, 0, 0, 0, 0]),
+            ControlCommand::GuestOffloads(0x82)
+        );
+        assert!(matches!(
+            fails(&[5, 0, 1, 0, 0, 0, 0, 0, 0, 0]),
+            ControlError::Value { .. }
+        ));
+        assert!(matches!(fails(&[]), ControlError::Length { .. }));
+        assert!(matches!(fails(&[4]), ControlError::Length { .. }));
+        assert!(matches!(fails(&[9, 0]), ControlError::Unknown { .. }));
+    }
+
+    #[test]
+    fn what_was_not_negotiated_is_unknown() {
+        let commands: [&[u8]; 8] = [
+            &[0, 0, 1],
+            &[0, 2, 1],
+            &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[1, 1, 2, 3, 4, 5, 6, 7],
+            &[2, 0, 1, 0],
+            &[3, 0],
+            &[4, 0, 1, 0],
+            &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ];
+        for bytes in commands {
+            assert!(parse(u64::MAX, 4, bytes).is_ok());
+            let result = parse(0, 4, bytes);
+            assert!(
+                matches!(result, Err(ControlError::Unknown { .. })),
+                "{bytes:?}"
+            );
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_are_answered(features: u64, pairs in 1_u16..64, bytes in prop::collection::vec(0_u8..8, 0..80)) {
+            if let Ok(ControlCommand::Pairs(set)) = parse(features, pairs, &bytes) {
+                prop_assert!((1..=pairs).contains(&set));
+            }
+        }
+    }
+}

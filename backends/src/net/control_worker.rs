@@ -1,0 +1,277 @@
+//! The worker of the control queue: obeys commands of the driver.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use ringside_rings::{PopError, RingError, read_segments, write_segments};
+use tracing::{debug, error, warn};
+
+use super::control::{ControlCommand, MAX_COMMAND, RxMode, parse};
+use super::device::Interface;
+use super::epoll_set::EpollSet;
+use super::features::tun_offloads;
+use super::ring::Ring;
+use super::settings::Shared;
+use super::worker::POLL_INTERVAL;
+use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Vring};
+
+const COMMAND: u64 = 0;
+const KICK: u64 = 1;
+
+/// Most commands of one turn.
+const BUDGET: u32 = 64;
+
+/// VIRTIO_NET_OK (VIRTIO 1.3, 5.1.6.5).
+const OK: u8 = 0;
+/// VIRTIO_NET_ERR (VIRTIO 1.3, 5.1.6.5).
+const ERR: u8 = 1;
+
+/// What commands act on.
+struct Target {
+    interface: Arc<dyn Interface>,
+    shared: Arc<Shared>,
+    pairs: u16,
+}
+
+/// The control queue.
+pub(super) struct ControlWorker {
+    target: Target,
+    commands: Commands,
+    epoll: EpollSet,
+    ring: Option<Ring>,
+    bytes: Box<[u8]>,
+    log: LogLimit,
+}
+
+impl ControlWorker {
+    /// All that can fail about a worker fails here, before its thread begins.
+    pub(super) fn new(
+        interface: Arc<dyn Interface>,
+        shared: Arc<Shared>,
+        pairs: u16,
+        commands: Commands,
+    ) -> io::Result<Self> {
+        let epoll = EpollSet::new()?;
+        epoll.add(commands.as_raw_fd(), COMMAND)?;
+        Ok(Self {
+            target: Target {
+                interface,
+                shared,
+                pairs,
+            },
+            commands,
+            epoll,
+            ring: None,
+            bytes: vec![0; MAX_COMMAND].into(),
+            log: LogLimit::default(),
+        })
+    }
+
+    /// Serves until [`Command::Exit`].
+    pub(super) fn run(mut self) {
+        let mut more = false;
+        loop {
+            let polled = self.ring.as_ref().is_some_and(Ring::polled);
+            let timeout = match (more, polled) {
+                (true, _) => 0,
+                (false, true) => POLL_INTERVAL,
+                (false, false) => -1,
+            };
+            let events = match self.epoll.wait(timeout) {
+                Ok(events) => events,
+                Err(e) => {
+                    error!("cannot wait for events, the control queue is dead: {e}");
+                    return;
+                }
+            };
+            for (token, _) in events {
+                if token == COMMAND && !self.obey() {
+                    return;
+                }
+            }
+            more = self.turn();
+        }
+    }
+
+    fn obey(&mut self) -> bool {
+        self.commands.acknowledge();
+        while let Some(command) = self.commands.next() {
+            match command {
+                Command::Start(vring) => self.start(vring),
+                Command::Stop { index, done } => {
+                    let found = self.ring.take_if(|ring| ring.vring.index == index);
+                    if let Some(Ring { vring, .. }) = found {
+                        if let Some(fd) = vring.kick_fd() {
+                            self.epoll.remove(fd);
+                        }
+                        // The control thread waits; if it does not, the ring just ends here.
+                        let _ = done.send(vring);
+                    }
+                }
+                Command::Exit => return false,
+            }
+        }
+        true
+    }
+
+    fn start(&mut self, vring: Box<Vring>) {
+        let ring = Ring::new(vring);
+        if let Some(fd) = ring.kick_fd()
+            && let Err(error) = self.epoll.add(fd, KICK)
+        {
+            warn!(
+                queue = ring.vring.index,
+                "cannot wait on the front-end's kick descriptor: {error}"
+            );
+        }
+        self.ring = Some(ring);
+        // A driver that speaks to us begins with one pair (VIRTIO 1.3, 5.1.6.5.5).
+        self.target.shared.change(|settings| {
+            settings.pairs.get_or_insert(1);
+        });
+    }
+
+    fn turn(&mut self) -> bool {
+        let Self {
+            target,
+            ring,
+            bytes,
+            log,
+            ..
+        } = self;
+        let Some(ring) = ring.as_mut().filter(|ring| ring.runs()) else {
+            return false;
+        };
+        match serve(target, ring, bytes, log) {
+            Ok((more, interrupt)) => {
+                if interrupt && let Err(error) = ring.vring.notify_driver() {
+                    warn!(
+                        queue = ring.vring.index,
+                        "the driver cannot be interrupted: {error}"
+                    );
+                }
+                more
+            }
+            Err(error) => {
+                ring.fail(&error);
+                false
+            }
+        }
+    }
+}
+
+fn serve(
+    target: &Target,
+    ring: &mut Ring,
+    bytes: &mut [u8],
+    log: &mut LogLimit,
+) -> Result<(bool, bool), RingError> {
+    let features = ring.vring.features;
+    let (mut session, buf, _) = ring.parts()?;
+    session.disable_notifications()?;
+    let mut left = BUDGET;
+    let more = loop {
+        if left == 0 {
+            break true;
+        }
+        left = left.saturating_sub(1);
+        match session.pop(buf) {
+            Ok(Some(chain)) => {
+                let memory = session.memory();
+                let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
+                let ack = match bytes.get_mut(..len) {
+                    Some(command) => match read_segments(memory, chain.readable(), 0, command) {
+                        Ok(()) => target.execute(features, command, log),
+                        Err(_) => ERR,
+                    },
+                    None => ERR,
+                };
+                // `ack` is the first byte behind the command (VIRTIO 1.3, 5.1.6.5).
+                let written = write_segments(memory, chain.writable(), 0, &[ack]);
+                session.push_used(chain.head(), u32::from(written.is_ok()))?;
+            }
+            Ok(None) => {
+                if session.enable_notifications()? {
+                    session.disable_notifications()?;
+                    continue;
+                }
+                break false;
+            }
+            Err(PopError::Chain { head, error }) => {
+                if let Some(suppressed) = log.check() {
+                    warn!(suppressed, "malformed control command: {}", Causes(&error));
+                }
+                session.push_used(head, 0)?;
+            }
+            Err(PopError::Ring(error)) => return Err(error),
+        }
+    };
+    let interrupt = session.publish()?;
+    Ok((more, interrupt))
+}
+
+impl Target {
+    /// Obeys one command and returns its `ack`.
+    fn execute(&self, features: u64, bytes: &[u8], log: &mut LogLimit) -> u8 {
+        let failed = match parse(features, self.pairs, bytes) {
+            Ok(command) => {
+                debug!("control command {command:?}");
+                match self.apply(command) {
+                    Ok(()) => return OK,
+                    Err(why) => why,
+                }
+            }
+            Err(error) => error.to_string(),
+        };
+        if let Some(suppressed) = log.check() {
+            warn!(suppressed, "control command refused: {failed}");
+        }
+        ERR
+    }
+
+    fn apply(&self, command: ControlCommand) -> Result<(), String> {
+        let version = match command {
+            ControlCommand::Rx(mode, on) => self.shared.change(|settings| {
+                let filter = &mut settings.filter;
+                let switch = match mode {
+                    RxMode::Promiscuous => &mut filter.promiscuous,
+                    RxMode::AllMulticast => &mut filter.all_multicast,
+                    RxMode::AllUnicast => &mut filter.all_unicast,
+                    RxMode::NoMulticast => &mut filter.no_multicast,
+                    RxMode::NoUnicast => &mut filter.no_unicast,
+                    RxMode::NoBroadcast => &mut filter.no_broadcast,
+                };
+                *switch = on;
+            }),
+            ControlCommand::MacTable { unicast, multicast } => self.shared.change(|settings| {
+                settings.filter.unicast = unicast;
+                settings.filter.multicast = multicast;
+            }),
+            ControlCommand::MacAddress(mac) => {
+                self.shared.change(|settings| settings.filter.mac = mac)
+            }
+            ControlCommand::Vlan(vlan, pass) => self.shared.change(|settings| {
+                if let Some(vlans) = &mut settings.filter.vlans {
+                    vlans.set(vlan, pass);
+                }
+            }),
+            // This device does not ask for announcements, so there is no request to withdraw.
+            ControlCommand::AnnounceAck => return Ok(()),
+            ControlCommand::Pairs(pairs) => {
+                self.shared.change(|settings| settings.pairs = Some(pairs))
+            }
+            ControlCommand::GuestOffloads(offloads) => {
+                return self
+                    .interface
+                    .set_offloads(tun_offloads(offloads))
+                    .map_err(|error| Causes(&error).to_string());
+            }
+        };
+        if self.shared.wait(version) {
+            Ok(())
+        } else {
+            Err("a queue pair did not take notice in time".to_owned())
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! The network device as the daemon shell sees it.
+
+use std::fmt::Debug;
+use std::io;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+
+use tracing::{error, info};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VLAN;
+
+use super::config::{MacAddress, NetConfig};
+use super::control_worker::ControlWorker;
+use super::counters::Counters;
+use super::features::{control_queue, guest_offloads, has, header_len, tun_offloads};
+use super::filter::Filter;
+use super::settings::{Settings, Shared};
+use super::tap::{Tap, TapError, TapQueue};
+use super::worker::PairWorker;
+use crate::shell::{Chain as Causes, Commands, Device, DeviceError};
+
+/// The MTU of an Ethernet that nobody has configured.
+const DEFAULT_MTU: u16 = 1500;
+
+/// What a driver can change about the network interface.
+pub(super) trait Interface: Debug + Send + Sync {
+    /// Sets how many bytes precede each packet.
+    fn set_header_len(&self, len: u8) -> Result<(), TapError>;
+    /// Says which packets the driver takes as they are: a set of `TUN_F_*`.
+    fn set_offloads(&self, offloads: u32) -> Result<(), TapError>;
+}
+
+impl Interface for Tap {
+    fn set_header_len(&self, len: u8) -> Result<(), TapError> {
+        Self::set_header_len(self, len)
+    }
+
+    fn set_offloads(&self, offloads: u32) -> Result<(), TapError> {
+        Self::set_offloads(self, offloads)
+    }
+}
+
+/// A network device on a TAP interface.
+#[derive(Debug)]
+pub struct Net {
+    config: NetConfig,
+    features: u64,
+    acked: u64,
+    interface: Arc<dyn Interface>,
+    /// By queue pair; taken by its worker.
+    queues: Vec<Option<TapQueue>>,
+    counters: Vec<Arc<Counters>>,
+    shared: Arc<Shared>,
+}
+
+impl Net {
+    /// A device with one queue pair for each TAP queue.
+    ///
+    /// # Errors
+    /// If no eventfd can be created.
+    pub(super) fn new(
+        config: NetConfig,
+        features: u64,
+        interface: Arc<dyn Interface>,
+        queues: Vec<TapQueue>,
+    ) -> io::Result<Self> {
+        let settings = Settings {
+            filter: Filter::new(config.mac, false),
+            pairs: None,
+        };
+        Ok(Self {
+            shared: Arc::new(Shared::new(settings, config.pairs)?),
+            counters: queues.iter().map(|_| Arc::default()).collect(),
+            queues: queues.into_iter().map(Some).collect(),
+            config,
+            features,
+            acked: 0,
+            interface,
+        })
+    }
+
+    /// The address of the device before a driver changes it.
+    #[must_use]
+    pub fn mac(&self) -> MacAddress {
+        self.config.mac
+    }
+
+    /// What the queue pairs have done, one each.
+    #[must_use]
+    pub fn counters(&self) -> &[Arc<Counters>] {
+        &self.counters
+    }
+
+    fn set_interface(&self) {
+        let header_len = header_len(self.acked);
+        let offloads = tun_offloads(guest_offloads(self.acked));
+        let result = self
+            .interface
+            .set_header_len(header_len)
+            .and_then(|()| self.interface.set_offloads(offloads));
+        if let Err(error) = result {
+            error!(
+                "packets will not fit the driver's choice: {}",
+                Causes(&error)
+            );
+        }
+    }
+
+    /// Forgets what the driver set by the control queue.
+    fn forget_settings(&self) {
+        let filter = Filter::new(self.config.mac, has(self.acked, VIRTIO_NET_F_CTRL_VLAN));
+        self.shared.change(|settings| {
+            *settings = Settings {
+                filter,
+                pairs: None,
+            };
+        });
+    }
+}
+
+impl Device for Net {
+    fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// Two for each pair, and the control queue.
+    fn queue_count(&self) -> u16 {
+        self.config.pairs.saturating_mul(2).saturating_add(1)
+    }
+
+    fn read_config(&self, offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
+        // The driver may have changed the address (VIRTIO 1.3, 5.1.6.5.2).
+        let mac = self.shared.get().filter.mac;
+        NetConfig { mac, ..self.config }.read(offset, len)
+    }
+
+    /// All fields are read-only for a driver (VIRTIO 1.3, 5.1.4).
+    fn write_config(&mut self, offset: u32, _data: &[u8]) -> Result<(), DeviceError> {
+        Err(DeviceError::ConfigReadOnly { offset })
+    }
+
+    fn set_features(&mut self, acked: u64) {
+        if acked == self.acked {
+            return;
+        }
+        self.acked = acked;
+        self.forget_settings();
+        self.set_interface();
+        info!(
+            features = format_args!("{acked:#x}"),
+            "driver's features accepted"
+        );
+    }
+
+    /// One for each pair, and one for the control queue.
+    fn worker_count(&self) -> usize {
+        usize::from(self.config.pairs).saturating_add(1)
+    }
+
+    fn worker_of(&self, queue: u16) -> usize {
+        let last = usize::from(self.config.pairs);
+        if control_queue(self.acked, self.config.pairs) == Some(queue) {
+            return last;
+        }
+        usize::from(queue / 2).min(last)
+    }
+
+    fn spawn_worker(
+        &mut self,
+        worker: usize,
+        commands: Commands,
+    ) -> Result<JoinHandle<()>, DeviceError> {
+        let failed = |source: io::Error| DeviceError::Worker {
+            worker,
+            source: source.into(),
+        };
+        let queue = self.queues.get_mut(worker).and_then(Option::take);
+        let shared = Arc::clone(&self.shared);
+        let thread = match (queue, self.counters.get(worker)) {
+            (Some(queue), Some(counters)) => {
+                let pair = u16::try_from(worker).unwrap_or(u16::MAX);
+                let mtu = self.config.mtu.unwrap_or(DEFAULT_MTU);
+                let counters = Arc::clone(counters);
+                let worker = PairWorker::new(pair, mtu, queue, commands, shared, counters)
+                    .map_err(failed)?;
+                thread::Builder::new()
+                    .name(format!("net-pair{pair}"))
+                    .spawn(move || worker.run())
+            }
+            _ => {
+                let interface = Arc::clone(&self.interface);
+                let pairs = self.config.pairs;
+                let worker =
+                    ControlWorker::new(interface, shared, pairs, commands).map_err(failed)?;
+                thread::Builder::new()
+                    .name("net-control".to_owned())
+                    .spawn(move || worker.run())
+            }
+        };
+        thread.map_err(failed)
+    }
+
+    fn reset(&mut self) {
+        let Self {
+            config: _,
+            features: _,
+            acked,
+            interface: _,
+            queues: _,
+            counters: _,
+            shared: _,
+        } = self;
+        *acked = 0;
+        self.forget_settings();
+        self.set_interface();
+    }
+}

@@ -1,0 +1,310 @@
+//! Scatter/gather lists in guest memory, and the system calls that move a packet between them and a
+//! descriptor without a copy in between.
+#![allow(
+    unsafe_code,
+    reason = "readv and writev on guest memory: no safe wrapper takes memory that a guest may write meanwhile"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+
+use ringside_rings::Segment;
+use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+
+use crate::shell::Memory;
+
+/// Most pieces that one system call takes (UIO_MAXIOV).
+const MAX_PIECES: usize = 1024;
+
+/// A chain could not be appended.
+#[derive(Debug)]
+pub(super) enum AppendError {
+    /// More pieces than one system call takes.
+    TooManyPieces,
+    /// Guest memory has no such range.
+    NotInMemory,
+}
+
+/// Pieces of guest memory in order, seen as one row of bytes.
+///
+/// Pieces are appended behind and taken away in front. It owns a reference to the memory, so that
+/// each piece stays mapped as long as the list exists.
+pub(super) struct IoList {
+    memory: Arc<Memory>,
+    pieces: Vec<libc::iovec>,
+    /// Pieces before this one were taken away.
+    start: usize,
+    /// One place of a system call is kept free for a piece that is not guest memory.
+    limit: usize,
+}
+
+// SAFETY: the pointers lead into memory that the list itself keeps mapped; they mean the same in each thread.
+unsafe impl Send for IoList {}
+
+impl IoList {
+    /// An empty list over `memory`; it allocates here and never again.
+    pub(super) fn new(memory: Arc<Memory>) -> Self {
+        Self {
+            memory,
+            // Taking away in front then rarely moves what is left.
+            pieces: Vec::with_capacity(2 * MAX_PIECES),
+            start: 0,
+            limit: MAX_PIECES.saturating_sub(1),
+        }
+    }
+
+    fn live(&self) -> &[libc::iovec] {
+        self.pieces.get(self.start..).unwrap_or_default()
+    }
+
+    /// Number of pieces.
+    pub(super) fn len(&self) -> usize {
+        self.pieces.len().saturating_sub(self.start)
+    }
+
+    /// Takes everything away.
+    pub(super) fn clear(&mut self) {
+        self.pieces.clear();
+        self.start = 0;
+    }
+
+    /// Appends segments and returns how many pieces they are: one each, more across memory regions. On
+    /// failure the list is as before.
+    pub(super) fn append(
+        &mut self,
+        segments: &[Segment],
+        access: Permissions,
+    ) -> Result<usize, AppendError> {
+        if self.start > 0 && self.pieces.capacity() - self.pieces.len() < MAX_PIECES {
+            self.pieces.drain(..self.start);
+            self.start = 0;
+        }
+        let before = self.pieces.len();
+        let result = self.append_all(segments, access);
+        if result.is_err() {
+            self.pieces.truncate(before);
+        }
+        result.map(|()| self.pieces.len().saturating_sub(before))
+    }
+
+    fn append_all(&mut self, segments: &[Segment], access: Permissions) -> Result<(), AppendError> {
+        let Self {
+            memory,
+            pieces,
+            start,
+            limit,
+        } = self;
+        for segment in segments {
+            let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
+            let slices = memory
+                .get_slices(segment.addr, len, access)
+                .map_err(|_| AppendError::NotInMemory)?;
+            for slice in slices {
+                let slice = slice.map_err(|_| AppendError::NotInMemory)?;
+                if pieces.len().saturating_sub(*start) >= *limit {
+                    return Err(AppendError::TooManyPieces);
+                }
+                pieces.push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the first `count` pieces away.
+    pub(super) fn consume(&mut self, count: usize) {
+        self.start = self.start.saturating_add(count).min(self.pieces.len());
+        if self.start == self.pieces.len() {
+            self.clear();
+        }
+    }
+
+    /// Writes all pieces as one packet.
+    pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
+        let live = self.live();
+        let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
+        // SAFETY: each piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
+        let done = unsafe { libc::writev(fd.as_raw_fd(), live.as_ptr(), count) };
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Reads one packet into the first `count` pieces, and what does not fit there into `spill`. Returns the
+    /// length of both.
+    pub(super) fn read_from(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        count: usize,
+        spill: &mut [u8],
+    ) -> io::Result<usize> {
+        let count = count.min(self.len());
+        let end = self.start.saturating_add(count);
+        let tail = libc::iovec {
+            iov_base: spill.as_mut_ptr().cast(),
+            iov_len: spill.len(),
+        };
+        // The spill piece stands in the list during the call only.
+        let displaced = match self.pieces.get_mut(end) {
+            Some(place) => Some(std::mem::replace(place, tail)),
+            None => {
+                self.pieces.push(tail);
+                None
+            }
+        };
+        let live = self.live();
+        let pieces = count.saturating_add(1).min(live.len());
+        let pieces = libc::c_int::try_from(pieces).unwrap_or(libc::c_int::MAX);
+        // SAFETY: the first `count` pieces were taken from `memory`, which this list keeps mapped; the last
+        // is `spill`, borrowed for the call. Only the guest's driver shares the former.
+        let done = unsafe { libc::readv(fd.as_raw_fd(), live.as_ptr(), pieces) };
+        let result = usize::try_from(done).map_err(|_| io::Error::last_os_error());
+        match (displaced, self.pieces.get_mut(end)) {
+            (Some(piece), Some(place)) => *place = piece,
+            _ => self.pieces.truncate(end),
+        }
+        result
+    }
+
+    /// Copies `data` to byte `offset` of the row. `false` if the row ends before.
+    pub(super) fn copy_in(&self, offset: usize, data: &[u8]) -> bool {
+        self.each_part(offset, data.len(), |slice, at| {
+            let part = data.get(at..).unwrap_or_default();
+            slice.write(part, 0).unwrap_or(0)
+        })
+    }
+
+    /// Copies from byte `offset` of the row to `out`. `false` if the row ends before.
+    pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) -> bool {
+        let len = out.len();
+        self.each_part(offset, len, |slice, at| {
+            let part = out.get_mut(at..).unwrap_or_default();
+            slice.read(part, 0).unwrap_or(0)
+        })
+    }
+
+    /// Calls `copy` with each piece of memory from byte `offset` on and the number of bytes copied so
+    /// far, until it has copied `len` bytes.
+    fn each_part(
+        &self,
+        offset: usize,
+        len: usize,
+        mut copy: impl FnMut(VolatileSlice<'_>, usize) -> usize,
+    ) -> bool {
+        let mut skip = offset;
+        let mut done = 0;
+        for piece in self.live() {
+            if done >= len {
+                break;
+            }
+            if skip >= piece.iov_len {
+                skip -= piece.iov_len;
+                continue;
+            }
+            // SAFETY: the piece was taken from `memory`, which outlives this borrow.
+            let slice = unsafe { VolatileSlice::new(piece.iov_base.cast(), piece.iov_len) };
+            if let Ok(rest) = slice.offset(skip) {
+                done += copy(rest, done);
+            }
+            skip = 0;
+        }
+        done >= len
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
+    use vm_memory::GuestAddress;
+
+    fn list() -> IoList {
+        // Two regions that adjoin.
+        let ranges = [(GuestAddress(0), 0x1000), (GuestAddress(0x1000), 0x1000)];
+        IoList::new(Arc::new(Memory::from_ranges(&ranges).unwrap()))
+    }
+
+    fn segment(addr: u64, len: u32) -> Segment {
+        Segment::new(GuestAddress(addr), len)
+    }
+
+    #[test]
+    fn a_segment_across_regions_is_two_pieces() {
+        let mut list = list();
+        assert_eq!(
+            list.append(&[segment(0xff0, 0x20)], Permissions::Write)
+                .unwrap(),
+            2
+        );
+        assert!(list.copy_in(0xe, &[1, 2, 3, 4]));
+        let mut out = [0; 4];
+        list.memory
+            .read_slice(&mut out, GuestAddress(0xffe))
+            .unwrap();
+        assert_eq!(out, [1, 2, 3, 4]);
+        let mut out = [0; 4];
+        assert!(list.copy_out(0xe, &mut out));
+        assert_eq!(out, [1, 2, 3, 4]);
+        assert!(!list.copy_in(0x1e, &[0; 4]));
+    }
+
+    #[test]
+    fn what_cannot_be_appended_leaves_no_trace() {
+        let mut list = list();
+        let bad = [segment(0, 16), segment(0x1ff0, 0x20)];
+        assert!(matches!(
+            list.append(&bad, Permissions::Read),
+            Err(AppendError::NotInMemory)
+        ));
+        assert_eq!(list.len(), 0);
+        let many = vec![segment(0, 1); MAX_PIECES];
+        assert!(matches!(
+            list.append(&many, Permissions::Read),
+            Err(AppendError::TooManyPieces)
+        ));
+        assert_eq!(list.len(), 0);
+    }
+
+    #[test]
+    fn packets_move_through_and_excess_goes_to_the_spill() {
+        let (a, b) = UnixDatagram::pair().unwrap();
+        let mut list = list();
+        list.append(
+            &[segment(0, 3), segment(0x100, 3), segment(0x200, 8)],
+            Permissions::Write,
+        )
+        .unwrap();
+        a.send(b"abcdefghij").unwrap();
+        let mut spill = [0; 8];
+        assert_eq!(list.read_from(b.as_fd(), 2, &mut spill).unwrap(), 10);
+        assert_eq!(&spill[..4], b"ghij");
+        assert_eq!(list.len(), 3);
+        let mut out = [0; 6];
+        assert!(list.copy_out(0, &mut out));
+        assert_eq!(&out, b"abcdef");
+        list.consume(1);
+        assert_eq!(list.write_to(b.as_fd()).unwrap(), 11);
+        let mut out = [0; 16];
+        assert_eq!(a.recv(&mut out).unwrap(), 11);
+        assert_eq!(&out[..3], b"def");
+        list.consume(2);
+        assert_eq!(list.len(), 0);
+    }
+
+    #[test]
+    fn a_list_that_is_refilled_for_ever_does_not_grow() {
+        let mut list = list();
+        let capacity = list.pieces.capacity();
+        for i in 0..10_000_u64 {
+            list.append(&[segment(i % 64, 1), segment(64, 1)], Permissions::Write)
+                .unwrap();
+            if i >= 100 {
+                list.consume(2);
+            }
+        }
+        assert_eq!(list.pieces.capacity(), capacity);
+        assert_eq!(list.len(), 200);
+    }
+}

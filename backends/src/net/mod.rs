@@ -1,0 +1,49 @@
+//! The network device: a driver's virtqueues on one side, a TAP interface on the other.
+//!
+//! May depend on the shell and the rings. A packet's way, with no copy of ours in it:
+//!
+//! ```text
+//!            guest memory                     one thread for each queue pair           kernel
+//!  transmit  [header│frame in any pieces] ──▶ tx: take chain ──── writev ────────────▶ TAP queue
+//!  receive   [buffers in a row]           ◀── rx: readv over them ◀── filter ───────── TAP queue
+//!  control   [class│command│data][ack]    ──▶ one thread more: settings, for all pairs at once
+//! ```
+//!
+//! The virtio-net header stands before each packet on both sides (IFF_VNET_HDR), so that checksums and
+//! segments pass as they are: a segment of 64 KiB is one chain, one system call and one packet of the kernel.
+//!
+//! | Module | Its matter |
+//! | --- | --- |
+//! | `args` | the command line |
+//! | `tap` | the TAP interface and its queues |
+//! | `iov` | scatter/gather lists in guest memory |
+//! | `features`, `config` | what is offered, configuration space |
+//! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
+//! | `tx`, `rx`, `ring` | the data path |
+//! | `worker`, `control_worker`, `epoll_set` | the threads |
+//! | `device` | what the shell sees |
+
+mod args;
+mod config;
+mod control;
+mod control_worker;
+mod counters;
+mod device;
+mod epoll_set;
+mod features;
+mod filter;
+mod iov;
+mod ring;
+mod rx;
+mod settings;
+mod tap;
+#[cfg(test)]
+mod tests;
+mod tx;
+mod worker;
+
+pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
+pub use config::{MacAddress, MacError};
+pub use counters::{Counter, Counters};
+pub use device::Net;
+pub use tap::{MAX_QUEUES, Tap, TapError, TapQueue};

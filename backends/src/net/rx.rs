@@ -1,0 +1,392 @@
+//! Receive: from the TAP straight into the driver's buffers, one system call for each packet.
+//!
+//! How long a packet will be is not known before it is read. So buffers for the longest possible one are taken
+//! from the ring beforehand, and the packet is read over all of them; those it did not need stay taken
+//! for the next packet, and are given back when the ring stops.
+//!
+//! ```text
+//!  ring ─pop─▶ posted buffers, in a row ◀──readv── TAP
+//!              [head 7][head 2][head 9]…[spill]
+//!               ╰─ packet ─╯  the next one begins here     spill: what did not fit, until the driver posts more
+//! ```
+//!
+//! A packet that the filter refuses is overwritten by the next one.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::AsFd;
+
+use ringside_rings::{PopError, RingError};
+use tracing::{debug, warn};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
+    VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
+    VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_GSO_UDP_L4,
+};
+use vm_memory::Permissions;
+
+use super::counters::Counters;
+use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
+use super::filter::{Filter, PEEK};
+use super::iov::{AppendError, IoList};
+use super::ring::Ring;
+use super::tap::TapQueue;
+use super::tx::MAX_FRAME;
+use crate::shell::{Chain as Causes, LogLimit, Vring};
+
+/// Most packets of one turn, so that transmitting gets its share.
+const BUDGET: u32 = 64;
+
+/// The longest header (VIRTIO 1.3, 5.1.6).
+const MAX_HEADER: usize = 12;
+/// Where `num_buffers` lies in it.
+const NUM_BUFFERS: usize = 10;
+/// Bytes of a frame beside its MTU: an Ethernet header with two VLAN tags.
+const FRAME_OVERHEAD: usize = 22;
+
+/// A buffer of the driver, taken from the ring.
+#[derive(Debug, Clone, Copy)]
+struct Posted {
+    head: u16,
+    /// Pieces of the list.
+    pieces: usize,
+    /// Bytes.
+    len: usize,
+}
+
+/// A packet that did not fit the posted buffers: its rest waits in the spill.
+#[derive(Debug, Clone, Copy)]
+struct Held {
+    len: usize,
+    /// Bytes of it that are in the posted buffers.
+    fitted: usize,
+}
+
+/// How a turn ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RxEnd {
+    /// The budget is used up.
+    More,
+    /// The TAP has no packet.
+    Idle,
+    /// The driver has no buffer; it will kick.
+    Starved,
+}
+
+/// The receive queue of a pair.
+pub(super) struct Rx {
+    pub(super) ring: Ring,
+    state: State,
+}
+
+/// All of the receive queue but its ring.
+struct State {
+    queue: u16,
+    offloads: u64,
+    header_len: usize,
+    mergeable: bool,
+    /// Bytes of buffers to have posted before a packet is read.
+    wanted: usize,
+    posted: VecDeque<Posted>,
+    /// Bytes in `posted`.
+    room: usize,
+    held: Option<Held>,
+    spill: Box<[u8]>,
+    log: LogLimit,
+}
+
+impl Rx {
+    /// `mtu` is that of the TAP, in bytes, as far as it is known.
+    pub(super) fn new(vring: Box<Vring>, mtu: u16) -> Self {
+        let features = vring.features;
+        let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
+        let offloads = guest_offloads(features);
+        let header_len = usize::from(header_len(features));
+        let frame = if offloads & GUEST_SEGMENTATION == 0 {
+            usize::from(mtu) + FRAME_OVERHEAD
+        } else {
+            MAX_FRAME
+        };
+        let state = State {
+            queue: vring.index,
+            offloads,
+            header_len,
+            mergeable,
+            // Without mergeable buffers a packet gets one, whatever its size.
+            wanted: if mergeable { header_len + frame } else { 1 },
+            posted: VecDeque::with_capacity(vring.ring.size().into()),
+            room: 0,
+            held: None,
+            spill: vec![0; MAX_HEADER + MAX_FRAME].into(),
+            log: LogLimit::default(),
+        };
+        Self {
+            ring: Ring::new(vring),
+            state,
+        }
+    }
+
+    /// Receives what the TAP has.
+    pub(super) fn turn(&mut self, tap: &TapQueue, filter: &Filter, counters: &Counters) -> RxEnd {
+        match self.serve(tap, filter, counters) {
+            Ok((end, interrupt)) => {
+                if interrupt {
+                    self.ring.interrupt(counters, &mut self.state.log);
+                }
+                end
+            }
+            Err(error) => {
+                self.ring.fail(&error);
+                RxEnd::Starved
+            }
+        }
+    }
+
+    fn serve(
+        &mut self,
+        tap: &TapQueue,
+        filter: &Filter,
+        counters: &Counters,
+    ) -> Result<(RxEnd, bool), RingError> {
+        let Self { ring, state } = self;
+        let (mut session, buf, list) = ring.parts()?;
+        session.disable_notifications()?;
+        let mut left = BUDGET;
+        let end = loop {
+            if left == 0 {
+                break RxEnd::More;
+            }
+            let wanted = state.held.map_or(state.wanted, |held| held.len);
+            let mut full = false;
+            while state.room < wanted && !full {
+                match session.pop(buf) {
+                    Ok(Some(chain)) => {
+                        let usable = chain.readable().is_empty();
+                        let appended =
+                            usable.then(|| list.append(chain.writable(), Permissions::Write));
+                        match appended {
+                            Some(Ok(pieces)) => {
+                                let head = chain.head();
+                                let len =
+                                    usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
+                                state.posted.push_back(Posted { head, pieces, len });
+                                state.room = state.room.saturating_add(len);
+                            }
+                            Some(Err(AppendError::TooManyPieces)) if list.len() > 0 => {
+                                session.rewind(1);
+                                full = true;
+                            }
+                            _ => {
+                                state.dropped(
+                                    counters,
+                                    &"a buffer that is readable or in too many pieces",
+                                );
+                                session.push_used(chain.head(), 0)?;
+                            }
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(PopError::Chain { head, error }) => {
+                        state.dropped(counters, &Causes(&error));
+                        session.push_used(head, 0)?;
+                    }
+                    Err(PopError::Ring(error)) => return Err(error),
+                }
+            }
+            let len = match state.held {
+                Some(held) if state.room >= held.len => {
+                    state.held = None;
+                    let rest = held.len.saturating_sub(held.fitted);
+                    let rest = state.spill.get(..rest).unwrap_or_default();
+                    list.copy_in(held.fitted, rest);
+                    held.len
+                }
+                Some(_) if full => {
+                    state.held = None;
+                    state.dropped(
+                        counters,
+                        &"a packet that does not fit the buffers of one system call",
+                    );
+                    continue;
+                }
+                None if !state.posted.is_empty() => match state.read(tap, list, counters) {
+                    Ok(Some(len)) => len,
+                    Ok(None) => {
+                        left = left.saturating_sub(1);
+                        continue;
+                    }
+                    Err(()) => break RxEnd::Idle,
+                },
+                _ => {
+                    if session.enable_notifications()? {
+                        session.disable_notifications()?;
+                        continue;
+                    }
+                    counters.rx_starved.add(1);
+                    break RxEnd::Starved;
+                }
+            };
+            left = left.saturating_sub(1);
+            let buffers = state.accept(list, len, filter, counters);
+            let mut rest = len;
+            for _ in 0..buffers {
+                let Some(posted) = state.posted.pop_front() else {
+                    break;
+                };
+                let used = rest.min(posted.len);
+                session.push_used(posted.head, u32::try_from(used).unwrap_or(u32::MAX))?;
+                list.consume(posted.pieces);
+                state.room = state.room.saturating_sub(posted.len);
+                rest = rest.saturating_sub(used);
+            }
+        };
+        let interrupt = session.publish()?;
+        Ok((end, interrupt))
+    }
+
+    /// Gives the ring back, and the buffers taken from it to the ring. A packet that was held is lost.
+    pub(super) fn into_vring(mut self) -> Box<Vring> {
+        if let Err(error) = self.unpost() {
+            self.ring.fail(&error);
+        }
+        debug!(queue = self.ring.vring.index, "receive queue stops");
+        self.ring.vring
+    }
+
+    fn unpost(&mut self) -> Result<(), RingError> {
+        let Self { ring, state } = self;
+        let posted = u16::try_from(state.posted.len()).unwrap_or(u16::MAX);
+        ring.parts()?.0.rewind(posted);
+        // A malformed chain among them was returned out of order; those before it cannot be rewound.
+        let stuck = usize::from(ring.vring.ring.in_flight());
+        let (mut session, _, _) = ring.parts()?;
+        for posted in state.posted.drain(..).take(stuck) {
+            session.push_used(posted.head, 0)?;
+        }
+        session.publish()?;
+        Ok(())
+    }
+}
+
+impl State {
+    /// Reads one packet. `None` if it was lost, an error if there is none.
+    fn read(
+        &mut self,
+        tap: &TapQueue,
+        list: &mut IoList,
+        counters: &Counters,
+    ) -> Result<Option<usize>, ()> {
+        let (pieces, room) = if self.mergeable {
+            (list.len(), self.room)
+        } else {
+            self.posted.front().map_or((0, 0), |p| (p.pieces, p.len))
+        };
+        counters.rx_calls.add(1);
+        match list.read_from(tap.as_fd(), pieces, &mut self.spill) {
+            Ok(len) if len < self.header_len => {
+                self.dropped(counters, &"a packet shorter than its header");
+                Ok(None)
+            }
+            Ok(len) if len <= room => Ok(Some(len)),
+            // The spill was full as well, so maybe not all of it is here.
+            Ok(len) if !self.mergeable || len >= room.saturating_add(self.spill.len()) => {
+                self.dropped(counters, &"a packet longer than the driver's buffers");
+                Ok(None)
+            }
+            Ok(len) => {
+                self.held = Some(Held { len, fitted: room });
+                Ok(None)
+            }
+            Err(error) => {
+                match error.kind() {
+                    io::ErrorKind::WouldBlock => {}
+                    io::ErrorKind::Interrupted => return Ok(None),
+                    _ => {
+                        if let Some(suppressed) = self.log.check() {
+                            warn!(
+                                queue = self.queue,
+                                suppressed, "cannot read from the TAP: {error}"
+                            );
+                        }
+                    }
+                }
+                Err(())
+            }
+        }
+    }
+
+    /// Decides on the packet in the first `len` bytes of the list and completes its header. Returns how many of
+    /// the posted buffers it takes: 0 if it is not for the driver.
+    fn accept(&mut self, list: &IoList, len: usize, filter: &Filter, counters: &Counters) -> usize {
+        let mut start = [0; MAX_HEADER + PEEK];
+        let seen = len.min(self.header_len + PEEK);
+        let Some(seen) = start.get_mut(..seen).filter(|part| !part.is_empty()) else {
+            return 0;
+        };
+        if !list.copy_out(0, seen) {
+            return 0;
+        }
+        let [flags, gso, ..] = *seen else { return 0 };
+        if !filter.passes(seen.get(self.header_len..).unwrap_or_default()) {
+            counters.rx_filtered.add(1);
+            return 0;
+        }
+        // The TAP may hold packets from before the driver chose its offloads.
+        if !self.readable(flags, gso) {
+            self.dropped(
+                counters,
+                &"a packet with an offload that the driver did not accept",
+            );
+            return 0;
+        }
+        // Without the feature the flags are 0 (VIRTIO 1.3, 5.1.6.4.1).
+        if flags != 0 && !has(self.offloads, VIRTIO_NET_F_GUEST_CSUM) {
+            list.copy_in(0, &[0]);
+        }
+        let mut buffers: u16 = 0;
+        let mut rest = len;
+        for posted in &self.posted {
+            buffers = buffers.saturating_add(1);
+            match rest.checked_sub(posted.len) {
+                Some(left) if left > 0 => rest = left,
+                _ => break,
+            }
+        }
+        // It is 1 without mergeable buffers (VIRTIO 1.3, 5.1.6.4.1). The kernel leaves the field alone.
+        if self.header_len > NUM_BUFFERS {
+            list.copy_in(NUM_BUFFERS, &buffers.to_le_bytes());
+        }
+        counters.rx_packets.add(1);
+        counters
+            .rx_bytes
+            .add(u64::try_from(len).unwrap_or(u64::MAX));
+        buffers.into()
+    }
+
+    /// The driver accepted what the header asks of it (VIRTIO 1.3, 5.1.6.4.1).
+    fn readable(&self, flags: u8, gso: u8) -> bool {
+        let accepted = |feature| has(self.offloads, feature);
+        let needs_csum = u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
+        let segmented = match u32::from(gso) & !VIRTIO_NET_HDR_GSO_ECN {
+            VIRTIO_NET_HDR_GSO_NONE => true,
+            VIRTIO_NET_HDR_GSO_TCPV4 => accepted(VIRTIO_NET_F_GUEST_TSO4),
+            VIRTIO_NET_HDR_GSO_TCPV6 => accepted(VIRTIO_NET_F_GUEST_TSO6),
+            VIRTIO_NET_HDR_GSO_UDP => accepted(VIRTIO_NET_F_GUEST_UFO),
+            VIRTIO_NET_HDR_GSO_UDP_L4 => {
+                accepted(VIRTIO_NET_F_GUEST_USO4) || accepted(VIRTIO_NET_F_GUEST_USO6)
+            }
+            _ => false,
+        };
+        segmented && (!needs_csum || accepted(VIRTIO_NET_F_GUEST_CSUM))
+    }
+
+    #[cold]
+    fn dropped(&mut self, counters: &Counters, why: &dyn std::fmt::Display) {
+        counters.rx_dropped.add(1);
+        if let Some(suppressed) = self.log.check() {
+            warn!(queue = self.queue, suppressed, "not received: {why}");
+        }
+    }
+}

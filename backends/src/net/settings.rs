@@ -1,0 +1,165 @@
+//! What the driver has set by the control queue, and how the workers learn of it.
+//!
+//! The control queue's worker publishes a new set and waits until each queue pair's worker goes by it; only
+//! then the command is answered. A worker on its data path only compares a number.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
+
+use super::filter::Filter;
+
+/// How long a command may wait for the workers before it is answered as failed.
+const PATIENCE: Duration = Duration::from_secs(1);
+
+/// One set.
+#[derive(Debug, Clone)]
+pub(super) struct Settings {
+    /// Which packets the driver wants.
+    pub(super) filter: Filter,
+    /// Queue pairs in use; `None` while no driver speaks to a control queue of ours, and the front-end says by
+    /// enabling rings which pairs are in use.
+    pub(super) pairs: Option<u16>,
+}
+
+#[derive(Debug)]
+struct State {
+    settings: Arc<Settings>,
+    /// By worker: the version it goes by.
+    adopted: Box<[u64]>,
+}
+
+/// The present set, between the threads.
+#[derive(Debug)]
+pub(super) struct Shared {
+    version: AtomicU64,
+    state: Mutex<State>,
+    adopted: Condvar,
+    /// By worker: wakes it.
+    wakers: Box<[EventFd]>,
+}
+
+impl Shared {
+    /// Begins with one set, for this many workers of queue pairs.
+    pub(super) fn new(settings: Settings, workers: u16) -> io::Result<Self> {
+        let wakers = (0..workers)
+            .map(|_| EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC))
+            .collect::<io::Result<_>>()?;
+        Ok(Self {
+            version: AtomicU64::new(0),
+            state: Mutex::new(State {
+                settings: Arc::new(settings),
+                adopted: vec![0; workers.into()].into(),
+            }),
+            adopted: Condvar::new(),
+            wakers,
+        })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The present set.
+    pub(super) fn get(&self) -> Arc<Settings> {
+        Arc::clone(&self.lock().settings)
+    }
+
+    /// Changes the set and wakes all workers. Returns the version to wait for.
+    pub(super) fn change(&self, change: impl FnOnce(&mut Settings)) -> u64 {
+        let version = {
+            let mut state = self.lock();
+            change(Arc::make_mut(&mut state.settings));
+            self.version.fetch_add(1, Ordering::Release).wrapping_add(1)
+        };
+        for waker in &self.wakers {
+            // A counter at its maximum wakes as well.
+            let _ = waker.write(1);
+        }
+        version
+    }
+
+    /// Waits until all workers go by this version. `false` if one takes too long.
+    pub(super) fn wait(&self, version: u64) -> bool {
+        let deadline = Instant::now() + PATIENCE;
+        let mut state = self.lock();
+        while state.adopted.iter().any(|&adopted| adopted < version) {
+            let Some(left) = deadline.checked_duration_since(Instant::now()) else {
+                return false;
+            };
+            state = self
+                .adopted
+                .wait_timeout(state, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+        true
+    }
+
+    /// The set has changed since `known`.
+    #[inline]
+    pub(super) fn is_newer(&self, known: u64) -> bool {
+        self.version.load(Ordering::Acquire) != known
+    }
+
+    /// The present set with its version, for a worker to go by.
+    pub(super) fn latest(&self) -> (u64, Arc<Settings>) {
+        let state = self.lock();
+        (
+            self.version.load(Ordering::Acquire),
+            Arc::clone(&state.settings),
+        )
+    }
+
+    /// The worker now goes by this version.
+    pub(super) fn adopt(&self, worker: u16, version: u64) {
+        if let Some(adopted) = self.lock().adopted.get_mut(usize::from(worker)) {
+            *adopted = version;
+        }
+        self.adopted.notify_all();
+    }
+
+    /// What a worker waits on for changes. Edge-triggered: it is never read.
+    pub(super) fn waker(&self, worker: u16) -> Option<RawFd> {
+        self.wakers.get(usize::from(worker)).map(AsRawFd::as_raw_fd)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::config::MacAddress;
+
+    #[test]
+    fn a_change_is_complete_when_all_workers_have_adopted_it() {
+        let filter = Filter::new(MacAddress::default(), false);
+        let shared = Shared::new(
+            Settings {
+                filter,
+                pairs: None,
+            },
+            2,
+        )
+        .unwrap();
+        let version = shared.change(|s| s.pairs = Some(1));
+        assert!(shared.is_newer(0));
+        std::thread::scope(|scope| {
+            for worker in 0..2 {
+                let shared = &shared;
+                scope.spawn(move || {
+                    let (latest, settings) = shared.latest();
+                    assert_eq!((latest, settings.pairs), (version, Some(1)));
+                    shared.adopt(worker, latest);
+                });
+            }
+            assert!(shared.wait(version));
+        });
+        let next = shared.change(|s| s.pairs = Some(2));
+        shared.adopt(0, next);
+        assert!(!shared.wait(next), "worker 1 has not adopted it");
+    }
+}

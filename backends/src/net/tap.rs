@@ -1,0 +1,639 @@
+//! A Linux TAP interface: opened by name or inherited, its offloads, and its queues.
+//!
+//! The interface is one object of the kernel, each open file one queue of it. [`Tap`] speaks about the
+//! interface, [`TapQueue`] is what one queue pair reads and writes.
+
+use std::ffi::{c_int, c_ulong};
+use std::fs::OpenOptions;
+use std::io;
+use std::net::Ipv4Addr;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use thiserror::Error;
+
+/// The clone device from which TAP queues are opened.
+const TUN_DEVICE: &str = "/dev/net/tun";
+
+/// Most queues of one interface (the kernel's MAX_TAP_QUEUES).
+pub const MAX_QUEUES: u16 = 256;
+
+/// Why a TAP interface cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TapError {
+    /// The name does not fit.
+    #[error("TAP name \"{name}\" is not usable: 1 to {max} bytes, without '/', white space and NUL", max = libc::IFNAMSIZ - 1)]
+    Name {
+        /// What was asked for.
+        name: String,
+    },
+    /// The kernel's TUN/TAP driver is not there, or not for us.
+    #[error("cannot open {TUN_DEVICE}: load the tun module, and give this user access to it")]
+    OpenDevice(#[source] io::Error),
+    /// No right to create or open it.
+    #[error(
+        "no permission for TAP \"{name}\": run with CAP_NET_ADMIN, or have it made for this user \
+         (ip tuntap add dev {name} mode tap user USER vnet_hdr{multi})", multi = multi_queue_word(*.queues)
+    )]
+    Permission {
+        /// Name of the interface.
+        name: String,
+        /// Queues wanted.
+        queues: u16,
+    },
+    /// Somebody has it open.
+    #[error("TAP \"{name}\" is in use by another program: end that, or choose another name")]
+    Busy {
+        /// Name of the interface.
+        name: String,
+    },
+    /// It exists, and is of another kind.
+    #[error(
+        "\"{name}\" exists and is no TAP interface{multi}: choose another name, or delete it \
+         (ip link delete {name}) and let this program create it", multi = multi_queue_word(*.queues)
+    )]
+    Kind {
+        /// Name of the interface.
+        name: String,
+        /// Queues wanted.
+        queues: u16,
+    },
+    /// It has as many queues open as it can have.
+    #[error(
+        "TAP \"{name}\" has no room for {queues} more queues: at most {MAX_QUEUES} can be open in all programs together"
+    )]
+    TooManyQueues {
+        /// Name of the interface.
+        name: String,
+        /// Queues wanted.
+        queues: u16,
+    },
+    /// A descriptor that was handed over is no TAP queue.
+    #[error(
+        "file descriptor {fd} is no open TAP queue: open {TUN_DEVICE} and attach it to an interface before handing it over"
+    )]
+    NotATap {
+        /// Its number.
+        fd: RawFd,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// A descriptor that was handed over lacks the packet header.
+    #[error(
+        "file descriptor {fd} is a queue of \"{name}\" without {lacking}: open it with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR"
+    )]
+    Flags {
+        /// Its number.
+        fd: RawFd,
+        /// Name of the interface.
+        name: String,
+        /// What is missing.
+        lacking: &'static str,
+    },
+    /// Descriptors that were handed over belong to different interfaces.
+    #[error(
+        "file descriptors {first} and {fd} are queues of different TAP interfaces, \"{name}\" and \"{other}\""
+    )]
+    Mixed {
+        /// Number of the first one.
+        first: RawFd,
+        /// Number of the other one.
+        fd: RawFd,
+        /// Interface of the first one.
+        name: String,
+        /// Interface of the other one.
+        other: String,
+    },
+    /// Another request to the kernel failed.
+    #[error("TAP \"{name}\": {what} failed")]
+    Request {
+        /// Name of the interface.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+fn multi_queue_word(queues: u16) -> &'static str {
+    if queues > 1 { " multi_queue" } else { "" }
+}
+
+/// One queue of a TAP interface: a non-blocking descriptor that gives and takes one packet for each
+/// `readv` and `writev`, with a virtio-net header before it.
+#[derive(Debug)]
+pub struct TapQueue {
+    fd: OwnedFd,
+    /// It can be attached to and detached from the interface (IFF_MULTI_QUEUE).
+    switchable: bool,
+    attached: bool,
+}
+
+impl TapQueue {
+    /// Wraps a non-blocking descriptor with a packet for each read and write. It is always attached.
+    #[cfg(test)]
+    pub(super) fn from_packet_fd(fd: OwnedFd) -> Self {
+        Self {
+            fd,
+            switchable: false,
+            attached: true,
+        }
+    }
+
+    /// The interface delivers packets to this queue, and takes packets from it.
+    #[must_use]
+    pub fn attached(&self) -> bool {
+        self.attached
+    }
+
+    /// Attaches or detaches the queue. The kernel spreads incoming packets over the queues that are attached.
+    /// The queue of an interface that has only one stays attached.
+    ///
+    /// # Errors
+    /// What the system said to TUNSETQUEUE.
+    pub fn set_attached(&mut self, attached: bool) -> io::Result<()> {
+        if !self.switchable || self.attached == attached {
+            return Ok(());
+        }
+        let flag = if attached {
+            libc::IFF_ATTACH_QUEUE
+        } else {
+            libc::IFF_DETACH_QUEUE
+        };
+        ioctls::set_queue(self.fd.as_fd(), flag)?;
+        self.attached = attached;
+        Ok(())
+    }
+}
+
+impl AsFd for TapQueue {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// A TAP interface that this program has open.
+#[derive(Debug)]
+pub struct Tap {
+    name: String,
+    /// A second descriptor of the first queue, which is never detached: requests on a detached queue fail.
+    control: OwnedFd,
+}
+
+impl Tap {
+    /// Opens `queues` queues of the interface `name`; creates it if there is none. A `%d` in the name is replaced by
+    /// a number that is free.
+    ///
+    /// An interface with one queue is opened so that no other program can have it too.
+    ///
+    /// # Errors
+    /// [`TapError`]
+    pub fn open(name: &str, queues: u16) -> Result<(Self, Vec<TapQueue>), TapError> {
+        check_name(name)?;
+        let queues = queues.max(1);
+        let mut name = name.to_owned();
+        let mut opened = Vec::new();
+        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if queues > 1 {
+            flags |= libc::IFF_MULTI_QUEUE;
+        }
+        for _ in 0..queues {
+            let fd = open_device()?;
+            let attached = match ioctls::set_interface(fd.as_fd(), &name, flags) {
+                // It was made with multi_queue; one queue of it will do.
+                Err(Errno::EINVAL) if queues == 1 => {
+                    flags |= libc::IFF_MULTI_QUEUE;
+                    ioctls::set_interface(fd.as_fd(), &name, flags)
+                }
+                other => other,
+            };
+            name = attached.map_err(|errno| open_error(&name, queues, errno))?;
+            opened.push(TapQueue {
+                fd,
+                switchable: queues > 1,
+                attached: true,
+            });
+        }
+        Self::with_queues(name, opened)
+    }
+
+    /// Takes over descriptors that a parent has opened, one for each queue. Each number is taken once: the
+    /// descriptors belong to the result.
+    ///
+    /// # Errors
+    /// [`TapError::NotATap`], [`TapError::Flags`], [`TapError::Mixed`]
+    pub fn inherit(fds: &[RawFd]) -> Result<(Self, Vec<TapQueue>), TapError> {
+        let mut opened = Vec::new();
+        let mut interface: Option<(RawFd, String)> = None;
+        for &number in fds {
+            let not_a_tap = |errno: Errno| TapError::NotATap {
+                fd: number,
+                source: errno.into(),
+            };
+            let fd = ioctls::take(number).map_err(not_a_tap)?;
+            let (name, flags) = ioctls::get_interface(fd.as_fd()).map_err(not_a_tap)?;
+            for (flag, lacking) in [
+                (libc::IFF_TAP, "IFF_TAP"),
+                (libc::IFF_NO_PI, "IFF_NO_PI"),
+                (libc::IFF_VNET_HDR, "IFF_VNET_HDR"),
+            ] {
+                if flags & flag == 0 {
+                    let fd = number;
+                    return Err(TapError::Flags { fd, name, lacking });
+                }
+            }
+            let first = interface.get_or_insert_with(|| (number, name.clone()));
+            if first.1 != name {
+                return Err(TapError::Mixed {
+                    first: first.0,
+                    fd: number,
+                    name: first.1.clone(),
+                    other: name,
+                });
+            }
+            let request = |what| {
+                let name = name.clone();
+                move |errno: Errno| TapError::Request {
+                    name,
+                    what,
+                    source: errno.into(),
+                }
+            };
+            let what = "making an inherited descriptor non-blocking";
+            let status = fcntl(&fd, FcntlArg::F_GETFL).map_err(request(what))?;
+            let status = OFlag::from_bits_retain(status) | OFlag::O_NONBLOCK;
+            fcntl(&fd, FcntlArg::F_SETFL(status)).map_err(request(what))?;
+            fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(request(what))?;
+            opened.push(TapQueue {
+                fd,
+                switchable: fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE != 0,
+                attached: true,
+            });
+        }
+        let name = interface.map(|(_, name)| name).unwrap_or_default();
+        Self::with_queues(name, opened)
+    }
+
+    fn with_queues(name: String, queues: Vec<TapQueue>) -> Result<(Self, Vec<TapQueue>), TapError> {
+        let none = || io::Error::new(io::ErrorKind::InvalidInput, "no queue was given");
+        let control = match queues.first() {
+            Some(queue) => queue.fd.try_clone(),
+            None => Err(none()),
+        };
+        match control {
+            Ok(control) => Ok((Self { name, control }, queues)),
+            Err(source) => Err(TapError::Request {
+                name,
+                what: "duplicating a queue's descriptor",
+                source,
+            }),
+        }
+    }
+
+    /// Name of the interface.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn request(&self, what: &'static str, result: Result<(), Errno>) -> Result<(), TapError> {
+        result.map_err(|errno| TapError::Request {
+            name: self.name.clone(),
+            what,
+            source: errno.into(),
+        })
+    }
+
+    /// Sets how many bytes precede each packet: 12 with `num_buffers` (VIRTIO 1.3, 5.1.6), 10 without.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub fn set_header_len(&self, len: u8) -> Result<(), TapError> {
+        self.request(
+            "setting the header length",
+            ioctls::set_header_len(self.control.as_fd(), len.into()),
+        )
+    }
+
+    /// Says which packets this side takes as they are: a set of `TUN_F_*`.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub fn set_offloads(&self, offloads: u32) -> Result<(), TapError> {
+        self.request(
+            "setting offloads",
+            ioctls::set_offload(self.control.as_fd(), offloads.into()),
+        )
+    }
+
+    /// Which of these `TUN_F_*` sets, best first, the kernel takes; 0 if none. Leaves all offloads off.
+    #[must_use]
+    pub fn probe_offloads(&self, candidates: &[u32]) -> u32 {
+        let found = candidates
+            .iter()
+            .copied()
+            .find(|&set| ioctls::set_offload(self.control.as_fd(), set.into()).is_ok());
+        // 0 is a set that every kernel takes.
+        let _ = ioctls::set_offload(self.control.as_fd(), 0);
+        found.unwrap_or(0)
+    }
+
+    /// Makes the interface stay when its last queue is closed.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub fn set_persistent(&self) -> Result<(), TapError> {
+        self.request(
+            "making it persistent",
+            ioctls::set_persist(self.control.as_fd()),
+        )
+    }
+
+    /// Sets the interface's MTU in bytes.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub fn set_mtu(&self, mtu: u16) -> Result<(), TapError> {
+        let result = inet_socket().and_then(|s| ioctls::set_mtu(s.as_fd(), &self.name, mtu.into()));
+        self.request("setting the MTU", result)
+    }
+
+    /// Brings the interface up.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub fn set_up(&self) -> Result<(), TapError> {
+        let result = inet_socket().and_then(|s| ioctls::set_up(s.as_fd(), &self.name));
+        self.request("bringing it up", result)
+    }
+
+    /// Gives the host's end an IPv4 address.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub fn set_address(&self, address: Ipv4Addr, prefix_len: u8) -> Result<(), TapError> {
+        let bits = u32::from(prefix_len.min(32));
+        let mask = u32::MAX
+            .checked_shl(32_u32.saturating_sub(bits))
+            .unwrap_or(0);
+        let result = inet_socket().and_then(|s| {
+            ioctls::set_address(s.as_fd(), &self.name, address)?;
+            ioctls::set_netmask(s.as_fd(), &self.name, Ipv4Addr::from(mask))
+        });
+        self.request("setting the address", result)
+    }
+}
+
+fn check_name(name: &str) -> Result<(), TapError> {
+    let unusable = |b: u8| b == b'/' || b == 0 || b.is_ascii_whitespace();
+    let reserved = name.is_empty() || name == "." || name == "..";
+    if reserved || name.len() >= libc::IFNAMSIZ || name.bytes().any(unusable) {
+        let name = name.to_owned();
+        return Err(TapError::Name { name });
+    }
+    Ok(())
+}
+
+fn open_device() -> Result<OwnedFd, TapError> {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK)
+        .open(TUN_DEVICE)
+        .map(OwnedFd::from)
+        .map_err(TapError::OpenDevice)
+}
+
+fn open_error(name: &str, queues: u16, errno: Errno) -> TapError {
+    let name = name.to_owned();
+    match errno {
+        Errno::EPERM | Errno::EACCES => TapError::Permission { name, queues },
+        Errno::EBUSY => TapError::Busy { name },
+        Errno::EINVAL => TapError::Kind { name, queues },
+        Errno::E2BIG => TapError::TooManyQueues { name, queues },
+        other => TapError::Request {
+            name,
+            what: "opening a queue",
+            source: other.into(),
+        },
+    }
+}
+
+/// Any socket will do to speak about interfaces.
+fn inet_socket() -> Result<OwnedFd, Errno> {
+    socket(
+        AddressFamily::Inet,
+        SockType::Datagram,
+        SockFlag::SOCK_CLOEXEC,
+        None,
+    )
+}
+
+/// The requests to the kernel, each behind a function that cannot be called wrongly.
+#[allow(
+    unsafe_code,
+    reason = "ioctl is the only interface to TAP devices, and no safe wrapper of it exists"
+)]
+mod ioctls {
+    use super::*;
+
+    mod raw {
+        use super::{c_int, c_ulong};
+        nix::ioctl_write_ptr_bad!(tunsetiff, libc::TUNSETIFF, libc::ifreq);
+        nix::ioctl_read_bad!(tungetiff, libc::TUNGETIFF, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(tunsetqueue, libc::TUNSETQUEUE, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(tunsetvnethdrsz, libc::TUNSETVNETHDRSZ, c_int);
+        nix::ioctl_read_bad!(siocgifflags, libc::SIOCGIFFLAGS, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(siocsifflags, libc::SIOCSIFFLAGS, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(siocsifmtu, libc::SIOCSIFMTU, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(siocsifaddr, libc::SIOCSIFADDR, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(siocsifnetmask, libc::SIOCSIFNETMASK, libc::ifreq);
+
+        /// A request whose argument is a number.
+        pub(super) unsafe fn by_value(
+            fd: c_int,
+            request: libc::Ioctl,
+            value: c_ulong,
+        ) -> nix::Result<c_int> {
+            // SAFETY: the caller vouches for request and value.
+            nix::errno::Errno::result(unsafe { libc::ioctl(fd, request, value) })
+        }
+    }
+
+    fn ifreq(name: &str, ifr_ifru: libc::__c_anonymous_ifr_ifru) -> Result<libc::ifreq, Errno> {
+        let mut ifr_name: [libc::c_char; libc::IFNAMSIZ] = [0; libc::IFNAMSIZ];
+        if name.len() >= ifr_name.len() {
+            return Err(Errno::ENAMETOOLONG);
+        }
+        for (to, from) in ifr_name.iter_mut().zip(name.bytes()) {
+            *to = libc::c_char::from_ne_bytes([from]);
+        }
+        Ok(libc::ifreq { ifr_name, ifr_ifru })
+    }
+
+    fn name_of(request: &libc::ifreq) -> String {
+        let bytes: Vec<u8> = request
+            .ifr_name
+            .iter()
+            .map(|c| u8::from_ne_bytes(c.to_ne_bytes()))
+            .take_while(|&b| b != 0)
+            .collect();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Flags of interfaces fit the 16 bits of the field, as bit patterns.
+    fn flags_field(flags: c_int) -> Result<libc::__c_anonymous_ifr_ifru, Errno> {
+        let bits = u16::try_from(flags).map_err(|_| Errno::EINVAL)?;
+        let ifru_flags = i16::from_ne_bytes(bits.to_ne_bytes());
+        Ok(libc::__c_anonymous_ifr_ifru { ifru_flags })
+    }
+
+    fn flags_of(request: &libc::ifreq) -> c_int {
+        // SAFETY: all bytes of the union were initialised, and any bits are an i16.
+        let flags = unsafe { request.ifr_ifru.ifru_flags };
+        u16::from_ne_bytes(flags.to_ne_bytes()).into()
+    }
+
+    /// Takes ownership of an inherited descriptor.
+    pub(super) fn take(number: RawFd) -> Result<OwnedFd, Errno> {
+        // SAFETY: F_GETFD of any number only tells whether it is open.
+        let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+        Errno::result(flags)?;
+        // SAFETY: it is open, and the command line gives it to this program, which uses each number once.
+        Ok(unsafe { OwnedFd::from_raw_fd(number) })
+    }
+
+    /// Attaches a new queue to an interface and returns the interface's name.
+    pub(super) fn set_interface(
+        fd: BorrowedFd<'_>,
+        name: &str,
+        flags: c_int,
+    ) -> Result<String, Errno> {
+        let mut request = ifreq(name, flags_field(flags)?)?;
+        // SAFETY: the kernel reads and writes one ifreq, which lives until after the call.
+        unsafe { raw::tunsetiff(fd.as_raw_fd(), &raw mut request) }?;
+        Ok(name_of(&request))
+    }
+
+    /// Name and flags of the interface that a queue is attached to.
+    pub(super) fn get_interface(fd: BorrowedFd<'_>) -> Result<(String, c_int), Errno> {
+        let mut request = ifreq("", flags_field(0)?)?;
+        // SAFETY: the kernel writes one ifreq, which lives until after the call.
+        unsafe { raw::tungetiff(fd.as_raw_fd(), &raw mut request) }?;
+        Ok((name_of(&request), flags_of(&request)))
+    }
+
+    /// Attaches or detaches a queue.
+    pub(super) fn set_queue(fd: BorrowedFd<'_>, flag: c_int) -> io::Result<()> {
+        let request = ifreq("", flags_field(flag)?)?;
+        // SAFETY: the kernel reads one ifreq, which lives until after the call.
+        unsafe { raw::tunsetqueue(fd.as_raw_fd(), &raw const request) }?;
+        Ok(())
+    }
+
+    pub(super) fn set_header_len(fd: BorrowedFd<'_>, len: c_int) -> Result<(), Errno> {
+        // SAFETY: the kernel reads one int, which lives until after the call.
+        unsafe { raw::tunsetvnethdrsz(fd.as_raw_fd(), &raw const len) }.map(drop)
+    }
+
+    pub(super) fn set_offload(fd: BorrowedFd<'_>, offloads: c_ulong) -> Result<(), Errno> {
+        // SAFETY: the argument is a set of bits, not a pointer.
+        unsafe { raw::by_value(fd.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) }.map(drop)
+    }
+
+    pub(super) fn set_persist(fd: BorrowedFd<'_>) -> Result<(), Errno> {
+        // SAFETY: the argument is a truth value, not a pointer.
+        unsafe { raw::by_value(fd.as_raw_fd(), libc::TUNSETPERSIST, 1) }.map(drop)
+    }
+
+    pub(super) fn set_mtu(socket: BorrowedFd<'_>, name: &str, mtu: c_int) -> Result<(), Errno> {
+        let request = ifreq(name, libc::__c_anonymous_ifr_ifru { ifru_mtu: mtu })?;
+        // SAFETY: the kernel reads one ifreq, which lives until after the call.
+        unsafe { raw::siocsifmtu(socket.as_raw_fd(), &raw const request) }.map(drop)
+    }
+
+    pub(super) fn set_up(socket: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {
+        let mut request = ifreq(name, flags_field(0)?)?;
+        // SAFETY: the kernel reads and writes one ifreq, which lives until after the call.
+        unsafe { raw::siocgifflags(socket.as_raw_fd(), &raw mut request) }?;
+        request.ifr_ifru = flags_field(flags_of(&request) | libc::IFF_UP)?;
+        // SAFETY: the kernel reads one ifreq, which lives until after the call.
+        unsafe { raw::siocsifflags(socket.as_raw_fd(), &raw const request) }.map(drop)
+    }
+
+    fn address_field(address: Ipv4Addr) -> Result<libc::__c_anonymous_ifr_ifru, Errno> {
+        let sa_family = u16::try_from(libc::AF_INET).map_err(|_| Errno::EAFNOSUPPORT)?;
+        let mut sa_data: [libc::c_char; 14] = [0; 14];
+        // A sockaddr_in: two bytes of port, then the address.
+        for (to, from) in sa_data.iter_mut().skip(2).zip(address.octets()) {
+            *to = libc::c_char::from_ne_bytes([from]);
+        }
+        let ifru_addr = libc::sockaddr { sa_family, sa_data };
+        Ok(libc::__c_anonymous_ifr_ifru { ifru_addr })
+    }
+
+    pub(super) fn set_address(
+        socket: BorrowedFd<'_>,
+        name: &str,
+        address: Ipv4Addr,
+    ) -> Result<(), Errno> {
+        let request = ifreq(name, address_field(address)?)?;
+        // SAFETY: the kernel reads one ifreq, which lives until after the call.
+        unsafe { raw::siocsifaddr(socket.as_raw_fd(), &raw const request) }.map(drop)
+    }
+
+    pub(super) fn set_netmask(
+        socket: BorrowedFd<'_>,
+        name: &str,
+        mask: Ipv4Addr,
+    ) -> Result<(), Errno> {
+        let request = ifreq(name, address_field(mask)?)?;
+        // SAFETY: the kernel reads one ifreq, which lives until after the call.
+        unsafe { raw::siocsifnetmask(socket.as_raw_fd(), &raw const request) }.map(drop)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_checked_before_the_kernel_sees_them() {
+        for name in ["", ".", "..", "a b", "a/b", "0123456789abcdef", "a\0b"] {
+            assert!(
+                matches!(Tap::open(name, 1), Err(TapError::Name { .. })),
+                "{name:?}"
+            );
+        }
+        assert!(check_name("0123456789abcde").is_ok());
+        assert!(check_name("ring%d").is_ok());
+    }
+
+    #[test]
+    fn errors_say_what_to_do() {
+        let text = |queues, errno| open_error("tap7", queues, errno).to_string();
+        assert!(text(1, Errno::EPERM).contains("mode tap user USER vnet_hdr)"));
+        assert!(text(2, Errno::EPERM).contains("vnet_hdr multi_queue)"));
+        assert!(text(1, Errno::EBUSY).contains("in use by another program"));
+        assert!(text(2, Errno::EINVAL).contains("no TAP interface multi_queue"));
+    }
+
+    #[test]
+    fn descriptors_that_are_no_tap_are_refused() {
+        use std::os::fd::IntoRawFd;
+        let file = tempfile::tempfile().unwrap().into_raw_fd();
+        assert!(matches!(Tap::inherit(&[file]), Err(TapError::NotATap { fd, .. }) if fd == file));
+        assert!(matches!(
+            Tap::inherit(&[999_999]),
+            Err(TapError::NotATap { .. })
+        ));
+        assert!(matches!(Tap::inherit(&[]), Err(TapError::Request { .. })));
+    }
+}

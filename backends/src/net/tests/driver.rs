@@ -1,0 +1,293 @@
+//! The driver's half of a queue pair, and the worker's thread on the other side of it.
+
+use std::fs::File;
+use std::os::fd::{AsFd, FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use ringside_rings::{DeviceRing, DriverLayout, DriverRing, Segment};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use crate::net::config::MacAddress;
+use crate::net::counters::Counters;
+use crate::net::filter::Filter;
+use crate::net::settings::{Settings, Shared};
+use crate::net::tap::TapQueue;
+use crate::net::worker::PairWorker;
+use crate::shell::{Command, CommandSender, Memory, Vring, command_channel};
+
+pub(super) const MAC: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 1]);
+pub(super) const HEADER: usize = 12;
+const MEMORY: usize = 16 << 20;
+/// How long anything may take.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// Guest memory for queues and buffers.
+pub(super) struct Guest {
+    pub(super) memory: Arc<Memory>,
+    next: u64,
+}
+
+impl Guest {
+    pub(super) fn new() -> Self {
+        let ranges = [(GuestAddress(0), MEMORY)];
+        Self {
+            memory: Arc::new(Memory::from_ranges(&ranges).unwrap()),
+            next: 0x1000,
+        }
+    }
+
+    pub(super) fn buffer(&mut self, len: u32) -> Segment {
+        let segment = Segment::new(GuestAddress(self.next), len);
+        self.next += u64::from(len).next_multiple_of(64);
+        assert!(self.next < MEMORY as u64);
+        segment
+    }
+
+    pub(super) fn filled(&mut self, data: &[u8]) -> Segment {
+        let segment = self.buffer(data.len().try_into().unwrap());
+        self.memory.write_slice(data, segment.addr).unwrap();
+        segment
+    }
+
+    pub(super) fn read(&self, segment: Segment, len: u32) -> Vec<u8> {
+        let mut data = vec![0; len as usize];
+        self.memory.read_slice(&mut data, segment.addr).unwrap();
+        data
+    }
+
+    pub(super) fn queue(&mut self, size: u16) -> Queue {
+        self.next = self.next.next_multiple_of(64);
+        let layout = DriverLayout::new(GuestAddress(self.next), size, 0).unwrap();
+        self.next = layout.end().0;
+        let eventfd = || EventFd::new(EFD_NONBLOCK).unwrap();
+        Queue {
+            layout,
+            ring: DriverRing::new(layout, true, self.memory.as_ref()).unwrap(),
+            memory: Arc::clone(&self.memory),
+            kick: eventfd(),
+            call: eventfd(),
+            err: eventfd(),
+        }
+    }
+}
+
+/// One queue of the driver. The token of a chain is its segments.
+pub(super) struct Queue {
+    pub(super) layout: DriverLayout,
+    ring: DriverRing<Vec<Segment>>,
+    memory: Arc<Memory>,
+    pub(super) kick: EventFd,
+    call: EventFd,
+    err: EventFd,
+}
+
+fn file(eventfd: &EventFd) -> Option<File> {
+    Some(File::from(owned(eventfd)))
+}
+
+#[allow(
+    unsafe_code,
+    reason = "an eventfd of vmm-sys-util gives its descriptor as a number only"
+)]
+fn owned(eventfd: &EventFd) -> OwnedFd {
+    let fd = eventfd.try_clone().unwrap().into_raw_fd();
+    // SAFETY: the clone gave up its descriptor to us.
+    unsafe { OwnedFd::from_raw_fd(fd) }
+}
+
+/// Waits for an eventfd and makes it quiet.
+fn wait(eventfd: &EventFd, patience: Duration) -> bool {
+    let fd = owned(eventfd);
+    let mut fds = [PollFd::new(fd.as_fd(), PollFlags::POLLIN)];
+    let timeout = PollTimeout::try_from(patience).unwrap();
+    poll(&mut fds, timeout).unwrap() == 1 && eventfd.read().is_ok()
+}
+
+impl Queue {
+    pub(super) fn vring(&self, index: u16, features: u64, enabled: bool) -> Box<Vring> {
+        let config = self.layout.config(true);
+        Box::new(Vring {
+            index,
+            ring: DeviceRing::new(&config, self.memory.as_ref()).unwrap(),
+            memory: Arc::clone(&self.memory),
+            kick: file(&self.kick),
+            call: file(&self.call),
+            err: file(&self.err),
+            features,
+            enabled,
+        })
+    }
+
+    /// Makes chains available, and kicks if the device wants it.
+    pub(super) fn add(&mut self, chains: &[(&[Segment], &[Segment])]) {
+        let mut session = self.ring.session(self.memory.as_ref()).unwrap();
+        for (readable, writable) in chains {
+            let token = [*readable, *writable].concat();
+            session.add(readable, writable, token).unwrap();
+        }
+        if session.publish().unwrap() {
+            self.kick.write(1).unwrap();
+        }
+    }
+
+    pub(super) fn send(&mut self, packet: &[Segment]) {
+        self.add(&[(packet, &[])]);
+    }
+
+    pub(super) fn post(&mut self, buffer: Segment) {
+        self.add(&[(&[], &[buffer])]);
+    }
+
+    /// The next chain that the device has used, if one is there.
+    pub(super) fn try_used(&mut self) -> Option<(Vec<Segment>, u32)> {
+        let mut session = self.ring.session(self.memory.as_ref()).unwrap();
+        session.poll_used().unwrap()
+    }
+
+    /// The next chain that the device uses. It must interrupt for it.
+    pub(super) fn used(&mut self) -> (Vec<Segment>, u32) {
+        loop {
+            if let Some(used) = self.try_used() {
+                return used;
+            }
+            let mut session = self.ring.session(self.memory.as_ref()).unwrap();
+            if !session.enable_interrupts().unwrap() {
+                assert!(wait(&self.call, PATIENCE), "no interrupt came");
+            }
+        }
+    }
+
+    /// Nothing is used for a while.
+    pub(super) fn stays_unused(&mut self) -> bool {
+        std::thread::sleep(Duration::from_millis(50));
+        self.try_used().is_none()
+    }
+
+    pub(super) fn wait_for_error(&self) -> bool {
+        wait(&self.err, PATIENCE)
+    }
+
+    pub(super) fn outstanding(&self) -> u16 {
+        self.ring.outstanding()
+    }
+
+    /// A driver out of its mind.
+    pub(super) fn corrupt_avail_index(&self) {
+        let idx = GuestAddress(self.layout.avail_ring().0 + 2);
+        self.memory.write_obj(0x7fff_u16, idx).unwrap();
+        self.kick.write(1).unwrap();
+    }
+}
+
+/// The worker of a queue pair.
+pub(super) struct Worker {
+    pub(super) sender: CommandSender,
+    thread: Option<JoinHandle<()>>,
+    pub(super) counters: Arc<Counters>,
+}
+
+pub(super) fn shared(workers: u16) -> Arc<Shared> {
+    let filter = Filter::new(MAC, true);
+    Arc::new(
+        Shared::new(
+            Settings {
+                filter,
+                pairs: None,
+            },
+            workers,
+        )
+        .unwrap(),
+    )
+}
+
+impl Worker {
+    pub(super) fn start(pair: u16, tap: TapQueue, shared: &Arc<Shared>) -> Self {
+        let (sender, commands) = command_channel().unwrap();
+        let counters = Arc::new(Counters::default());
+        let (for_worker, shared) = (Arc::clone(&counters), Arc::clone(shared));
+        let worker = PairWorker::new(pair, 1500, tap, commands, shared, for_worker).unwrap();
+        Self {
+            sender,
+            thread: Some(std::thread::spawn(move || worker.run())),
+            counters,
+        }
+    }
+
+    pub(super) fn own(&self, vring: Box<Vring>) {
+        self.sender.send(Command::Start(vring)).unwrap();
+    }
+
+    pub(super) fn give_back(&self, index: u16) -> Box<Vring> {
+        give_back(&self.sender, index)
+    }
+}
+
+pub(super) fn give_back(sender: &CommandSender, index: u16) -> Box<Vring> {
+    let (done, given_back) = mpsc::channel();
+    sender.send(Command::Stop { index, done }).unwrap();
+    given_back.recv_timeout(PATIENCE).unwrap()
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.sender.send(Command::Exit).unwrap();
+        let ended = self.thread.take().unwrap().join();
+        if !std::thread::panicking() {
+            ended.unwrap();
+        }
+    }
+}
+
+/// A queue pair, both halves.
+pub(super) struct Pair {
+    pub(super) guest: Guest,
+    pub(super) rx: Queue,
+    pub(super) tx: Queue,
+    pub(super) worker: Worker,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl Pair {
+    pub(super) fn new(tap: TapQueue, features: u64) -> Self {
+        let mut guest = Guest::new();
+        let (rx, tx) = (guest.queue(64), guest.queue(64));
+        let shared = shared(1);
+        let worker = Worker::start(0, tap, &shared);
+        worker.own(rx.vring(0, features, true));
+        worker.own(tx.vring(1, features, true));
+        Self {
+            guest,
+            rx,
+            tx,
+            worker,
+            shared,
+        }
+    }
+
+    /// Posts receive buffers of one size.
+    pub(super) fn post(&mut self, count: usize, len: u32) {
+        for _ in 0..count {
+            let buffer = self.guest.buffer(len);
+            self.rx.post(buffer);
+        }
+    }
+
+    /// Receives one packet as a driver does, header included.
+    pub(super) fn receive(&mut self) -> Vec<u8> {
+        let (segments, len) = self.rx.used();
+        let mut packet = self.guest.read(segments[0], len);
+        let buffers = u16::from_le_bytes([packet[10], packet[11]]);
+        assert!(buffers >= 1, "the header says {buffers} buffers");
+        for _ in 1..buffers {
+            // All buffers of a packet become visible at once (VIRTIO 1.3, 5.1.6.4.1).
+            let (segments, len) = self.rx.try_used().expect("a part of the packet is missing");
+            packet.extend(self.guest.read(segments[0], len));
+        }
+        packet
+    }
+}

@@ -1,0 +1,11 @@
+//! Queue pairs served from a driver's rings: on a socket pair in place of a TAP, and on a TAP where the
+//! system lets us have one.
+
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "all numbers of these tests are small"
+)]
+
+mod driver;
+mod on_socket;
+mod on_tap;

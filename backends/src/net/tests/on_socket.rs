@@ -1,0 +1,419 @@
+//! The data path and the control queue without privileges: a socket pair keeps packets apart like a TAP.
+
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use nix::sys::socket::setsockopt;
+use nix::sys::socket::sockopt::SndBuf;
+use ringside_rings::Segment;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use vm_memory::GuestAddress;
+
+use super::driver::{Guest, HEADER, MAC, Pair, Queue, Worker, give_back, shared};
+use crate::net::config::{MacAddress, NetConfig};
+use crate::net::control_worker::ControlWorker;
+use crate::net::device::{Interface, Net};
+use crate::net::features::{GUEST_OFFLOADS, bit};
+use crate::net::settings::Shared;
+use crate::net::tap::{TapError, TapQueue};
+use crate::shell::{Command, Device, command_channel};
+
+const BASE: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX);
+const MERGEABLE: u64 = BASE | bit(VIRTIO_NET_F_MRG_RXBUF);
+const ALL: u64 = MERGEABLE | GUEST_OFFLOADS;
+
+fn socket() -> (UnixDatagram, TapQueue) {
+    let (ours, theirs) = UnixDatagram::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    ours.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+    (ours, TapQueue::from_packet_fd(theirs.into()))
+}
+
+fn pair(features: u64) -> (UnixDatagram, Pair) {
+    let (socket, tap) = socket();
+    (socket, Pair::new(tap, features))
+}
+
+/// A packet with its header: to `to`, and then bytes that differ from place to place.
+fn packet_to(to: MacAddress, len: usize) -> Vec<u8> {
+    let mut packet = vec![0; HEADER];
+    packet.extend(to.octets());
+    packet.extend((packet.len()..HEADER + len).map(|i| (i % 251) as u8));
+    packet
+}
+
+fn packet(len: usize) -> Vec<u8> {
+    packet_to(MAC, len)
+}
+
+fn receive(socket: &UnixDatagram) -> Vec<u8> {
+    let mut buffer = vec![0; 1 << 17];
+    let len = socket.recv(&mut buffer).unwrap();
+    buffer.truncate(len);
+    buffer
+}
+
+/// What the driver must see: the packet, its header saying how many buffers it takes.
+fn with_buffers(mut packet: Vec<u8>, buffers: u16) -> Vec<u8> {
+    packet[10..12].copy_from_slice(&buffers.to_le_bytes());
+    packet
+}
+
+#[test]
+fn a_packet_in_any_pieces_is_sent_whole_by_one_call() {
+    let (socket, mut pair) = pair(ALL);
+    let sent = packet(100);
+    let pieces: Vec<Segment> = [&sent[..5], &sent[5..6], &sent[6..30], &sent[30..]]
+        .map(|part| pair.guest.filled(part))
+        .into();
+    pair.tx.send(&pieces);
+    assert_eq!(receive(&socket), sent);
+    let (segments, len) = pair.tx.used();
+    assert_eq!((segments, len), (pieces, 0));
+    assert_eq!(pair.worker.counters.tx_calls.get(), 1);
+}
+
+#[test]
+fn the_longest_packet_takes_one_call_each_way() {
+    let (socket, mut pair) = pair(ALL);
+    let long = packet(65550);
+    let whole = pair.guest.filled(&long);
+    pair.tx.send(&[whole]);
+    assert!(receive(&socket) == long, "another packet");
+    assert_eq!(pair.worker.counters.tx_calls.get(), 1);
+
+    pair.post(48, 1536);
+    // Whatever the worker tried before there was a packet does not count.
+    std::thread::sleep(Duration::from_millis(50));
+    let before = pair.worker.counters.rx_calls.get();
+    socket.send(&long).unwrap();
+    assert!(pair.receive() == with_buffers(long, 43), "another packet");
+    std::thread::sleep(Duration::from_millis(50));
+    let calls = pair.worker.counters.rx_calls.get() - before;
+    assert_eq!(calls, 2, "one for the packet, one that finds no more");
+    assert_eq!(pair.worker.counters.rx_packets.get(), 1);
+}
+
+#[test]
+fn packets_are_received_one_behind_the_other() {
+    let (socket, mut pair) = pair(ALL);
+    pair.post(64, 256);
+    for len in [60, 200, 244, 245, 500, 1514] {
+        let sent = packet(len);
+        socket.send(&sent).unwrap();
+        let buffers = sent.len().div_ceil(256) as u16;
+        assert_eq!(pair.receive(), with_buffers(sent, buffers), "{len}");
+    }
+}
+
+#[test]
+fn a_packet_waits_for_buffers_and_is_not_lost() {
+    let (socket, mut pair) = pair(ALL);
+    pair.post(2, 512);
+    let sent = packet(4000);
+    socket.send(&sent).unwrap();
+    assert!(pair.rx.stays_unused());
+    pair.post(2, 512);
+    assert!(pair.rx.stays_unused());
+    pair.post(4, 512);
+    assert_eq!(pair.receive(), with_buffers(sent, 8));
+    let next = packet(60);
+    socket.send(&next).unwrap();
+    assert!(pair.rx.stays_unused());
+    pair.post(1, 512);
+    assert_eq!(pair.receive(), with_buffers(next, 1));
+    assert_eq!(pair.worker.counters.rx_dropped.get(), 0);
+}
+
+#[test]
+fn without_buffers_the_worker_sleeps() {
+    let (socket, pair) = pair(ALL);
+    socket.send(&packet(60)).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    let before = pair.worker.counters.wakeups.get();
+    std::thread::sleep(Duration::from_millis(200));
+    assert_eq!(pair.worker.counters.wakeups.get(), before);
+}
+
+#[test]
+fn without_mergeable_buffers_a_packet_has_one_or_is_dropped() {
+    let (socket, mut pair) = pair(BASE);
+    pair.post(2, 256);
+    socket.send(&packet(400)).unwrap();
+    let fits = packet(200);
+    socket.send(&fits).unwrap();
+    assert_eq!(pair.receive(), with_buffers(fits, 1));
+    assert_eq!(pair.worker.counters.rx_dropped.get(), 1);
+}
+
+#[test]
+fn a_full_tap_keeps_the_order() {
+    let (socket, tap) = socket();
+    setsockopt(&tap, SndBuf, &4096).unwrap();
+    let mut pair = Pair::new(tap, ALL);
+    for i in 0..60_u8 {
+        let mut sent = packet(100);
+        sent[HEADER + 20] = i;
+        let whole = pair.guest.filled(&sent);
+        pair.tx.send(&[whole]);
+    }
+    std::thread::sleep(Duration::from_millis(50));
+    assert!(pair.worker.counters.tx_full.get() > 0);
+    for i in 0..60_u8 {
+        assert_eq!(receive(&socket)[HEADER + 20], i);
+    }
+    for _ in 0..60 {
+        pair.tx.used();
+    }
+    assert_eq!(pair.worker.counters.tx_dropped.get(), 0);
+}
+
+#[test]
+fn packets_that_do_not_pass_the_filter_cost_no_buffer() {
+    let (socket, mut pair) = pair(ALL);
+    let version = pair.shared.change(|s| s.filter.promiscuous = false);
+    assert!(pair.shared.wait(version));
+    pair.post(1, 2048);
+    socket
+        .send(&packet_to(MacAddress::new([2, 9, 9, 9, 9, 9]), 300))
+        .unwrap();
+    let own = packet(60);
+    socket.send(&own).unwrap();
+    assert_eq!(pair.receive(), with_buffers(own, 1));
+    assert_eq!(pair.worker.counters.rx_filtered.get(), 1);
+}
+
+#[test]
+fn offloads_the_driver_did_not_accept_do_not_reach_it() {
+    let (socket, mut pair) = pair(MERGEABLE);
+    pair.post(1, 2048);
+    let mut segment = packet(60);
+    segment[1] = 1;
+    socket.send(&segment).unwrap();
+    let mut unfinished = packet(60);
+    unfinished[0] = 1;
+    socket.send(&unfinished).unwrap();
+    let mut valid = packet(60);
+    valid[0] = 2;
+    socket.send(&valid).unwrap();
+    valid[0] = 0;
+    assert_eq!(pair.receive(), with_buffers(valid, 1));
+    assert_eq!(pair.worker.counters.rx_dropped.get(), 2);
+}
+
+#[test]
+fn disabled_queues_drop_what_is_sent_and_take_no_buffer() {
+    let (socket, tap) = socket();
+    let mut guest = Guest::new();
+    let (mut rx, mut tx) = (guest.queue(16), guest.queue(16));
+    let shared = shared(1);
+    let worker = Worker::start(0, tap, &shared);
+    worker.own(rx.vring(0, ALL, false));
+    worker.own(tx.vring(1, ALL, false));
+    rx.post(guest.buffer(2048));
+    socket.send(&packet(60)).unwrap();
+    let whole = guest.filled(&packet(60));
+    tx.send(&[whole]);
+    assert_eq!(tx.used(), (vec![whole], 0));
+    assert!(rx.stays_unused());
+    assert_eq!(worker.counters.tx_calls.get(), 0);
+    assert_eq!(worker.counters.rx_calls.get(), 0);
+
+    let mut vring = worker.give_back(0);
+    assert_eq!(vring.ring.next_avail(), 0);
+    vring.enabled = true;
+    worker.own(vring);
+    assert_eq!(rx.used().1, HEADER as u32 + 60);
+}
+
+#[test]
+fn a_ring_is_given_back_with_its_buffers() {
+    let (socket, mut pair) = pair(ALL);
+    pair.post(20, 2048);
+    socket.send(&packet(60)).unwrap();
+    pair.receive();
+    let vring = pair.worker.give_back(0);
+    assert_eq!(vring.ring.next_avail(), 1);
+    assert_eq!(vring.ring.next_used(), 1);
+    assert_eq!(vring.ring.in_flight(), 0);
+    socket.send(&packet(61)).unwrap();
+    pair.worker.own(vring);
+    assert_eq!(pair.receive(), with_buffers(packet(61), 1));
+    pair.worker.give_back(1);
+}
+
+#[test]
+fn hostile_chains_are_returned_and_the_queue_goes_on() {
+    let (socket, mut pair) = pair(ALL);
+    let outside = Segment::new(GuestAddress(1 << 40), 64);
+    let writable = pair.guest.buffer(64);
+    let short = pair.guest.filled(&[0; 20]);
+    let huge = pair.guest.buffer(HEADER as u32 + 65598);
+    for (readable, writable) in [
+        (&[outside][..], &[][..]),
+        (&[], &[writable]),
+        (&[short], &[]),
+        (&[huge], &[]),
+    ] {
+        pair.tx.add(&[(readable, writable)]);
+        assert_eq!(pair.tx.used().1, 0);
+    }
+    assert_eq!(pair.worker.counters.tx_dropped.get(), 4);
+    assert_eq!(pair.worker.counters.tx_calls.get(), 0);
+    let good = pair.guest.filled(&packet(60));
+    pair.tx.send(&[good]);
+    assert_eq!(receive(&socket), packet(60));
+
+    pair.rx.add(&[(&[short], &[])]);
+    assert_eq!(pair.rx.used(), (vec![short], 0));
+    pair.rx.post(outside);
+    assert_eq!(pair.rx.used(), (vec![outside], 0));
+    // Malformed between good ones, then stopped: all come back one way or the other.
+    pair.post(1, 100);
+    pair.rx.post(outside);
+    pair.post(1, 100);
+    // The worker looks at buffers when there is a packet, be it one that is too short.
+    socket.send(&[0; 4]).unwrap();
+    assert_eq!(pair.rx.used(), (vec![outside], 0));
+    let vring = pair.worker.give_back(0);
+    assert_eq!(vring.ring.in_flight(), 0);
+    let waiting = pair.rx.outstanding() - u16::from(pair.rx.try_used().is_some());
+    assert_eq!(vring.ring.next_avail() + waiting, 5);
+}
+
+#[test]
+fn a_broken_ring_is_reported_and_the_other_goes_on() {
+    let (socket, mut pair) = pair(ALL);
+    pair.tx.corrupt_avail_index();
+    assert!(pair.tx.wait_for_error());
+    pair.post(1, 2048);
+    socket.send(&packet(60)).unwrap();
+    assert_eq!(pair.receive(), with_buffers(packet(60), 1));
+    pair.worker.give_back(1);
+}
+
+/// Remembers what it was asked for.
+#[derive(Debug, Default)]
+struct Recorder(Mutex<Vec<(&'static str, u32)>>);
+
+impl Interface for Recorder {
+    fn set_header_len(&self, len: u8) -> Result<(), TapError> {
+        self.0.lock().unwrap().push(("header", len.into()));
+        Ok(())
+    }
+
+    fn set_offloads(&self, offloads: u32) -> Result<(), TapError> {
+        self.0.lock().unwrap().push(("offloads", offloads));
+        Ok(())
+    }
+}
+
+const CONTROL: u64 = ALL
+    | bit(VIRTIO_NET_F_CTRL_VQ)
+    | bit(VIRTIO_NET_F_CTRL_RX)
+    | bit(VIRTIO_NET_F_CTRL_VLAN)
+    | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
+    | bit(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+    | bit(VIRTIO_NET_F_MQ);
+
+fn command(guest: &mut Guest, queue: &mut Queue, bytes: &[u8]) -> u8 {
+    let readable = guest.filled(bytes);
+    let ack = guest.filled(&[0xaa]);
+    queue.add(&[(&[readable], &[ack])]);
+    assert_eq!(queue.used(), (vec![readable, ack], 1));
+    guest.read(ack, 1)[0]
+}
+
+#[test]
+fn the_control_queue_sets_what_workers_go_by() {
+    let recorder = Arc::new(Recorder::default());
+    let shared = shared(2);
+    let (_a, tap0) = socket();
+    let (_b, tap1) = socket();
+    let _pairs = [
+        Worker::start(0, tap0, &shared),
+        Worker::start(1, tap1, &shared),
+    ];
+    let (sender, commands) = command_channel().unwrap();
+    let interface = Arc::clone(&recorder) as Arc<dyn Interface>;
+    let worker = ControlWorker::new(interface, Arc::clone(&shared), 2, commands).unwrap();
+    let thread = std::thread::spawn(move || worker.run());
+    let mut guest = Guest::new();
+    let mut queue = guest.queue(16);
+    assert_eq!(shared.get().pairs, None);
+    sender
+        .send(Command::Start(queue.vring(4, CONTROL, true)))
+        .unwrap();
+
+    let mut run = |bytes: &[u8]| command(&mut guest, &mut queue, bytes);
+    let state = |shared: &Shared| shared.get();
+    assert_eq!(run(&[0, 0, 0]), 0);
+    assert!(!state(&shared).filter.promiscuous);
+    assert_eq!(state(&shared).pairs, Some(1));
+    assert_eq!(run(&[4, 0, 2, 0]), 0);
+    assert_eq!(state(&shared).pairs, Some(2));
+    assert_eq!(run(&[4, 0, 3, 0]), 1);
+    assert_eq!(run(&[1, 1, 2, 7, 7, 7, 7, 7]), 0);
+    assert_eq!(
+        state(&shared).filter.mac,
+        MacAddress::new([2, 7, 7, 7, 7, 7])
+    );
+    assert_eq!(run(&[2, 0, 5, 0]), 0);
+    assert_eq!(run(&[9, 9]), 1);
+    assert_eq!(run(&[0]), 1);
+    assert_eq!(run(&[5, 0, 2, 0, 0, 0, 0, 0, 0, 0]), 0);
+    assert_eq!(
+        *recorder.0.lock().unwrap(),
+        [("offloads", libc::TUN_F_CSUM)]
+    );
+    // No room for the answer.
+    let lonely = guest.filled(&[0, 0, 1]);
+    queue.add(&[(&[lonely], &[])]);
+    assert_eq!(queue.used(), (vec![lonely], 0));
+
+    // A ring that is stopped for a moment keeps what was set.
+    let vring = give_back(&sender, 4);
+    sender.send(Command::Start(vring)).unwrap();
+    assert_eq!(command(&mut guest, &mut queue, &[2, 1, 5, 0]), 0);
+    assert_eq!(shared.get().pairs, Some(2));
+    sender.send(Command::Exit).unwrap();
+    thread.join().unwrap();
+}
+
+#[test]
+fn the_device_maps_queues_and_follows_features() {
+    let recorder = Arc::new(Recorder::default());
+    let config = NetConfig {
+        mac: MAC,
+        pairs: 2,
+        mtu: None,
+        speed: None,
+    };
+    let interface = Arc::clone(&recorder) as Arc<dyn Interface>;
+    let (_a, tap0) = socket();
+    let (_b, tap1) = socket();
+    let mut net = Net::new(config, CONTROL, interface, vec![tap0, tap1]).unwrap();
+    assert_eq!((net.queue_count(), net.worker_count()), (5, 3));
+    assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 1, 1, 2]);
+    net.set_features(CONTROL & !bit(VIRTIO_NET_F_MQ));
+    assert_eq!([0, 1, 2].map(|q| net.worker_of(q)), [0, 0, 2]);
+    net.set_features(0);
+    let asked = std::mem::take(&mut *recorder.0.lock().unwrap());
+    assert_eq!(
+        asked,
+        [
+            ("header", 12),
+            ("offloads", 0x7f),
+            ("header", 10),
+            ("offloads", 0)
+        ]
+    );
+    assert_eq!(net.read_config(0, 6).unwrap(), MAC.octets());
+    assert!(net.write_config(0, &[0; 6]).is_err());
+}

@@ -1,0 +1,172 @@
+//! Transmit: from the driver's chains to the TAP, one system call for each packet, however long.
+
+use ringside_rings::{PopError, RingError};
+use tracing::{debug, warn};
+use vm_memory::Permissions;
+
+use super::counters::Counters;
+use super::features::header_len;
+use super::ring::Ring;
+use super::tap::TapQueue;
+use crate::shell::{Chain as Causes, LogLimit, Vring};
+use std::io;
+use std::os::fd::AsFd;
+
+/// Most packets of one turn, so that receiving gets its share.
+const BUDGET: u32 = 64;
+
+/// The longest frame that is passed on: an IPv6 packet with a payload of 65535 bytes, behind an Ethernet
+/// header with two VLAN tags.
+pub(super) const MAX_FRAME: usize = 22 + 40 + 65535;
+
+/// The shortest frame: an Ethernet header.
+const MIN_FRAME: usize = 14;
+
+/// The transmit queue of a pair.
+pub(super) struct Tx {
+    pub(super) ring: Ring,
+    header_len: usize,
+    /// The TAP is full; go on when it is writable.
+    full: bool,
+    log: LogLimit,
+}
+
+enum Sent {
+    Done,
+    Full,
+}
+
+impl Tx {
+    pub(super) fn new(vring: Box<Vring>) -> Self {
+        Self {
+            header_len: header_len(vring.features).into(),
+            ring: Ring::new(vring),
+            full: false,
+            log: LogLimit::default(),
+        }
+    }
+
+    /// The TAP takes packets again.
+    pub(super) fn writable(&mut self) {
+        self.full = false;
+    }
+
+    /// The TAP is full.
+    pub(super) fn is_full(&self) -> bool {
+        self.full
+    }
+
+    /// Sends what the driver has made available. Returns whether there is more.
+    pub(super) fn turn(&mut self, tap: &TapQueue, counters: &Counters) -> bool {
+        if !self.ring.sound() || self.full {
+            return false;
+        }
+        match self.serve(tap, counters) {
+            Ok((more, interrupt)) => {
+                if interrupt {
+                    self.ring.interrupt(counters, &mut self.log);
+                }
+                more
+            }
+            Err(error) => {
+                self.ring.fail(&error);
+                false
+            }
+        }
+    }
+
+    fn serve(&mut self, tap: &TapQueue, counters: &Counters) -> Result<(bool, bool), RingError> {
+        let Self {
+            ring,
+            header_len,
+            full,
+            log,
+        } = self;
+        // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol).
+        let (enabled, queue) = (ring.vring.enabled, ring.vring.index);
+        let lengths = *header_len + MIN_FRAME..=*header_len + MAX_FRAME;
+        let (mut session, buf, list) = ring.parts()?;
+        session.disable_notifications()?;
+        let mut left = BUDGET;
+        let more = loop {
+            if left == 0 {
+                break true;
+            }
+            let head = match session.pop(buf) {
+                Ok(Some(chain)) => {
+                    if enabled {
+                        list.clear();
+                        let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
+                        let sent = if !lengths.contains(&len) {
+                            dropped(counters, log, queue, &"a packet too short or too long");
+                            Sent::Done
+                        } else if list.append(chain.readable(), Permissions::Read).is_err() {
+                            dropped(counters, log, queue, &"a packet in too many pieces");
+                            Sent::Done
+                        } else {
+                            counters.tx_calls.add(1);
+                            match list.write_to(tap.as_fd()) {
+                                Ok(_) => {
+                                    counters.tx_packets.add(1);
+                                    counters.tx_bytes.add(chain.readable_len());
+                                    Sent::Done
+                                }
+                                Err(e) if retry(&e) => Sent::Full,
+                                // A header that the kernel does not like, an interface that is down, no memory.
+                                Err(e) => {
+                                    dropped(counters, log, queue, &e);
+                                    Sent::Done
+                                }
+                            }
+                        };
+                        if matches!(sent, Sent::Full) {
+                            counters.tx_full.add(1);
+                            session.rewind(1);
+                            *full = true;
+                            break false;
+                        }
+                    }
+                    chain.head()
+                }
+                Ok(None) => {
+                    if session.enable_notifications()? {
+                        session.disable_notifications()?;
+                        continue;
+                    }
+                    break false;
+                }
+                Err(PopError::Chain { head, error }) => {
+                    dropped(counters, log, queue, &Causes(&error));
+                    head
+                }
+                Err(PopError::Ring(error)) => return Err(error),
+            };
+            session.push_used(head, 0)?;
+            left = left.saturating_sub(1);
+        };
+        let interrupt = session.publish()?;
+        Ok((more, interrupt))
+    }
+
+    /// Gives the ring back. Nothing is in flight between turns.
+    pub(super) fn into_vring(self) -> Box<Vring> {
+        debug!(queue = self.ring.vring.index, "transmit queue stops");
+        self.ring.vring
+    }
+}
+
+/// The packet was not taken and can be offered again, in the same place of the row.
+fn retry(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}
+
+#[cold]
+fn dropped(counters: &Counters, log: &mut LogLimit, queue: u16, why: &dyn std::fmt::Display) {
+    counters.tx_dropped.add(1);
+    if let Some(suppressed) = log.check() {
+        warn!(queue, suppressed, "packet from the driver dropped: {why}");
+    }
+}

@@ -1,0 +1,258 @@
+//! The worker of one queue pair: a thread that owns a TAP queue, a receive ring and a transmit ring.
+//!
+//! ```text
+//!            ┌───────────── one turn ─────────────┐
+//!  kick rx ─▶│ settings changed? go by them       │
+//!  kick tx ─▶│ transmit: up to a budget, publish  │──▶ at most one interrupt for each ring
+//!  TAP     ─▶│ receive:  up to a budget, publish  │
+//!  command ─▶│ nothing left? sleep                │
+//!            └────────────────────────────────────┘
+//! ```
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use epoll::Events;
+use tracing::{debug, error, warn};
+
+use super::counters::Counters;
+use super::epoll_set::EpollSet;
+use super::ring::Ring;
+use super::rx::{Rx, RxEnd};
+use super::settings::{Settings, Shared};
+use super::tap::TapQueue;
+use super::tx::Tx;
+use crate::shell::{Command, Commands, Vring};
+
+const COMMAND: u64 = 0;
+const SETTINGS: u64 = 1;
+const TAP: u64 = 2;
+const KICK_RX: u64 = 3;
+const KICK_TX: u64 = 4;
+
+/// How often a ring without a kick descriptor is looked at, in milliseconds.
+pub(super) const POLL_INTERVAL: i32 = 1;
+
+/// One queue pair.
+pub(super) struct PairWorker {
+    pair: u16,
+    mtu: u16,
+    tap: TapQueue,
+    commands: Commands,
+    shared: Arc<Shared>,
+    counters: Arc<Counters>,
+    epoll: EpollSet,
+    version: u64,
+    settings: Arc<Settings>,
+    rx: Option<Rx>,
+    tx: Option<Tx>,
+    /// The driver may have added receive buffers since the last turn found none.
+    rx_fed: bool,
+    /// The driver may have added packets since the last turn found none.
+    tx_kicked: bool,
+    /// The TAP may have packets.
+    tap_readable: bool,
+}
+
+impl PairWorker {
+    /// All that can fail about a worker fails here, before its thread begins.
+    pub(super) fn new(
+        pair: u16,
+        mtu: u16,
+        tap: TapQueue,
+        commands: Commands,
+        shared: Arc<Shared>,
+        counters: Arc<Counters>,
+    ) -> io::Result<Self> {
+        let epoll = EpollSet::new()?;
+        epoll.add(commands.as_raw_fd(), COMMAND)?;
+        epoll.add_both(tap.as_fd().as_raw_fd(), TAP)?;
+        if let Some(waker) = shared.waker(pair) {
+            epoll.add(waker, SETTINGS)?;
+        }
+        let (version, settings) = shared.latest();
+        let mut worker = Self {
+            pair,
+            mtu,
+            tap,
+            commands,
+            shared,
+            counters,
+            epoll,
+            version,
+            settings,
+            rx: None,
+            tx: None,
+            rx_fed: false,
+            tx_kicked: false,
+            tap_readable: false,
+        };
+        worker.attach();
+        Ok(worker)
+    }
+
+    /// Serves until [`Command::Exit`].
+    pub(super) fn run(mut self) {
+        let mut more = false;
+        loop {
+            let timeout = if more {
+                0
+            } else if self.polled() {
+                POLL_INTERVAL
+            } else {
+                -1
+            };
+            let events = match self.epoll.wait(timeout) {
+                Ok(events) => events,
+                Err(e) => {
+                    error!(
+                        pair = self.pair,
+                        "cannot wait for events, the queue pair is dead: {e}"
+                    );
+                    return;
+                }
+            };
+            self.counters.wakeups.add(1);
+            for (token, what) in events {
+                match token {
+                    COMMAND if !self.obey() => {
+                        debug!(pair = self.pair, "worker ends: {}", self.counters);
+                        return;
+                    }
+                    TAP => {
+                        self.tap_readable |= what.intersects(Events::EPOLLIN | Events::EPOLLERR);
+                        if let (true, Some(tx)) = (what.contains(Events::EPOLLOUT), &mut self.tx) {
+                            // A packet may wait for this.
+                            self.tx_kicked |= tx.is_full();
+                            tx.writable();
+                        }
+                    }
+                    KICK_RX => self.rx_fed = true,
+                    KICK_TX => self.tx_kicked = true,
+                    // A command obeyed, or SETTINGS, which are looked at in each turn.
+                    _ => {}
+                }
+            }
+            if self.shared.is_newer(self.version) {
+                (self.version, self.settings) = self.shared.latest();
+                self.attach();
+                self.shared.adopt(self.pair, self.version);
+            }
+            more = self.turn();
+        }
+    }
+
+    /// A ring has no kick descriptor.
+    fn polled(&self) -> bool {
+        self.rx.as_ref().is_some_and(|rx| rx.ring.polled())
+            || self.tx.as_ref().is_some_and(|tx| tx.ring.polled())
+    }
+
+    /// One turn on both rings. Returns whether there is more to do at once.
+    fn turn(&mut self) -> bool {
+        let mut more = false;
+        if let Some(tx) = &mut self.tx
+            && (self.tx_kicked || tx.ring.polled())
+        {
+            self.tx_kicked = tx.turn(&self.tap, &self.counters);
+            more |= self.tx_kicked;
+        }
+        let in_use = self.in_use();
+        if let Some(rx) = &mut self.rx
+            && in_use
+            && self.tap_readable
+            && (self.rx_fed || rx.ring.polled())
+        {
+            match rx.turn(&self.tap, &self.settings.filter, &self.counters) {
+                RxEnd::More => more = true,
+                RxEnd::Idle => self.tap_readable = false,
+                RxEnd::Starved => self.rx_fed = false,
+            }
+        }
+        more
+    }
+
+    /// The driver receives on this pair.
+    fn in_use(&self) -> bool {
+        self.rx.as_ref().is_some_and(|rx| rx.ring.runs())
+            && self.settings.pairs.is_none_or(|pairs| self.pair < pairs)
+    }
+
+    /// Attaches the TAP queue if the pair is in use, else detaches it, so that the kernel spreads packets over
+    /// the pairs in use only. The first queue stays: an interface without any would lose its settings.
+    fn attach(&mut self) {
+        let attached = self.pair == 0 || self.in_use();
+        if attached != self.tap.attached() {
+            if let Err(error) = self.tap.set_attached(attached) {
+                warn!(
+                    pair = self.pair,
+                    attached, "cannot change the TAP queue: {error}"
+                );
+            }
+            self.tap_readable = true;
+        }
+    }
+
+    /// Obeys all commands that wait. `false` if the thread is to end.
+    fn obey(&mut self) -> bool {
+        self.commands.acknowledge();
+        while let Some(command) = self.commands.next() {
+            match command {
+                Command::Start(vring) => self.start(vring),
+                Command::Stop { index, done } => {
+                    if let Some(vring) = self.stop(index) {
+                        // The control thread waits; if it does not, the ring just ends here.
+                        let _ = done.send(vring);
+                    }
+                }
+                Command::Exit => return false,
+            }
+        }
+        true
+    }
+
+    fn start(&mut self, vring: Box<Vring>) {
+        // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
+        if vring.index.is_multiple_of(2) {
+            let rx = Rx::new(vring, self.mtu);
+            self.wait_for_kicks(&rx.ring, KICK_RX);
+            self.rx = Some(rx);
+            self.rx_fed = true;
+            self.tap_readable = true;
+            self.attach();
+        } else {
+            let tx = Tx::new(vring);
+            self.wait_for_kicks(&tx.ring, KICK_TX);
+            self.tx = Some(tx);
+            self.tx_kicked = true;
+        }
+    }
+
+    fn wait_for_kicks(&self, ring: &Ring, token: u64) {
+        if let Some(fd) = ring.kick_fd()
+            && let Err(error) = self.epoll.add(fd, token)
+        {
+            warn!(
+                queue = ring.vring.index,
+                "cannot wait on the front-end's kick descriptor: {error}"
+            );
+        }
+    }
+
+    fn stop(&mut self, index: u16) -> Option<Box<Vring>> {
+        let vring = if index.is_multiple_of(2) {
+            let rx = self.rx.take_if(|rx| rx.ring.vring.index == index)?;
+            self.attach();
+            rx.into_vring()
+        } else {
+            let tx = self.tx.take_if(|tx| tx.ring.vring.index == index)?;
+            tx.into_vring()
+        };
+        if let Some(fd) = vring.kick_fd() {
+            self.epoll.remove(fd);
+        }
+        debug!(pair = self.pair, queue = index, "{}", self.counters);
+        Some(vring)
+    }
+}
