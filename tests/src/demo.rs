@@ -57,12 +57,8 @@ pub fn run(site: &Site) -> Result<()> {
         blk.daemon().pid(),
         net.daemon().pid()
     ))?;
-    let interface = guest.run_ok("ls /sys/bus/virtio/drivers/virtio_net/virtio*/net")?;
-    let interface = interface.trim();
-    guest.run_ok(&format!(
-        "ip address add {GUEST}/24 dev {interface} && ip link set {interface} up && \
-         ip route add default via {NEAR}"
-    ))?;
+    let interface = guest.network_up(&format!("{GUEST}/24"))?;
+    guest.run_ok(&format!("ip route add default via {NEAR}"))?;
     say(format!("\n$ uname -a\n{}", guest.run_ok("uname -a")?))?;
     say(format!(
         "\n$ lsblk\n{}",

@@ -114,7 +114,8 @@ impl<T, E: Into<io::Error>> Doing<T> for std::result::Result<T, E> {
 #[macro_export]
 macro_rules! ensure {
     ($condition:expr, $($message:tt)+) => {
-        if !$condition {
+        let holds: bool = $condition;
+        if !holds {
             return Err($crate::error::LabError::Check(format!($($message)+)));
         }
     };

@@ -310,12 +310,13 @@ impl Aml for Osc {
         Method::new(
             "_OSC".into(),
             4,
-            false,
+            // Serialized, because it creates a named object.
+            true,
             vec![
                 &If::new(&Equal::new(&Arg(0), &known), vec![&Return::new(&Arg(3))]),
                 &Else::new(vec![
                     &Store::new(&Local(0), &Arg(3)),
-                    &CreateDWordField::new(&Local(0), &ZERO, &Path::new("CDW1")),
+                    &CreateDWordField::new(&Path::new("CDW1"), &Local(0), &ZERO),
                     &Or::new(&Path::new("CDW1"), &Path::new("CDW1"), &UNRECOGNIZED_UUID),
                     &Return::new(&Local(0)),
                 ]),
@@ -496,6 +497,19 @@ mod tests {
         let mcfg = bytes(&mcfg());
         assert_eq!(u64_at(&mcfg, 44), layout::ECAM_START);
         assert_eq!(mcfg[52..56], [0, 0, 0, 255]);
+    }
+
+    #[test]
+    fn osc_refuses_what_it_does_not_know() {
+        let code = bytes(&Osc);
+        let has = |bytes: &[u8]| code.windows(bytes.len()).any(|window| window == bytes);
+        // CreateDWordField (Local0, Zero, CDW1); Or (CDW1, 4, CDW1); Return (Local0).
+        assert!(
+            has(b"\x8a\x60\x00CDW1\x7dCDW1\x0a\x04CDW1\xa4\x60"),
+            "{code:x?}"
+        );
+        // Four arguments, serialized.
+        assert!(has(b"_OSC\x0c"), "{code:x?}");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
+use linux_loader::loader::bootparam::{boot_e820_entry, boot_params, setup_header};
 use linux_loader::loader::elf::PvhBootCapability;
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
@@ -42,6 +42,27 @@ pub enum Error {
     TooOld {
         /// The file.
         path: PathBuf,
+    },
+    /// A kernel that would not have room to unpack or start.
+    #[error(
+        "the kernel {path} needs guest memory up to {end:#x}, but it ends at {limit:#x}: give the \
+         guest more memory"
+    )]
+    KernelTooLarge {
+        /// The file.
+        path: PathBuf,
+        /// First address after what the kernel needs.
+        end: u64,
+        /// End of the RAM below 4 GiB.
+        limit: u64,
+    },
+    /// An ELF file that is no kernel for this machine.
+    #[error("{path} is not a kernel: it is an ELF file {what}")]
+    WrongElf {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong about it.
+        what: &'static str,
     },
     /// A damaged file, or one too large for guest memory.
     #[error("cannot load the kernel {path}: it is damaged, or guest memory is too small for it")]
@@ -138,7 +159,7 @@ const E820_RESERVED: u32 = 2;
 /// `hvm_start_info.magic`.
 const PVH_MAGIC: u32 = 0x336e_c578;
 
-/// Loads everything. `low_end` is the end of RAM below the hole, `ram` all of RAM's ranges.
+/// Loads everything. `ram` are RAM's ranges, the one below the hole first.
 pub fn load(
     memory: &GuestMemoryMmap,
     ram: &[Range],
@@ -173,8 +194,8 @@ pub fn load(
             }
             let limit = usize::try_from(header.cmdline_size).unwrap_or(usize::MAX);
             let cmdline = write_cmdline(memory, images.cmdline, limit)?;
-            // The kernel unpacks itself; `init_size` is what it needs until it reads its memory map.
-            let kernel_end = loaded.kernel_load.0.saturating_add(header.init_size.into());
+            let kernel_end = unpacked_end(loaded.kernel_load.0, &header).max(loaded.kernel_end);
+            check_kernel_end(path, kernel_end, low_end)?;
             let initrd_limit = low_end.min(u64::from(header.initrd_addr_max).saturating_add(1));
             let initrd = load_initramfs(memory, images, kernel_end, initrd_limit)?;
             header.type_of_loader = LOADER_UNDEFINED;
@@ -186,7 +207,9 @@ pub fn load(
             })
         }
         Kind::Elf => {
+            let virtual_addresses = check_elf(&file, path)?;
             let loaded = Elf::load(memory, None, &mut file, None).map_err(load_error)?;
+            check_kernel_end(path, loaded.kernel_end, low_end)?;
             let cmdline = write_cmdline(memory, images.cmdline, DEFAULT_CMDLINE_LIMIT)?;
             let limit = low_end.min(INITRD_LIMIT + 1);
             let initrd = load_initramfs(memory, images, loaded.kernel_end, limit)?;
@@ -198,8 +221,15 @@ pub fn load(
                         start_info: boot::PVH_INFO,
                     })
                 }
+                _ if !virtual_addresses => {
+                    let what = "without a PVH entry, and not linked as Linux is";
+                    Err(Error::WrongElf {
+                        path: path.to_owned(),
+                        what,
+                    })
+                }
                 _ => {
-                    let header = linux_loader::loader::bootparam::setup_header {
+                    let header = setup_header {
                         boot_flag: BOOT_FLAG,
                         header: HDRS,
                         type_of_loader: LOADER_UNDEFINED,
@@ -216,6 +246,89 @@ pub fn load(
             }
         }
     }
+}
+
+/// End of the memory that a bzImage needs until it reads its memory map. It unpacks itself at the
+/// first aligned address from where it is loaded, but not below its preferred one ("init_size" in
+/// the Linux x86 boot protocol).
+fn unpacked_end(load: u64, header: &setup_header) -> u64 {
+    let preferred = header.pref_address;
+    let start = if header.relocatable_kernel != 0 {
+        let alignment = u64::from(header.kernel_alignment).max(1);
+        load.max(preferred)
+            .checked_next_multiple_of(alignment)
+            .unwrap_or(u64::MAX)
+    } else {
+        preferred
+    };
+    start.saturating_add(header.init_size.into())
+}
+
+fn check_kernel_end(path: &Path, end: u64, limit: u64) -> Result<(), Error> {
+    if end > limit {
+        return Err(Error::KernelTooLarge {
+            path: path.to_owned(),
+            end,
+            limit,
+        });
+    }
+    Ok(())
+}
+
+/// Checks what the loader does not: that the file is an executable for x86-64, and that its
+/// segments stay away from the boot structures below 1 MiB. Returns whether it is linked to run in
+/// the upper half of the address space, as Linux is and no program.
+fn check_elf(file: &File, path: &Path) -> Result<bool, Error> {
+    const CLASS_64: u8 = 2;
+    const EXECUTABLE: u16 = 2;
+    const X86_64: u16 = 62;
+    const HEADER: usize = 64;
+    const SEGMENT: usize = 56;
+    const LOAD: u32 = 1;
+
+    let wrong = |what| Error::WrongElf {
+        path: path.to_owned(),
+        what,
+    };
+    let read = |offset, bytes: &mut [u8]| {
+        use std::os::unix::fs::FileExt;
+        file.read_exact_at(bytes, offset)
+            .map_err(|_| wrong("that is cut short"))
+    };
+    let mut header = [0; HEADER];
+    read(0, &mut header)?;
+    if header.get(4) != Some(&CLASS_64) || field(&header, 18, 2) != u64::from(X86_64) {
+        return Err(wrong("for another processor"));
+    }
+    if field(&header, 16, 2) != u64::from(EXECUTABLE) {
+        return Err(wrong("of another kind"));
+    }
+    let (table, count) = (field(&header, 32, 8), field(&header, 56, 2));
+    let mut upper_half = false;
+    for i in 0..count {
+        let mut segment = [0; SEGMENT];
+        let offset = table
+            .checked_add(i * SEGMENT as u64)
+            .ok_or_else(|| wrong("of nonsense"))?;
+        read(offset, &mut segment)?;
+        let (virtual_address, physical) = (field(&segment, 16, 8), field(&segment, 24, 8));
+        if field(&segment, 0, 4) == u64::from(LOAD) && field(&segment, 40, 8) != 0 {
+            if physical < boot::HIGH_START {
+                return Err(wrong("with a segment below 1 MiB"));
+            }
+            upper_half |= virtual_address >> 63 != 0;
+        }
+    }
+    Ok(upper_half)
+}
+
+/// A little-endian field of a header; 0 if it is not there.
+fn field(bytes: &[u8], offset: usize, size: usize) -> u64 {
+    let field = bytes.get(offset..offset + size).unwrap_or_default();
+    field
+        .iter()
+        .rev()
+        .fold(0, |value, byte| value << 8 | u64::from(*byte))
 }
 
 enum Kind {
@@ -346,7 +459,7 @@ fn memory_map(ram: &[Range]) -> Vec<(Range, u32)> {
 
 fn write_zero_page(
     memory: &GuestMemoryMmap,
-    mut header: linux_loader::loader::bootparam::setup_header,
+    mut header: setup_header,
     cmdline: u32,
     initrd: Option<Range>,
     ram: &[Range],
@@ -444,7 +557,7 @@ mod tests {
 
     /// A bzImage with one setup sector, whose 32-bit part is `code`.
     fn bzimage(version: u16, code: &[u8]) -> Vec<u8> {
-        let header = linux_loader::loader::bootparam::setup_header {
+        let header = setup_header {
             setup_sects: 1,
             boot_flag: BOOT_FLAG,
             header: HDRS,
@@ -463,7 +576,8 @@ mod tests {
         image
     }
 
-    /// An ELF file with one segment at 2 MiB and, if `pvh`, a note with the entry's address.
+    /// An ELF file with one segment at 2 MiB, linked to the upper half like Linux, and, if `pvh`, a
+    /// note with the entry's address.
     fn elf(pvh: bool, code: &[u8]) -> Vec<u8> {
         let mut image = Vec::new();
         image.extend_from_slice(b"\x7fELF\x02\x01\x01");
@@ -490,7 +604,8 @@ mod tests {
             for word in [kind, 5] {
                 image.extend_from_slice(&word.to_le_bytes());
             }
-            for word in [offset, address, address, size, size, 4] {
+            let upper_half = 0xffff_ffff_8000_0000 | address;
+            for word in [offset, upper_half, address, size, size, 4] {
                 image.extend_from_slice(&word.to_le_bytes());
             }
         };
@@ -500,6 +615,12 @@ mod tests {
             image.extend_from_slice(&word.to_le_bytes());
         }
         image.extend_from_slice(code);
+        image
+    }
+
+    fn patched(at: usize, value: u8) -> Vec<u8> {
+        let mut image = elf(true, b"code");
+        image[at] = value;
         image
     }
 
@@ -614,12 +735,76 @@ mod tests {
             (b"#!/bin/sh\n".to_vec(), "not a kernel"),
             (vec![0; 4096], "not a kernel"),
             (bzimage(0x0206, b""), "no 64-bit entry"),
-            (b"\x7fELF".to_vec(), "damaged"),
-            (elf(true, b"code")[..100].to_vec(), "damaged"),
+            (b"\x7fELF".to_vec(), "cut short"),
+            (elf(true, b"code")[..100].to_vec(), "cut short"),
+            (elf(true, b"code")[..198].to_vec(), "damaged"),
+            (patched(18, 183), "another processor"),
+            (patched(4, 1), "another processor"),
+            (patched(16, 3), "another kind"),
+            // The second segment's physical address: 0 instead of 2 MiB.
+            (patched(64 + 56 + 24 + 2, 0), "below 1 MiB"),
+            (std::fs::read("/proc/self/exe").unwrap(), "not a kernel"),
         ] {
             let kernel = file(&bytes);
             let error = load(&memory, &ram, &images(&kernel, None), RSDP).unwrap_err();
             assert!(error.to_string().contains(expected), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_program_is_not_a_kernel() {
+        let (memory, ram) = ram(64 << 20);
+        let mut image = elf(false, b"code");
+        for segment in [64, 64 + 56] {
+            image[segment + 16 + 7] = 0;
+        }
+        let kernel = file(&image);
+        let error = load(&memory, &ram, &images(&kernel, None), RSDP).unwrap_err();
+        assert!(
+            error.to_string().contains("not linked as Linux is"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_kernel_unpacks_itself_at_its_preferred_address() {
+        let header = |relocatable_kernel, kernel_alignment, pref_address| setup_header {
+            relocatable_kernel,
+            kernel_alignment,
+            pref_address,
+            init_size: 0x1000,
+            ..Default::default()
+        };
+        for (header, end) in [
+            (header(1, 0x20_0000, 0x100_0000), 0x100_1000),
+            (header(1, 0x20_0000, 0), 0x20_1000),
+            (header(0, 0, 0x100_0000), 0x100_1000),
+            (header(1, 0, u64::MAX), u64::MAX),
+        ] {
+            assert_eq!(unpacked_end(0x10_0000, &header), end);
+        }
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn damaged_kernels_never_panic(
+            is_elf: bool,
+            length in 0usize..1100,
+            changes in proptest::collection::vec((0usize..1100, proptest::num::u8::ANY), 0..12),
+        ) {
+            let (memory, ram) = ram(16 << 20);
+            let mut image = if is_elf { elf(true, b"code") } else { bzimage(0x020f, b"code") };
+            // The interesting half of a bzImage is its header.
+            let start = if is_elf { 0 } else { 0x1f1 };
+            for (at, value) in changes {
+                let at = start + at % 128;
+                if let Some(byte) = image.get_mut(at) {
+                    *byte = value;
+                }
+            }
+            image.truncate(length);
+            let kernel = file(&image);
+            let _ = load(&memory, &ram, &images(&kernel, None), RSDP);
         }
     }
 
@@ -660,6 +845,12 @@ mod tests {
             RSDP,
         );
         assert!(matches!(error, Err(Error::CmdlineZero)));
+        let mut image = bzimage(PROTOCOL_2_12, b"code");
+        // `init_size`, the last field but one.
+        image[0x260..0x264].copy_from_slice(&(64u32 << 20).to_le_bytes());
+        let kernel = file(&image);
+        let error = load(&memory, &ram, &images(&kernel, None), RSDP).unwrap_err();
+        assert!(matches!(error, Error::KernelTooLarge { .. }), "{error}");
         let kernel = file(&bzimage(PROTOCOL_2_12, &vec![0; 17 << 20]));
         let error = load(&memory, &ram, &images(&kernel, None), RSDP).unwrap_err();
         assert!(matches!(error, Error::Load { .. }), "{error}");

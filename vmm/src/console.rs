@@ -366,6 +366,7 @@ mod tests {
         console.start(input, exit).unwrap();
         use crate::bus::BusDevice;
         serial.lock().unwrap().write(1, &[1]);
+        serial.lock().unwrap().write(4, &[8]);
         for text in [b"one", b"two"] {
             let mut client = UnixStream::connect(&path).unwrap();
             client.write_all(text).unwrap();

@@ -3,8 +3,8 @@
 use std::io;
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment,
-    kvm_sregs,
+    CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, KVM_MAX_CPUID_ENTRIES, Msrs, kvm_cpuid_entry2,
+    kvm_dtable, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment, kvm_sregs,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
@@ -84,10 +84,16 @@ impl CpuTemplate {
     /// CPUID of processor `cpu`: one socket, one core for each processor, one thread each.
     fn for_cpu(&self, cpu: u8) -> Result<CpuId, Error> {
         let mut entries = self.entries.as_slice().to_vec();
+        // KVM may leave these leaves empty, with fewer levels than they need.
+        for function in [0xb, 0x1f] {
+            if entries.iter().any(|e| e.function == function) {
+                entries.retain(|e| e.function != function);
+                entries.extend(self.extended_topology(function, cpu));
+            }
+        }
         let id = u32::from(cpu);
         let count = u32::from(self.cpus);
-        // Bits that number the cores within the socket.
-        let core_bits = count.next_power_of_two().trailing_zeros();
+        let core_bits = self.core_bits();
         for e in &mut entries {
             match e.function {
                 0x1 => {
@@ -113,17 +119,6 @@ impl CpuTemplate {
                     };
                     e.eax = e.eax & 0x3fff | sharing << 14 | ((1 << core_bits) - 1) << 26;
                 }
-                // Extended topology: level 0 is threads, level 1 cores.
-                0xb | 0x1f => {
-                    const THREADS: u32 = 1;
-                    const CORES: u32 = 2;
-                    (e.eax, e.ebx, e.ecx) = match e.index {
-                        0 => (0, 1, THREADS << 8),
-                        1 => (core_bits, count, CORES << 8 | 1),
-                        level => (0, 0, level & 0xff),
-                    };
-                    e.edx = id;
-                }
                 // AMD: cores of the socket, and the bits that number them.
                 0x8000_0008 => e.ecx = e.ecx & !0xf0ff | core_bits << 12 | (count - 1),
                 // AMD, cache topology, as leaf 4.
@@ -139,6 +134,33 @@ impl CpuTemplate {
             }
         }
         CpuId::from_entries(&entries).map_err(|_| Error::CpuidTooLong(cpu))
+    }
+
+    /// Bits that number the cores within the socket.
+    fn core_bits(&self) -> u32 {
+        u32::from(self.cpus).next_power_of_two().trailing_zeros()
+    }
+
+    /// The levels of an extended topology leaf: threads, cores, end of the list.
+    fn extended_topology(&self, function: u32, cpu: u8) -> [kvm_cpuid_entry2; 3] {
+        const THREADS: u32 = 1 << 8;
+        const CORES: u32 = 2 << 8;
+        [
+            (0, 1, THREADS),
+            (self.core_bits(), u32::from(self.cpus), CORES | 1),
+            (0, 0, 2),
+        ]
+        .map(|(shift, count, level)| kvm_cpuid_entry2 {
+            function,
+            // The low byte of ECX echoes the index.
+            index: level & 0xff,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: count,
+            ecx: level,
+            edx: u32::from(cpu),
+            ..Default::default()
+        })
     }
 
     /// Prepares processor `cpu`. Those that do not boot (all but the first) wait for INIT and SIPI
@@ -345,7 +367,7 @@ pub fn write_tables(memory: &GuestMemoryMmap, entry: &Entry) -> Result<(), Error
 mod tests {
     use super::*;
 
-    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_bindings::kvm_cpuid_entry2> {
+    fn leaf(cpuid: &CpuId, function: u32, index: u32) -> Option<kvm_cpuid_entry2> {
         cpuid
             .as_slice()
             .iter()
@@ -354,7 +376,7 @@ mod tests {
     }
 
     fn template(cpus: u8) -> CpuTemplate {
-        let entry = |function, index| kvm_bindings::kvm_cpuid_entry2 {
+        let entry = |function, index| kvm_cpuid_entry2 {
             function,
             index,
             eax: 0x1f,

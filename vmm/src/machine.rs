@@ -6,7 +6,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Mutex};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::VcpuFd;
 use nix::sys::signal::{SigSet, Signal};
@@ -17,7 +18,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::acpi;
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
-use crate::config::Config;
+use crate::config::{Config, DeviceConfig};
 use crate::console::{self, Console};
 use crate::cpu::{self, CpuTemplate};
 use crate::devices::acpi_pm::{self, AcpiPm};
@@ -32,7 +33,11 @@ use crate::irq::{self, GsiRouter};
 use crate::kvm::{self, Vm};
 use crate::layout::{self, Range};
 use crate::memory::{self, GuestRam};
+use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
+use crate::pci::{PciRoot, Windows};
 use crate::vcpu::{self, Context, Vcpus};
+use crate::vhost_user::{self, VhostUserDevice};
+use crate::virtio::{self, VirtioPci};
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -81,6 +86,21 @@ pub enum Error {
     /// A device's addresses.
     #[error(transparent)]
     Bus(#[from] bus::Error),
+    /// The PCI bus.
+    #[error(transparent)]
+    Pci(#[from] host::Error),
+    /// A virtio device's registers.
+    #[error("device {socket} cannot be put on the PCI bus", socket = socket.display())]
+    Virtio {
+        /// The back-end's socket.
+        socket: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: virtio::pci::Error,
+    },
+    /// A back-end.
+    #[error(transparent)]
+    VhostUser(#[from] vhost_user::Error),
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -113,6 +133,7 @@ pub struct Machine {
     processors: Vec<VcpuFd>,
     events: EventLoop,
     resources: Resources,
+    pci: SharedRoot,
     input: SerialInput,
     console: Console,
 }
@@ -158,8 +179,11 @@ impl Machine {
             exit,
             pci_mmio64,
         };
+        // Before the console: an absent back-end is reported to a terminal that is not raw yet.
+        let pci = add_pci_devices(&resources, &config.devices)?;
+        let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         let (console, output) = Console::open(&config.serial, &resources.exit)?;
-        let input = add_platform_devices(&resources, output, None)?;
+        let input = add_platform_devices(&resources, output, Some(ports))?;
 
         let mut processors = Vec::new();
         for cpu in 0..cpus {
@@ -177,6 +201,7 @@ impl Machine {
             processors,
             events,
             resources,
+            pci,
             input,
             console,
         })
@@ -188,6 +213,7 @@ impl Machine {
             processors,
             mut events,
             resources,
+            pci,
             input,
             mut console,
         } = self;
@@ -201,6 +227,9 @@ impl Machine {
         let vcpus = Vcpus::start(processors, &context)?;
         events.run().map_err(Error::Events)?;
         drop(vcpus);
+        pci.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove_all();
         let lost = || ExitReason::Failure("the control thread's loop ended".to_owned());
         Ok(resources.exit.reason().unwrap_or_else(lost))
     }
@@ -256,6 +285,36 @@ fn event_loop(exit: &ExitHandle) -> Result<EventLoop, Error> {
     );
     add.map_err(Error::Events)?;
     Ok(events)
+}
+
+/// Creates the PCI bus with the devices that back-ends serve.
+fn add_pci_devices(resources: &Resources, devices: &[DeviceConfig]) -> Result<SharedRoot, Error> {
+    let windows = Windows {
+        low: Range {
+            start: layout::PCI_MMIO32_START,
+            size: layout::PCI_MMIO32_SIZE,
+        },
+        high: resources.pci_mmio64,
+    };
+    let mut root = PciRoot::new(Arc::clone(&resources.mmio), windows);
+    for device in devices {
+        let socket = device.socket.clone();
+        let device = VhostUserDevice::connect(
+            device.clone(),
+            resources.memory.clone(),
+            resources.events.clone(),
+        )?;
+        let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
+        let function = VirtioPci::new(Box::new(device), router, vm)
+            .map_err(|source| Error::Virtio { socket, source })?;
+        root.add(Arc::new(Mutex::new(function)))?;
+    }
+    let root = Arc::new(Mutex::new(root));
+    let ecam = Arc::new(Mutex::new(Ecam(Arc::clone(&root))));
+    resources
+        .mmio
+        .insert(layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
+    Ok(root)
 }
 
 /// Puts the platform's fixed devices on the buses. `pci` answers the PCI configuration ports.

@@ -199,7 +199,7 @@ impl Vcpu {
             }
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => After::Port,
             Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => After::Continue,
-            // A triple fault.
+            // On AMD processors KVM has reset the processor by now, and the registers show that.
             Ok(VcpuExit::Shutdown) => After::Crash("triple fault".to_owned()),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
                 After::End(ExitReason::PowerOff)

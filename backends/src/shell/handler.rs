@@ -125,6 +125,12 @@ pub enum HandlerError {
         #[source]
         source: io::Error,
     },
+    /// A descriptor that cannot carry events: one that is always ready would keep a worker spinning.
+    #[error("queue {index}: the descriptor sent is neither an eventfd nor a pipe")]
+    EventDescriptor {
+        /// Number of the queue.
+        index: u8,
+    },
     /// The message belongs to a protocol feature that was not offered.
     #[error("{0} is not offered")]
     NotOffered(&'static str),
@@ -468,6 +474,15 @@ fn used_index(memory: &super::Memory, used_ring: GuestAddress) -> Option<u16> {
         .map(u16::from_le)
 }
 
+/// Lets pass what events can come through: an eventfd, whose inode has no type, or a pipe.
+fn event_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, HandlerError> {
+    let Some(file) = fd else { return Ok(None) };
+    match nix::sys::stat::fstat(&file).map(|s| s.st_mode & libc::S_IFMT) {
+        Ok(0 | libc::S_IFIFO) => Ok(Some(file)),
+        _ => Err(HandlerError::EventDescriptor { index }),
+    }
+}
+
 fn signal_error(mut err: &File) {
     // The peer owns the other end; there is nobody else to tell.
     let _ = io::Write::write(&mut err, &1_u64.to_ne_bytes());
@@ -582,16 +597,18 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
-        let kick = fd.map_or(Kick::Polled, Kick::Fd);
+        let kick = event_descriptor(index, fd)?.map_or(Kick::Polled, Kick::Fd);
         Ok(self.change(index.into(), |ring| ring.kick = kick)?)
     }
 
     fn set_vring_call(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
-        Ok(self.change(index.into(), |ring| ring.call = fd)?)
+        let call = event_descriptor(index, fd)?;
+        Ok(self.change(index.into(), |ring| ring.call = call)?)
     }
 
     fn set_vring_err(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
-        Ok(self.change(index.into(), |ring| ring.err = fd)?)
+        let err = event_descriptor(index, fd)?;
+        Ok(self.change(index.into(), |ring| ring.err = err)?)
     }
 
     fn get_protocol_features(&mut self) -> ProtocolResult<VhostUserProtocolFeatures> {

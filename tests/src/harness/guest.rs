@@ -461,6 +461,24 @@ impl Guest {
         })
     }
 
+    /// Gives the guest's only network card an address (with its prefix length) and brings it up; gives the card's name.
+    ///
+    /// # Errors
+    /// Fails if there is no card, or not only one.
+    pub fn network_up(&mut self, address: &str) -> Result<String> {
+        let names = self.run_ok("ls /sys/class/net | grep -v '^lo$'")?;
+        let name = names.trim();
+        if name.contains(char::is_whitespace) {
+            return Err(LabError::Check(format!(
+                "the guest has several network cards: {name}"
+            )));
+        }
+        self.run_ok(&format!(
+            "ip address add {address} dev {name} && ip link set {name} up"
+        ))?;
+        Ok(name.to_owned())
+    }
+
     /// Sends a command to the agent; gives its number.
     fn send(&mut self, command: &str) -> Result<u32> {
         self.commands += 1;

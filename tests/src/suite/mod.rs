@@ -1,7 +1,9 @@
 //! The end-to-end tests, and what runs them: each in a process of its own, in its own process, mount and network namespaces, so
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
+mod blk;
 mod boot;
+mod net;
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -31,7 +33,7 @@ pub struct Test {
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [boot::TESTS].into_iter().flatten()
+    [boot::TESTS, blk::TESTS, net::TESTS].into_iter().flatten()
 }
 
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.

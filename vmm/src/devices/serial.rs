@@ -12,8 +12,8 @@
 //! | 7 | scratch |
 //!
 //! No input is lost: it waits on our side until the guest's driver has enabled the receive
-//! interrupt and the FIFO has room. What is typed before the driver is up reaches it afterwards
-//! instead of vanishing in its probe of the port.
+//! interrupt, has connected the interrupt line, and the FIFO has room. What is typed before the
+//! driver is up reaches it afterwards instead of vanishing in its probe of the port.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -35,6 +35,8 @@ const MODEM_CONTROL: u64 = 4;
 const IER_RECEIVE: u8 = 1;
 /// Offsets 0 and 1 are the divisor.
 const LCR_DLAB: u8 = 1 << 7;
+/// Connects the port with its interrupt line.
+const MCR_OUT2: u8 = 1 << 3;
 /// What is sent comes back as received.
 const MCR_LOOP: u8 = 1 << 4;
 
@@ -83,8 +85,10 @@ impl Serial {
 
     /// How many bytes the guest can be given now.
     fn room(&self) -> usize {
-        let listening =
-            self.interrupt_enable & IER_RECEIVE != 0 && self.modem_control & MCR_LOOP == 0;
+        // A driver's probe also sets bits in the interrupt enable register, to see whether they stay;
+        // only one that is in earnest connects the interrupt line as well.
+        let listening = self.interrupt_enable & IER_RECEIVE != 0
+            && self.modem_control & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2;
         if listening {
             self.uart.fifo_capacity()
         } else {
@@ -210,11 +214,14 @@ mod tests {
         serial.lock().unwrap().write(3, &[LCR_DLAB]);
         serial.lock().unwrap().write(1, &[1]);
         serial.lock().unwrap().write(3, &[3]);
+        serial.lock().unwrap().write(1, &[0xd]);
+        serial.lock().unwrap().write(4, &[MCR_LOOP | MCR_OUT2]);
         assert!(is_done.recv_timeout(Duration::from_millis(20)).is_err());
         assert_eq!(read(&serial, 5) & 1, 0);
         assert!(irq.read().is_err());
 
         serial.lock().unwrap().write(1, &[1]);
+        serial.lock().unwrap().write(4, &[MCR_OUT2]);
         let mut received = Vec::new();
         while received.len() < text.len() {
             if read(&serial, 5) & 1 != 0 {

@@ -124,6 +124,17 @@ impl PciRoot {
         Ok(device)
     }
 
+    /// Takes all functions off the bus and drops them.
+    pub fn remove_all(&mut self) {
+        for slot in std::mem::take(&mut self.slots).values() {
+            for address in slot.mapped.iter().flatten() {
+                if let Err(error) = self.mmio.remove(*address) {
+                    tracing::error!(%error, "cannot unmap a BAR");
+                }
+            }
+        }
+    }
+
     fn place(&mut self, size: u64) -> Result<u64, Error> {
         let windows = self.windows;
         let fit = |next: u64, window: Range| {

@@ -53,9 +53,11 @@ use crate::pci::msix::new_event;
 use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
 
 /// How long a back-end may take for a request.
-const ANSWER_LIMIT: Duration = Duration::from_secs(15);
+const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
 /// How long it may take to finish what is under way when a device is reset.
 const STOP_LIMIT: Duration = Duration::from_secs(120);
+/// The same at the end of the machine, when nobody waits for the results.
+const END_LIMIT: Duration = Duration::from_secs(2);
 /// Pause between attempts to reach a back-end that is gone.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
 
@@ -537,7 +539,7 @@ impl Shared {
         Ok(())
     }
 
-    fn stop(self: &Arc<Self>, state: &mut State) {
+    fn stop(self: &Arc<Self>, state: &mut State, limit: Duration) {
         let Some(running) = state.running.take() else {
             return;
         };
@@ -560,7 +562,7 @@ impl Shared {
             }
             Ok(())
         };
-        match connection.simple(STOP_LIMIT, talk) {
+        match connection.simple(limit, talk) {
             Ok(()) => tracing::debug!("{self}: stopped"),
             // One that does not stop must not keep the guest's memory: the connection ends.
             Err(error) => self.lose(state, &error.to_string()),
@@ -760,14 +762,14 @@ impl VirtioDevice for VhostUserDevice {
 
     fn reset(&mut self) {
         let mut state = self.shared.state();
-        self.shared.stop(&mut state);
+        self.shared.stop(&mut state, STOP_LIMIT);
     }
 }
 
 impl Drop for VhostUserDevice {
     fn drop(&mut self) {
         let mut state = self.shared.state();
-        self.shared.stop(&mut state);
+        self.shared.stop(&mut state, END_LIMIT);
         for handler in state.handlers.drain(..) {
             self.shared.events.remove(handler);
         }
@@ -775,3 +777,6 @@ impl Drop for VhostUserDevice {
         state.epoch += 1;
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -6,7 +6,7 @@
 //!
 //! - A block device needs a configuration (its size is there), and feature bits 18 to 23 and 50 to
 //!   63 mean nothing for it, while network back-ends with a configuration have a control queue and
-//!   so some of these.
+//!   so some of these. Bits 15 to 17 come with at least one of bits 2, 6 and 9.
 //! - A network card whose back-end has a configuration offers at least one of bits 15 to 23 and 50
 //!   to 63 (mergeable buffers, link status, control queue, …), while block back-ends use bits 0 to
 //!   14 only, but for bits 15 to 17 of zoned and secure-erase disks, which are told by bits 2, 6
@@ -32,6 +32,8 @@ const BLK_TYPICAL: u64 = 1 << 2 | 1 << 6 | 1 << 9;
 const BLK_MQ: u64 = 1 << 12;
 const BLK_SECURE_ERASE: u64 = 1 << 16;
 const BLK_ZONED: u64 = 1 << 17;
+/// Block: LIFETIME, SECURE_ERASE and ZONED, which no disk has without some of the typical ones.
+const BLK_RARE: u64 = 7 << 15;
 /// Feature bits without a meaning for block devices.
 const BLK_UNDEFINED: u64 = 0xfc << 16 | 0xfffc << 48;
 /// Offset of `num_queues` in the configuration (5.2.4).
@@ -198,7 +200,10 @@ impl Offer {
         };
         match self.device_type {
             DeviceType::BLOCK if !self.has(P_CONFIG) => wrong("it has no configuration space"),
-            DeviceType::BLOCK if self.features & BLK_UNDEFINED != 0 => {
+            DeviceType::BLOCK
+                if self.features & BLK_UNDEFINED != 0
+                    || self.features & BLK_RARE != 0 && self.features & BLK_TYPICAL == 0 =>
+            {
                 wrong("it offers features that no block device has")
             }
             DeviceType::NET

@@ -356,7 +356,6 @@ impl PciFunction for VirtioPci {
 impl Drop for VirtioPci {
     fn drop(&mut self) {
         self.bar_moved(BAR, self.mapped, None);
-        self.device.reset();
     }
 }
 

@@ -1,0 +1,546 @@
+//! The shell of the back-ends, seen from outside through `ringside-blk`: command line, sockets, signals, and front-ends
+//! that do not behave.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // helpers of tests: a panic is how they fail
+
+mod frontend;
+
+use std::fs::File;
+use std::io::{IoSlice, Write};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::{Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use frontend::{Daemon, FrontEnd, Guest, PATIENCE, Raw, Setup, negotiate};
+use nix::sys::signal::Signal;
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use ringside_rings::Segment;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vm_memory::Bytes;
+use vmm_sys_util::eventfd::EventFd;
+
+const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
+const NULL: [&str; 2] = ["--null", "1G"];
+
+/// Requests of the protocol, by the numbers of its specification.
+const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_MEM_TABLE: u32 = 5;
+const SET_VRING_NUM: u32 = 8;
+const SET_VRING_KICK: u32 = 12;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const SET_PROTOCOL_FEATURES: u32 = 16;
+const SET_VRING_ENABLE: u32 = 18;
+const NEED_REPLY: u32 = 0x8;
+
+/// One flush, to see that all is in order.
+fn works(front: &mut FrontEnd) {
+    let head = front.guest.alloc(16, 16);
+    let mut header = [0; 16];
+    header[0] = 4; // VIRTIO_BLK_T_FLUSH
+    front.guest.memory.write_slice(&header, head).unwrap();
+    let status = front.guest.alloc(1, 1);
+    front.guest.memory.write_obj(0xee_u8, status).unwrap();
+    let writable = [Segment::new(status, 1)];
+    front.queues[0].submit(&front.guest, &[Segment::new(head, 16)], &writable, 1);
+    assert_eq!(front.complete(0), (1, 1));
+    assert_eq!(front.guest.memory.read_obj::<u8>(status).unwrap(), 0);
+}
+
+fn still_serves(daemon: &Daemon) {
+    works(&mut FrontEnd::new(&daemon.socket(), Setup::default()));
+}
+
+#[test]
+fn capabilities_are_printed_whatever_else_is_asked() {
+    for args in [
+        &["--print-capabilities"][..],
+        &["--print-capabilities", "--no-such-option", "--fd", "x"],
+    ] {
+        let output = Command::new(BLK).args(args).output().unwrap();
+        assert!(output.status.success());
+        let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(json["type"], "block");
+        assert_eq!(
+            json["features"],
+            serde_json::json!(["read-only", "blk-file"])
+        );
+    }
+}
+
+#[test]
+fn the_discovery_file_describes_the_program() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/share/50-ringside-blk.json");
+    let json: serde_json::Value = serde_json::from_reader(File::open(path).unwrap()).unwrap();
+    assert_eq!(json["type"], "block");
+    assert!(json["binary"].as_str().unwrap().ends_with("/ringside-blk"));
+    assert!(json["description"].is_string());
+}
+
+#[test]
+fn help_names_examples_and_exit_statuses() {
+    let output = Command::new(BLK).arg("--help").output().unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success());
+    for word in [
+        "Examples:",
+        "qemu-system-x86_64",
+        "cloud-hypervisor",
+        "Exit status:",
+    ] {
+        assert!(help.contains(word), "{word}");
+    }
+}
+
+#[test]
+fn both_end_signals_end_it_at_once_and_with_success() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        for connected in [false, true] {
+            let daemon = Daemon::start(BLK, &NULL);
+            let front = connected.then(|| FrontEnd::new(&daemon.socket(), Setup::default()));
+            let start = Instant::now();
+            daemon.signal(signal);
+            let socket = daemon.socket();
+            let (code, log) = daemon.outcome();
+            assert_eq!(code, Some(0), "{log}");
+            assert!(start.elapsed() < Duration::from_secs(1));
+            assert!(!socket.exists());
+            drop(front);
+        }
+    }
+}
+
+#[test]
+fn front_ends_come_and_go() {
+    let daemon = Daemon::start(BLK, &NULL);
+    for _ in 0..20 {
+        works(&mut FrontEnd::new(&daemon.socket(), Setup::default()));
+    }
+    daemon.assert_idle();
+    daemon.stop();
+}
+
+#[test]
+fn it_can_end_with_its_front_end() {
+    let daemon = Daemon::start(BLK, &[&NULL[..], &["--exit-on-disconnect"]].concat());
+    still_serves(&daemon);
+    let (code, log) = daemon.outcome();
+    assert_eq!(code, Some(0), "{log}");
+}
+
+#[test]
+fn stale_sockets_are_replaced_and_others_are_not() {
+    let spawn = |dir: tempfile::TempDir| {
+        let mut command = Command::new(BLK);
+        command
+            .args(NULL)
+            .arg("--socket-path")
+            .arg(dir.path().join("s"));
+        Daemon::spawn_command(&mut command, dir)
+    };
+    let dir = tempfile::tempdir().unwrap();
+    drop(UnixListener::bind(dir.path().join("s")).unwrap());
+    let daemon = spawn(dir);
+    daemon.wait_for_socket();
+    daemon.stop();
+
+    let dir = tempfile::tempdir().unwrap();
+    let listener = UnixListener::bind(dir.path().join("s")).unwrap();
+    let (code, log) = spawn(dir).outcome();
+    assert_eq!(code, Some(1));
+    assert!(log.contains("another program listens"), "{log}");
+    drop(listener);
+
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("s"), "text").unwrap();
+    let (code, log) = spawn(dir).outcome();
+    assert_eq!(code, Some(1));
+    assert!(log.contains("is not a socket"), "{log}");
+}
+
+/// Starts the program with a descriptor inherited, as number 0.
+fn inherit(fd: impl Into<OwnedFd>) -> Daemon {
+    let mut command = Command::new(BLK);
+    command.args(NULL).args(["--fd", "0"]).stdin(fd.into());
+    Daemon::spawn_command(&mut command, tempfile::tempdir().unwrap())
+}
+
+#[test]
+fn an_inherited_socket_may_listen_or_be_connected() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("inherited");
+    let listener = UnixListener::bind(&path).unwrap();
+    let daemon = inherit(listener);
+    daemon.wait_for_socket();
+    for _ in 0..2 {
+        works(&mut FrontEnd::new(&path, Setup::default()));
+    }
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.outcome().0, Some(0));
+    assert!(path.exists(), "who made the socket file removes it");
+
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    let daemon = inherit(theirs);
+    daemon.wait_for_socket();
+    let mut raw = Raw(ours);
+    raw.send(GET_FEATURES, 0, &[]);
+    assert_eq!(raw.reply().0, GET_FEATURES);
+    drop(raw);
+    assert_eq!(daemon.outcome().0, Some(0));
+
+    let file = tempfile::tempfile().unwrap();
+    let (code, log) = inherit(file).outcome();
+    assert_eq!(code, Some(1));
+    assert!(log.contains("not a Unix stream socket"), "{log}");
+}
+
+#[test]
+fn as_a_client_it_connects_as_soon_as_it_can_and_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("front");
+    let mut command = Command::new(BLK);
+    command
+        .args(NULL)
+        .arg("--client")
+        .arg("--socket-path")
+        .arg(&path);
+    let daemon = Daemon::spawn_command(&mut command, tempfile::tempdir().unwrap());
+    sleep(Duration::from_millis(50));
+    let listener = UnixListener::bind(&path).unwrap();
+    for _ in 0..2 {
+        let mut raw = Raw(listener.accept().unwrap().0);
+        raw.0.set_read_timeout(Some(PATIENCE)).unwrap();
+        raw.send(GET_FEATURES, 0, &[]);
+        assert_eq!(raw.reply().0, GET_FEATURES);
+    }
+    daemon.signal(Signal::SIGTERM);
+    assert_eq!(daemon.outcome().0, Some(0));
+    assert!(path.exists());
+}
+
+#[test]
+fn rings_may_be_enabled_before_features_are_accepted() {
+    // The order of QEMU's network devices.
+    let daemon = Daemon::start(BLK, &[&NULL[..], &["--queues", "2"]].concat());
+    let mut raw = Raw::connect(&daemon.socket());
+    raw.send(GET_FEATURES, 0, &[]);
+    let features = raw.reply().1;
+    raw.send(GET_PROTOCOL_FEATURES, 0, &[]);
+    let protocol = raw.reply().1;
+    raw.send_u64(SET_PROTOCOL_FEATURES, 0, protocol);
+    let enable = |index: u64, on: u64| index | (on << 32);
+    raw.send_u64(SET_VRING_ENABLE, NEED_REPLY, enable(0, 1));
+    assert_eq!(raw.reply(), (SET_VRING_ENABLE, 0));
+    raw.send_u64(SET_VRING_ENABLE, 0, enable(1, 1));
+    raw.send_u64(SET_VRING_ENABLE, NEED_REPLY, enable(7, 1));
+    assert_eq!(raw.reply(), (SET_VRING_ENABLE, 1), "there is no queue 7");
+    raw.send_u64(SET_FEATURES, NEED_REPLY, features);
+    assert_eq!(raw.reply(), (SET_FEATURES, 0));
+    raw.send_u64(SET_VRING_ENABLE, NEED_REPLY, enable(1, 0));
+    assert_eq!(raw.reply(), (SET_VRING_ENABLE, 0));
+    raw.send_u64(SET_VRING_ENABLE, 0, enable(0, 2));
+    assert!(raw.is_closed());
+    still_serves(&daemon);
+    daemon.stop();
+}
+
+#[test]
+fn without_protocol_features_an_enable_is_an_error() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut raw = Raw::connect(&daemon.socket());
+    raw.send_u64(SET_VRING_ENABLE, 0, 1 << 32);
+    assert!(raw.is_closed());
+    still_serves(&daemon);
+    daemon.stop();
+}
+
+#[test]
+fn garbage_ends_the_connection_and_nothing_else() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut seed = 0x2545_f491_4f6c_dd1d_u64;
+    let mut random = || {
+        // xorshift64
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    for round in 0..300 {
+        let mut raw = Raw::connect(&daemon.socket());
+        let payload: Vec<u8> = (0..random() % 64).map(|_| random() as u8).collect();
+        let request = if round % 3 == 0 {
+            random() as u32
+        } else {
+            (random() % 46) as u32
+        };
+        let mut message = Vec::new();
+        let (flags, size) = match round % 4 {
+            0 => (random() as u32, random() as u32),
+            1 => (1, payload.len() as u32),
+            2 => (9, payload.len() as u32),
+            _ => (1, (payload.len() as u32).wrapping_add(4)),
+        };
+        for word in [request, flags, size] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(payload);
+        // The back-end may hang up before all is sent.
+        let _ = raw.0.write_all(&message);
+        let _ = raw.0.shutdown(std::net::Shutdown::Write);
+    }
+    still_serves(&daemon);
+    daemon.assert_idle();
+    daemon.stop();
+}
+
+#[test]
+fn a_front_end_that_stops_in_the_middle_of_a_message_is_dropped() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut header = Raw::connect(&daemon.socket());
+    header.0.write_all(&[1, 0, 0, 0, 1]).unwrap();
+    assert!(header.is_closed());
+    let mut payload = Raw::connect(&daemon.socket());
+    payload
+        .0
+        .write_all(&[2, 0, 0, 0, 1, 0, 0, 0, 8, 0, 0, 0])
+        .unwrap();
+    assert!(payload.is_closed());
+    still_serves(&daemon);
+    // Nor does it hold up the end for long.
+    let mut raw = Raw::connect(&daemon.socket());
+    raw.0.write_all(&[1]).unwrap();
+    daemon.stop();
+}
+
+#[test]
+fn what_a_queue_cannot_be_is_refused_by_an_answer() {
+    let daemon = Daemon::start(BLK, &[&NULL[..], &["--queue-size", "64"]].concat());
+    let (messages, _) = negotiate(&daemon.socket(), 0);
+    for size in [0, 3, 128, 65535] {
+        assert!(messages.set_vring_num(0, size).is_err(), "{size}");
+    }
+    messages.set_vring_num(0, 64).unwrap();
+    assert!(
+        messages.set_vring_num(1, 64).is_err(),
+        "there is no queue 1"
+    );
+    assert!(messages.set_features(u64::MAX).is_err());
+    // The connection is still there.
+    messages.get_features().unwrap();
+    drop(messages);
+    still_serves(&daemon);
+    daemon.stop();
+}
+
+#[test]
+fn memory_that_is_not_there_is_refused() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let (mut messages, _) = negotiate(&daemon.socket(), 0);
+    let guest = Guest::new();
+    let good = guest.regions();
+    let mut beyond = good[1];
+    beyond.memory_size += 4096;
+    let mut unaligned = good[0];
+    unaligned.mmap_offset = 12;
+    unaligned.memory_size = 4096;
+    let mut overlapping = good[1];
+    overlapping.guest_phys_addr = 4096;
+    for wrong in [
+        vec![beyond],
+        vec![unaligned],
+        vec![good[0], overlapping],
+        vec![good[0], good[0]],
+    ] {
+        assert!(messages.set_mem_table(&wrong).is_err());
+    }
+    assert!(messages.add_mem_region(&beyond).is_err());
+    messages.set_mem_table(&good).unwrap();
+    drop(messages);
+    still_serves(&daemon);
+    daemon.stop();
+}
+
+#[test]
+fn a_ring_outside_memory_does_not_start() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    works(&mut front);
+    let mut addresses = front.addresses(front.queues[0].ring.layout());
+    addresses.desc_table_addr = 0x1000;
+    assert!(front.messages.set_vring_addr(0, &addresses).is_err());
+    let mut addresses = front.addresses(front.queues[0].ring.layout());
+    addresses.used_ring_addr = addresses.desc_table_addr;
+    assert!(front.messages.set_vring_addr(0, &addresses).is_err());
+    let addresses = front.addresses(front.queues[0].ring.layout());
+    front.messages.set_vring_addr(0, &addresses).unwrap();
+    works(&mut front);
+    daemon.stop();
+}
+
+/// Sends one message with descriptors on a socket of our own.
+fn send_with_fds(raw: &Raw, request: u32, payload: &[u8], fds: &[RawFd]) {
+    let mut message = Vec::new();
+    for word in [request, 1 | NEED_REPLY, payload.len() as u32] {
+        message.extend(word.to_ne_bytes());
+    }
+    message.extend(payload);
+    let control = [ControlMessage::ScmRights(fds)];
+    let parts = [IoSlice::new(&message)];
+    sendmsg::<()>(raw.0.as_raw_fd(), &parts, &control, MsgFlags::empty(), None).unwrap();
+}
+
+#[test]
+fn descriptors_of_the_wrong_kind_are_refused() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut raw = Raw::connect(&daemon.socket());
+    raw.send(GET_FEATURES, 0, &[]);
+    let features = raw.reply().1;
+    raw.send(GET_PROTOCOL_FEATURES, 0, &[]);
+    let protocol = raw.reply().1;
+    raw.send_u64(SET_PROTOCOL_FEATURES, 0, protocol);
+    raw.send_u64(SET_FEATURES, NEED_REPLY, features);
+    assert_eq!(raw.reply(), (SET_FEATURES, 0));
+    let file = tempfile::tempfile().unwrap();
+    // A file is always ready: a worker would spin on it.
+    send_with_fds(
+        &raw,
+        SET_VRING_KICK,
+        &0_u64.to_ne_bytes(),
+        &[file.as_raw_fd()],
+    );
+    assert_eq!(raw.reply(), (SET_VRING_KICK, 1));
+    // Memory that is a directory.
+    let mut table = vec![1, 0, 0, 0, 0, 0, 0, 0];
+    for word in [0_u64, 4096, 0, 0] {
+        table.extend(word.to_ne_bytes());
+    }
+    let directory = File::open("/").unwrap();
+    send_with_fds(&raw, SET_MEM_TABLE, &table, &[directory.as_raw_fd()]);
+    assert_eq!(raw.reply(), (SET_MEM_TABLE, 1));
+    // Too many, where none or one belongs.
+    let many = vec![file.as_raw_fd(); 20];
+    send_with_fds(&raw, SET_VRING_NUM, &[0; 8], &many);
+    assert!(raw.is_closed());
+    still_serves(&daemon);
+    daemon.stop();
+}
+
+#[test]
+fn a_call_descriptor_that_blocks_does_not_hold_the_ring_back() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    works(&mut front);
+    // The largest value an eventfd can have: one more blocks the writer.
+    let call = &front.queues[0].call;
+    front.queues[0].settle();
+    call.write(u64::MAX - 1).unwrap();
+    let head = front.guest.alloc(16, 16);
+    front
+        .guest
+        .memory
+        .write_slice(&[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], head)
+        .unwrap();
+    let status = front.guest.alloc(1, 1);
+    let mut session = front.queues[0].ring.session(&front.guest.memory).unwrap();
+    session.enable_interrupts().unwrap();
+    let writable = [Segment::new(status, 1)];
+    front.queues[0].submit(&front.guest, &[Segment::new(head, 16)], &writable, 1);
+    sleep(Duration::from_millis(50));
+    let start = Instant::now();
+    let base = front.messages.get_vring_base(0).unwrap();
+    assert_eq!(base, 2);
+    assert!(start.elapsed() < Duration::from_secs(3));
+    drop(front);
+    still_serves(&daemon);
+    daemon.stop();
+}
+
+#[test]
+fn kicks_through_a_pipe_work_and_its_end_is_no_storm() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let (read, write) = std::io::pipe().unwrap();
+    // EventFd is only a name here: what is sent is the pipe.
+    let read = OwnedFd::from(read).into_raw_fd();
+    // SAFETY: the descriptor was just given up by its owner.
+    let kick = unsafe { EventFd::from_raw_fd(read) };
+    front.messages.set_vring_kick(0, &kick).unwrap();
+    let mut write = write;
+    let head = front.guest.alloc(16, 16);
+    front
+        .guest
+        .memory
+        .write_slice(&[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], head)
+        .unwrap();
+    let status = front.guest.alloc(1, 1);
+    let writable = [Segment::new(status, 1)];
+    front.queues[0].submit(&front.guest, &[Segment::new(head, 16)], &writable, 1);
+    write.write_all(&[0; 8]).unwrap();
+    assert_eq!(front.complete(0), (1, 1));
+    drop(write);
+    daemon.assert_idle();
+    assert_eq!(front.messages.get_vring_base(0).unwrap(), 1);
+    daemon.stop();
+}
+
+#[test]
+fn a_reset_stops_all_rings_and_they_can_start_again() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    works(&mut front);
+    front.queues[0].settle();
+    front.messages.reset_device().unwrap();
+    let head = front.guest.alloc(16, 16);
+    let status = front.guest.alloc(1, 1);
+    let writable = [Segment::new(status, 1)];
+    front
+        .guest
+        .memory
+        .write_slice(&[4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0], head)
+        .unwrap();
+    front.queues[0].submit(&front.guest, &[Segment::new(head, 16)], &writable, 5);
+    let call = front.queues[0].call.as_raw_fd();
+    assert!(!frontend::readable(call, Duration::from_millis(100)));
+    front.start(0, 1);
+    assert_eq!(front.complete(0), (5, 1));
+    daemon.stop();
+}
+
+#[test]
+fn logs_have_levels_and_can_be_json() {
+    let args = [&NULL[..], &["--log-format", "json", "--log-level", "debug"]].concat();
+    let daemon = Daemon::start(BLK, &args);
+    still_serves(&daemon);
+    daemon.signal(Signal::SIGTERM);
+    let (code, log) = daemon.outcome();
+    assert_eq!(code, Some(0));
+    let events: Vec<serde_json::Value> = log
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let with = |message: &str| events.iter().find(|e| e["message"] == message);
+    assert_eq!(with("ring starts").unwrap()["level"], "DEBUG");
+    assert_eq!(with("worker ends").unwrap()["requests"], 1);
+    let quiet = Command::new(BLK)
+        .args(NULL)
+        .args(["--socket-path", "/no/such/dir/s", "--log-level", "error"])
+        .stderr(Stdio::piped())
+        .output()
+        .unwrap();
+    assert_eq!(quiet.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&quiet.stderr).contains("cannot listen on"));
+    let wrong = Command::new(BLK)
+        .args(NULL)
+        .args(["--socket-path", "/no/such/dir/s", "--log-level", "a=b=c"])
+        .output()
+        .unwrap();
+    assert_eq!(wrong.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("log filter"));
+}

@@ -1,0 +1,438 @@
+//! A vhost-user front-end with guest memory and drivers, and a back-end program as a child process.
+//!
+//! Everything here panics when something is not as it should be: it is for tests only.
+
+#![allow(
+    dead_code, // each test program uses its own part
+    unreachable_pub,
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // test support: a panic is how it fails
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use ringside_rings::{DriverLayout, DriverRing, Segment};
+use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend, VhostUserFrontend};
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+
+/// How long anything may take.
+pub const PATIENCE: Duration = Duration::from_secs(10);
+
+/// VHOST_USER_F_PROTOCOL_FEATURES
+pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// VIRTIO_F_EVENT_IDX
+pub const EVENT_IDX: u64 = 1 << 29;
+
+/// A back-end program, ended when dropped.
+pub struct Daemon {
+    child: Child,
+    pub dir: tempfile::TempDir,
+}
+
+impl Daemon {
+    /// Starts `program --socket-path … args` and waits until it listens.
+    pub fn start(program: &str, args: &[&str]) -> Self {
+        let daemon = Self::spawn(program, args);
+        daemon.wait_for_socket();
+        daemon
+    }
+
+    /// The same without waiting: the program may end at once.
+    pub fn spawn(program: &str, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(dir.path().join("s"));
+        command.stdin(Stdio::null());
+        Self::spawn_command(command.args(args), dir)
+    }
+
+    /// Any command line, its standard error kept in `dir`.
+    pub fn spawn_command(command: &mut Command, dir: tempfile::TempDir) -> Self {
+        let log = File::create(dir.path().join("log")).unwrap();
+        let child = command
+            .env_remove("RINGSIDE_LOG")
+            .stderr(log)
+            .spawn()
+            .unwrap();
+        Self { child, dir }
+    }
+
+    pub fn wait_for_socket(&self) {
+        let start = Instant::now();
+        while !self.log().contains("ready") {
+            assert!(start.elapsed() < PATIENCE, "not ready: {}", self.log());
+            sleep(Duration::from_millis(2));
+        }
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.path().join("s")
+    }
+
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
+    }
+
+    /// Waits for the end and returns its status.
+    pub fn wait(&mut self) -> ExitStatus {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status;
+            }
+            assert!(start.elapsed() < PATIENCE, "does not end: {}", self.log());
+            sleep(Duration::from_millis(2));
+        }
+    }
+
+    /// Waits for the end: exit status and what was logged.
+    pub fn outcome(mut self) -> (Option<i32>, String) {
+        let status = self.wait();
+        (status.code(), self.log())
+    }
+
+    /// Ends the program by SIGTERM, which must succeed.
+    pub fn stop(mut self) {
+        self.signal(Signal::SIGTERM);
+        let status = self.wait();
+        assert_eq!(status.code(), Some(0), "{}", self.log());
+        assert!(!self.socket().exists(), "the socket file stays");
+    }
+
+    /// Threads of the process use no processor time to speak of while nothing happens.
+    pub fn assert_idle(&self) {
+        let ticks = || {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.child.id())).unwrap();
+            let fields: Vec<&str> = stat
+                .rsplit(')')
+                .next()
+                .unwrap()
+                .split_whitespace()
+                .collect();
+            fields[11].parse::<u64>().unwrap() + fields[12].parse::<u64>().unwrap()
+        };
+        let before = ticks();
+        sleep(Duration::from_millis(300));
+        // 10 ms each.
+        assert!(ticks() - before <= 5, "it spins: {}", self.log());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Guest memory in a memfd: two regions that do not adjoin, to be mapped by both sides.
+pub struct Guest {
+    pub file: File,
+    pub memory: GuestMemoryMmap,
+    next: u64,
+}
+
+/// Size of each of the two regions.
+pub const REGION: u64 = 16 << 20;
+/// Guest-physical start of the second.
+pub const SECOND: u64 = 1 << 32;
+
+impl Guest {
+    pub fn new() -> Self {
+        let file = File::from(memfd_create(c"guest", MFdFlags::MFD_CLOEXEC).unwrap());
+        file.set_len(2 * REGION).unwrap();
+        let part = |guest, offset| {
+            let offset = FileOffset::new(file.try_clone().unwrap(), offset);
+            (GuestAddress(guest), REGION as usize, Some(offset))
+        };
+        let memory =
+            GuestMemoryMmap::from_ranges_with_files([part(0, 0), part(SECOND, REGION)]).unwrap();
+        Self {
+            file,
+            memory,
+            next: 0x1000,
+        }
+    }
+
+    /// Memory for a test's own use, never given twice.
+    pub fn alloc(&mut self, len: u64, align: u64) -> GuestAddress {
+        let start = self.next.next_multiple_of(align);
+        self.next = start + len;
+        assert!(self.next <= REGION, "out of guest memory");
+        GuestAddress(start)
+    }
+
+    pub fn user_address(&self, addr: GuestAddress) -> u64 {
+        self.memory.get_host_address(addr).unwrap() as u64
+    }
+
+    pub fn regions(&self) -> Vec<VhostUserMemoryRegionInfo> {
+        [(0, 0), (SECOND, REGION)]
+            .map(|(guest, offset)| VhostUserMemoryRegionInfo {
+                guest_phys_addr: guest,
+                memory_size: REGION,
+                userspace_addr: self.user_address(GuestAddress(guest)),
+                mmap_offset: offset,
+                mmap_handle: self.file.as_raw_fd(),
+            })
+            .to_vec()
+    }
+
+    pub fn read(&self, addr: GuestAddress, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.memory.read_slice(&mut data, addr).unwrap();
+        data
+    }
+}
+
+/// One virtqueue of the driver, with its eventfds.
+pub struct Queue {
+    pub ring: DriverRing<u64>,
+    pub kick: EventFd,
+    pub call: EventFd,
+    pub err: EventFd,
+    pub interrupts: u64,
+}
+
+impl Queue {
+    /// Adds a chain and kicks if the device wants it. Returns whether it did.
+    pub fn submit(
+        &mut self,
+        guest: &Guest,
+        readable: &[Segment],
+        writable: &[Segment],
+        token: u64,
+    ) -> bool {
+        let mut session = self.ring.session(&guest.memory).unwrap();
+        session.add(readable, writable, token).unwrap();
+        let kick = session.publish().unwrap();
+        if kick {
+            self.kick.write(1).unwrap();
+        }
+        kick
+    }
+
+    /// The next completed chain, sleeping on the call eventfd as a driver does.
+    pub fn complete(&mut self, guest: &Guest) -> (u64, u32) {
+        let start = Instant::now();
+        loop {
+            let mut session = self.ring.session(&guest.memory).unwrap();
+            if let Some(done) = session.poll_used().unwrap() {
+                return done;
+            }
+            if session.enable_interrupts().unwrap() {
+                continue;
+            }
+            assert!(start.elapsed() < PATIENCE, "no completion");
+            if readable(self.call.as_raw_fd(), Duration::from_secs(1)) {
+                self.call.read().unwrap();
+                self.interrupts += 1;
+            }
+        }
+    }
+
+    /// Takes an interrupt that came for a chain which was seen before it.
+    pub fn settle(&self) {
+        if readable(self.call.as_raw_fd(), Duration::from_millis(100)) {
+            self.call.read().unwrap();
+        }
+    }
+
+    /// Whether the back-end said that the ring is broken.
+    pub fn failed(&self) -> bool {
+        readable(self.err.as_raw_fd(), PATIENCE)
+    }
+}
+
+/// Whether a descriptor becomes readable in time.
+pub fn readable(fd: RawFd, timeout: Duration) -> bool {
+    // SAFETY: the caller owns the descriptor and waits here.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let mut fds = [PollFd::new(fd, PollFlags::POLLIN)];
+    poll(&mut fds, PollTimeout::try_from(timeout).unwrap()).unwrap() > 0
+}
+
+/// What a front-end asks for.
+#[derive(Clone, Copy)]
+pub struct Setup {
+    /// Virtio features not to accept, of those offered.
+    pub without: u64,
+    pub queues: usize,
+    pub size: u16,
+    /// Memory by ADD_MEM_REG in place of SET_MEM_TABLE.
+    pub slots: bool,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            without: 0,
+            queues: 1,
+            size: 64,
+            slots: false,
+        }
+    }
+}
+
+/// A connected front-end whose queues run.
+pub struct FrontEnd {
+    pub messages: Frontend,
+    pub guest: Guest,
+    pub queues: Vec<Queue>,
+    pub features: u64,
+}
+
+/// Connects and negotiates: each message is acknowledged by the back-end.
+pub fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
+    let mut messages = Frontend::connect(socket, 256).unwrap();
+    messages.set_owner().unwrap();
+    let features = messages.get_features().unwrap() & !without;
+    let protocol = messages.get_protocol_features().unwrap();
+    let wanted = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::RESET_DEVICE;
+    assert!(protocol.contains(wanted), "{protocol:?}");
+    messages.set_protocol_features(wanted).unwrap();
+    messages.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+    messages.set_features(features).unwrap();
+    (messages, features)
+}
+
+impl FrontEnd {
+    pub fn new(socket: &Path, setup: Setup) -> Self {
+        let (mut messages, features) = negotiate(socket, setup.without);
+        assert!(messages.get_queue_num().unwrap() >= setup.queues as u64);
+        let guest = Guest::new();
+        if setup.slots {
+            assert!(messages.get_max_mem_slots().unwrap() >= 2);
+            for region in guest.regions() {
+                messages.add_mem_region(&region).unwrap();
+            }
+        } else {
+            messages.set_mem_table(&guest.regions()).unwrap();
+        }
+        let mut this = Self {
+            messages,
+            queues: Vec::new(),
+            features,
+            guest,
+        };
+        for index in 0..setup.queues {
+            let layout = DriverLayout::new(GuestAddress(0), setup.size, 0).unwrap();
+            let base = this.guest.alloc(layout.end().0, 4096);
+            let layout = DriverLayout::new(base, setup.size, 0).unwrap();
+            let ring =
+                DriverRing::new(layout, features & EVENT_IDX != 0, &this.guest.memory).unwrap();
+            let eventfd = || EventFd::new(EFD_CLOEXEC).unwrap();
+            this.queues.push(Queue {
+                ring,
+                kick: eventfd(),
+                call: eventfd(),
+                err: eventfd(),
+                interrupts: 0,
+            });
+            this.start(index, 0);
+        }
+        this
+    }
+
+    /// Sends all that a ring needs to run, from `base` on.
+    pub fn start(&mut self, index: usize, base: u16) {
+        let queue = &self.queues[index];
+        let layout = queue.ring.layout();
+        self.messages.set_vring_num(index, layout.size()).unwrap();
+        self.messages.set_vring_base(index, base).unwrap();
+        self.messages
+            .set_vring_addr(index, &self.addresses(layout))
+            .unwrap();
+        self.messages.set_vring_call(index, &queue.call).unwrap();
+        self.messages.set_vring_err(index, &queue.err).unwrap();
+        self.messages.set_vring_kick(index, &queue.kick).unwrap();
+        if self.features & PROTOCOL_FEATURES != 0 {
+            self.messages.set_vring_enable(index, true).unwrap();
+        }
+    }
+
+    pub fn addresses(&self, layout: &DriverLayout) -> VringConfigData {
+        VringConfigData {
+            queue_max_size: layout.size(),
+            queue_size: layout.size(),
+            flags: 0,
+            desc_table_addr: self.guest.user_address(layout.desc_table()),
+            used_ring_addr: self.guest.user_address(layout.used_ring()),
+            avail_ring_addr: self.guest.user_address(layout.avail_ring()),
+            log_addr: None,
+        }
+    }
+
+    pub fn complete(&mut self, queue: usize) -> (u64, u32) {
+        self.queues[queue].complete(&self.guest)
+    }
+}
+
+/// A connection on which messages are written byte by byte.
+pub struct Raw(pub UnixStream);
+
+impl Raw {
+    pub fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(stream)
+    }
+
+    /// Sends a message: version 1 and these flags.
+    pub fn send(&mut self, request: u32, flags: u32, payload: &[u8]) {
+        let mut message = Vec::new();
+        for word in [request, 1 | flags, payload.len() as u32] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(payload);
+        self.0.write_all(&message).unwrap();
+    }
+
+    pub fn send_u64(&mut self, request: u32, flags: u32, value: u64) {
+        self.send(request, flags, &value.to_ne_bytes());
+    }
+
+    /// The next reply: its request and its 64-bit payload.
+    pub fn reply(&mut self) -> (u32, u64) {
+        let mut message = [0; 20];
+        self.0.read_exact(&mut message).unwrap();
+        let word = |at: usize| u32::from_ne_bytes(message[at..at + 4].try_into().unwrap());
+        assert_eq!((word(4), word(8)), (0x5, 8), "not a reply of 8 bytes");
+        let value = u64::from_ne_bytes(message[12..].try_into().unwrap());
+        (word(0), value)
+    }
+
+    /// Whether the back-end closes the connection.
+    pub fn is_closed(&mut self) -> bool {
+        match self.0.read(&mut [0; 64]) {
+            Ok(count) => count == 0,
+            // Closed with bytes unread.
+            Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+        }
+    }
+}

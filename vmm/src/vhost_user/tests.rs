@@ -1,0 +1,759 @@
+//! The front-end against a back-end that is played: behind the [`Link`] trait, and on a real
+//! socket by a server that shares no code with the front-end.
+
+use std::collections::VecDeque;
+use std::error::Error as StdError;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use tempfile::TempDir;
+use vhost::vhost_user::Error as ProtocolError;
+use vm_memory::FileOffset;
+
+use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK};
+use super::*;
+use crate::config::Mac;
+use crate::event_loop::EventLoop;
+use crate::virtio::bits::{F_EVENT_IDX, F_VERSION_1, STATUS_NEEDS_RESET};
+
+const BLK_FLUSH: u64 = 1 << 9;
+const BLK_MQ: u64 = 1 << 12;
+const NET_MRG: u64 = 1 << 15;
+const NET_CTRL: u64 = 1 << 17;
+const NET_MQ: u64 = 1 << 22;
+const NET_MAC_STATUS: u64 = 1 << 5 | 1 << 16;
+const BASIC: u64 = F_VERSION_1 | F_EVENT_IDX | F_PROTOCOL_FEATURES;
+const ALL: u64 = P_MQ | P_REPLY_ACK | P_CONFIG | P_BACKEND_REQ;
+
+fn wanted(device_type: DeviceType) -> DeviceConfig {
+    DeviceConfig {
+        device_type,
+        socket: "/nowhere".into(),
+        num_queues: None,
+        queue_size: 64,
+        mac: None,
+        config_size: None,
+        reconnect_timeout: Duration::from_millis(200),
+    }
+}
+
+fn memory() -> GuestMemoryMmap {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let file = Some(FileOffset::new(file, 0));
+    GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0), 1 << 20, file)]).unwrap()
+}
+
+/// Three pages for each queue.
+fn activation(features: u64, queues: &[u16]) -> Activation {
+    let queue = |index: &u16| {
+        let at = u64::from(*index) * 0x3000;
+        ActiveQueue {
+            queue: Queue {
+                index: *index,
+                size: 64,
+                descriptors: at,
+                available: at + 0x1000,
+                used: at + 0x2000,
+            },
+            kick: new_event().unwrap(),
+            call: new_event().unwrap(),
+        }
+    };
+    Activation {
+        features,
+        queues: queues.iter().map(queue).collect(),
+    }
+}
+
+/// A back-end behind the trait: what it has, and what it was told.
+#[derive(Default)]
+struct Backend {
+    features: u64,
+    protocol: u64,
+    queues: u64,
+    config: Vec<u8>,
+    refuse: Option<&'static str>,
+    log: Vec<String>,
+}
+
+#[derive(Clone, Default)]
+struct FakeLink(Arc<Mutex<Backend>>);
+
+impl FakeLink {
+    fn told(&self, step: &'static str, text: String) -> Result<(), LinkError> {
+        let mut backend = self.0.lock().unwrap();
+        backend.log.push(text);
+        if backend.refuse == Some(step) {
+            let source = vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError);
+            return Err(LinkError { step, source });
+        }
+        Ok(())
+    }
+    fn log(&self) -> Vec<String> {
+        std::mem::take(&mut self.0.lock().unwrap().log)
+    }
+}
+
+impl Link for FakeLink {
+    fn features(&mut self) -> Result<u64, LinkError> {
+        Ok(self.0.lock().unwrap().features)
+    }
+    fn protocol_features(&mut self) -> Result<u64, LinkError> {
+        Ok(self.0.lock().unwrap().protocol)
+    }
+    fn set_protocol_features(&mut self, features: u64) -> Result<(), LinkError> {
+        assert_eq!(features & !self.0.lock().unwrap().protocol, 0);
+        Ok(())
+    }
+    fn queue_count(&mut self) -> Result<u64, LinkError> {
+        Ok(self.0.lock().unwrap().queues)
+    }
+    fn set_channel(&mut self, _: &UnixStream) -> Result<(), LinkError> {
+        Ok(())
+    }
+    fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, LinkError> {
+        self.told("GET_CONFIG", format!("config {offset} {length}"))?;
+        let backend = self.0.lock().unwrap();
+        let (from, length) = (
+            usize::try_from(offset).unwrap(),
+            usize::try_from(length).unwrap(),
+        );
+        if let Some(part) = backend.config.get(from..from + length) {
+            return Ok(part.to_vec());
+        }
+        let source = vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError);
+        Err(LinkError {
+            step: "GET_CONFIG",
+            source,
+        })
+    }
+    fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), LinkError> {
+        self.told("SET_CONFIG", format!("write {offset} {data:?}"))?;
+        let from = usize::try_from(offset).unwrap();
+        self.0.lock().unwrap().config[from..from + data.len()].copy_from_slice(data);
+        Ok(())
+    }
+    fn set_features(&mut self, features: u64) -> Result<(), LinkError> {
+        self.told("SET_FEATURES", format!("features {features:#x}"))
+    }
+    fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError> {
+        self.told("SET_MEM_TABLE", format!("memory {}", memory.num_regions()))
+    }
+    fn start_ring(&mut self, ring: &Ring, _: &RingEvents<'_>) -> Result<(), LinkError> {
+        assert_eq!(ring.available - ring.descriptors, 0x1000);
+        assert_eq!(ring.used - ring.descriptors, 0x2000);
+        let text = format!("start {} size {} base {}", ring.index, ring.size, ring.base);
+        self.told("SET_VRING_ADDR", text)
+    }
+    fn enable_ring(&mut self, index: usize, enable: bool) -> Result<(), LinkError> {
+        self.told("SET_VRING_ENABLE", format!("enable {index} {enable}"))
+    }
+    fn stop_ring(&mut self, index: usize) -> Result<(), LinkError> {
+        self.told("GET_VRING_BASE", format!("stop {index}"))
+    }
+}
+
+impl Dial for FakeLink {
+    fn dial(&self, _: Duration) -> io::Result<(Box<dyn Link>, Option<UnixStream>)> {
+        Ok((Box::new(self.clone()), None))
+    }
+}
+
+fn fake(features: u64, protocol: u64, queues: u64, config: Vec<u8>) -> FakeLink {
+    FakeLink(Arc::new(Mutex::new(Backend {
+        features,
+        protocol,
+        queues,
+        config,
+        ..Default::default()
+    })))
+}
+
+/// A disk of eight sectors with three queues.
+fn blk() -> FakeLink {
+    let mut config = vec![0; 60];
+    config[0] = 8;
+    config[34] = 3;
+    fake(BASIC | BLK_FLUSH | BLK_MQ, ALL, 4, config)
+}
+
+fn device(link: &FakeLink, wanted: DeviceConfig) -> Result<VhostUserDevice, Error> {
+    let events = EventLoop::new().unwrap();
+    VhostUserDevice::with_dial(wanted, memory(), events.handle(), Box::new(link.clone()))
+}
+
+fn chain(error: &dyn StdError) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(error) = next {
+        text += &format!(": {error}");
+        next = error.source();
+    }
+    text
+}
+
+fn refusal(link: &FakeLink, wanted: DeviceConfig) -> String {
+    match device(link, wanted) {
+        Ok(_) => panic!("this must not work"),
+        Err(error) => chain(&error),
+    }
+}
+
+#[test]
+fn the_guest_is_offered_what_both_can() {
+    let link = blk();
+    link.0.lock().unwrap().features |= 1 << 26 | 1 << 33 | 1 << 34 | 1 << 38;
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    let features = F_VERSION_1 | F_EVENT_IDX | BLK_FLUSH | BLK_MQ;
+    assert_eq!(device.features(), features);
+    assert_eq!(device.queue_sizes(), [64; 3]);
+    let mut capacity = [0; 8];
+    device.read_config(0, &mut capacity);
+    assert_eq!(u64::from_le_bytes(capacity), 8);
+}
+
+#[test]
+fn fewer_queues_than_there_are_show_in_the_configuration() {
+    let mut config = wanted(DeviceType::BLOCK);
+    config.num_queues = Some(2);
+    let mut two = device(&blk(), config.clone()).unwrap();
+    assert_eq!(two.queue_sizes().len(), 2);
+    let mut queues = [0; 2];
+    two.read_config(34, &mut queues);
+    assert_eq!(queues, [2, 0]);
+    config.num_queues = Some(4);
+    let text = refusal(&blk(), config);
+    assert!(text.contains("has 3 queues"), "{text}");
+}
+
+#[test]
+fn a_device_starts_and_stops_in_order() {
+    let link = blk();
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.log();
+    let features = F_VERSION_1 | BLK_FLUSH;
+    device.activate(activation(features, &[0, 2])).unwrap();
+    let choice = features | F_PROTOCOL_FEATURES;
+    assert_eq!(
+        link.log(),
+        [
+            format!("features {choice:#x}"),
+            "memory 1".into(),
+            "start 0 size 64 base 0".into(),
+            "start 2 size 64 base 0".into(),
+            "enable 0 true".into(),
+            "enable 2 true".into(),
+        ]
+    );
+    device.reset();
+    let stopped = ["stop 0", "enable 0 false", "stop 2", "enable 2 false"];
+    assert_eq!(link.log(), stopped);
+    device.reset();
+    assert!(link.log().is_empty());
+    device.activate(activation(features, &[1])).unwrap();
+    link.log();
+    drop(device);
+    assert_eq!(link.log(), ["stop 1", "enable 1 false"]);
+}
+
+#[test]
+fn queues_outside_memory_are_refused() {
+    let link = blk();
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.log();
+    type Change = fn(&mut Queue);
+    let changes: [Change; 7] = [
+        |q| q.descriptors = 8,
+        |q| q.available = 1,
+        |q| q.used = 2,
+        |q| q.descriptors = (1 << 20) - 16,
+        |q| q.available = 1 << 20,
+        |q| q.used = u64::MAX - 3,
+        |q| q.used = 0xffff_ffff_0000_0000,
+    ];
+    for change in changes {
+        let mut activation = activation(F_VERSION_1, &[0]);
+        change(&mut activation.queues[0].queue);
+        device.activate(activation).unwrap_err();
+        assert!(link.log().is_empty(), "the back-end hears nothing of it");
+    }
+}
+
+#[test]
+fn a_refusal_to_start_is_an_error_and_the_device_can_be_reset() {
+    let link = blk();
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.0.lock().unwrap().refuse = Some("SET_VRING_ADDR");
+    let error = device.activate(activation(F_VERSION_1, &[0])).unwrap_err();
+    assert!(chain(&*error).contains("SET_VRING_ADDR"));
+    link.0.lock().unwrap().refuse = None;
+    link.log();
+    device.reset();
+    assert_eq!(link.log(), ["stop 0", "enable 0 false"]);
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+}
+
+#[test]
+fn the_configuration_is_read_again_when_it_may_have_changed() {
+    let link = blk();
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.log();
+    let mut byte = [0];
+    device.read_config(0, &mut byte);
+    device.read_config(60, &mut byte);
+    device.read_config(u64::MAX, &mut byte);
+    assert!(link.log().is_empty(), "the back-end would have told");
+    device.write_config(32, &[1]);
+    device.write_config(60, &[1]);
+    device.write_config(u64::MAX, &[1; 8]);
+    device.write_config(1 << 40, &[1]);
+    device.write_config(0, &[]);
+    assert_eq!(link.log(), ["write 32 [1]"]);
+    device.read_config(32, &mut byte);
+    assert_eq!(byte, [1]);
+    assert_eq!(link.log(), ["config 0 60"]);
+
+    let silent = blk();
+    silent.0.lock().unwrap().protocol &= !P_BACKEND_REQ;
+    let mut device = self::device(&silent, wanted(DeviceType::BLOCK)).unwrap();
+    silent.log();
+    device.read_config(0, &mut byte);
+    assert_eq!(silent.log().len(), 1, "this one cannot tell");
+}
+
+#[test]
+fn a_back_end_that_knows_only_rings_gets_a_card_around_it() {
+    let offered = BASIC | NET_MRG | NET_CTRL | NET_MQ | 1 << 3 | 1 << 63;
+    let link = fake(offered, P_REPLY_ACK, 0, vec![]);
+    let mut config = wanted(DeviceType::NET);
+    config.mac = Some(Mac([2, 0, 0, 0, 0, 9]));
+    let mut card = device(&link, config.clone()).unwrap();
+    assert_eq!(
+        card.features(),
+        F_VERSION_1 | F_EVENT_IDX | NET_MRG | NET_MAC_STATUS
+    );
+    assert_eq!(card.queue_sizes().len(), 2);
+    let mut bytes = [0; 8];
+    card.read_config(0, &mut bytes);
+    assert_eq!(bytes, [2, 0, 0, 0, 0, 9, 1, 0]);
+    card.write_config(0, &[1; 8]);
+    card.activate(activation(card.features(), &[0, 1])).unwrap();
+    assert_eq!(
+        link.log()[0],
+        format!("features {:#x}", BASIC | NET_MRG),
+        "it never hears of features it does not have"
+    );
+    config.mac = None;
+    let (mut a, mut b) = ([0; 6], [0; 6]);
+    device(&link, config.clone())
+        .unwrap()
+        .read_config(0, &mut a);
+    device(&link, config).unwrap().read_config(0, &mut b);
+    assert_eq!(a[0] & 3, 2, "unicast, locally administered");
+    assert_ne!(a, b);
+}
+
+#[test]
+fn a_card_of_several_pairs_is_the_back_ends() {
+    let mut bytes = vec![0; 12];
+    bytes[8] = 4;
+    let features = BASIC | NET_MRG | NET_CTRL | NET_MQ | NET_MAC_STATUS;
+    let link = fake(features, ALL, 9, bytes);
+    let mut config = wanted(DeviceType::NET);
+    let card = device(&link, config.clone()).unwrap();
+    assert_eq!(card.queue_sizes().len(), 9);
+    config.num_queues = Some(8);
+    assert_eq!(
+        device(&link, config.clone()).unwrap().queue_sizes().len(),
+        9
+    );
+    config.num_queues = Some(2);
+    let single = device(&link, config.clone()).unwrap();
+    assert_eq!(single.queue_sizes().len(), 3);
+    assert_eq!(single.features() & NET_MQ, 0);
+    for n in [0, 1, 4, 10] {
+        config.num_queues = Some(n);
+        let text = refusal(&link, config.clone());
+        assert!(text.contains("has 8 queues"), "{text}");
+    }
+}
+
+#[test]
+fn sockets_of_another_type_are_told() {
+    let card = fake(
+        BASIC | NET_MRG | NET_CTRL | NET_MAC_STATUS,
+        ALL,
+        3,
+        vec![0; 60],
+    );
+    let text = refusal(&card, wanted(DeviceType::BLOCK));
+    assert!(text.contains("not one of type blk"), "{text}");
+    let rings_only = fake(BASIC | NET_MRG, P_REPLY_ACK, 0, vec![]);
+    let text = refusal(&rings_only, wanted(DeviceType::BLOCK));
+    assert!(text.contains("no configuration space"), "{text}");
+    let text = refusal(&blk(), wanted(DeviceType::NET));
+    assert!(text.contains("not one of type net"), "{text}");
+    let typical = 1 << 2 | 1 << 6 | BLK_FLUSH;
+    let zoned = fake(BASIC | typical | 1 << 16 | 1 << 17, ALL, 1, vec![0; 96]);
+    let text = refusal(&zoned, wanted(DeviceType::NET));
+    assert!(text.contains("not one of type net"), "{text}");
+    device(&zoned, wanted(DeviceType::BLOCK)).unwrap();
+    let short = fake(BASIC | BLK_FLUSH, ALL, 1, vec![0; 8]);
+    let text = refusal(&short, wanted(DeviceType::BLOCK));
+    assert!(text.contains("60 bytes of configuration"), "{text}");
+    let legacy = fake(F_PROTOCOL_FEATURES | BLK_FLUSH, ALL, 1, vec![0; 60]);
+    let text = refusal(&legacy, wanted(DeviceType::BLOCK));
+    assert!(text.contains("VIRTIO_F_VERSION_1"), "{text}");
+}
+
+#[test]
+fn other_types_have_their_usual_shape() {
+    let link = fake(BASIC | 1, ALL, 5, vec![7; 64]);
+    let vsock = device(&link, wanted(DeviceType(19))).unwrap();
+    assert_eq!(vsock.queue_sizes().len(), 3);
+    assert_eq!(link.log()[0], "config 0 8");
+    let mut config = wanted(DeviceType(19));
+    (config.num_queues, config.config_size) = (Some(5), Some(16));
+    assert_eq!(
+        device(&link, config.clone()).unwrap().queue_sizes().len(),
+        5
+    );
+    assert_eq!(link.log()[0], "config 0 16");
+    config.num_queues = Some(6);
+    assert!(refusal(&link, config.clone()).contains("has 5 queues"));
+    let bare = fake(F_VERSION_1, 0, 0, vec![]);
+    let mut bare = device(&bare, config).unwrap();
+    assert_eq!(bare.queue_sizes().len(), 6);
+    let mut byte = [9];
+    bare.read_config(0, &mut byte);
+    assert_eq!(byte, [0]);
+}
+
+// On a real socket.
+
+const GET_FEATURES: u32 = 1;
+const SET_VRING_BASE: u32 = 10;
+const GET_VRING_BASE: u32 = 11;
+const SET_VRING_KICK: u32 = 12;
+const GET_PROTOCOL_FEATURES: u32 = 15;
+const GET_QUEUE_NUM: u32 = 17;
+const SET_VRING_ENABLE: u32 = 18;
+const GET_CONFIG: u32 = 24;
+
+/// The requests that came: number and body.
+type Seen = Mutex<VecDeque<(u32, Vec<u8>)>>;
+
+/// Serves one connection, then ends.
+struct Server {
+    thread: JoinHandle<()>,
+    seen: Arc<Seen>,
+    stream: UnixStream,
+}
+
+struct Machine {
+    dir: TempDir,
+    events: LoopHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let mut events = EventLoop::new().unwrap();
+        let handle = events.handle();
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+            events: handle,
+            thread: Some(std::thread::spawn(move || events.run().unwrap())),
+        }
+    }
+
+    fn config(&self, device_type: DeviceType) -> DeviceConfig {
+        DeviceConfig {
+            socket: self.dir.path().join("socket"),
+            reconnect_timeout: Duration::from_secs(5),
+            ..wanted(device_type)
+        }
+    }
+
+    /// Lets a back-end listen, accept one connection and serve it.
+    fn serve(&self, features: u64, config: Vec<u8>) -> JoinHandle<Server> {
+        let path = self.dir.path().join("socket");
+        let _ = std::fs::remove_file(&path);
+        let listener = UnixListener::bind(path).unwrap();
+        std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            let seen = Arc::new(Mutex::new(VecDeque::new()));
+            let (theirs, log) = (stream.try_clone().unwrap(), seen.clone());
+            Server {
+                thread: std::thread::spawn(move || answer(theirs, features, &config, &log)),
+                seen,
+                stream,
+            }
+        })
+    }
+}
+
+impl Drop for Machine {
+    fn drop(&mut self) {
+        self.events.stop();
+        if let Some(thread) = self.thread.take() {
+            thread.join().unwrap();
+        }
+    }
+}
+
+fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen) {
+    loop {
+        let mut header = [0; 12];
+        if stream.read_exact(&mut header).is_err() {
+            return;
+        }
+        let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
+        let (request, flags) = (word(0), word(4));
+        let mut body = vec![0; usize::try_from(word(8)).unwrap()];
+        stream.read_exact(&mut body).unwrap();
+        let reply = match request {
+            GET_FEATURES => Some(features.to_ne_bytes().to_vec()),
+            GET_PROTOCOL_FEATURES => Some(ALL.to_ne_bytes().to_vec()),
+            GET_QUEUE_NUM => Some(4u64.to_ne_bytes().to_vec()),
+            GET_VRING_BASE => Some(body.clone()),
+            GET_CONFIG => {
+                let size = u32::from_ne_bytes(body[4..8].try_into().unwrap());
+                let size = usize::try_from(size).unwrap();
+                Some([&body[..12], &config[..size]].concat())
+            }
+            _ if flags & 8 != 0 => Some(vec![0; 8]),
+            _ => None,
+        };
+        seen.lock().unwrap().push_back((request, body));
+        if let Some(reply) = reply {
+            let mut bytes = request.to_ne_bytes().to_vec();
+            bytes.extend(5u32.to_ne_bytes());
+            bytes.extend(u32::try_from(reply.len()).unwrap().to_ne_bytes());
+            bytes.extend(reply);
+            if stream.write_all(&bytes).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+impl Server {
+    /// The bodies of all requests of one kind so far.
+    fn bodies(&self, request: u32) -> Vec<Vec<u8>> {
+        let seen = self.seen.lock().unwrap();
+        let of_kind = seen.iter().filter(|(r, _)| *r == request);
+        of_kind.map(|(_, body)| body.clone()).collect()
+    }
+
+    /// Dies as a crashed process does.
+    fn crash(self) {
+        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.thread.join().unwrap();
+    }
+}
+
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+fn disk() -> (u64, Vec<u8>) {
+    let mut config = vec![0; 60];
+    config[0] = 8;
+    (BASIC | BLK_FLUSH, config)
+}
+
+#[test]
+fn a_device_lives_on_a_real_socket() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve(features, config);
+    let config = machine.config(DeviceType::BLOCK);
+    let mut device = VhostUserDevice::connect(config, memory(), machine.events.clone()).unwrap();
+    let server = accepted.join().unwrap();
+    let mut byte = [0];
+    device.read_config(0, &mut byte);
+    assert_eq!(byte, [8]);
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    assert_eq!(server.bodies(SET_VRING_KICK).len(), 1);
+    let enabled = server.bodies(SET_VRING_ENABLE);
+    assert_eq!(enabled, [[0, 0, 0, 0, 1, 0, 0, 0]]);
+    device.reset();
+    assert_eq!(server.bodies(GET_VRING_BASE).len(), 1);
+    drop(device);
+    server.thread.join().unwrap();
+}
+
+#[test]
+fn a_disk_whose_back_end_crashed_needs_a_reset_and_then_works() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve(features, config.clone());
+    let wanted = machine.config(DeviceType::BLOCK);
+    let mut device = VhostUserDevice::connect(wanted, memory(), machine.events.clone()).unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let notifier = device.notifier();
+    accepted.join().unwrap().crash();
+    eventually("the guest is told", || {
+        notifier.status() & STATUS_NEEDS_RESET != 0
+    });
+    let mut byte = [0];
+    device.read_config(0, &mut byte);
+    assert_eq!(byte, [8], "what is known is still answered");
+
+    let server = machine.serve(features, config).join().unwrap();
+    eventually("it is back", || device.shared.state().connection.is_some());
+    assert!(server.bodies(SET_VRING_KICK).is_empty());
+    device.reset();
+    assert!(server.bodies(GET_VRING_BASE).is_empty());
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    assert_eq!(server.bodies(SET_VRING_KICK).len(), 1);
+}
+
+#[test]
+fn a_card_whose_back_end_crashed_goes_on_from_the_used_index() {
+    let machine = Machine::new();
+    let features = BASIC | NET_MRG | NET_MAC_STATUS;
+    let accepted = machine.serve(features, vec![0; 60]);
+    let wanted = machine.config(DeviceType::NET);
+    let memory = memory();
+    let mut device =
+        VhostUserDevice::connect(wanted, memory.clone(), machine.events.clone()).unwrap();
+    let activation = activation(F_VERSION_1, &[0, 1]);
+    let kick = activation.queues[1].kick.try_clone().unwrap();
+    device.activate(activation).unwrap();
+    memory.write_obj(0x1234u16, GuestAddress(0x5002)).unwrap();
+    accepted.join().unwrap().crash();
+    let server = machine.serve(features, vec![0; 60]).join().unwrap();
+    eventually("the queues run again", || kick.read().is_ok());
+    let bases = server.bodies(SET_VRING_BASE);
+    assert_eq!(
+        bases,
+        [[0, 0, 0, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0x34, 0x12, 0, 0]]
+    );
+    assert_eq!(server.bodies(SET_VRING_ENABLE).len(), 2);
+    assert_eq!(device.notifier().status(), 0);
+}
+
+#[test]
+fn a_device_started_while_its_back_end_is_away_starts_later() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve(features, config.clone());
+    let wanted = machine.config(DeviceType::BLOCK);
+    let mut device = VhostUserDevice::connect(wanted, memory(), machine.events.clone()).unwrap();
+    accepted.join().unwrap().crash();
+    eventually("the loss is noticed", || {
+        device.shared.state().connection.is_none()
+    });
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    // Another disk than the guest was promised is not taken.
+    let unlike = machine.serve(BASIC | 1 << 6, config.clone());
+    let unlike = unlike.join().unwrap();
+    unlike.thread.join().unwrap();
+    assert!(device.shared.state().connection.is_none());
+    let server = machine.serve(features, config).join().unwrap();
+    eventually("it starts", || server.bodies(SET_VRING_ENABLE).len() == 1);
+    assert_eq!(device.notifier().status(), 0);
+}
+
+#[test]
+fn sockets_without_a_back_end_are_clear_errors() {
+    let machine = Machine::new();
+    let connect = |config: &DeviceConfig| {
+        VhostUserDevice::connect(config.clone(), memory(), machine.events.clone())
+            .map(|_| ())
+            .unwrap_err()
+    };
+    let mut config = machine.config(DeviceType::BLOCK);
+    config.reconnect_timeout = Duration::from_millis(10);
+    assert!(matches!(connect(&config), Error::Connect { .. }));
+    std::fs::write(&config.socket, "a file").unwrap();
+    assert!(matches!(connect(&config), Error::Connect { .. }));
+    std::fs::remove_file(&config.socket).unwrap();
+    let listener = UnixListener::bind(&config.socket).unwrap();
+    assert!(matches!(connect(&config), Error::Silent { .. }));
+    let closer = std::thread::spawn(move || {
+        // The connection that nobody accepted above, and the new one.
+        drop(listener.accept().unwrap());
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 12]).unwrap();
+    });
+    assert!(matches!(connect(&config), Error::Negotiate { .. }));
+    closer.join().unwrap();
+}
+
+#[test]
+fn a_slow_start_is_waited_for() {
+    let machine = Machine::new();
+    let config = machine.config(DeviceType::BLOCK);
+    let events = machine.events.clone();
+    let connecting =
+        std::thread::spawn(move || VhostUserDevice::connect(config, memory(), events).map(|_| ()));
+    std::thread::sleep(Duration::from_millis(150));
+    let (features, config) = disk();
+    let server = machine.serve(features, config);
+    connecting.join().unwrap().unwrap();
+    server.join().unwrap().thread.join().unwrap();
+}
+
+#[test]
+fn a_change_of_the_configuration_reaches_the_guest() {
+    let link = blk();
+    let machine = Machine::new();
+    let mut device = VhostUserDevice::with_dial(
+        wanted(DeviceType::BLOCK),
+        memory(),
+        machine.events.clone(),
+        Box::new(link.clone()),
+    )
+    .unwrap();
+    let (channel, mut theirs) = Channel::new().unwrap();
+    device.shared.watch_channel(channel).unwrap();
+    let generation = device.notifier().generation();
+    link.0.lock().unwrap().config[0] = 16;
+    let mut message = Vec::new();
+    for word in [2u32, 1, 0] {
+        message.extend(word.to_ne_bytes());
+    }
+    theirs.write_all(&message).unwrap();
+    let notifier = device.notifier();
+    eventually("a new generation", || notifier.generation() != generation);
+    let mut byte = [0];
+    device.read_config(0, &mut byte);
+    assert_eq!(byte, [16]);
+}
+
+#[test]
+fn the_error_eventfd_stops_the_device_once() {
+    let link = blk();
+    let machine = Machine::new();
+    let mut device = VhostUserDevice::with_dial(
+        wanted(DeviceType::BLOCK),
+        memory(),
+        machine.events.clone(),
+        Box::new(link),
+    )
+    .unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let before = device.notifier().generation();
+    let error = {
+        let state = device.shared.state();
+        state.running.as_ref().unwrap().error.try_clone().unwrap()
+    };
+    for _ in 0..3 {
+        error.write(1).unwrap();
+    }
+    let notifier = device.notifier();
+    eventually("the guest is told", || {
+        notifier.status() & STATUS_NEEDS_RESET != 0
+    });
+    assert_eq!(notifier.generation(), before + 1);
+}
