@@ -331,7 +331,7 @@ fn registers(entry: &Entry, sregs: &mut kvm_sregs) -> kvm_regs {
     }
 }
 
-/// Writes what [`registers`] refers to: descriptor table and page tables.
+/// Writes what the first processor's registers refer to: descriptor table and page tables.
 pub fn write_tables(memory: &GuestMemoryMmap, entry: &Entry) -> Result<(), Error> {
     // Flat segments; kernels load their own tables soon, but may reload these selectors first.
     let code: u64 = match entry {

@@ -1,23 +1,26 @@
 //! A minimal KVM virtual machine monitor. Depends on `ringside-rings` and `ringside-vfio`, never
 //! on the back-ends: it meets them over a Unix socket.
 //!
-//! One file per concern:
+//! One file, or one folder, for each concern; each row builds on those above it:
 //!
 //! | module | concern |
 //! | --- | --- |
 //! | [`config`] | command line and configuration file, merged and checked |
 //! | [`layout`] | where everything is in the guest's address spaces |
-//! | [`kvm`] | the VM: its memory slots, in-kernel interrupt controllers and timer |
-//! | [`memory`] | guest RAM, one sealed memfd that peers can map |
-//! | [`bus`] | which device answers a port or MMIO access |
-//! | [`irq`] | GSIs, MSI routes and irqfds |
+//! | [`exit`] | why the virtual machine ends |
 //! | [`event_loop`] | the control thread: signals, and whatever devices wait for |
+//! | [`memory`] | guest RAM, one sealed memfd that peers can map |
+//! | [`kvm`] | the VM: its memory slots, in-kernel interrupt controllers and timer |
+//! | [`irq`] | GSIs, MSI routes and irqfds |
+//! | [`bus`] | which device answers a port or MMIO access |
 //! | [`devices`] | serial port, RTC, power, reset, panic |
 //! | [`console`], [`terminal`] | the host's end of the serial port |
 //! | [`pci`] | host bridge, configuration space, BARs, MSI-X |
 //! | [`virtio`] | the virtio PCI transport |
-//! | [`vhost_user`] | virtio devices that another process serves |
-//! | [`exit`] | why the virtual machine ends |
+//! | [`vhost_user`] | the front-end of the vhost-user protocol: devices served by other processes |
+//! | [`acpi`], [`boot`] | what the guest finds in its memory when it starts |
+//! | [`cpu`], [`vcpu`] | processors: their first state, their threads and exits |
+//! | [`machine`] | all of it put together |
 #![deny(unsafe_code)]
 
 pub mod acpi;

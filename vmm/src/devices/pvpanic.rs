@@ -14,12 +14,19 @@ const PANICKED: u8 = 1 << 0;
 const CRASH_LOADED: u8 = 1 << 1;
 
 /// The event port.
-pub struct PvPanic(ExitHandle);
+pub struct PvPanic {
+    exit: ExitHandle,
+    /// Logged once: a guest must not be able to fill the log.
+    crash_logged: bool,
+}
 
 impl PvPanic {
     /// A port that reports panics to `exit`.
     pub fn new(exit: ExitHandle) -> Self {
-        Self(exit)
+        Self {
+            exit,
+            crash_logged: false,
+        }
     }
 }
 
@@ -30,8 +37,9 @@ impl BusDevice for PvPanic {
 
     fn write(&mut self, _offset: u64, data: &[u8]) {
         match *data {
-            [event] if event & PANICKED != 0 => self.0.end(ExitReason::Panic),
-            [event] if event & CRASH_LOADED != 0 => {
+            [event] if event & PANICKED != 0 => self.exit.end(ExitReason::Panic),
+            [event] if event & CRASH_LOADED != 0 && !self.crash_logged => {
+                self.crash_logged = true;
                 tracing::warn!("the guest's kernel panicked; its crash kernel takes over");
             }
             _ => {}
