@@ -9,11 +9,14 @@
 mod frontend;
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixStream;
+use std::time::Instant;
 
 use frontend::{Daemon, EVENT_IDX, FrontEnd, PATIENCE, REGION, SECOND, Setup, readable};
+use nix::sys::signal::Signal;
 use ringside_rings::Segment;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -452,7 +455,7 @@ fn a_full_queue_completes_with_fewer_interrupts_than_requests() {
     );
     drop(m.front);
     let daemon = m.daemon;
-    daemon.signal(nix::sys::signal::Signal::SIGTERM);
+    daemon.signal(Signal::SIGTERM);
     let (code, log) = daemon.outcome();
     assert_eq!(code, Some(0));
     let number = |name: &str| -> u64 {
@@ -578,6 +581,44 @@ fn a_disk_that_shrinks_gives_errors_and_nothing_worse() {
 }
 
 #[test]
+fn a_disk_that_grows_is_announced() {
+    let mut m = Machine::plain();
+    assert_eq!(m.status(IN, DISK / 512, &[], 512), IOERR);
+    m.image.as_file().set_len(2 * DISK).unwrap();
+    // Without anywhere to say it, it is taken up all the same.
+    m.daemon.signal(Signal::SIGHUP);
+    let capacity = |m: &mut Machine| {
+        let flags = VhostUserConfigFlags::empty();
+        let (_, config) = m.front.messages.get_config(0, 8, flags, &[0; 8]).unwrap();
+        u64::from_le_bytes(config.try_into().unwrap()) * 512
+    };
+    let start = Instant::now();
+    while capacity(&mut m) != 2 * DISK {
+        assert!(start.elapsed() < PATIENCE, "{}", m.daemon.log());
+    }
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    m.front.messages.set_backend_request_fd(&theirs).unwrap();
+    drop(theirs);
+    m.image.as_file().set_len(3 * DISK).unwrap();
+    m.daemon.signal(Signal::SIGHUP);
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    let mut message = [0; 12];
+    ours.read_exact(&mut message).unwrap();
+    // VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no payload.
+    assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(capacity(&mut m), 3 * DISK);
+    assert_eq!(m.status(IN, 3 * DISK / 512 - 1, &[], 512), OK);
+    // A size that is none is not taken up.
+    m.image.as_file().set_len(3 * DISK + 100).unwrap();
+    m.daemon.signal(Signal::SIGHUP);
+    while !m.daemon.log().contains("stays as it was") {
+        assert!(start.elapsed() < PATIENCE, "{}", m.daemon.log());
+    }
+    assert_eq!(capacity(&mut m), 3 * DISK);
+    m.daemon.stop();
+}
+
+#[test]
 fn a_null_disk_answers_without_data() {
     let daemon = Daemon::start(BLK, &["--null", "1T"]);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
@@ -600,7 +641,7 @@ fn the_disk_is_locked_and_free_again_at_once() {
     for _ in 0..5 {
         serve(&image, &[]).stop();
     }
-    let start = std::time::Instant::now();
+    let start = Instant::now();
     drop(serve(&image, &[])); // killed
     serve(&image, &[]).stop();
     assert!(start.elapsed() < PATIENCE);

@@ -111,6 +111,8 @@ pub struct DiskOptions {
 pub struct Disk {
     /// The open file; its lock lives as long as it.
     pub file: File,
+    /// Where it is.
+    pub path: PathBuf,
     /// Size in bytes, a multiple of `block_size`.
     pub capacity: u64,
     /// Logical block size in bytes.
@@ -141,17 +143,8 @@ impl Disk {
         if !device && !meta.is_file() {
             return Err(DiskError::NotADisk { path: path.clone() });
         }
-        let mut file = open(options)?;
+        let file = open(options)?;
         lock(&file, options)?;
-        let fail = |source| DiskError::Open {
-            path: path.clone(),
-            source,
-        };
-        // The size of a block device is where its end is, too.
-        let capacity = file.seek(SeekFrom::End(0)).map_err(fail)?;
-        if capacity == 0 {
-            return Err(DiskError::Empty { path: path.clone() });
-        }
         let storage = Storage::examine(&meta, device);
         let align = if options.direct {
             direct_alignment(&file, storage.logical).max(storage.logical)
@@ -166,22 +159,40 @@ impl Disk {
                 needed,
             });
         }
-        if capacity % u64::from(block_size) != 0 {
-            return Err(DiskError::Unaligned {
-                path: path.clone(),
-                size: capacity,
-                block: block_size,
-            });
-        }
         Ok(Self {
+            capacity: capacity(&file, path, block_size)?,
+            path: path.clone(),
             file,
-            capacity,
             block_size,
             physical_block_size: storage.physical.max(block_size),
             opt_io: storage.opt_io,
             align,
         })
     }
+}
+
+/// The size of an open disk in bytes, which must be some, in whole blocks.
+pub(super) fn capacity(file: &File, path: &Path, block: u32) -> Result<u64, DiskError> {
+    let path = || path.to_owned();
+    // The size of a block device is where its end is, too. Nothing else uses the file's position.
+    let mut file = file;
+    let size = file
+        .seek(SeekFrom::End(0))
+        .map_err(|source| DiskError::Open {
+            path: path(),
+            source,
+        })?;
+    if size == 0 {
+        return Err(DiskError::Empty { path: path() });
+    }
+    if !size.is_multiple_of(u64::from(block)) {
+        return Err(DiskError::Unaligned {
+            path: path(),
+            size,
+            block,
+        });
+    }
+    Ok(size)
 }
 
 fn open(options: &DiskOptions) -> Result<File, DiskError> {

@@ -13,10 +13,13 @@ mod request;
 mod uring;
 mod worker;
 
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
+
+use tracing::info;
 
 use crate::shell::{Commands, Device, DeviceError};
 
@@ -54,6 +57,7 @@ pub struct Blk {
     features: u64,
     max_queue_size: u16,
     default_writeback: bool,
+    path: Option<PathBuf>,
     shared: Shared,
 }
 
@@ -88,11 +92,13 @@ impl Blk {
             features |= feature::DISCARD | feature::WRITE_ZEROES;
         }
         let align = disk.as_ref().map_or(1, |d| d.align);
+        let path = disk.as_ref().map(|d| d.path.clone());
         Self {
             geometry,
             features,
             max_queue_size,
             default_writeback: writeback,
+            path,
             shared: Shared {
                 limits: Limits {
                     capacity: geometry.capacity,
@@ -105,6 +111,7 @@ impl Blk {
                 memory_align: align,
                 serial,
                 writeback: Arc::new(AtomicBool::new(writeback)),
+                capacity: Arc::new(AtomicU64::new(geometry.capacity)),
             },
         }
     }
@@ -186,12 +193,29 @@ impl Device for Blk {
         }
     }
 
+    /// The disk may have another size now.
+    fn refresh(&mut self) -> Result<bool, DeviceError> {
+        let (Some(path), Some(file)) = (&self.path, &self.shared.disk) else {
+            return Ok(false);
+        };
+        let capacity = disk::capacity(file, path, self.geometry.block_size)
+            .map_err(|e| DeviceError::Refresh(Box::new(e)))?;
+        let before = std::mem::replace(&mut self.geometry.capacity, capacity);
+        // Relaxed: a request that comes before a worker sees it is judged by the old size.
+        self.shared.capacity.store(capacity, Ordering::Relaxed);
+        if before != capacity {
+            info!(before, now = capacity, "the disk has a new size");
+        }
+        Ok(before != capacity)
+    }
+
     fn reset(&mut self) {
         let Self {
             geometry: _,
             features: _,
             max_queue_size: _,
             default_writeback,
+            path: _,
             shared,
         } = self;
         shared

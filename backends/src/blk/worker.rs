@@ -8,7 +8,7 @@ use std::collections::VecDeque;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
@@ -36,6 +36,8 @@ pub(super) struct Shared {
     /// `None`: requests succeed at once, and no data moves.
     pub(super) disk: Option<Arc<File>>,
     pub(super) limits: Limits,
+    /// The disk's size in bytes, which may change: it stands in for `limits.capacity`.
+    pub(super) capacity: Arc<AtomicU64>,
     /// Buffers must be aligned to this many bytes.
     pub(super) memory_align: u32,
     pub(super) serial: [u8; ID_LEN],
@@ -246,6 +248,10 @@ impl Worker {
             return false;
         };
         let mut turn = Turn {
+            limits: Limits {
+                capacity: self.shared.capacity.load(Ordering::Relaxed),
+                ..self.shared.limits
+            },
             shared: &self.shared,
             uring: &mut self.uring,
             counters: &mut self.counters,
@@ -340,6 +346,7 @@ impl Queue {
 
 /// The parts of a worker that a turn needs, apart from the queue.
 struct Turn<'w> {
+    limits: Limits,
     shared: &'w Shared,
     uring: &'w mut Uring,
     counters: &'w mut Counters,
@@ -459,7 +466,7 @@ impl Turn<'_> {
         chain: &Chain<'_>,
         durable: bool,
     ) -> Option<u32> {
-        let request = match request::parse(chain, mem, &self.shared.limits) {
+        let request = match request::parse(chain, mem, &self.limits) {
             Ok(request) => request,
             Err(e) => {
                 self.complain(&e);

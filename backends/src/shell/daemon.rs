@@ -88,15 +88,18 @@ extern "C" fn on_wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 /// [`ShellError`]: what failed, for the user.
 pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(), ShellError> {
     log::start(args)?;
-    let mut end_signals = SigSet::empty();
-    end_signals.add(Signal::SIGTERM);
-    end_signals.add(Signal::SIGINT);
+    let mut signals_taken = SigSet::empty();
+    signals_taken.add(Signal::SIGTERM);
+    signals_taken.add(Signal::SIGINT);
+    signals_taken.add(Signal::SIGHUP);
     let failed = system("receive signals");
     // Before any thread starts: they inherit it.
-    end_signals.thread_block().map_err(|e| failed(e.into()))?;
-    let signals =
-        SignalFd::with_flags(&end_signals, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)
-            .map_err(|e| failed(e.into()))?;
+    signals_taken.thread_block().map_err(|e| failed(e.into()))?;
+    let signals = SignalFd::with_flags(
+        &signals_taken,
+        SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC,
+    )
+    .map_err(|e| failed(e.into()))?;
     register_signal_handler(wake_signal(), on_wake).map_err(|e| failed(e.into()))?;
 
     let endpoint = match (&args.socket_path, args.fd) {
@@ -154,22 +157,31 @@ impl<'h, D: Device> Daemon<'h, D> {
         })
     }
 
-    /// Waits for an event. `Ok(true)` means that a signal came and all is to end.
+    /// Waits for an event. `Ok(true)` means that an end signal came and all is to end.
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool, ShellError> {
         match self.poll.poll(&mut self.events, timeout) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(system("wait for events")(e)),
         }
-        let signalled = self.events.iter().any(|e| e.token() == SIGNALS);
-        if signalled && let Ok(Some(info)) = self.signals.read_signal() {
-            let name = i32::try_from(info.ssi_signo)
-                .ok()
-                .and_then(|n| Signal::try_from(n).ok())
-                .map_or("a signal", Signal::as_str);
-            info!("ending on {name}");
+        if !self.events.iter().any(|e| e.token() == SIGNALS) {
+            return Ok(false);
         }
-        Ok(signalled)
+        while let Ok(Some(info)) = self.signals.read_signal() {
+            let signal = i32::try_from(info.ssi_signo)
+                .ok()
+                .and_then(|n| Signal::try_from(n).ok());
+            if signal == Some(Signal::SIGHUP) {
+                self.handler
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .refresh();
+            } else {
+                info!("ending on {}", signal.map_or("a signal", Signal::as_str));
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn serve(&mut self, program: &Program, endpoint: Endpoint) -> Result<(), ShellError> {

@@ -28,6 +28,9 @@ pub enum DeviceError {
         /// Offset of the first byte.
         offset: u32,
     },
+    /// What the device is made of cannot be used as it is now.
+    #[error("the device stays as it was")]
+    Refresh(#[source] Box<dyn StdError + Send + Sync>),
     /// A worker thread cannot be started.
     #[error("worker {worker} cannot be started")]
     Worker {
@@ -94,6 +97,15 @@ pub trait Device {
         worker: usize,
         commands: Commands,
     ) -> Result<JoinHandle<()>, DeviceError>;
+
+    /// Looks again at what the device is made of, because the user asked for it by SIGHUP. Returns whether the
+    /// configuration space changed, which the driver is then told.
+    ///
+    /// # Errors
+    /// [`DeviceError::Refresh`]
+    fn refresh(&mut self) -> Result<bool, DeviceError> {
+        Ok(false)
+    }
 
     /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.
     fn reset(&mut self);

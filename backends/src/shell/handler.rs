@@ -19,7 +19,8 @@
 //! worker inside its [`Vring`], and be served where a chain is taken and where it is returned.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -191,7 +192,12 @@ pub(super) struct Handler<D> {
     /// With VHOST_USER_F_PROTOCOL_FEATURES.
     acked_features: u64,
     acked_protocol: u64,
+    /// Where the front-end takes requests of ours (VHOST_USER_SET_BACKEND_REQ_FD).
+    requests: Option<UnixStream>,
 }
+
+/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: the configuration space changed.
+const CONFIG_CHANGE: u32 = 2;
 
 impl<D: Device> Handler<D> {
     /// Starts the device's workers.
@@ -215,7 +221,46 @@ impl<D: Device> Handler<D> {
             memory: MemoryTable::default(),
             acked_features: 0,
             acked_protocol: 0,
+            requests: None,
         })
+    }
+
+    /// Whether the front-end may send SET_BACKEND_REQ_FD.
+    pub(super) fn takes_requests(&self) -> bool {
+        self.acked_protocol & VhostUserProtocolFeatures::BACKEND_REQ.bits() != 0
+    }
+
+    /// The socket on which the front-end takes our requests.
+    pub(super) fn set_requests(&mut self, socket: UnixStream) {
+        self.requests = Some(socket);
+    }
+
+    /// Looks again at what the device is made of, and tells the driver if that changed its configuration.
+    pub(super) fn refresh(&mut self) {
+        match self.device.refresh() {
+            Ok(false) => info!("the device is as it was"),
+            Ok(true) => self.config_changed(),
+            Err(error) => warn!("{}", Chain(&error)),
+        }
+    }
+
+    fn config_changed(&mut self) {
+        let Some(socket) = &mut self.requests else {
+            info!("configuration changed; the front-end, if any, takes no notice of that");
+            return;
+        };
+        // Version 1, no reply wanted, no payload.
+        let mut message = [0; 12];
+        for (place, word) in message.chunks_exact_mut(4).zip([CONFIG_CHANGE, 1, 0]) {
+            place.copy_from_slice(&word.to_ne_bytes());
+        }
+        match socket.write_all(&message) {
+            Ok(()) => info!("configuration changed, the front-end was told"),
+            Err(error) => {
+                warn!("cannot tell the front-end that the configuration changed: {error}");
+                self.requests = None;
+            }
+        }
     }
 
     /// Whether the front-end may send SET_VRING_ENABLE: it accepted the protocol features as such, although
@@ -235,6 +280,7 @@ impl<D: Device> Handler<D> {
         self.memory = MemoryTable::default();
         self.acked_features = 0;
         self.acked_protocol = 0;
+        self.requests = None;
         self.device.reset();
         Ok(())
     }
@@ -461,6 +507,7 @@ impl<D: Device> Handler<D> {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | self.device.protocol_features()
     }
 }
@@ -485,7 +532,7 @@ fn event_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, Handler
 
 fn signal_error(mut err: &File) {
     // The peer owns the other end; there is nobody else to tell.
-    let _ = io::Write::write(&mut err, &1_u64.to_ne_bytes());
+    let _ = err.write(&1_u64.to_ne_bytes());
 }
 
 impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {

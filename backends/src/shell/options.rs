@@ -91,7 +91,11 @@ pub struct ShellArgs {
 }
 
 /// The end of each back-end's `--help`.
-pub const EXIT_STATUS_HELP: &str = "Exit status:
+pub const EXIT_STATUS_HELP: &str = "Signals:
+  SIGTERM, SIGINT  finish requests in flight and end
+  SIGHUP           look at the device again (a disk's new size), and tell the guest
+
+Exit status:
   0  ended by SIGTERM or SIGINT, or the front-end left and --exit-on-disconnect was given
   1  something failed; the message says what
   2  the command line is wrong";

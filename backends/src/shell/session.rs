@@ -1,7 +1,7 @@
 //! One front-end's connection: takes its messages one by one, and decides which errors end it.
 
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -12,10 +12,12 @@ use thiserror::Error;
 use tracing::warn;
 use vhost::vhost_user::message::FrontendReq;
 use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::device::Device;
 use super::handler::{Handler, HandlerError};
 use super::log::Chain;
+use super::socket::is_unix_stream;
 
 /// Length of a message header: request, flags, size of the payload.
 const HEADER: usize = 12;
@@ -121,8 +123,11 @@ impl<D: Device> Session<D> {
             Err(step) => return Ok(step),
         };
         let early = header.is(FrontendReq::SET_VRING_ENABLE) && self.lock().enables_early();
+        let requests = header.is(FrontendReq::SET_BACKEND_REQ_FD) && self.lock().takes_requests();
         let result = if early {
             self.enable_early(header)
+        } else if requests {
+            self.set_requests(header)
         } else {
             self.messages.handle_request()
         };
@@ -202,18 +207,47 @@ impl<D: Device> Session<D> {
             1 => true,
             _ => return Err(ProtocolError::InvalidParam),
         };
-        let (result, ack) = {
-            let mut handler = self.lock();
-            let result = handler.enable(index, enable);
-            (result, handler.reply_ack())
+        let result = self.lock().enable(index, enable);
+        self.acknowledge(header, result.is_ok())?;
+        Ok(result?)
+    }
+
+    /// Serves a SET_BACKEND_REQ_FD: what the `vhost` crate makes of the socket cannot send the one request that a device
+    /// with a configuration space has.
+    fn set_requests(&mut self, header: Header) -> Result<(), ProtocolError> {
+        if header.size != 0 || header.flags & !FLAG_NEED_REPLY != VERSION {
+            return Err(ProtocolError::InvalidMessage);
+        }
+        let mut message = [0; HEADER];
+        let (count, file) = self
+            .socket
+            .recv_with_fd(&mut message)
+            .map_err(|e| socket_error(e.into()))?;
+        let Some(file) = file.filter(|_| count == HEADER) else {
+            return Err(ProtocolError::IncorrectFds);
         };
-        if ack && header.flags & FLAG_NEED_REPLY != 0 {
+        let socket = OwnedFd::from(file);
+        if !is_unix_stream(&socket) {
+            return Err(ProtocolError::NotUnixSocket);
+        }
+        let socket = UnixStream::from(socket);
+        // A front-end that does not read must not hold up everything else.
+        socket
+            .set_write_timeout(Some(PATIENCE))
+            .map_err(socket_error)?;
+        self.lock().set_requests(socket);
+        self.acknowledge(header, true)
+    }
+
+    /// Answers a message that wants to be, if REPLY_ACK was negotiated.
+    fn acknowledge(&mut self, header: Header, success: bool) -> Result<(), ProtocolError> {
+        if self.lock().reply_ack() && header.flags & FLAG_NEED_REPLY != 0 {
             let mut reply = [0; HEADER + 8];
             let words = [
                 header.request,
                 VERSION | FLAG_REPLY,
                 8,
-                u32::from(result.is_err()),
+                u32::from(!success),
                 0,
             ];
             for (place, word) in reply.chunks_exact_mut(4).zip(words) {
@@ -221,7 +255,7 @@ impl<D: Device> Session<D> {
             }
             self.socket.write_all(&reply).map_err(socket_error)?;
         }
-        Ok(result?)
+        Ok(())
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Handler<D>> {

@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -161,6 +161,13 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
     }
 }
 
+/// Whether a descriptor is a Unix stream socket.
+pub(super) fn is_unix_stream(socket: &OwnedFd) -> bool {
+    getsockopt(socket, sockopt::SockType).is_ok_and(|t| t == SockType::Stream)
+        && getsockname::<SockaddrStorage>(socket.as_raw_fd())
+            .is_ok_and(|name| name.family() == Some(AddressFamily::Unix))
+}
+
 /// Takes over an inherited socket, listening or connected.
 pub(super) fn inherit(fd: RawFd) -> Result<Endpoint, SocketError> {
     // SAFETY: the number is only used to ask whether it is open; a closed one makes fcntl fail.
@@ -171,10 +178,7 @@ pub(super) fn inherit(fd: RawFd) -> Result<Endpoint, SocketError> {
     // SAFETY: the descriptor is open, and by --fd the user hands it over to this program, in which nothing
     // else knows its number.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
-    let unix_stream = getsockopt(&socket, sockopt::SockType).is_ok_and(|t| t == SockType::Stream)
-        && getsockname::<SockaddrStorage>(fd)
-            .is_ok_and(|name| name.family() == Some(AddressFamily::Unix));
-    if !unix_stream {
+    if !is_unix_stream(&socket) {
         return Err(SocketError::NotUnixStream { fd });
     }
     if getsockopt(&socket.as_fd(), sockopt::AcceptConn).unwrap_or(false) {

@@ -313,6 +313,7 @@ pub fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(protocol.contains(wanted), "{protocol:?}");
     messages.set_protocol_features(wanted).unwrap();
