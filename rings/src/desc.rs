@@ -51,3 +51,41 @@ impl Desc {
         self.flags & DESC_F_INDIRECT != 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use virtio_queue::desc::split::Descriptor;
+    use vm_memory::ByteValued;
+
+    /// The same bytes as virtio-queue's descriptor, and back.
+    #[test]
+    fn words_are_a_descriptor() {
+        let desc = Desc {
+            addr: 0x0102_0304_0506_0708,
+            len: 0x090a_0b0c,
+            flags: 0x0d0e,
+            next: 0x0f10,
+        };
+        let (first, second) = desc.to_words();
+        assert_eq!(Desc::from_words(first, second), desc);
+        let theirs = Descriptor::new(desc.addr, desc.len, desc.flags, desc.next);
+        let bytes = [first.to_le_bytes(), second.to_le_bytes()].concat();
+        assert_eq!(theirs.as_slice(), bytes);
+    }
+
+    #[test]
+    fn flags_are_told_apart() {
+        let desc = |flags| Desc {
+            addr: 0,
+            len: 0,
+            flags,
+            next: 0,
+        };
+        let flags = |d: Desc| (d.has_next(), d.is_writable(), d.is_indirect());
+        assert_eq!(flags(desc(1)), (true, false, false));
+        assert_eq!(flags(desc(2)), (false, true, false));
+        assert_eq!(flags(desc(4)), (false, false, true));
+        assert_eq!(flags(desc(0xfff8)), (false, false, false));
+    }
+}

@@ -99,3 +99,33 @@ pub(crate) const fn avail_event(size: u16) -> usize {
 pub(crate) const fn passes(event: u16, new: u16, old: u16) -> bool {
     new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `passes` against its definition: the other side waits for element `event`, and the index
+    /// moved over it.
+    #[test]
+    fn event_is_passed_when_its_element_was_added() {
+        for old in [0, 1, 7, 0x7fff, 0x8000, 0xfffa, 0xffff_u16] {
+            for moved in [0, 1, 2, 5, 300, MAX_SIZE] {
+                let new = old.wrapping_add(moved);
+                for event in 0..=u16::MAX {
+                    let added = event.wrapping_sub(old) < moved;
+                    assert_eq!(passes(event, new, old), added, "{event} {new} {old}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn areas_have_the_sizes_of_the_specification() {
+        for size in [1_u16, 2, 256, MAX_SIZE] {
+            let n = usize::from(size);
+            assert_eq!(desc_len(size), 16 * n);
+            assert_eq!(avail_len(size), 6 + 2 * n);
+            assert_eq!(used_len(size), 6 + 8 * n);
+        }
+    }
+}

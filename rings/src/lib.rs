@@ -11,6 +11,41 @@
 //! it finds. Its own iteration is not used: it looks up a memory region for each access to the
 //! ring, ends a malformed chain without a word, and stores the used index for each element.
 //!
+//! ```
+//! use ringside_rings::{ChainBuf, DeviceRing, DriverLayout, DriverRing, Segment};
+//! use ringside_rings::{read_segments, write_segments};
+//! use vm_memory::{GuestAddress, GuestMemoryMmap};
+//!
+//! let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1_0000)])?;
+//! let layout = DriverLayout::new(GuestAddress(0), 64, 0)?;
+//! let mut driver = DriverRing::new(layout, true, &memory)?;
+//! let mut device = DeviceRing::new(&layout.config(true), &memory)?;
+//!
+//! // The driver asks: 5 bytes for the device to read, room for 8 to write.
+//! let question = [Segment::new(GuestAddress(0x8000), 5)];
+//! let room = [Segment::new(GuestAddress(0x9000), 8)];
+//! write_segments(&memory, &question, 0, b"hello")?;
+//! let mut asking = driver.session(&memory)?;
+//! asking.add(&question, &room, "my first request")?;
+//! assert!(asking.publish()?, "the device wants to be notified");
+//!
+//! // The device answers everything there is.
+//! let mut buf = ChainBuf::new(device.size());
+//! let mut answering = device.session(&memory)?;
+//! while let Some(chain) = answering.pop(&mut buf)? {
+//!     let mut word = [0; 5];
+//!     read_segments(&memory, chain.readable(), 0, &mut word)?;
+//!     word.make_ascii_uppercase();
+//!     write_segments(&memory, chain.writable(), 0, &word)?;
+//!     answering.push_used(chain.head(), 5)?;
+//! }
+//! assert!(answering.publish()?, "the driver wants an interrupt");
+//! assert!(!answering.enable_notifications()?, "nothing more to do");
+//!
+//! assert_eq!(asking.poll_used()?, Some(("my first request", 5)));
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
 //! # Rules
 //!
 //! Every index, length, address and flag below is the driver's to write, at any time. The device

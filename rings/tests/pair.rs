@@ -411,8 +411,6 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, ..ProptestConfig::default() })]
-
     #[test]
     fn every_request_comes_back_once(
         log_size in 0_u32..8,
