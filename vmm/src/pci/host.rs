@@ -10,6 +10,7 @@
 //! ```
 //!
 //! Locks are taken in that order, bridge before function, and a function never calls the bridge.
+//! An access to a function's registers holds the function's lock only.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -150,28 +151,11 @@ impl PciRoot {
         Ok(start)
     }
 
-    fn read(&mut self, address: Address, data: &mut [u8]) {
-        data.fill(0xff);
-        if let Some(slot) = self.slot(address) {
-            lock(&slot.function).read_config(address.register, data);
-        }
-    }
-
-    fn write(&mut self, address: Address, data: &[u8]) {
-        let Some(slot) = self.slot(address) else {
-            return;
-        };
-        lock(&slot.function).write_config(address.register, data);
-        // Only the header decides where BARs are.
-        if address.register < HEADER_SIZE {
-            self.update();
-        }
-    }
-
-    fn slot(&self, address: Address) -> Option<&Slot> {
-        (address.bus == 0 && address.function == 0)
+    fn function(&self, address: Address) -> Option<SharedFunction> {
+        let slot = (address.bus == 0 && address.function == 0)
             .then(|| self.slots.get(&address.device))
-            .flatten()
+            .flatten()?;
+        Some(Arc::clone(&slot.function))
     }
 
     /// Makes the MMIO bus agree with what all functions decode. Ranges that vanish go first, so
@@ -243,6 +227,36 @@ fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Reads configuration registers. The bus is not locked while the function works, so one that
+/// waits for its back-end holds up nobody else.
+fn read(root: &SharedRoot, address: Address, data: &mut [u8]) {
+    data.fill(0xff);
+    let function = lock(root).function(address);
+    if let Some(function) = function {
+        lock(&function).read_config(address.register, data);
+    }
+}
+
+/// Writes configuration registers, and moves BARs if that is what was written.
+fn write(root: &SharedRoot, address: Address, data: &[u8]) {
+    let Some(function) = lock(root).function(address) else {
+        return;
+    };
+    let moved = {
+        let mut function = lock(&function);
+        let before = decoded(function.config());
+        function.write_config(address.register, data);
+        decoded(function.config()) != before
+    };
+    if moved {
+        lock(root).update();
+    }
+}
+
+fn decoded(config: &ConfigSpace) -> [Option<u64>; BAR_COUNT] {
+    std::array::from_fn(|bar| config.decoded_bar(bar))
+}
+
 struct HostBridge(ConfigSpace);
 
 impl PciFunction for HostBridge {
@@ -297,10 +311,10 @@ impl Ecam {
 
 impl BusDevice for Ecam {
     fn read(&mut self, offset: u64, data: &mut [u8]) {
-        lock(&self.0).read(Self::address(offset), data);
+        read(&self.0, Self::address(offset), data);
     }
     fn write(&mut self, offset: u64, data: &[u8]) {
-        lock(&self.0).write(Self::address(offset), data);
+        write(&self.0, Self::address(offset), data);
     }
 }
 
@@ -336,7 +350,7 @@ impl BusDevice for ConfigPorts {
             (0, 4) => data.copy_from_slice(&self.address.to_le_bytes()),
             (4..8, 1 | 2 | 4) => {
                 if let Some(address) = self.target(offset) {
-                    lock(&self.root).read(address, data);
+                    read(&self.root, address, data);
                 }
             }
             _ => {}
@@ -348,7 +362,7 @@ impl BusDevice for ConfigPorts {
             (0, &[a, b, c, d]) => self.address = u32::from_le_bytes([a, b, c, d]),
             (4..8, _) => {
                 if let Some(address) = self.target(offset) {
-                    lock(&self.root).write(address, data);
+                    write(&self.root, address, data);
                 }
             }
             _ => {}

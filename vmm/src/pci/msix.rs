@@ -630,6 +630,40 @@ pub(crate) mod tests {
         }
     }
 
+    /// The kernel does what [`FakeKvm`] plays: an attached eventfd's signals are taken, a detached
+    /// one's are kept, and nothing stays behind that would look pending later.
+    #[test]
+    fn the_kernel_takes_and_keeps_signals() {
+        let vm = crate::kvm::Vm::new().unwrap();
+        let router = Arc::new(GsiRouter::new(Arc::clone(vm.fd())).unwrap());
+        let mut msix = Msix::new(router, 2, 3).unwrap();
+        for vector in 0..2 {
+            program(&mut msix, vector, 0x40);
+            mask(&mut msix, vector, false);
+        }
+        msix.set_control(MSIX_ENABLE);
+        for (source, vector) in [(0, 0), (1, 1), (2, 1)] {
+            assert!(msix.assign(source, Some(vector)));
+        }
+        for source in &msix.sources {
+            assert!(source.attached.is_some());
+            source.event.write(1).unwrap();
+            assert!(!is_signalled(&source.event), "the kernel has taken it");
+        }
+        assert_eq!(pending(&msix), 0);
+        for round in 0..20 {
+            mask(&mut msix, 1, true);
+            assert_eq!(pending(&msix), 0, "round {round}");
+            msix.event(2).unwrap().write(1).unwrap();
+            assert_eq!(pending(&msix), 0b10, "round {round}");
+            msix.set_control(MSIX_ENABLE | MSIX_FUNCTION_MASK);
+            mask(&mut msix, 1, false);
+            assert_eq!(pending(&msix), 0b10, "round {round}");
+            msix.set_control(MSIX_ENABLE);
+            assert_eq!(pending(&msix), 0, "round {round}");
+        }
+    }
+
     /// Signals come from another thread while the vector is masked and unmasked; the last one
     /// always arrives.
     #[test]

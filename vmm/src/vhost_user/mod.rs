@@ -55,7 +55,7 @@ use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
 /// How long a back-end may take for a request.
 const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
 /// How long it may take to finish what is under way when a device is reset.
-const STOP_LIMIT: Duration = Duration::from_secs(120);
+const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// The same at the end of the machine, when nobody waits for the results.
 const END_LIMIT: Duration = Duration::from_secs(2);
 /// Pause between attempts to reach a back-end that is gone.
@@ -386,7 +386,7 @@ impl Shared {
             if requests.config_changed
                 && let Some(shared) = weak.upgrade()
             {
-                tracing::info!("{shared}: the configuration has changed");
+                tracing::debug!("{shared}: the configuration has changed");
                 shared.config_stale.store(true, Ordering::SeqCst);
                 shared.notifier.config_changed();
             }
@@ -742,7 +742,9 @@ impl VirtioDevice for VhostUserDevice {
         // Once is enough, so the eventfd need not be read: a back-end could make that block.
         let handler = move || {
             if let Some(shared) = weak.upgrade() {
-                tracing::error!("{shared}: the back-end has stopped a queue");
+                if shared.notifier.may_complain() {
+                    tracing::error!("{shared}: the back-end has stopped a queue");
+                }
                 shared.notifier.needs_reset();
             }
             Next::Remove

@@ -86,6 +86,7 @@ pub struct Notifier {
     /// Bits of the status register that the device sets itself.
     status: AtomicU8,
     isr: AtomicU8,
+    complaints: AtomicU8,
     event: Mutex<Option<EventFd>>,
 }
 
@@ -108,6 +109,16 @@ impl Notifier {
         if before & bits::STATUS_NEEDS_RESET == 0 {
             self.config_changed();
         }
+    }
+
+    /// Whether to log another trouble of this device. A guest that provokes them for ever must not
+    /// fill the disk with logs.
+    pub fn may_complain(&self) -> bool {
+        const LIMIT: u8 = 20;
+        let next = |n: u8| (n < LIMIT).then_some(n + 1);
+        self.complaints
+            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, next)
+            .is_ok()
     }
 
     /// Takes NEEDS_RESET back, when the device was reset.

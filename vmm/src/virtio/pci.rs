@@ -216,7 +216,9 @@ impl VirtioPci {
             .map_err(Into::into)
             .and_then(|activation| self.device.activate(activation));
         if let Err(error) = result {
-            tracing::error!(error = &*error, "a virtio device does not start");
+            if self.notifier.may_complain() {
+                tracing::error!(error = &*error, "a virtio device does not start");
+            }
             self.notifier.needs_reset();
         }
     }
