@@ -220,3 +220,55 @@ fn msi_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
         ..Default::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kvm::Vm;
+
+    fn router() -> GsiRouter {
+        GsiRouter::new(Arc::clone(Vm::new().unwrap().fd())).unwrap()
+    }
+
+    #[test]
+    fn gsis_are_handed_out_once_and_run_out() {
+        let router = router();
+        let mut all = Vec::new();
+        let error = loop {
+            match router.allocate() {
+                Ok(gsi) => all.push(gsi),
+                Err(error) => break error,
+            }
+        };
+        assert!(matches!(error, Error::Exhausted { .. }), "{error}");
+        assert_eq!(all.first(), Some(&FIRST_MSI_GSI));
+        assert!(all.windows(2).all(|pair| pair[0] < pair[1]));
+        // The kernel takes as many as we hand out.
+        for gsi in &all {
+            let message = MsiMessage {
+                address: 0xfee0_0000,
+                data: *gsi,
+            };
+            assert!(router.set_msi(*gsi, message).unwrap());
+        }
+        router.commit().unwrap();
+        router.free(all[7]);
+        assert_eq!(router.allocate().unwrap(), all[7]);
+    }
+
+    #[test]
+    fn irqfds_come_and_go() {
+        let router = router();
+        let [event, resample] = [EventFd::new(0).unwrap(), EventFd::new(0).unwrap()];
+        router.register_irqfd(&event, 5).unwrap();
+        assert!(matches!(
+            router.register_irqfd(&event, 5),
+            Err(Error::Irqfd { gsi: 5, .. })
+        ));
+        router.unregister_irqfd(&event, 5).unwrap();
+        router
+            .register_irqfd_with_resample(&event, &resample, 10)
+            .unwrap();
+        router.unregister_irqfd(&event, 10).unwrap();
+    }
+}

@@ -186,3 +186,29 @@ impl Vm {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slots_are_mapped_unmapped_and_reused() {
+        let vm = Vm::new().unwrap();
+        let memory = || Arc::new(MmapRegion::new(0x2000).unwrap());
+        let first = vm.map(0xc000_0000, memory()).unwrap();
+        let second = vm.map(0xc000_2000, memory()).unwrap();
+        assert_ne!(first, second);
+        // KVM refuses slots that overlap.
+        assert!(matches!(
+            vm.map(0xc000_1000, memory()),
+            Err(Error::Slot { .. })
+        ));
+        vm.unmap(first).unwrap();
+        let again = vm.map(0xc000_0000, memory()).unwrap();
+        assert!(vm.map(0xc000_1000, memory()).is_err());
+        vm.unmap(again).unwrap();
+        vm.unmap(again).unwrap();
+        vm.unmap(second).unwrap();
+        assert!(vm.slots.lock().unwrap().held_regions.is_empty());
+    }
+}

@@ -356,3 +356,42 @@ fn a_reader_that_stops_does_not_keep_it_from_ending() {
     .unwrap();
     assert_eq!(status(&finish(child)), 0);
 }
+
+#[test]
+fn a_terminal_is_raw_until_the_escape_key_ends_it() {
+    use nix::sys::termios::{LocalFlags, tcgetattr};
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = kernel(dir.path(), &echo());
+    let pty = nix::pty::openpty(None, None).unwrap();
+    let before = tcgetattr(&pty.slave).unwrap();
+    let stdin = pty.slave.try_clone().unwrap();
+    let stdout = pty.slave.try_clone().unwrap();
+    let child = vmm()
+        .arg("--kernel")
+        .arg(kernel)
+        .stdin(stdin)
+        .stdout(stdout)
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    while tcgetattr(&pty.slave)
+        .unwrap()
+        .local_flags
+        .contains(LocalFlags::ICANON)
+    {
+        assert!(start.elapsed() < LIMIT, "not raw");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let mut terminal = std::fs::File::from(pty.master);
+    // Ctrl-C and a doubled Ctrl-A are for the guest, which sends them back.
+    terminal.write_all(b"a\x03\x01\x01b").unwrap();
+    let mut answer = [0; 4];
+    terminal.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"a\x03\x01b");
+    terminal.write_all(b"\x01x").unwrap();
+    assert_eq!(status(&finish(child)), 0);
+    assert_eq!(
+        tcgetattr(&pty.slave).unwrap().local_flags,
+        before.local_flags
+    );
+}
