@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
-use tracing::info;
 
 use super::config::{MacAddress, NetConfig};
 use super::device::Net;
@@ -233,8 +232,8 @@ impl NetArgs {
             multi_queue: pairs > 1,
         };
         let features = offered(tun, extras);
-        info!(tap = tap.name(), mac = %config.mac, pairs, "network device");
-        Net::new(config, features, Arc::new(tap), queues).map_err(ArgsError::System)
+        let name = tap.name().to_owned();
+        Net::new(config, features, &name, Arc::new(tap), queues).map_err(ArgsError::System)
     }
 }
 

@@ -45,6 +45,8 @@ pub struct Net {
     config: NetConfig,
     features: u64,
     acked: u64,
+    /// Name of the interface, for the log.
+    name: String,
     interface: Arc<dyn Interface>,
     /// By queue pair; taken by its worker.
     queues: Vec<Option<TapQueue>>,
@@ -60,6 +62,7 @@ impl Net {
     pub(super) fn new(
         config: NetConfig,
         features: u64,
+        name: &str,
         interface: Arc<dyn Interface>,
         queues: Vec<TapQueue>,
     ) -> io::Result<Self> {
@@ -74,6 +77,7 @@ impl Net {
             config,
             features,
             acked: 0,
+            name: name.to_owned(),
             interface,
         })
     }
@@ -138,17 +142,12 @@ impl Device for Net {
         Err(DeviceError::ConfigReadOnly { offset })
     }
 
+    /// A driver negotiates features once after a reset (VIRTIO 1.3, 3.1.1), which also takes back
+    /// what it had set by the control queue.
     fn set_features(&mut self, acked: u64) {
-        if acked == self.acked {
-            return;
-        }
         self.acked = acked;
         self.forget_settings();
         self.set_interface();
-        info!(
-            features = format_args!("{acked:#x}"),
-            "driver's features accepted"
-        );
     }
 
     /// One for each pair, and one for the control queue.
@@ -173,6 +172,10 @@ impl Device for Net {
             worker,
             source: source.into(),
         };
+        if worker == 0 {
+            let NetConfig { mac, pairs, .. } = self.config;
+            info!(tap = self.name, %mac, pairs, "network device");
+        }
         let queue = self.queues.get_mut(worker).and_then(Option::take);
         let shared = Arc::clone(&self.shared);
         let thread = match (queue, self.counters.get(worker)) {
@@ -204,6 +207,7 @@ impl Device for Net {
             config: _,
             features: _,
             acked,
+            name: _,
             interface: _,
             queues: _,
             counters: _,

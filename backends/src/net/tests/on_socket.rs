@@ -398,7 +398,7 @@ fn the_device_maps_queues_and_follows_features() {
     let interface = Arc::clone(&recorder) as Arc<dyn Interface>;
     let (_a, tap0) = socket();
     let (_b, tap1) = socket();
-    let mut net = Net::new(config, CONTROL, interface, vec![tap0, tap1]).unwrap();
+    let mut net = Net::new(config, CONTROL, "recorder", interface, vec![tap0, tap1]).unwrap();
     assert_eq!((net.queue_count(), net.worker_count()), (5, 3));
     assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 1, 1, 2]);
     net.set_features(CONTROL & !bit(VIRTIO_NET_F_MQ));

@@ -1,0 +1,252 @@
+//! `ringside-net` as a process, met over its socket by a front-end with a driver. The host behind its TAP answers
+//! ARP requests, so that each test needs nothing but a network namespace of its own.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // helpers of tests: a panic is how they fail
+
+mod frontend;
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, AsRawFd};
+
+use frontend::{Daemon, FrontEnd, Setup};
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::net::if_::if_nametoindex;
+use nix::sched::{CloneFlags, unshare};
+use ringside_backends::net::Tap;
+use ringside_rings::Segment;
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vm_memory::Bytes;
+
+const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
+
+const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 5];
+const MAC_TEXT: &str = "52:54:00:00:00:05";
+const HOST_IP: [u8; 4] = [10, 9, 0, 1];
+const GUEST_IP: [u8; 4] = [10, 9, 0, 2];
+const HEADER: usize = 12;
+const RX: usize = 0;
+const TX: usize = 1;
+/// Answers to control commands (VIRTIO 1.3, 5.1.6.5).
+const OK: u8 = 0;
+const ERR: u8 = 1;
+
+/// Gives this thread, and the programs it starts, a network of its own. `false`, and a word on standard error, if
+/// that cannot be.
+fn own_network(test: &str) -> bool {
+    let why = match unshare(CloneFlags::CLONE_NEWNET) {
+        Err(e) => format!("no network namespace: {e}"),
+        Ok(()) => match File::options().read(true).write(true).open("/dev/net/tun") {
+            Ok(_) => return true,
+            Err(e) => format!("/dev/net/tun: {e}"),
+        },
+    };
+    // Past the capture of the test harness: a test that did not run must not look like one that did.
+    let _ = writeln!(io::stderr(), "test {test}: skipped: {why}");
+    false
+}
+
+fn serve(args: &[&str]) -> Daemon {
+    let fixed = ["--mac", MAC_TEXT, "--tap-ip", "10.9.0.1/24"];
+    Daemon::start(NET, &[&fixed, args].concat())
+}
+
+fn connect(daemon: &Daemon, queues: usize) -> FrontEnd {
+    let setup = Setup {
+        queues,
+        ..Setup::default()
+    };
+    FrontEnd::new(&daemon.socket(), setup)
+}
+
+/// Posts receive buffers.
+fn post(front: &mut FrontEnd, count: u64) {
+    for _ in 0..count {
+        let buffer = front.guest.alloc(2048, 64);
+        let FrontEnd { queues, guest, .. } = front;
+        queues[RX].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
+    }
+}
+
+/// "Who has the host's address?"
+fn arp_request() -> Vec<u8> {
+    let mut packet = vec![0; HEADER];
+    packet.extend([0xff; 6]);
+    packet.extend(MAC);
+    packet.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    packet.extend(MAC);
+    packet.extend(GUEST_IP);
+    packet.extend([0; 6]);
+    packet.extend(HOST_IP);
+    packet
+}
+
+fn send(front: &mut FrontEnd, queue: usize, packet: &[u8]) {
+    let at = front.guest.alloc(packet.len() as u64, 64);
+    front.guest.memory.write_slice(packet, at).unwrap();
+    let segment = Segment::new(at, packet.len() as u32);
+    let FrontEnd { queues, guest, .. } = front;
+    queues[queue].submit(guest, &[segment], &[], at.0);
+    assert_eq!(front.complete(queue), (at.0, 0));
+}
+
+/// Receives packets until the host's answer comes, and returns how many came. Each must fit one buffer.
+fn receive_arp_reply(front: &mut FrontEnd) -> u16 {
+    for count in 1..=60 {
+        let (buffer, len) = front.complete(RX);
+        let packet = front
+            .guest
+            .read(vm_memory::GuestAddress(buffer), len as usize);
+        assert_eq!(packet[10..12], [1, 0], "number of buffers");
+        let frame = &packet[HEADER..];
+        if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
+            assert_eq!(frame[..6], MAC);
+            assert_eq!(frame[28..32], HOST_IP);
+            return count;
+        }
+    }
+    panic!("no ARP reply among 60 packets");
+}
+
+fn ask_host(front: &mut FrontEnd) -> u16 {
+    send(front, TX, &arp_request());
+    receive_arp_reply(front)
+}
+
+fn command(front: &mut FrontEnd, queue: usize, bytes: &[u8]) -> u8 {
+    let at = front.guest.alloc(bytes.len() as u64 + 1, 64);
+    front.guest.memory.write_slice(bytes, at).unwrap();
+    let ack = vm_memory::GuestAddress(at.0 + bytes.len() as u64);
+    let readable = [Segment::new(at, bytes.len() as u32)];
+    let FrontEnd { queues, guest, .. } = front;
+    queues[queue].submit(guest, &readable, &[Segment::new(ack, 1)], at.0);
+    assert_eq!(front.complete(queue), (at.0, 1));
+    front.guest.read(ack, 1)[0]
+}
+
+#[test]
+fn the_host_answers_and_rings_come_back() {
+    if !own_network("the_host_answers_and_rings_come_back") {
+        return;
+    }
+    let daemon = serve(&["--tap", "ring0"]);
+    let mut front = connect(&daemon, 2);
+    post(&mut front, 32);
+    let mut received = ask_host(&mut front);
+    // No buffer is lost when the ring is taken back in between.
+    for _ in 0..3 {
+        let base = front.messages.get_vring_base(RX).unwrap();
+        assert!(base >= received.into());
+        front.start(RX, base as u16);
+        received += ask_host(&mut front);
+    }
+    daemon.assert_idle();
+    daemon.stop();
+    assert!(if_nametoindex("ring0").is_err(), "the TAP stays");
+}
+
+#[test]
+fn one_front_end_after_the_other_is_served() {
+    if !own_network("one_front_end_after_the_other_is_served") {
+        return;
+    }
+    let daemon = serve(&["--tap", "ring0"]);
+    for _ in 0..3 {
+        let mut front = connect(&daemon, 2);
+        post(&mut front, 32);
+        ask_host(&mut front);
+    }
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
+fn the_configuration_is_as_asked_for() {
+    if !own_network("the_configuration_is_as_asked_for") {
+        return;
+    }
+    let daemon = serve(&["--tap", "ring0", "--queue-pairs", "3", "--mtu", "9000"]);
+    let mut front = connect(&daemon, 0);
+    assert_eq!(front.messages.get_queue_num().unwrap(), 7);
+    let (_, config) = front
+        .messages
+        .get_config(0, 12, VhostUserConfigFlags::empty(), &[0; 12])
+        .unwrap();
+    let expected = [&MAC[..], &[1, 0], &[3, 0], &9000_u16.to_le_bytes()].concat();
+    assert_eq!(config, expected);
+    daemon.stop();
+}
+
+#[test]
+fn the_control_queue_is_obeyed() {
+    if !own_network("the_control_queue_is_obeyed") {
+        return;
+    }
+    let daemon = serve(&["--tap", "ring0", "--queue-pairs", "2"]);
+    let mut front = connect(&daemon, 5);
+    post(&mut front, 32);
+    const CONTROL: usize = 4;
+    // Not promiscuous: the host's answer is for our address.
+    assert_eq!(command(&mut front, CONTROL, &[0, 0, 0]), OK);
+    ask_host(&mut front);
+    assert_eq!(command(&mut front, CONTROL, &[4, 0, 2, 0]), OK);
+    assert_eq!(command(&mut front, CONTROL, &[4, 0, 3, 0]), ERR);
+    assert_eq!(command(&mut front, CONTROL, &[77, 0, 3, 0]), ERR);
+    assert_eq!(command(&mut front, CONTROL, &[4, 0, 1, 0]), OK);
+    ask_host(&mut front);
+    let new = [0x52, 0x54, 0, 0, 0, 6];
+    assert_eq!(
+        command(&mut front, CONTROL, &[&[1, 1][..], &new].concat()),
+        OK
+    );
+    let mut mac = || {
+        let flags = VhostUserConfigFlags::empty();
+        front.messages.get_config(0, 6, flags, &[0; 6]).unwrap().1
+    };
+    assert_eq!(mac(), new);
+    daemon.stop();
+}
+
+#[test]
+fn inherited_queues_are_served() {
+    if !own_network("inherited_queues_are_served") {
+        return;
+    }
+    let (tap, queues) = Tap::open("ring0", 2).unwrap();
+    let numbers: Vec<String> = queues
+        .iter()
+        .map(|queue| {
+            fcntl(queue.as_fd(), FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+            queue.as_fd().as_raw_fd().to_string()
+        })
+        .collect();
+    let daemon = serve(&["--tap-fd", &numbers.join(",")]);
+    drop((tap, queues));
+    let mut front = connect(&daemon, 2);
+    assert_eq!(front.messages.get_queue_num().unwrap(), 5);
+    post(&mut front, 32);
+    ask_host(&mut front);
+    daemon.stop();
+}
+
+#[test]
+fn command_lines_that_cannot_be_served_end_with_a_reason() {
+    let outcome = |args: &[&str]| Daemon::spawn(NET, args).outcome();
+    let (code, log) = outcome(&["--tap", "a-name-that-is-too-long"]);
+    assert_eq!(code, Some(2));
+    assert!(log.contains("1 to 15 bytes"), "{log}");
+    let (code, log) = outcome(&["--tap", "ring0", "--offload", "tso"]);
+    assert_eq!(code, Some(2));
+    assert!(log.contains("need csum"), "{log}");
+    let (code, log) = outcome(&["--tap-fd", "0"]);
+    assert_eq!(code, Some(1));
+    assert!(log.contains("no open TAP queue"), "{log}");
+    assert_eq!(outcome(&[]).0, Some(2));
+}
