@@ -418,8 +418,13 @@ impl Uring {
     /// Submits what was pushed and waits for `want` completions, or for the time given. Returns also when a signal
     /// came: look at the completions, there may be none.
     pub(super) fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
-        if want == 0 && self.ring.submission().is_empty() {
-            return Ok(());
+        if want == 0 {
+            let queue = self.ring.submission();
+            // Completions are worked off in the kernel only when it is entered. A worker that is kept busy by its
+            // driver must still hear of commands.
+            if queue.is_empty() && !queue.taskrun() && !queue.cq_overflow() {
+                return Ok(());
+            }
         }
         self.syscalls = self.syscalls.saturating_add(1);
         let result = match timeout {
@@ -493,10 +498,12 @@ fn build(entries: u32) -> io::Result<IoUring> {
     let completions = entries.saturating_mul(2);
     let attempts: [fn(&mut io_uring::Builder); 3] = [
         |b| {
-            b.setup_single_issuer().setup_defer_taskrun();
+            b.setup_single_issuer()
+                .setup_defer_taskrun()
+                .setup_taskrun_flag();
         },
         |b| {
-            b.setup_coop_taskrun();
+            b.setup_coop_taskrun().setup_taskrun_flag();
         },
         |_| {},
     ];

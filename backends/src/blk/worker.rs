@@ -274,6 +274,10 @@ impl Worker {
                     if let Err(e) = queue.vring.signal_error() {
                         debug!("cannot signal the error eventfd: {e}");
                     }
+                    // Some requests may have been returned in this turn; an interrupt too many does no harm.
+                    if let Err(e) = queue.vring.notify_driver() {
+                        debug!("cannot signal the call eventfd: {e}");
+                    }
                 }
                 false
             }
@@ -398,12 +402,14 @@ impl Turn<'_> {
         if let Some(error) = first_error {
             return Err(error);
         }
-        let mut more = false;
+        let mut taken = Ok(false);
         if serves {
             session.disable_notifications()?;
-            more = self.drain(&mut slots, &mut session, chain, durable)?;
+            taken = self.drain(&mut slots, &mut session, chain, durable);
         }
+        // What was finished before the driver broke its ring is returned all the same.
         let notify = session.publish()?;
+        let mut more = taken?;
         if serves && !more {
             more = session.enable_notifications()?;
         }
