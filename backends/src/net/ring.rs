@@ -69,8 +69,11 @@ impl Ring {
         }
     }
 
-    /// Interrupts the driver.
+    /// Interrupts the driver, unless it polls.
     pub(super) fn interrupt(&self, counters: &Counters, log: &mut LogLimit) {
+        if self.vring.call.is_none() {
+            return;
+        }
         counters.interrupts.add(1);
         if let Err(error) = self.vring.notify_driver()
             && let Some(suppressed) = log.check()

@@ -53,6 +53,8 @@ pub(super) struct PairWorker {
     tx_kicked: bool,
     /// The TAP may have packets.
     tap_readable: bool,
+    /// The TAP interface was deleted, and that was said.
+    lost: bool,
 }
 
 impl PairWorker {
@@ -87,6 +89,7 @@ impl PairWorker {
             rx_fed: false,
             tx_kicked: false,
             tap_readable: false,
+            lost: false,
         };
         worker.attach();
         Ok(worker)
@@ -121,7 +124,15 @@ impl PairWorker {
                         return;
                     }
                     TAP => {
-                        self.tap_readable |= what.intersects(Events::EPOLLIN | Events::EPOLLERR);
+                        self.tap_readable |= what.contains(Events::EPOLLIN);
+                        // A queue that is detached is in error as well.
+                        if what.contains(Events::EPOLLERR) && self.tap.attached() && !self.lost {
+                            self.lost = true;
+                            error!(
+                                pair = self.pair,
+                                "the TAP interface was deleted: no packet passes any more; start this program again"
+                            );
+                        }
                         if let (true, Some(tx)) = (what.contains(Events::EPOLLOUT), &mut self.tx) {
                             // A packet may wait for this.
                             self.tx_kicked |= tx.is_full();
