@@ -491,6 +491,22 @@ fn kicks_through_a_pipe_work_and_its_end_is_no_storm() {
 }
 
 #[test]
+fn a_ring_without_a_kick_descriptor_is_polled() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    works(&mut front);
+    // Bit 8: no descriptor is sent.
+    front.raw.send_u64(SET_VRING_KICK, NEED_REPLY, 0x100);
+    assert_eq!(front.raw.reply(), (SET_VRING_KICK, 0));
+    for _ in 0..3 {
+        works(&mut front);
+    }
+    assert_eq!(front.messages.get_vring_base(0).unwrap(), 4);
+    daemon.assert_idle();
+    daemon.stop();
+}
+
+#[test]
 fn a_reset_stops_all_rings_and_they_can_start_again() {
     let daemon = Daemon::start(BLK, &NULL);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());

@@ -1,4 +1,7 @@
 //! Guest memory as the front-end describes it: checked, mapped, and searched by the front-end's addresses.
+//!
+//! A file that is too short is refused when it is mapped. A front-end that truncates it later ends this process by
+//! SIGBUS at the next access: it takes away its own device, and a supervisor starts the program again.
 
 use std::fs::File;
 use std::io;

@@ -298,6 +298,8 @@ impl Default for Setup {
 /// A connected front-end whose queues run.
 pub struct FrontEnd {
     pub messages: Frontend,
+    /// The same connection, for messages that the `vhost` crate has no function for.
+    pub raw: Raw,
     pub guest: Guest,
     pub queues: Vec<Queue>,
     pub features: u64,
@@ -305,7 +307,11 @@ pub struct FrontEnd {
 
 /// Connects and negotiates: each message is acknowledged by the back-end.
 pub fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
-    let mut messages = Frontend::connect(socket, 256).unwrap();
+    negotiate_on(UnixStream::connect(socket).unwrap(), without)
+}
+
+fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
+    let mut messages = Frontend::from_stream(stream, 256);
     messages.set_owner().unwrap();
     let features = messages.get_features().unwrap() & !without;
     let protocol = messages.get_protocol_features().unwrap();
@@ -324,7 +330,8 @@ pub fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
 
 impl FrontEnd {
     pub fn new(socket: &Path, setup: Setup) -> Self {
-        let (mut messages, features) = negotiate(socket, setup.without);
+        let raw = Raw::connect(socket);
+        let (mut messages, features) = negotiate_on(raw.0.try_clone().unwrap(), setup.without);
         assert!(messages.get_queue_num().unwrap() >= setup.queues as u64);
         let guest = Guest::new();
         if setup.slots {
@@ -337,6 +344,7 @@ impl FrontEnd {
         }
         let mut this = Self {
             messages,
+            raw,
             queues: Vec::new(),
             features,
             guest,
