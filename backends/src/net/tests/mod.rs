@@ -9,3 +9,4 @@
 mod driver;
 mod on_socket;
 mod on_tap;
+mod random;
