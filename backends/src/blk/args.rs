@@ -51,6 +51,8 @@ pub struct BlkArgs {
     pub read_only: bool,
 
     /// Number of queues, each with a thread of its own
+    ///
+    /// The front-end can use fewer. QEMU asks for one per virtual processor unless its device is given num-queues=N.
     #[arg(long, visible_alias = "num-queues", value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=256))]
     pub queues: u16,
 
