@@ -59,7 +59,10 @@ impl Channel {
                 Ok(true) => {}
                 Ok(false) => return requests,
                 Err(error) => {
-                    tracing::warn!(%error, "the back-end channel is closed");
+                    // The end of the back-end is reported by whoever watches its main socket.
+                    if error.kind() != ErrorKind::UnexpectedEof {
+                        tracing::warn!(%error, "the back-end channel is closed");
+                    }
                     requests.closed = true;
                     return requests;
                 }
