@@ -188,9 +188,13 @@ impl Worker {
         }
         let gone = i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL);
         if result < 0 || result & gone != 0 {
-            warn!(
-                "no kicks can arrive any more: the front-end's kick descriptor failed ({result})"
-            );
+            // A front-end can bring this about as often as it likes.
+            if let Some(held_back) = self.limit.check() {
+                warn!(
+                    held_back,
+                    "no kicks can arrive any more: the front-end's kick descriptor failed ({result})"
+                );
+            }
             return;
         }
         if more {
