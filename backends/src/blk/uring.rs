@@ -156,10 +156,7 @@ impl Uring {
     }
 
     fn free_slot(&mut self, slot: u16) -> Result<&mut Slot, PrepareError> {
-        self.slots
-            .get_mut(usize::from(slot))
-            .filter(|s| !s.busy)
-            .ok_or(PrepareError::Slot { slot })
+        free(&mut self.slots, slot)
     }
 
     /// Puts `len` bytes of guest memory into a slot, from `skip` bytes into the segments on. Returns whether all
@@ -172,9 +169,8 @@ impl Uring {
         len: u64,
         align: u32,
     ) -> Result<bool, PrepareError> {
-        let memory = self.memory.clone();
-        let state = self.free_slot(slot)?;
-        let memory = memory.ok_or(PrepareError::Slot { slot })?;
+        let memory = self.memory.as_ref().ok_or(PrepareError::Slot { slot })?;
+        let state = free(&mut self.slots, slot)?;
         state.iovecs.clear();
         state.next = 0;
         state.bounce = None;
@@ -475,6 +471,14 @@ impl Uring {
             }
         }
     }
+}
+
+/// A slot that the kernel does not have.
+fn free(slots: &mut [Slot], slot: u16) -> Result<&mut Slot, PrepareError> {
+    slots
+        .get_mut(usize::from(slot))
+        .filter(|s| !s.busy)
+        .ok_or(PrepareError::Slot { slot })
 }
 
 impl Drop for Uring {
