@@ -144,14 +144,14 @@ impl<'a> GuestBuilder<'a> {
         command.arg(format!("--memory=size={}", self.memory));
         command.arg("--serial=stdio");
         for back_end in root.into_iter().chain(self.back_ends.iter().copied()) {
-            let option = match back_end.kind {
-                Kind::Blk => "--blk",
-                Kind::Net => "--net",
+            // A card's queues count both directions: two for each queue pair.
+            let (option, queues) = match back_end.kind {
+                Kind::Blk => ("--blk", back_end.queues),
+                Kind::Net => ("--net", back_end.queues.saturating_mul(2)),
             };
-            command.arg(option).arg(format!(
-                "socket={},num-queues={}",
-                back_end.socket, back_end.queues
-            ));
+            command
+                .arg(option)
+                .arg(format!("socket={},num-queues={queues}", back_end.socket));
         }
         command
     }
