@@ -29,10 +29,18 @@ pub const SIZE: u64 = 8;
 
 const DATA: u64 = 0;
 const INTERRUPT_ENABLE: u64 = 1;
+const INTERRUPT_IDENTIFICATION: u64 = 2;
 const LINE_CONTROL: u64 = 3;
 const MODEM_CONTROL: u64 = 4;
+const LINE_STATUS: u8 = 5;
 /// Receive data available.
 const IER_RECEIVE: u8 = 1;
+/// No interrupt is pending.
+const IIR_NONE: u8 = 1;
+/// Received data is available.
+const IIR_RECEIVED: u8 = 4;
+/// There is something to read.
+const LSR_DATA_READY: u8 = 1;
 /// Offsets 0 and 1 are the divisor.
 const LCR_DLAB: u8 = 1 << 7;
 /// Connects the port with its interrupt line.
@@ -83,6 +91,12 @@ impl Serial {
         (serial, input)
     }
 
+    /// Whether the driver wants to know of received data, and there is some.
+    fn has_data_for_driver(&mut self) -> bool {
+        self.interrupt_enable & IER_RECEIVE != 0
+            && self.uart.read(LINE_STATUS) & LSR_DATA_READY != 0
+    }
+
     /// How many bytes the guest can be given now.
     fn room(&self) -> usize {
         // A driver's probe also sets bits in the interrupt enable register, to see whether they stay;
@@ -103,8 +117,15 @@ impl BusDevice for Serial {
             return;
         };
         *byte = self.uart.read(register);
-        if offset == DATA {
-            self.room_changed.notify_all();
+        match offset {
+            DATA => self.room_changed.notify_all(),
+            // A 16550 reports received data for as long as there is any; `vm-superio` only until the first
+            // byte is read. Linux takes 256 bytes, then asks here whether to go on: what is left in the
+            // FIFO would wait for an interrupt that never comes.
+            INTERRUPT_IDENTIFICATION if *byte & IIR_NONE != 0 && self.has_data_for_driver() => {
+                *byte = *byte & !IIR_NONE | IIR_RECEIVED;
+            }
+            _ => {}
         }
     }
 
@@ -196,6 +217,27 @@ mod tests {
         }
         serial.lock().unwrap().write(0, b"wide");
         assert_eq!(*sink.0.lock().unwrap(), b"hello");
+    }
+
+    #[test]
+    fn received_data_is_reported_until_all_is_read() {
+        let (serial, input, irq, _) = port();
+        serial.lock().unwrap().write(1, &[1]);
+        serial.lock().unwrap().write(4, &[MCR_OUT2]);
+        input.feed(b"abc").unwrap();
+        assert_eq!(irq.read().unwrap(), 1);
+        for byte in b"abc" {
+            for _ in 0..2 {
+                assert_eq!(read(&serial, 2) & 0xf, IIR_RECEIVED);
+            }
+            assert_eq!(read(&serial, 0), *byte);
+        }
+        assert_eq!(read(&serial, 2) & 0xf, IIR_NONE);
+        // Who has not asked is not told.
+        input.feed(b"d").unwrap();
+        serial.lock().unwrap().write(1, &[0]);
+        read(&serial, 2);
+        assert_eq!(read(&serial, 2) & 0xf, IIR_NONE);
     }
 
     #[test]
