@@ -23,4 +23,5 @@ mount -t tmpfs tmpfs /new/dev/shm
 mount -t tmpfs tmpfs /new/tmp
 mount -t tmpfs tmpfs /new/run
 mount -t debugfs debugfs /new/sys/kernel/debug
+mount -t tracefs tracefs /new/sys/kernel/tracing
 exec switch_root /new /bin/sh /lab/run/l1-start.sh

@@ -48,4 +48,13 @@ unpack /opt/lab/guest-modules $guest_modules
 # Names that do not depend on the kernel's version.
 cp "/boot/vmlinuz-$kernel" /opt/lab/vmlinuz
 rm -f /boot/initrd.img* /initrd.img*
+
+# The ELF kernel inside the bzImage, for VMMs that boot by PVH. The offsets are those of Linux's boot protocol
+# (Documentation/arch/x86/boot.rst): setup_sects, payload_offset, payload_length. The payload ends with its
+# uncompressed size in 4 bytes, which are not zstd's.
+number() {
+    od -An -j "$1" -N "$2" "-tu$2" /opt/lab/vmlinuz | tr -d ' '
+}
+start=$((($(number 0x1f1 1) + 1) * 512 + $(number 0x248 4)))
+tail -c "+$((start + 1))" /opt/lab/vmlinuz | head -c "$(($(number 0x24c 4) - 4))" | zstd -dcq > /opt/lab/vmlinux
 cp /usr/bin/busybox /opt/lab/busybox

@@ -84,6 +84,12 @@ impl Site {
         self.root.join("opt/lab/vmlinuz")
     }
 
+    /// The same kernel as the ELF file that its bzImage unpacks itself to.
+    #[must_use]
+    pub fn elf_kernel(&self) -> PathBuf {
+        self.root.join("opt/lab/vmlinux")
+    }
+
     /// How much longer than on plain hardware everything may take. Generous: it only matters when something is broken.
     #[must_use]
     pub fn patience(&self) -> u32 {

@@ -14,8 +14,10 @@ const READY_LIMIT: Duration = Duration::from_secs(5);
 
 /// What a back-end serves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Kind {
+pub enum Kind {
+    /// A disk.
     Blk,
+    /// A network card.
     Net,
 }
 
@@ -51,7 +53,23 @@ impl BackEnd {
         self.daemon.stop(site)
     }
 
-    fn start(site: &Site, kind: Kind, queues: u16, arguments: &[String]) -> Result<Self> {
+    /// Starts somebody else's back-end: `command` is what makes it listen at `socket`, and `queues` are its queues or queue pairs.
+    ///
+    /// # Errors
+    /// Fails, with the end of its log, if it does not come up.
+    pub fn foreign(
+        site: &Site,
+        kind: Kind,
+        queues: u16,
+        socket: &str,
+        command: Command,
+    ) -> Result<Self> {
+        let program = command.get_program().to_string_lossy().into_owned();
+        let name = program.rsplit('/').next().unwrap_or("back-end");
+        Self::start(site, name, kind, queues, socket.into(), command)
+    }
+
+    fn ours(site: &Site, kind: Kind, queues: u16, arguments: &[String]) -> Result<Self> {
         let (program, stem) = match kind {
             Kind::Blk => ("ringside-blk", "blk"),
             Kind::Net => ("ringside-net", "net"),
@@ -59,7 +77,18 @@ impl BackEnd {
         let socket = fresh_name(site, stem, "sock");
         let mut command = site.program(program);
         command.arg("--socket-path").arg(&socket).args(arguments);
-        let mut daemon = Daemon::start(site, program, command)?;
+        Self::start(site, program, kind, queues, socket, command)
+    }
+
+    fn start(
+        site: &Site,
+        name: &str,
+        kind: Kind,
+        queues: u16,
+        socket: String,
+        command: Command,
+    ) -> Result<Self> {
+        let mut daemon = Daemon::start(site, name, command)?;
         let path = site.scratch.join(&socket);
         daemon.wait_until("its socket", site.limit(READY_LIMIT), || is_socket(&path))?;
         Ok(Self {
@@ -112,7 +141,7 @@ impl Blk {
         self.arguments
             .push(format!("--path={}", self.path.display()));
         self.arguments.push(format!("--queues={}", self.queues));
-        BackEnd::start(site, Kind::Blk, self.queues, &self.arguments)
+        BackEnd::ours(site, Kind::Blk, self.queues, &self.arguments)
     }
 }
 
@@ -165,7 +194,7 @@ impl Net {
     pub fn start(mut self, site: &Site) -> Result<BackEnd> {
         self.arguments.push(format!("--tap={}", self.tap));
         self.arguments.push(format!("--queue-pairs={}", self.pairs));
-        let backend = BackEnd::start(site, Kind::Net, self.pairs, &self.arguments)?;
+        let backend = BackEnd::ours(site, Kind::Net, self.pairs, &self.arguments)?;
         if let Some(address) = &self.address {
             command::sh(&format!("ip address add {address} dev {}", self.tap))?;
         }

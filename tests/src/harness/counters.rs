@@ -1,133 +1,136 @@
-//! Counts of what guests and back-ends do: KVM exits, system calls, interrupts.
+//! Counts of what guests, VMMs and back-ends do: system calls, KVM exits, interrupts. Counts do not depend on how fast the
+//! machine is.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
-
-use super::daemon::Daemon;
-use super::guest::Guest;
+use crate::command;
 use crate::error::{Doing, LabError, Result};
 use crate::site::Site;
 
-/// Where KVM shows its counters.
-const KVM_DIRECTORY: &str = "/sys/kernel/debug/kvm";
+/// Where the kernel describes its tracepoints.
+const TRACEPOINTS: &str = "/sys/kernel/tracing/events";
+/// Any system call.
+pub const SYSTEM_CALL: &str = "raw_syscalls:sys_enter";
+/// A system call that KVM_RUN is one of, and the only one that a VMM makes all the time.
+pub const IOCTL: &str = "syscalls:sys_enter_ioctl";
+/// A guest was left for the kernel, whatever for.
+pub const KVM_EXIT: &str = "kvm:kvm_exit";
+/// A request was handed to an io_uring.
+pub const URING_REQUEST: &str = "io_uring:io_uring_submit_req";
 
-/// KVM's counters, summed over all guests: a test has one.
-#[derive(Debug, Clone)]
-pub struct KvmCounts(BTreeMap<String, u64>);
+/// How often tracepoints were passed by each of some processes, within one window of time. The processes are not slowed down or
+/// woken up by it, as they would be by strace.
+#[derive(Debug)]
+pub struct EventCounts(BTreeMap<(u32, String), u64>);
 
-impl KvmCounts {
-    /// Reads them.
+impl EventCounts {
+    /// Counts for some seconds.
     ///
     /// # Errors
-    /// Skips the test where there are none (debugfs absent or not readable).
-    pub fn read() -> Result<Self> {
-        let entries = fs::read_dir(KVM_DIRECTORY).map_err(|error| {
-            LabError::Skipped(format!("no counters of KVM in {KVM_DIRECTORY}: {error}"))
-        })?;
+    /// Skips the test where the kernel shows no tracepoints; fails if perf does.
+    pub fn measure(site: &Site, pids: &[u32], events: &[&str], seconds: u64) -> Result<Self> {
+        if fs::read_dir(TRACEPOINTS).is_err() {
+            return Err(LabError::Skipped(format!(
+                "tracepoints cannot be counted: {TRACEPOINTS} is not there or not readable"
+            )));
+        }
+        let table = site.scratch.join("perf.csv");
+        let list: Vec<String> = pids.iter().map(u32::to_string).collect();
+        let mut perf = site.root_program("usr/bin/perf");
+        perf.args(["stat", "--per-thread", "-x", ",", "-o"])
+            .arg(&table);
+        perf.arg("-e").arg(events.join(","));
+        perf.arg("-p").arg(list.join(","));
+        perf.args(["--", "sleep", &seconds.to_string()]);
+        let threads = threads_of(pids)?;
+        command::run(
+            &mut perf,
+            Duration::from_secs(seconds) + site.limit(Duration::from_secs(5)),
+        )?;
+        let text = fs::read_to_string(&table).doing(|| format!("read {}", table.display()))?;
         let mut counts = BTreeMap::new();
-        for entry in entries.flatten() {
-            let name = entry.file_name().to_string_lossy().into_owned();
-            // Directories are of one guest each, and histograms have several numbers.
-            if let Ok(text) = fs::read_to_string(entry.path())
-                && let Ok(value) = text.trim().parse()
-            {
-                counts.insert(name, value);
+        for (thread, event, count) in parse_perf(&text) {
+            let Some(pid) = threads.get(&thread) else {
+                continue;
+            };
+            *counts.entry((*pid, event.to_owned())).or_default() += count;
+        }
+        // A count that perf did not take must not look like none.
+        for pid in pids {
+            for event in events {
+                if !counts.contains_key(&(*pid, (*event).to_owned())) {
+                    return Err(LabError::Protocol { from: "perf", text });
+                }
             }
         }
         Ok(Self(counts))
     }
 
-    /// How much a counter (`exits`, `io_exits`, `mmio_exits`, `halt_exits`, …) has grown since an earlier reading.
+    /// How often a process passed a tracepoint.
     #[must_use]
-    pub fn since(&self, earlier: &Self, name: &str) -> u64 {
-        let value = |counts: &Self| counts.0.get(name).copied().unwrap_or_default();
-        value(self).saturating_sub(value(earlier))
+    pub fn of(&self, pid: u32, event: &str) -> u64 {
+        self.0
+            .get(&(pid, event.to_owned()))
+            .copied()
+            .unwrap_or_default()
     }
 }
 
-/// Counts the system calls of a process and its threads with strace.
-#[derive(Debug)]
-pub struct SyscallCounter {
-    strace: Daemon,
-    table: std::path::PathBuf,
-}
-
-impl SyscallCounter {
-    /// Starts to count.
-    ///
-    /// # Errors
-    /// Fails if strace cannot attach.
-    pub fn attach(site: &Site, pid: u32) -> Result<Self> {
-        let table = site.scratch.join(format!("syscalls-{pid}"));
-        let mut command = Command::new("strace");
-        command
-            .args(["-f", "-c", "-U", "name,calls", "-o"])
-            .arg(&table);
-        command.arg("-p").arg(pid.to_string());
-        let mut strace = Daemon::start(site, "strace", command)?;
-        strace.wait_until("it is attached", site.limit(Duration::from_secs(5)), || {
-            traced(pid)
-        })?;
-        Ok(Self { strace, table })
+/// The threads of some processes, and which of them each belongs to.
+fn threads_of(pids: &[u32]) -> Result<BTreeMap<u32, u32>> {
+    let mut threads = BTreeMap::new();
+    for pid in pids {
+        let path = format!("/proc/{pid}/task");
+        let entries = fs::read_dir(&path).doing(|| format!("read {path}"))?;
+        for entry in entries.flatten() {
+            if let Ok(thread) = entry.file_name().to_string_lossy().parse() {
+                threads.insert(thread, *pid);
+            }
+        }
     }
-
-    /// Stops, and gives the calls by name.
-    ///
-    /// # Errors
-    /// Fails if strace does not end or leaves no table.
-    pub fn finish(mut self, site: &Site) -> Result<BTreeMap<String, u64>> {
-        self.strace.signal(Signal::SIGINT)?;
-        self.strace.wait(site.limit(Duration::from_secs(5)))?;
-        // Without a single call there is no table.
-        let text =
-            fs::read_to_string(&self.table).doing(|| format!("read {}", self.table.display()))?;
-        Ok(parse_table(&text))
-    }
+    Ok(threads)
 }
 
-/// Whether all threads of a process have a tracer.
-fn traced(pid: u32) -> bool {
-    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else {
-        return false;
-    };
-    threads.flatten().all(|thread| has_tracer(&thread.path()))
-}
-
-fn has_tracer(thread: &Path) -> bool {
-    fs::read_to_string(thread.join("status")).is_ok_and(|status| {
-        status
-            .lines()
-            .find_map(|line| line.strip_prefix("TracerPid:"))
-            .is_some_and(|tracer| tracer.trim() != "0")
-    })
-}
-
-/// Lines of `name calls`, between a heading and a total.
-fn parse_table(text: &str) -> BTreeMap<String, u64> {
+/// Thread, event and count of each line `NAME-THREAD,COUNT,,EVENT,…`.
+fn parse_perf(text: &str) -> Vec<(u32, &str, u64)> {
     text.lines()
         .filter_map(|line| {
-            let mut words = line.split_whitespace();
-            let name = words.next()?;
-            let calls = words.next()?.parse().ok()?;
-            (name != "total").then(|| (name.to_owned(), calls))
+            let mut fields = line.split(',');
+            let thread = fields.next()?.rsplit('-').next()?.parse().ok()?;
+            // A thread that slept all the time is `<not counted>`.
+            let count = match fields.next()? {
+                "<not counted>" => 0,
+                number => number.parse().ok()?,
+            };
+            let event = fields.nth(1)?;
+            Some((thread, event, count))
         })
         .collect()
 }
 
-/// Sum of the interrupts in the guest's `/proc/interrupts` whose line contains `part` (such as `virtio1-`).
+/// How many flushes the kernel has sent to a block device (Documentation/block/stat.rst, field 16).
 ///
 /// # Errors
-/// Fails if the guest does not answer.
-pub fn guest_interrupts(guest: &mut Guest, part: &str) -> Result<u64> {
-    Ok(sum_interrupts(&guest.run_ok("cat /proc/interrupts")?, part))
+/// Fails if it is no block device, or the kernel does not count them.
+pub fn flushes(device: &Path) -> Result<u64> {
+    let name = device.file_name().unwrap_or_default().to_string_lossy();
+    let path = format!("/sys/block/{name}/stat");
+    let text = fs::read_to_string(&path).doing(|| format!("read {path}"))?;
+    text.split_whitespace()
+        .nth(15)
+        .and_then(|field| field.parse().ok())
+        .ok_or(LabError::Protocol {
+            from: "kernel",
+            text,
+        })
 }
 
-fn sum_interrupts(table: &str, part: &str) -> u64 {
+/// Sum of the interrupts in a guest's `/proc/interrupts` whose line contains `part` (such as `virtio1-`).
+#[must_use]
+pub fn sum_interrupts(table: &str, part: &str) -> u64 {
     let cpus = table
         .lines()
         .next()
@@ -146,13 +149,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn strace_table_is_parsed() {
-        let text = "syscall              calls\n---------------- ---------\n\
-                    io_uring_enter         120\nwrite                    3\n\
-                    ---------------- ---------\ntotal                  123\n";
-        let calls = parse_table(text);
-        assert_eq!(calls.len(), 2);
-        assert_eq!(calls["io_uring_enter"], 120);
+    fn perf_table_is_parsed() {
+        let text = "# started on\n\nvcpu-0-17,12,,kvm:kvm_exit,2039,100.00,,\n\
+                    main-9,<not counted>,,kvm:kvm_exit,0,100.00,,\n";
+        assert_eq!(
+            parse_perf(text),
+            [(17, "kvm:kvm_exit", 12), (9, "kvm:kvm_exit", 0)]
+        );
     }
 
     #[test]

@@ -138,8 +138,7 @@ impl Daemon {
     /// # Errors
     /// Fails if the process is gone.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        let pid = i32::try_from(self.pid()).unwrap_or(i32::MAX);
-        kill(Pid::from_raw(pid), signal).doing(|| format!("send {signal} to {}", self.name))
+        signal_child(&self.child, signal)
     }
 
     /// Asks it to end (SIGTERM) and gives its exit status.
@@ -168,6 +167,12 @@ impl Drop for Daemon {
         }
         let _ = self.child.wait();
     }
+}
+
+/// Sends a signal to a process that this one has started and not yet waited for: its number cannot be another's.
+pub(super) fn signal_child(child: &Child, signal: Signal) -> Result<()> {
+    let pid = i32::try_from(child.id()).unwrap_or(i32::MAX);
+    kill(Pid::from_raw(pid), signal).doing(|| format!("send {signal} to process {pid}"))
 }
 
 /// Whether a Unix socket exists there, without connecting: a back-end takes a connection for its front-end.

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::path::PathBuf;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -9,9 +10,10 @@ use std::time::{Duration, Instant};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use nix::sys::signal::Signal;
 
 use super::backend::{BackEnd, Blk, Kind};
-use super::daemon::fresh_name;
+use super::daemon::{fresh_name, signal_child};
 use crate::command::{describe, wait_for};
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::site::{QemuVersion, Site};
@@ -43,6 +45,7 @@ pub struct GuestBuilder<'a> {
     cpus: u32,
     memory: String,
     diskless: bool,
+    pvh: bool,
     cmdline: String,
     back_ends: Vec<&'a BackEnd>,
     arguments: Vec<String>,
@@ -68,6 +71,13 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn diskless(mut self) -> Self {
         self.diskless = true;
+        self
+    }
+
+    /// Boots the kernel as an ELF file by PVH, in place of the bzImage.
+    #[must_use]
+    pub fn pvh(mut self) -> Self {
+        self.pvh = true;
         self
     }
 
@@ -119,6 +129,14 @@ impl<'a> GuestBuilder<'a> {
         Ok(guest)
     }
 
+    fn kernel(&self, site: &Site) -> PathBuf {
+        if self.pvh {
+            site.elf_kernel()
+        } else {
+            site.kernel()
+        }
+    }
+
     fn kernel_cmdline(&self) -> String {
         let root = if self.diskless {
             ""
@@ -136,7 +154,7 @@ impl<'a> GuestBuilder<'a> {
         let mut command = site.program("ringside-vmm");
         command
             .arg("--kernel")
-            .arg(site.kernel())
+            .arg(self.kernel(site))
             .arg("--initramfs")
             .arg(&site.initramfs);
         command.arg("--cmdline").arg(self.kernel_cmdline());
@@ -177,7 +195,7 @@ impl<'a> GuestBuilder<'a> {
             .arg("-smp")
             .arg(self.cpus.to_string());
         qemu.arg("-kernel")
-            .arg(site.kernel())
+            .arg(self.kernel(site))
             .arg("-initrd")
             .arg(&site.initramfs);
         qemu.arg("-append").arg(self.kernel_cmdline());
@@ -246,7 +264,8 @@ pub struct Guest {
     seen: usize,
     commands: u32,
     site: Site,
-    name: String,
+    /// File that takes what the VMM writes to standard error.
+    log: PathBuf,
     /// Serves the Debian disk.
     _root: Option<BackEnd>,
 }
@@ -260,6 +279,7 @@ impl Guest {
             cpus: 1,
             memory: "512M".into(),
             diskless: false,
+            pvh: false,
             cmdline: String::new(),
             back_ends: Vec::new(),
             arguments: Vec::new(),
@@ -296,7 +316,7 @@ impl Guest {
             seen: 0,
             commands: 0,
             site: site.clone(),
-            name: log.display().to_string(),
+            log,
             _root: root,
         })
     }
@@ -389,7 +409,7 @@ impl Guest {
     fn tails(&self) -> String {
         let console = self.console();
         let mut lines = last_lines(&console, 20);
-        let log = fs::read_to_string(&self.name).unwrap_or_default();
+        let log = self.vmm_log();
         lines.extend(last_lines(&log, 10));
         lines.join("\n")
     }
@@ -461,22 +481,16 @@ impl Guest {
         })
     }
 
-    /// Gives the guest's only network card an address (with its prefix length) and brings it up; gives the card's name.
+    /// Gives the guest's first network card (`eth0`) an address (with its prefix length) and brings it up; gives its name.
     ///
     /// # Errors
-    /// Fails if there is no card, or not only one.
-    pub fn network_up(&mut self, address: &str) -> Result<String> {
-        let names = self.run_ok("ls /sys/class/net | grep -v '^lo$'")?;
-        let name = names.trim();
-        if name.contains(char::is_whitespace) {
-            return Err(LabError::Check(format!(
-                "the guest has several network cards: {name}"
-            )));
-        }
+    /// Fails if there is no card.
+    pub fn network_up(&mut self, address: &str) -> Result<&'static str> {
+        let name = "eth0";
         self.run_ok(&format!(
             "ip address add {address} dev {name} && ip link set {name} up"
         ))?;
-        Ok(name.to_owned())
+        Ok(name)
     }
 
     /// Sends a command to the agent; gives its number.
@@ -509,17 +523,36 @@ impl Guest {
     ///
     /// # Errors
     /// Fails if the VMM does not end in time.
-    pub fn shut_down(mut self) -> Result<ExitStatus> {
-        self.send("sync; poweroff -f")?;
-        self.wait(SHUTDOWN_LIMIT)
+    pub fn shut_down(self) -> Result<ExitStatus> {
+        self.end_by("sync; poweroff -f")
     }
 
-    /// Waits for the VMM to end by itself; the limit as for plain hardware.
+    /// Runs a command in the guest that ends it, and gives the exit status of the VMM.
     ///
     /// # Errors
-    /// Fails if it still runs then.
-    pub fn wait(mut self, limit: Duration) -> Result<ExitStatus> {
-        let limit = self.site.limit(limit);
+    /// Fails if the VMM does not end in time.
+    pub fn end_by(mut self, command: &str) -> Result<ExitStatus> {
+        self.send(command)?;
+        self.wait()
+    }
+
+    /// Sends the VMM a signal that is to end it, and gives its exit status.
+    ///
+    /// # Errors
+    /// Fails if it does not end in time.
+    pub fn end_by_signal(mut self, signal: Signal) -> Result<ExitStatus> {
+        signal_child(&self.child, signal)?;
+        self.wait()
+    }
+
+    /// What the VMM has logged.
+    #[must_use]
+    pub fn vmm_log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    fn wait(&mut self) -> Result<ExitStatus> {
+        let limit = self.site.limit(SHUTDOWN_LIMIT);
         match wait_for(&mut self.child, limit)? {
             Some(status) => Ok(status),
             None => Err(LabError::TimedOut {

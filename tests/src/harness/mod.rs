@@ -6,8 +6,10 @@ mod daemon;
 mod guest;
 mod network;
 
-pub use backend::{BackEnd, Blk, Net, disk_file, sha256};
-pub use counters::{KvmCounts, SyscallCounter, guest_interrupts};
+pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
+pub use counters::{
+    EventCounts, IOCTL, KVM_EXIT, SYSTEM_CALL, URING_REQUEST, flushes, sum_interrupts,
+};
 pub use daemon::Daemon;
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm};
-pub use network::{Namespace, iperf3, iperf3_server};
+pub use network::{Capture, Namespace, iperf3, iperf3_server};

@@ -1,9 +1,11 @@
 //! Networks around a guest: namespaces beyond the test's own, and iperf3.
 
+use std::ffi::OsStr;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use super::daemon::Daemon;
+use super::daemon::{Daemon, fresh_name};
 use super::guest::Guest;
 use crate::command;
 use crate::error::{LabError, Result};
@@ -78,6 +80,63 @@ impl Namespace {
             "nsenter --net=/proc/{}/ns/net {line}",
             self.holder.pid()
         ))
+    }
+}
+
+/// Records the headers of what passes an interface of the test's own namespace.
+#[derive(Debug)]
+pub struct Capture {
+    tcpdump: Daemon,
+    file: PathBuf,
+}
+
+impl Capture {
+    /// Starts to record.
+    ///
+    /// # Errors
+    /// Fails if tcpdump does.
+    pub fn start(site: &Site, interface: &str) -> Result<Self> {
+        let file = site
+            .scratch
+            .join(fresh_name(site, &format!("capture-{interface}"), "pcap"));
+        let mut command = site.root_program("usr/bin/tcpdump");
+        // Root stays root: the file is in a directory of its own.
+        command.args(["-Z", "root", "-s", "96", "-i", interface, "-w"]);
+        command.arg(&file);
+        let mut tcpdump = Daemon::start(site, "tcpdump", command)?;
+        tcpdump.wait_until("it listens", site.limit(LISTEN_LIMIT), || {
+            // The file's header is written when the recording has begun.
+            std::fs::metadata(&file).is_ok_and(|metadata| metadata.len() > 0)
+        })?;
+        Ok(Self { tcpdump, file })
+    }
+
+    /// Ends the recording; counts the packets that match each of the filters (pcap-filter(7)).
+    ///
+    /// # Errors
+    /// Fails if tcpdump does.
+    pub fn count<const N: usize>(
+        mut self,
+        site: &Site,
+        filters: [impl AsRef<OsStr>; N],
+    ) -> Result<[u64; N]> {
+        self.tcpdump.stop(site)?;
+        let mut counts = [0; N];
+        for (count, filter) in counts.iter_mut().zip(filters) {
+            let mut command = site.root_program("usr/bin/tcpdump");
+            command.arg("-r").arg(&self.file).arg("--count").arg(filter);
+            let text = command::run(&mut command, site.limit(Duration::from_secs(20)))?;
+            // "N packets", or "1 packet".
+            *count = text
+                .split_whitespace()
+                .next()
+                .and_then(|word| word.parse().ok())
+                .ok_or(LabError::Protocol {
+                    from: "tcpdump",
+                    text,
+                })?;
+        }
+        Ok(counts)
     }
 }
 

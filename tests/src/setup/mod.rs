@@ -34,14 +34,14 @@ const ROOT_RECIPE: &str = include_str!("../../recipe/lab-root.sh");
 /// Packages of the lab's root, from trixie itself.
 const ROOT_PACKAGES: &str = "linux-image-amd64,busybox-static,e2fsprogs,ethtool,fio,iperf3,\
     iproute2,iptables,iputils-ping,kmod,libarchive13t64,linux-perf,nvme-cli,pciutils,procps,\
-    strace,tcpdump,util-linux";
+    strace,tcpdump,util-linux,zstd";
 /// Packages of a test's guest.
 const GUEST_PACKAGES: &str = "e2fsprogs,ethtool,fio,iperf3,iproute2,iputils-ping,kmod,nvme-cli,\
     pciutils,procps,tcpdump,util-linux";
 /// Kernel modules of the lab VM's initramfs.
 const L1_MODULES: &str = "virtio_blk 9p 9pnet_virtio overlay";
 /// Kernel modules of a guest's initramfs.
-const GUEST_MODULES: &str = "virtio_blk virtio_net ext4 overlay nvme igbvf";
+const GUEST_MODULES: &str = "virtio_blk virtio_net ext4 overlay nvme igbvf pvpanic-mmio";
 /// Size of the guest's file system: three times what is in it.
 const GUEST_DISK_SIZE: &str = "700M";
 /// To be raised when the code below builds something else from the same texts above.
@@ -553,6 +553,7 @@ impl Build<'_> {
         };
         let mut files = vec![
             checked("root/opt/lab/vmlinuz", true)?,
+            checked("root/opt/lab/vmlinux", false)?,
             checked("root/opt/lab/busybox", true)?,
             checked("root/usr/bin/qemu-system-x86_64", true)?,
             checked("root/opt/qemu-10/usr/bin/qemu-system-x86_64", false)?,

@@ -1,15 +1,20 @@
 //! Disks served by ringside-blk.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
+
 use super::Test;
+use crate::command;
 use crate::ensure;
-use crate::error::{Doing, Result};
+use crate::error::{Doing, LabError, Result};
 use crate::harness::{
-    Blk, Guest, KvmCounts, SyscallCounter, Vmm, disk_file, guest_interrupts, sha256,
+    Blk, EventCounts, Guest, IOCTL, KVM_EXIT, SYSTEM_CALL, URING_REQUEST, Vmm, disk_file, flushes,
+    sha256, sum_interrupts,
 };
 use crate::site::Site;
 
@@ -17,17 +22,7 @@ pub(super) const TESTS: &[Test] = &[
     Test {
         name: "blk::contents_both_ways",
         seconds: 90,
-        run: |site| contents(site, Vmm::Ringside),
-    },
-    Test {
-        name: "blk::contents_under_qemu_10",
-        seconds: 90,
-        run: |site| contents(site, Vmm::Qemu10),
-    },
-    Test {
-        name: "blk::contents_under_qemu_11",
-        seconds: 90,
-        run: |site| contents(site, Vmm::Qemu11),
+        run: contents_both_ways,
     },
     Test {
         name: "blk::fio_verify_multiqueue",
@@ -35,55 +30,103 @@ pub(super) const TESTS: &[Test] = &[
         run: fio_verify_multiqueue,
     },
     Test {
-        name: "blk::vmm_is_off_the_data_path",
+        name: "blk::flushes_reach_the_disk",
+        seconds: 90,
+        run: flushes_reach_the_disk,
+    },
+    Test {
+        name: "blk::discard_punches_holes",
+        seconds: 90,
+        run: discard_punches_holes,
+    },
+    Test {
+        name: "blk::errors_reach_the_guest",
+        seconds: 90,
+        run: errors_reach_the_guest,
+    },
+    Test {
+        name: "blk::back_end_dies_under_load",
+        seconds: 90,
+        run: back_end_dies_under_load,
+    },
+    Test {
+        name: "blk::counts_per_request",
         seconds: 120,
-        run: vmm_is_off_the_data_path,
+        run: counts_per_request,
     },
 ];
 
 const MIB: u64 = 1 << 20;
 
-/// Fills a file with bytes that no compressor or zero detection can take for others.
-fn fill_with_random(path: &Path, size: u64) -> Result<()> {
+/// Size of the disk of [`exchange`].
+const EXCHANGED: u64 = 12 * MIB;
+
+/// A file of bytes that no compressor or zero detection can take for others.
+pub(super) fn random_file(site: &Site, name: &str) -> Result<PathBuf> {
+    let path = disk_file(site, name, 0)?;
     let doing = || format!("fill {}", path.display());
-    let mut random = File::open("/dev/urandom").doing(doing)?.take(size);
-    let mut file = File::create(path).doing(doing)?;
+    let mut random = File::open("/dev/urandom").doing(doing)?.take(EXCHANGED);
+    let mut file = File::create(&path).doing(doing)?;
     std::io::copy(&mut random, &mut file).doing(doing)?;
-    file.flush().and_then(|()| file.sync_all()).doing(doing)
+    file.flush().and_then(|()| file.sync_all()).doing(doing)?;
+    drop(file);
+    Ok(path)
 }
 
-/// What the host wrote the guest reads; what the guest wrote the host reads: the whole disk, by checksum.
-fn contents(site: &Site, vmm: Vmm) -> Result<()> {
-    let disk = disk_file(site, "disk.img", 0)?;
-    fill_with_random(&disk, 12 * MIB)?;
-    let blk = Blk::on(&disk).start(site)?;
-    let mut guest = Guest::on(vmm).diskless().device(&blk).boot(site)?;
-    let seen = guest.run_ok("sha256sum </dev/vda")?;
-    let written = sha256(&disk)?;
+/// What the host wrote to `disk` the guest reads from `device`; then the guest writes. Gives the checksum of what the guest sees
+/// in the end, which [`arrived`] compares when the guest is gone.
+pub(super) fn exchange(guest: &mut Guest, device: &str, disk: &Path) -> Result<String> {
+    let seen = guest.run_ok(&format!("sha256sum <{device}"))?;
+    let written = sha256(disk)?;
     ensure!(
         seen.starts_with(&written),
         "the guest reads {seen}, the host wrote {written}"
     );
-
     // From the far end and the middle, in pieces that are no multiple of a page.
-    let seen = guest.run_ok(
-        "dd if=/dev/urandom of=/dev/vda bs=512 count=2001 seek=77 conv=notrunc 2>/dev/null && \
-         dd if=/dev/urandom of=/dev/vda bs=1M count=2 seek=9 conv=notrunc 2>/dev/null && \
-         sync && echo 3 >/proc/sys/vm/drop_caches && sha256sum </dev/vda",
-    )?;
+    let seen = guest.run_ok(&format!(
+        "dd if=/dev/urandom of={device} bs=512 count=2001 seek=77 conv=notrunc 2>/dev/null && \
+         dd if=/dev/urandom of={device} bs=1M count=2 seek=9 conv=notrunc 2>/dev/null && \
+         sync && echo 3 >/proc/sys/vm/drop_caches && sha256sum <{device}"
+    ))?;
+    ensure!(
+        !seen.starts_with(&written),
+        "the guest does not see its own writes"
+    );
+    Ok(seen)
+}
+
+/// What the guest saw last, the host reads: the whole disk.
+pub(super) fn arrived(disk: &Path, seen: &str) -> Result<()> {
+    let read = sha256(disk)?;
+    ensure!(
+        seen.starts_with(&read),
+        "the guest wrote {seen}, the host reads {read}"
+    );
+    Ok(())
+}
+
+fn contents_both_ways(site: &Site) -> Result<()> {
+    let disk = random_file(site, "disk.img")?;
+    let blk = Blk::on(&disk)
+        .arg("--serial=ringside-0123456789")
+        .start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .diskless()
+        .device(&blk)
+        .boot(site)?;
+    let serial = guest.run_ok("cat /sys/block/vda/serial")?;
+    ensure!(
+        serial.trim() == "ringside-0123456789",
+        "the serial number came as {serial}"
+    );
+    let seen = exchange(&mut guest, "/dev/vda", &disk)?;
     guest.shut_down()?;
     let status = blk.stop(site)?;
     ensure!(
         status.success(),
         "ringside-blk ended with {status} on SIGTERM"
     );
-    let read = sha256(&disk)?;
-    ensure!(read != written, "the guest's writes did not arrive");
-    ensure!(
-        seen.starts_with(&read),
-        "the guest wrote {seen}, the host reads {read}"
-    );
-    Ok(())
+    arrived(&disk, &seen)
 }
 
 /// Four CPUs write through four queues, and every block is read back and compared.
@@ -101,60 +144,264 @@ fn fio_verify_multiqueue(site: &Site) -> Result<()> {
         "the guest uses {} queues of 4",
         queues.trim()
     );
+    // One job for each CPU, and so one for each queue.
     guest.run_ok_within(
         "fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 \
-         --rw=randwrite --bsrange=4k-64k --numjobs=4 --size=16M --offset_increment=64M \
+         --rw=randwrite --bsrange=4k-64k --numjobs=4 --size=8M --offset_increment=64M \
+         --cpus_allowed=0-3 --cpus_allowed_policy=split \
          --verify=crc32c --verify_fatal=1 --do_verify=1",
         Duration::from_secs(60),
     )?;
-    guest.shut_down()?;
-    Ok(())
-}
-
-/// While a guest does I/O, the VMM makes no system call but its vCPUs' KVM_RUN, and KVM is left for doorbells and interrupts
-/// only. The counts are what the README quotes.
-fn vmm_is_off_the_data_path(site: &Site) -> Result<()> {
-    let disk = disk_file(site, "disk.img", 256 * MIB)?;
-    let mut blk = Blk::on(&disk).arg("--direct").start(site)?;
-    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
-    guest.run_ok("dd if=/dev/zero of=/dev/vdb bs=1M count=256 oflag=direct 2>/dev/null")?;
-    for depth in [1_u32, 32] {
-        // Without tracers first: they change how long things take, and so how often somebody sleeps.
-        let fio = format!(
-            "fio --name=count --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randread \
-             --bs=4k --iodepth={depth} --number_ios=2000 --size=256M --output-format=terse"
-        );
-        let interrupts_before = guest_interrupts(&mut guest, "virtio1-req")?;
-        let kvm_before = KvmCounts::read()?;
-        guest.run_ok_within(&fio, Duration::from_secs(30))?;
-        let kvm = KvmCounts::read()?;
-        let interrupts = guest_interrupts(&mut guest, "virtio1-req")? - interrupts_before;
-
-        let vmm_calls = SyscallCounter::attach(site, guest.vmm_pid())?;
-        let blk_calls = SyscallCounter::attach(site, blk.daemon().pid())?;
-        guest.run_ok_within(&fio, Duration::from_secs(60))?;
-        let vmm_calls = vmm_calls.finish(site)?;
-        let blk_calls: u64 = blk_calls.finish(site)?.values().sum();
-        let per_io = |count: u64| format!("{}.{:02}", count / 2000, count % 2000 / 20);
-        println!(
-            "depth {depth:>2}, per 4 KiB read: {} KVM exits (all), {} interrupts, {} system calls of ringside-blk",
-            per_io(kvm.since(&kvm_before, "exits")),
-            per_io(interrupts),
-            per_io(blk_calls),
-        );
-        // Commands and their output go through the serial console: reads and writes of a few hundred bytes. An I/O path
-        // through the VMM would show as thousands.
-        let others: u64 = vmm_calls
-            .iter()
-            .filter(|(name, _)| *name != "ioctl")
-            .map(|(_, count)| count)
-            .sum();
-        println!("depth {depth:>2}, calls of ringside-vmm for 2000 reads: {vmm_calls:?}");
+    let interrupts = guest.run_ok("cat /proc/interrupts")?;
+    for queue in 0..4 {
         ensure!(
-            others < 1000,
-            "ringside-vmm made {others} system calls besides KVM_RUN"
+            sum_interrupts(&interrupts, &format!("virtio1-req.{queue}")) > 0,
+            "queue {queue} was not used:\n{interrupts}"
         );
     }
     guest.shut_down()?;
     Ok(())
+}
+
+/// A block device of the site that the test may overwrite.
+fn block_device(site: &Site) -> Result<&Path> {
+    site.block_device.as_deref().ok_or_else(|| {
+        LabError::Skipped("this machine has no block device that a test may overwrite".into())
+    })
+}
+
+/// Each flush of the guest is one of the disk below the back-end; with the write cache off each write is followed by one.
+fn flushes_reach_the_disk(site: &Site) -> Result<()> {
+    let device = block_device(site)?;
+    let blk = Blk::on(device).start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
+    let cache = guest.run_ok("cat /sys/block/vdb/cache_type")?;
+    ensure!(cache.trim() == "write back", "the cache is {cache}");
+    let mut flushes_by = |command: &str| -> Result<u64> {
+        let before = flushes(device)?;
+        guest.run_ok(command)?;
+        Ok(flushes(device)?.saturating_sub(before))
+    };
+    let write = "for i in 1 2 3 4 5; do dd if=/dev/urandom of=/dev/vdb bs=4k count=1 \
+                 seek=$i oflag=direct conv=notrunc 2>/dev/null || exit 1; done";
+    let plain = flushes_by(write)?;
+    let synced = flushes_by(&write.replace("notrunc", "notrunc,fsync"))?;
+    let write_through = flushes_by(&format!(
+        "echo 'write through' >/sys/block/vdb/cache_type; {write}"
+    ))?;
+    println!(
+        "flushes of the disk by 5 writes: {plain} in write-back mode, {synced} with fsync, {write_through} in write-through mode"
+    );
+    ensure!(plain < 5, "writes alone cause {plain} flushes");
+    ensure!(synced >= 5, "5 fsyncs of the guest caused {synced} flushes");
+    ensure!(
+        write_through >= 5,
+        "5 writes without a write cache caused {write_through} flushes"
+    );
+    guest.shut_down()?;
+    Ok(())
+}
+
+/// Discard gives space back to the host's file system, and what was discarded or zeroed reads as zeroes; the rest stays.
+fn discard_punches_holes(site: &Site) -> Result<()> {
+    let disk = random_file(site, "disk.img")?;
+    let blk = Blk::on(&disk).start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
+    let allocated = || -> Result<u64> {
+        let metadata = fs::metadata(&disk).doing(|| format!("look at {}", disk.display()))?;
+        Ok(metadata.blocks() * 512)
+    };
+    let before = allocated()?;
+    let kept = "dd if=/dev/vdb bs=1M skip=8 iflag=direct 2>/dev/null | sha256sum";
+    let tail = guest.run_ok(kept)?;
+    guest.run_ok("blkdiscard -o 0 -l 4M /dev/vdb && blkdiscard -z -o 4M -l 4M /dev/vdb")?;
+    let after = allocated()?;
+    ensure!(
+        after + 4 * MIB <= before,
+        "the file had {before} bytes allocated before the discard, and {after} after it"
+    );
+    guest
+        .run_ok("dd if=/dev/vdb bs=1M count=8 iflag=direct 2>/dev/null | cmp -n 8M - /dev/zero")?;
+    ensure!(
+        guest.run_ok(kept)? == tail,
+        "what was not discarded has changed"
+    );
+    guest.shut_down()?;
+    Ok(())
+}
+
+/// A sector that cannot be read and a host's file system that is full: an error of that request, and the disk goes on.
+fn errors_reach_the_guest(site: &Site) -> Result<()> {
+    let device = block_device(site)?;
+    // In 512-byte sectors: 1 MiB that works, 4 KiB that does not, and again some that work.
+    let table = format!(
+        "0 2048 linear {0} 0\\n2048 8 error\\n2056 2040 linear {0} 2056",
+        device.display()
+    );
+    command::sh("modprobe dm-mod")?;
+    command::sh(&format!(
+        "printf '{table}' | dmsetup create --noudevsync ringside-bad"
+    ))?;
+    command::sh("dmsetup mknodes ringside-bad")?;
+    let result = errors_of(site, Path::new("/dev/mapper/ringside-bad"));
+    let removed = command::sh("dmsetup remove --noudevsync --retry ringside-bad");
+    result?;
+    removed.map(drop)
+}
+
+fn errors_of(site: &Site, bad: &Path) -> Result<()> {
+    let small = site.scratch.join("small");
+    fs::create_dir_all(&small).doing(|| format!("create {}", small.display()))?;
+    command::sh(&format!(
+        "mount -t tmpfs -o size=4M tmpfs {}",
+        small.display()
+    ))?;
+    let full = disk_file(site, "small/disk.img", 32 * MIB)?;
+    let bad = Blk::on(bad).arg("--direct").start(site)?;
+    let full = Blk::on(&full).start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .device(&bad)
+        .device(&full)
+        .boot(site)?;
+    let read = |sector: u32| {
+        format!("dd if=/dev/vdb of=/dev/null bs=512 count=8 skip={sector} iflag=direct 2>&1")
+    };
+    guest.run_ok(&read(2040))?;
+    let output = guest.run(&read(2048))?;
+    ensure!(
+        output.status != 0 && output.text.contains("Input/output error"),
+        "reading bad sectors ended with {}: {}",
+        output.status,
+        output.text
+    );
+    guest.run_ok(&read(2056))?;
+
+    let output = guest.run("dd if=/dev/zero of=/dev/vdc bs=64k count=256 oflag=direct 2>&1")?;
+    ensure!(
+        output.status != 0,
+        "16 MiB were written into a file system of 4 MiB: {}",
+        output.text
+    );
+    // What fits into what is there already still works, for reads and for writes.
+    guest.run_ok(
+        "dd if=/dev/urandom of=/dev/vdc bs=64k count=1 oflag=direct conv=notrunc 2>/dev/null && \
+         dd if=/dev/vdc of=/dev/null bs=1M iflag=direct 2>/dev/null",
+    )?;
+    guest.shut_down()?;
+    for backend in [bad, full] {
+        let status = backend.stop(site)?;
+        ensure!(status.success(), "ringside-blk ended with {status}");
+    }
+    Ok(())
+}
+
+/// A back-end that is killed under load: the VMM says so, the guest goes on with its other disk, and ends in order.
+fn back_end_dies_under_load(site: &Site) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 64 * MIB)?;
+    let mut blk = Blk::on(&disk).start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(&blk).boot(site)?;
+    start_fio(&mut guest, 16)?;
+    blk.daemon().signal(Signal::SIGKILL)?;
+    blk.daemon().wait(site.limit(Duration::from_secs(5)))?;
+    // The guest is alive, and its root, on the other back-end, too.
+    guest.run_ok("echo 3 >/proc/sys/vm/drop_caches && sha256sum /usr/bin/fio")?;
+    let log = guest.vmm_log();
+    ensure!(
+        log.contains("back-end") && log.contains(blk.socket()),
+        "the VMM does not say which back-end is gone:\n{log}"
+    );
+    // Without a sync, which would wait for the dead disk.
+    let status = guest.end_by("busybox poweroff -n -f")?;
+    ensure!(
+        status.code() == Some(0),
+        "ringside-vmm ended with {status} after a power-off"
+    );
+    Ok(())
+}
+
+/// Starts 4 KiB random reads of `/dev/vdb` in the guest's background, and waits until they run.
+fn start_fio(guest: &mut Guest, depth: u32) -> Result<()> {
+    guest.run_ok(&format!(
+        "fio --name=load --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randread --bs=4k \
+         --iodepth={depth} --time_based --runtime=600 --eta=never </dev/null >/run/fio.log 2>&1 & \
+         echo $! >/run/fio.pid; set -- $(cat /sys/block/vdb/stat); enough=$(($1 + 100)); \
+         while set -- $(cat /sys/block/vdb/stat); [ $1 -lt $enough ]; do \
+         kill -0 $(cat /run/fio.pid) || exit 1; sleep 0.1; done"
+    ))?;
+    Ok(())
+}
+
+/// What one 4 KiB random read of a guest costs: KVM exits, interrupts, system calls. While the reads go on the VMM makes no
+/// system call but KVM_RUN, and hardly that.
+fn counts_per_request(site: &Site) -> Result<()> {
+    const SECONDS: u64 = 5;
+    let disk = disk_file(site, "disk.img", 256 * MIB)?;
+    let mut blk = Blk::on(&disk).arg("--direct").start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
+    guest.run_ok("dd if=/dev/zero of=/dev/vdb bs=1M count=256 oflag=direct 2>/dev/null")?;
+    let (vmm_pid, blk_pid) = (guest.vmm_pid(), blk.daemon().pid());
+    for depth in [1_u32, 32] {
+        start_fio(&mut guest, depth)?;
+        // The guest takes its own counts meanwhile. Nothing may be said on its console: each character is an exit.
+        let take = "cat /proc/interrupts /sys/block/vdb/stat";
+        guest.run_ok(&format!(
+            "(sleep 1; {take} >/run/before; sleep {SECONDS}; {take} >/run/after) \
+             </dev/null >/dev/null 2>&1 &"
+        ))?;
+        let events = [SYSTEM_CALL, IOCTL, KVM_EXIT, URING_REQUEST];
+        let counts = EventCounts::measure(site, &[vmm_pid, blk_pid], &events, SECONDS)?;
+        let samples = guest.run_ok(
+            "while [ ! -s /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
+             cat /run/after; kill $(cat /run/fio.pid); rm /run/before /run/after; sleep 1",
+        )?;
+        let (reads, interrupts) = sampled(&samples)?;
+
+        let requests = counts.of(blk_pid, URING_REQUEST);
+        ensure!(
+            requests > 100 && reads > 100,
+            "{requests} requests in {SECONDS} s are too few to count by"
+        );
+        let per_read = |count: u64, reads: u64| {
+            let hundredths = (count * 100 + reads / 2) / reads;
+            format!("{}.{:02}", hundredths / 100, hundredths % 100)
+        };
+        let ioctls = counts.of(vmm_pid, IOCTL);
+        let others = counts.of(vmm_pid, SYSTEM_CALL).saturating_sub(ioctls);
+        println!(
+            "4 KiB random read, depth {depth}: {} KVM exits, {} interrupts, {} system calls of ringside-blk per read; \
+             of ringside-vmm {ioctls} KVM_RUN and {others} others in all ({requests} reads)",
+            per_read(counts.of(vmm_pid, KVM_EXIT), requests),
+            per_read(interrupts, reads),
+            per_read(counts.of(blk_pid, SYSTEM_CALL), requests),
+        );
+        ensure!(
+            others == 0,
+            "ringside-vmm made {others} system calls besides KVM_RUN"
+        );
+        ensure!(
+            ioctls < requests / 10,
+            "the VMM's process ran for {ioctls} exits during {requests} reads"
+        );
+    }
+    guest.shut_down()?;
+    Ok(())
+}
+
+/// Reads completed and interrupts taken between the two samples.
+fn sampled(samples: &str) -> Result<(u64, u64)> {
+    let numbers = |sample: &str| -> Option<(u64, u64)> {
+        let reads = sample.lines().last()?.split_whitespace().next()?;
+        Some((reads.parse().ok()?, sum_interrupts(sample, "virtio1-req")))
+    };
+    let (before, after) = samples.split_once("===\n").unwrap_or_default();
+    match (numbers(before), numbers(after)) {
+        (Some(before), Some(after)) => Ok((
+            after.0.saturating_sub(before.0),
+            after.1.saturating_sub(before.1),
+        )),
+        _ => Err(LabError::Protocol {
+            from: "guest's counters",
+            text: samples.into(),
+        }),
+    }
 }

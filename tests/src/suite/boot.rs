@@ -3,39 +3,47 @@
 use super::Test;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{Guest, Vmm};
+use crate::harness::{Blk, Guest, Net, Vmm, disk_file};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
     Test {
-        name: "boot::qemu_diskless",
+        name: "boot::the_lab_itself",
         seconds: 60,
-        run: qemu_diskless,
+        run: the_lab_itself,
     },
     Test {
-        name: "boot::qemu_debian",
-        seconds: 90,
-        run: qemu_debian,
-    },
-    Test {
-        name: "boot::ringside_diskless",
+        name: "boot::by_bzimage",
         seconds: 60,
-        run: ringside_diskless,
+        run: by_bzimage,
     },
     Test {
-        name: "boot::ringside_debian",
-        seconds: 90,
-        run: ringside_debian,
+        name: "boot::by_pvh",
+        seconds: 60,
+        run: by_pvh,
+    },
+    Test {
+        name: "boot::eight_cpus_and_six_gib",
+        seconds: 120,
+        run: eight_cpus_and_six_gib,
+    },
+    Test {
+        name: "boot::ten_reboots_and_a_panic",
+        seconds: 240,
+        run: ten_reboots_and_a_panic,
     },
 ];
 
-/// The lab itself: a guest without a disk under stock QEMU.
-fn qemu_diskless(site: &Site) -> Result<()> {
-    let mut guest = Guest::on(Vmm::Qemu11).cpus(2).diskless().boot(site)?;
-    ensure!(
-        guest.run_ok("nproc")?.trim() == "2",
-        "the guest has not the CPUs it was given"
-    );
+/// A guest under stock QEMU, and what tests rely on: exit statuses, long commands.
+fn the_lab_itself(site: &Site) -> Result<()> {
+    let mut guest = Guest::on(Vmm::Qemu11).diskless().boot(site)?;
+    agent_works(&mut guest)?;
+    let status = guest.shut_down()?;
+    ensure!(status.success(), "QEMU ended with {status}");
+    Ok(())
+}
+
+fn agent_works(guest: &mut Guest) -> Result<()> {
     let failed = guest.run("exit 7")?;
     ensure!(
         failed.status == 7,
@@ -48,38 +56,56 @@ fn qemu_diskless(site: &Site) -> Result<()> {
         guest.run_ok(&format!("echo {long}"))?.trim() == long,
         "a long command was damaged"
     );
-    let status = guest.shut_down()?;
-    ensure!(status.success(), "QEMU ended with {status}");
     Ok(())
 }
 
-/// The lab itself: a guest with the Debian disk under the older QEMU.
-fn qemu_debian(site: &Site) -> Result<()> {
-    let mut guest = Guest::on(Vmm::Qemu10).cpus(1).boot(site)?;
+/// The kernel's log has no complaint about what the VMM tells it: tables, buses, processors, clocks.
+fn no_complaints(guest: &mut Guest) -> Result<()> {
+    let log = guest.run_ok("dmesg -r 2>/dev/null || dmesg")?;
+    let complaints: Vec<&str> = log
+        .lines()
+        .filter(|line| {
+            [
+                "ACPI Error",
+                "ACPI BIOS Error",
+                "Firmware Bug",
+                "firmware bug",
+                "BIOS bug",
+                "Call Trace",
+                "unstable",
+            ]
+            .iter()
+            .any(|word| line.contains(word))
+        })
+        .collect();
+    ensure!(
+        complaints.is_empty(),
+        "the guest's kernel complains:\n{}",
+        complaints.join("\n")
+    );
+    Ok(())
+}
+
+/// The Debian disk is the guest's root; the machine is as asked for; a power-off ends the VMM with status 0.
+fn by_bzimage(site: &Site) -> Result<()> {
+    let mut guest = Guest::on(Vmm::Ringside).cpus(2).memory("1G").boot(site)?;
+    agent_works(&mut guest)?;
     let release = guest.run_ok("cat /etc/os-release")?;
     ensure!(release.contains("trixie"), "not Debian trixie: {release}");
-    guest.run_ok("touch /written && fio --version && iperf3 --version && ethtool --version")?;
-    guest.shut_down()?;
-    Ok(())
-}
-
-/// Our VMM: several CPUs, the memory asked for, commands, power-off with status 0.
-fn ringside_diskless(site: &Site) -> Result<()> {
-    let mut guest = Guest::on(Vmm::Ringside)
-        .cpus(2)
-        .memory("1G")
-        .diskless()
-        .boot(site)?;
+    ensure!(
+        guest.run_ok("cat /sys/block/vda/ro")?.trim() == "1",
+        "the read-only disk is not read-only in the guest"
+    );
     ensure!(
         guest.run_ok("nproc")?.trim() == "2",
         "the guest has not the CPUs it was given"
     );
-    let memory = guest.run_ok("awk '/^MemTotal/ { print $2 }' /proc/meminfo")?;
-    let kib: u64 = memory.trim().parse().unwrap_or_default();
+    let kib = memory_kib(&mut guest)?;
     ensure!(
         (900 << 10..=1 << 20).contains(&kib),
         "the guest has {kib} KiB of 1 GiB"
     );
+    no_complaints(&mut guest)?;
     let status = guest.shut_down()?;
     ensure!(
         status.code() == Some(0),
@@ -88,15 +114,106 @@ fn ringside_diskless(site: &Site) -> Result<()> {
     Ok(())
 }
 
-/// Our VMM with ringside-blk: the Debian disk is the guest's root.
-fn ringside_debian(site: &Site) -> Result<()> {
-    let mut guest = Guest::on(Vmm::Ringside).boot(site)?;
-    let release = guest.run_ok("cat /etc/os-release")?;
-    ensure!(release.contains("trixie"), "not Debian trixie: {release}");
+fn memory_kib(guest: &mut Guest) -> Result<u64> {
+    let memory = guest.run_ok("awk '/^MemTotal/ { print $2 }' /proc/meminfo")?;
+    Ok(memory.trim().parse().unwrap_or_default())
+}
+
+/// The same kernel as an ELF file, by PVH. A guest that nobody asks to end ends with the VMM, on SIGTERM, with status 0.
+fn by_pvh(site: &Site) -> Result<()> {
+    let mut guest = Guest::on(Vmm::Ringside).pvh().diskless().boot(site)?;
+    let log = guest.run_ok("dmesg")?;
     ensure!(
-        guest.run_ok("cat /sys/block/vda/ro")?.trim() == "1",
-        "the read-only disk is not read-only in the guest"
+        log.contains("PVH"),
+        "the kernel does not say that it was started by PVH:\n{log}"
     );
+    no_complaints(&mut guest)?;
+    let status = guest.end_by_signal(nix::sys::signal::Signal::SIGTERM)?;
+    ensure!(
+        status.code() == Some(0),
+        "ringside-vmm ended with {status} on SIGTERM"
+    );
+    Ok(())
+}
+
+/// More than fits below the hole under 4 GiB, and a queue of each device for four of eight processors.
+fn eight_cpus_and_six_gib(site: &Site) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 64 << 20)?;
+    let blk = Blk::on(&disk).queues(4).start(site)?;
+    let net = Net::tap("tap0")
+        .queue_pairs(4)
+        .address("10.77.0.1/24")
+        .start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .cpus(8)
+        .memory("6G")
+        .device(&blk)
+        .device(&net)
+        .boot(site)?;
+    ensure!(
+        guest.run_ok("nproc")?.trim() == "8",
+        "the guest has not the CPUs it was given"
+    );
+    let kib = memory_kib(&mut guest)?;
+    ensure!(
+        (5_800 << 10..=6 << 20).contains(&kib),
+        "the guest has {kib} KiB of 6 GiB"
+    );
+    // Buffers from above 4 GiB: the guest's kernel takes the highest memory first.
+    guest.run_ok(
+        "dd if=/dev/urandom of=/dev/shm/random bs=1M count=32 2>/dev/null && \
+         dd if=/dev/shm/random of=/dev/vdb bs=1M oflag=direct 2>/dev/null && \
+         dd if=/dev/vdb bs=1M count=32 iflag=direct 2>/dev/null | cmp - /dev/shm/random",
+    )?;
+    let queues = guest
+        .run_ok("ls /sys/block/vdb/mq | wc -l; ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?;
+    ensure!(
+        queues.split_whitespace().eq(["4", "4"]),
+        "queues of the disk and of the card: {queues}"
+    );
+    guest.network_up("10.77.0.2/24")?;
+    guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
     guest.shut_down()?;
+    Ok(())
+}
+
+/// A guest that reboots ends its VMM with status 3, and the next VMM finds the back-ends ready; one that panics, with 4.
+fn ten_reboots_and_a_panic(site: &Site) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 1 << 20)?;
+    let blk = Blk::on(&disk).start(site)?;
+    let net = Net::tap("tap0").address("10.77.0.1/24").start(site)?;
+    for number in 1..=11 {
+        let mut guest = Guest::on(Vmm::Ringside)
+            .pvh()
+            .diskless()
+            .device(&blk)
+            .device(&net)
+            .boot(site)?;
+        // Each boot finds what the one before has written, and reaches the host.
+        guest.network_up("10.77.0.2/24")?;
+        let count = guest.run_ok(
+            "count=$(head -c 512 /dev/vda | tr -dc 0-9); echo $((count + 1)) | tee /tmp/count && \
+             dd if=/tmp/count of=/dev/vda conv=notrunc,fsync 2>/dev/null && \
+             ping -c 1 -W 5 10.77.0.1 >/dev/null",
+        )?;
+        ensure!(
+            count.trim() == number.to_string(),
+            "boot {number} counted {}",
+            count.trim()
+        );
+        let (command, expected) = match number {
+            11 => ("echo c >/proc/sysrq-trigger", 4),
+            _ => ("reboot -f", 3),
+        };
+        let status = guest.end_by(command)?;
+        ensure!(
+            status.code() == Some(expected),
+            "ringside-vmm ended with {status} after `{command}`"
+        );
+    }
+    for backend in [blk, net] {
+        let status = backend.stop(site)?;
+        ensure!(status.success(), "a back-end ended with {status}");
+    }
     Ok(())
 }

@@ -4,6 +4,7 @@
 mod blk;
 mod boot;
 mod net;
+mod others;
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -33,7 +34,9 @@ pub struct Test {
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [boot::TESTS, blk::TESTS, net::TESTS].into_iter().flatten()
+    [boot::TESTS, blk::TESTS, net::TESTS, others::TESTS]
+        .into_iter()
+        .flatten()
 }
 
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.

@@ -3,49 +3,133 @@
 use super::Test;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{Guest, Net, Vmm, iperf3, iperf3_server};
+use crate::harness::{Capture, Guest, Net, Vmm, iperf3, iperf3_server, sum_interrupts};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
     Test {
-        name: "net::tcp_both_ways",
+        name: "net::tcp_with_and_without_offloads",
         seconds: 120,
-        run: |site| tcp_both_ways(site, Vmm::Ringside),
+        run: tcp_with_and_without_offloads,
     },
     Test {
-        name: "net::tcp_under_qemu_10",
+        name: "net::multiqueue",
         seconds: 120,
-        run: |site| tcp_both_ways(site, Vmm::Qemu10),
-    },
-    Test {
-        name: "net::tcp_under_qemu_11",
-        seconds: 120,
-        run: |site| tcp_both_ways(site, Vmm::Qemu11),
+        run: multiqueue,
     },
 ];
 
-/// Bulk TCP each way, with the offloads that the guest's driver turns on by itself.
-fn tcp_both_ways(site: &Site, vmm: Vmm) -> Result<()> {
-    let net = Net::tap("tap0").address("10.77.0.1/24").start(site)?;
-    let _server = iperf3_server(site, None)?;
-    let mut guest = Guest::on(vmm).cpus(2).device(&net).boot(site)?;
-    let interface = guest.network_up("10.77.0.2/24")?;
-    guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
-    let features = guest.run_ok(&format!("ethtool -k {interface}"))?;
-    ensure!(
-        features.contains("tcp-segmentation-offload: on"),
-        "TSO is off:\n{features}"
-    );
-    for (what, options) in [("guest to host", ""), ("host to guest", "--reverse")] {
-        let rate = iperf3(&mut guest, "10.77.0.1", 3, options)?;
-        println!("{what}: {:.0} Mbit/s", rate / 1e6);
-        ensure!(rate > 0.0, "nothing arrived, {what}");
+/// Packets that are no more than an Ethernet frame of 1500 bytes payload, and what is more: a segment that nobody has cut.
+const SEGMENTS: [&str; 2] = [
+    "src host 10.77.0.2 and greater 1515",
+    "dst host 10.77.0.2 and greater 1515",
+];
+
+/// Bulk TCP each way between the guest and the host at `server`.
+pub(super) fn tcp_both_ways(guest: &mut Guest, server: &str, what: &str) -> Result<()> {
+    for (direction, options) in [("guest to host", ""), ("host to guest", "--reverse")] {
+        let rate = iperf3(guest, server, 3, options)?;
+        println!("{what}{direction}: {:.0} Mbit/s", rate / 1e6);
+        ensure!(rate > 0.0, "nothing arrived, {direction}");
     }
-    guest.shut_down()?;
-    let status = net.stop(site)?;
+    Ok(())
+}
+
+/// With the offloads that the guest's driver turns on by itself, segments of more than a frame pass the TAP in both directions;
+/// without, none does.
+fn tcp_with_and_without_offloads(site: &Site) -> Result<()> {
+    let on = Net::tap("tap0").address("10.77.0.1/24").start(site)?;
+    let off = Net::tap("tap1")
+        .address("10.78.0.1/24")
+        .arg("--offload=off")
+        .start(site)?;
+    let _server = iperf3_server(site, None)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .cpus(2)
+        .device(&on)
+        .device(&off)
+        .boot(site)?;
+    guest.network_up("10.77.0.2/24")?;
+    guest.run_ok("ip address add 10.78.0.2/24 dev eth1 && ip link set eth1 up")?;
+    guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1 && ping -c 3 -i 0.2 -W 5 10.78.0.1")?;
+    for (interface, state) in [("eth0", "on"), ("eth1", "off [fixed]")] {
+        let features = guest.run_ok(&format!("ethtool -k {interface}"))?;
+        ensure!(
+            features.contains(&format!("tx-tcp-segmentation: {state}")),
+            "TSO of {interface} is not {state}:\n{features}"
+        );
+    }
+
+    let capture = Capture::start(site, "tap0")?;
+    tcp_both_ways(&mut guest, "10.77.0.1", "offloads on, ")?;
+    let [out, back] = capture.count(site, SEGMENTS)?;
+    println!("segments over 1500 bytes on the TAP: {out} from the guest, {back} to it");
     ensure!(
-        status.success(),
-        "ringside-net ended with {status} on SIGTERM"
+        out > 0 && back > 0,
+        "no segments over 1500 bytes on the TAP with offloads on: {out} from the guest, {back} to it"
     );
+
+    let capture = Capture::start(site, "tap1")?;
+    tcp_both_ways(&mut guest, "10.78.0.1", "offloads off, ")?;
+    let [out, back] = capture.count(site, SEGMENTS.map(|f| f.replace("10.77", "10.78")))?;
+    ensure!(
+        out == 0 && back == 0,
+        "segments over 1500 bytes on the TAP with offloads off: {out} from the guest, {back} to it"
+    );
+
+    // The guest may also turn its own off while it runs.
+    guest.run_ok("ethtool -K eth0 tso off gso off")?;
+    let capture = Capture::start(site, "tap0")?;
+    iperf3(&mut guest, "10.77.0.1", 1, "")?;
+    let [out] = capture.count(site, ["src host 10.77.0.2 and greater 1515"])?;
+    ensure!(out == 0, "{out} segments from the guest with TSO off");
+    guest.shut_down()?;
+    for net in [on, off] {
+        let status = net.stop(site)?;
+        ensure!(
+            status.success(),
+            "ringside-net ended with {status} on SIGTERM"
+        );
+    }
+    Ok(())
+}
+
+/// Queue pairs are turned on and off by the guest while traffic passes.
+fn multiqueue(site: &Site) -> Result<()> {
+    let net = Net::tap("tap0")
+        .queue_pairs(4)
+        .address("10.77.0.1/24")
+        .start(site)?;
+    let _server = iperf3_server(site, None)?;
+    let mut guest = Guest::on(Vmm::Ringside).cpus(4).device(&net).boot(site)?;
+    guest.network_up("10.77.0.2/24")?;
+    for pairs in [1, 4, 2, 4] {
+        guest.run_ok(&format!("ethtool -L eth0 combined {pairs}"))?;
+        let shown = guest.run_ok("ethtool -l eth0 | tail -n 2")?;
+        ensure!(
+            shown.contains(&format!("Combined:\t{pairs}"))
+                || shown.contains(&format!("Combined:		{pairs}")),
+            "{pairs} pairs were asked for: {shown}"
+        );
+        let before = guest.run_ok("cat /proc/interrupts")?;
+        for options in ["--parallel 4", "--parallel 4 --reverse"] {
+            let rate = iperf3(&mut guest, "10.77.0.1", 2, options)?;
+            ensure!(rate > 0.0, "nothing arrived through {pairs} pairs");
+        }
+        let after = guest.run_ok("cat /proc/interrupts")?;
+        let used = (0..4)
+            .filter(|pair| {
+                let name = format!("virtio1-input.{pair}");
+                sum_interrupts(&after, &name) > sum_interrupts(&before, &name)
+            })
+            .count();
+        println!("{used} of {pairs} receive queues took packets");
+        ensure!(
+            used <= pairs && (used > 1 || pairs == 1),
+            "{used} of {pairs} receive queues took packets"
+        );
+    }
+    guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
+    guest.shut_down()?;
     Ok(())
 }

@@ -1,0 +1,103 @@
+//! Our back-ends under other people's VMMs, and our VMM with other people's back-ends.
+
+use std::process::Command;
+
+use super::Test;
+use super::blk::{arrived, exchange, random_file};
+use super::net::tcp_both_ways;
+use crate::ensure;
+use crate::error::Result;
+use crate::harness::{BackEnd, Blk, Guest, Kind, Net, Vmm, iperf3_server};
+use crate::site::Site;
+
+pub(super) const TESTS: &[Test] = &[
+    Test {
+        name: "others::our_back_ends_under_qemu_10",
+        seconds: 120,
+        run: |site| our_back_ends(site, Vmm::Qemu10),
+    },
+    Test {
+        name: "others::our_back_ends_under_qemu_11",
+        seconds: 120,
+        run: |site| our_back_ends(site, Vmm::Qemu11),
+    },
+    Test {
+        name: "others::our_vmm_with_qemu_storage_daemon_and_passt",
+        seconds: 120,
+        run: our_vmm,
+    },
+];
+
+/// Disk and card of a guest under stock QEMU.
+fn our_back_ends(site: &Site, vmm: Vmm) -> Result<()> {
+    let disk = random_file(site, "disk.img")?;
+    let blk = Blk::on(&disk).queues(2).start(site)?;
+    let net = Net::tap("tap0")
+        .address("10.77.0.1/24")
+        .queue_pairs(2)
+        .start(site)?;
+    let _server = iperf3_server(site, None)?;
+    let mut guest = Guest::on(vmm)
+        .cpus(2)
+        .device(&blk)
+        .device(&net)
+        .boot(site)?;
+    let queues = guest
+        .run_ok("ls /sys/block/vdb/mq | wc -l; ls -d /sys/class/net/eth0/queues/rx-* | wc -l")?;
+    ensure!(
+        queues.split_whitespace().eq(["2", "2"]),
+        "queues of the disk and of the card: {queues}"
+    );
+    let seen = exchange(&mut guest, "/dev/vdb", &disk)?;
+    guest.network_up("10.77.0.2/24")?;
+    let features = guest.run_ok("ethtool -k eth0")?;
+    ensure!(
+        features.contains("tx-tcp-segmentation: on"),
+        "TSO is off:\n{features}"
+    );
+    tcp_both_ways(&mut guest, "10.77.0.1", "")?;
+    let status = guest.shut_down()?;
+    ensure!(status.success(), "QEMU ended with {status}");
+    for backend in [blk, net] {
+        let status = backend.stop(site)?;
+        ensure!(
+            status.success(),
+            "a back-end ended with {status} on SIGTERM"
+        );
+    }
+    arrived(&disk, &seen)
+}
+
+/// A disk of qemu-storage-daemon and a card of passt.
+fn our_vmm(site: &Site) -> Result<()> {
+    let disk = random_file(site, "disk.img")?;
+    let mut storage = site.root_program("usr/bin/qemu-storage-daemon");
+    storage
+        .arg("--blockdev")
+        .arg(format!("file,node-name=disk,filename={}", disk.display()))
+        .arg("--export")
+        .arg(
+            "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path=qsd.sock",
+        );
+    let storage = BackEnd::foreign(site, Kind::Blk, 1, "qsd.sock", storage)?;
+    let passt = BackEnd::foreign(site, Kind::Net, 1, "passt.sock", passt(site))?;
+    let _server = iperf3_server(site, None)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .device(&storage)
+        .device(&passt)
+        .boot(site)?;
+    let seen = exchange(&mut guest, "/dev/vdb", &disk)?;
+    guest.network_up("10.79.0.2/24")?;
+    // passt answers for this address itself, and connects to this side's loopback.
+    tcp_both_ways(&mut guest, "10.79.0.1", "")?;
+    guest.shut_down()?;
+    arrived(&disk, &seen)
+}
+
+fn passt(site: &Site) -> Command {
+    let mut passt = site.root_program("usr/bin/passt");
+    passt.args(["--foreground", "--vhost-user", "--runas", "0"]);
+    passt.args(["--socket", "passt.sock", "--address", "10.79.0.2"]);
+    passt.args(["--netmask", "24", "--gateway", "10.79.0.1", "--ipv4-only"]);
+    passt
+}
