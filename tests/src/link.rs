@@ -51,7 +51,7 @@ impl Link {
         let requests = child.stdin.take();
         let mut logs = vec![stderr.to_owned()];
         logs.extend_from_slice(other_logs);
-        let link = Self {
+        let mut link = Self {
             child,
             requests,
             events,
@@ -96,7 +96,7 @@ impl Link {
         }
     }
 
-    fn next(&self, limit: Duration) -> Result<Event> {
+    fn next(&mut self, limit: Duration) -> Result<Event> {
         match self.events.recv_timeout(limit) {
             Ok(Ok(event)) => Ok(event),
             Ok(Err(text)) => Err(LabError::Protocol {
@@ -112,9 +112,13 @@ impl Link {
         }
     }
 
-    fn ended(&self) -> LabError {
+    fn ended(&mut self) -> LabError {
+        let how = match command::wait_for(&mut self.child, Duration::from_secs(1)) {
+            Ok(Some(status)) => format!("ended unexpectedly ({status})"),
+            _ => "closed its connection".into(),
+        };
         LabError::Ended {
-            what: format!("the {} ended unexpectedly", self.what),
+            what: format!("the {} {how}", self.what),
             output: self.log_tails(),
         }
     }
