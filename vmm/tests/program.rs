@@ -337,6 +337,56 @@ fn signals_end_it_in_order() {
     }
 }
 
+/// Waits until a thread of that name runs: signals are served before it starts.
+fn wait_for_thread(child: &Child, name: &str) {
+    let start = Instant::now();
+    let runs = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap();
+        tasks.flatten().any(|task| {
+            std::fs::read_to_string(task.path().join("comm")).is_ok_and(|comm| comm.trim() == name)
+        })
+    };
+    while !runs() {
+        assert!(start.elapsed() < LIMIT, "no thread {name}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Sends a signal and waits for the end.
+fn terminate(child: Child, signal: Signal) -> Output {
+    kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
+    finish(child)
+}
+
+#[test]
+fn signals_end_it_while_it_waits_for_a_back_end() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = kernel(dir.path(), &POWER_OFF);
+        let path = dir.path().join("disk");
+        let disk = format!("socket={},reconnect-timeout=3600", path.display());
+        let spawn = || {
+            let mut command = vmm();
+            command.arg("--kernel").arg(&kernel).args(["--blk", &disk]);
+            command.spawn().unwrap()
+        };
+        let child = spawn();
+        wait_for_thread(&child, "builder");
+        let output = terminate(child, signal);
+        assert_eq!(status(&output), 0, "{output:?}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+
+        let listener = UnixListener::bind(&path).unwrap();
+        let child = spawn();
+        let mut silent = listener.accept().unwrap().0;
+        silent.read_exact(&mut [0; 12]).unwrap();
+        let start = Instant::now();
+        let output = terminate(child, signal);
+        assert_eq!(status(&output), 0, "{output:?}");
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
+}
+
 #[test]
 fn a_reader_that_stops_does_not_keep_it_from_ending() {
     let dir = tempfile::tempdir().unwrap();

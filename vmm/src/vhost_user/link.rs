@@ -19,6 +19,7 @@ use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::exit::ExitHandle;
 use crate::virtio::bits::MAX_QUEUES;
 
 /// Feature bit 30: there are protocol features (vhost-user, "Feature negotiation").
@@ -221,8 +222,15 @@ impl Link for SocketLink {
     }
 }
 
+/// What back-ends get, all together, once the machine is to end: nobody waits for results then.
+const END_LIMIT: Duration = Duration::from_secs(2);
+/// What each of them gets for a request at least, when others have used that up.
+const END_SHARE: Duration = Duration::from_millis(200);
+/// How often a guard looks whether the machine is to end.
+const STEP: Duration = Duration::from_millis(50);
+
 /// Ends a conversation in which the back-end does not answer: `vhost` waits for ever, so after the
-/// limit the socket is shut down under it.
+/// limit, or soon after the end of the machine, the socket is shut down under it.
 pub(crate) struct Guard {
     // Dropped to end the thread.
     _done: mpsc::Sender<()>,
@@ -230,17 +238,32 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    pub(crate) fn new(socket: &UnixStream, limit: Duration) -> io::Result<Self> {
-        let socket = socket.try_clone()?;
+    pub(crate) fn new(socket: &UnixStream, limit: Duration, exit: &ExitHandle) -> io::Result<Self> {
+        let (socket, exit) = (socket.try_clone()?, exit.clone());
         let (done, wait) = mpsc::channel();
         let expired = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&expired);
+        let start = Instant::now();
         let watch = move || {
-            if wait.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-                flag.store(true, Ordering::SeqCst);
-                // It fails only if the socket is closed already.
-                let _ = socket.shutdown(Shutdown::Both);
+            loop {
+                let limit = match exit.since() {
+                    None => limit,
+                    Some(end) => {
+                        let left = (end + END_LIMIT).saturating_duration_since(start);
+                        limit.min(left.max(END_SHARE))
+                    }
+                };
+                let left = limit.saturating_sub(start.elapsed());
+                if left.is_zero() {
+                    break;
+                }
+                if wait.recv_timeout(left.min(STEP)) != Err(mpsc::RecvTimeoutError::Timeout) {
+                    return;
+                }
             }
+            flag.store(true, Ordering::SeqCst);
+            // It fails only if the socket is closed already.
+            let _ = socket.shutdown(Shutdown::Both);
         };
         std::thread::Builder::new()
             .name("vhost-user-watch".into())

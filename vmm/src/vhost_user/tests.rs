@@ -76,6 +76,8 @@ struct Backend {
     queues: u64,
     config: Vec<u8>,
     refuse: Option<&'static str>,
+    /// Hangs up instead of taking the channel.
+    dies: bool,
     log: Vec<String>,
 }
 
@@ -112,7 +114,12 @@ impl Link for FakeLink {
         Ok(self.0.lock().unwrap().queues)
     }
     fn set_channel(&mut self, _: &UnixStream) -> Result<(), LinkError> {
-        Ok(())
+        if !self.0.lock().unwrap().dies {
+            return Ok(());
+        }
+        let source = vhost::Error::VhostUserProtocol(ProtocolError::Disconnected);
+        let step = "SET_BACKEND_REQ_FD";
+        Err(LinkError { step, source })
     }
     fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, LinkError> {
         self.told("GET_CONFIG", format!("config {offset} {length}"))?;
@@ -180,9 +187,19 @@ fn blk() -> FakeLink {
     fake(BASIC | BLK_FLUSH | BLK_MQ, ALL, 4, config)
 }
 
+fn exit() -> ExitHandle {
+    ExitHandle::new().unwrap()
+}
+
 fn device(link: &FakeLink, wanted: DeviceConfig) -> Result<VhostUserDevice, Error> {
     let events = EventLoop::new().unwrap();
-    VhostUserDevice::with_dial(wanted, memory(), events.handle(), Box::new(link.clone()))
+    VhostUserDevice::with_dial(
+        wanted,
+        memory(),
+        events.handle(),
+        exit(),
+        Box::new(link.clone()),
+    )
 }
 
 fn chain(error: &dyn StdError) -> String {
@@ -451,11 +468,14 @@ struct Server {
     thread: JoinHandle<()>,
     seen: Arc<Seen>,
     stream: UnixStream,
+    /// It has stopped answering.
+    mute: Arc<AtomicBool>,
 }
 
 struct Machine {
     dir: TempDir,
     events: LoopHandle,
+    exit: ExitHandle,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -466,6 +486,7 @@ impl Machine {
         Self {
             dir: tempfile::tempdir().unwrap(),
             events: handle,
+            exit: exit(),
             thread: Some(std::thread::spawn(move || events.run().unwrap())),
         }
     }
@@ -487,10 +508,14 @@ impl Machine {
             let (stream, _) = listener.accept().unwrap();
             let seen = Arc::new(Mutex::new(VecDeque::new()));
             let (theirs, log) = (stream.try_clone().unwrap(), seen.clone());
+            let mute = Arc::new(AtomicBool::new(false));
+            let muted = mute.clone();
+            let serve = move || answer(theirs, features, &config, &log, &muted);
             Server {
-                thread: std::thread::spawn(move || answer(theirs, features, &config, &log)),
+                thread: std::thread::spawn(serve),
                 seen,
                 stream,
+                mute,
             }
         })
     }
@@ -505,7 +530,7 @@ impl Drop for Machine {
     }
 }
 
-fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen) {
+fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen, mute: &AtomicBool) {
     loop {
         let mut header = [0; 12];
         if stream.read_exact(&mut header).is_err() {
@@ -529,7 +554,7 @@ fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen) {
             _ => None,
         };
         seen.lock().unwrap().push_back((request, body));
-        if let Some(reply) = reply {
+        if let (Some(reply), false) = (reply, mute.load(Ordering::SeqCst)) {
             let mut bytes = request.to_ne_bytes().to_vec();
             bytes.extend(5u32.to_ne_bytes());
             bytes.extend(u32::try_from(reply.len()).unwrap().to_ne_bytes());
@@ -576,7 +601,13 @@ fn a_device_lives_on_a_real_socket() {
     let (features, config) = disk();
     let accepted = machine.serve(features, config);
     let config = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(config, memory(), machine.events.clone()).unwrap();
+    let mut device = VhostUserDevice::connect(
+        config,
+        memory(),
+        machine.events.clone(),
+        machine.exit.clone(),
+    )
+    .unwrap();
     let server = accepted.join().unwrap();
     let mut byte = [0];
     device.read_config(0, &mut byte);
@@ -597,7 +628,13 @@ fn a_disk_whose_back_end_crashed_needs_a_reset_and_then_works() {
     let (features, config) = disk();
     let accepted = machine.serve(features, config.clone());
     let wanted = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(wanted, memory(), machine.events.clone()).unwrap();
+    let mut device = VhostUserDevice::connect(
+        wanted,
+        memory(),
+        machine.events.clone(),
+        machine.exit.clone(),
+    )
+    .unwrap();
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     let notifier = device.notifier();
     accepted.join().unwrap().crash();
@@ -624,8 +661,13 @@ fn a_card_whose_back_end_crashed_goes_on_from_the_used_index() {
     let accepted = machine.serve(features, vec![0; 60]);
     let wanted = machine.config(DeviceType::NET);
     let memory = memory();
-    let mut device =
-        VhostUserDevice::connect(wanted, memory.clone(), machine.events.clone()).unwrap();
+    let mut device = VhostUserDevice::connect(
+        wanted,
+        memory.clone(),
+        machine.events.clone(),
+        machine.exit.clone(),
+    )
+    .unwrap();
     let activation = activation(F_VERSION_1, &[0, 1]);
     let kick = activation.queues[1].kick.try_clone().unwrap();
     device.activate(activation).unwrap();
@@ -648,7 +690,13 @@ fn a_device_started_while_its_back_end_is_away_starts_later() {
     let (features, config) = disk();
     let accepted = machine.serve(features, config.clone());
     let wanted = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(wanted, memory(), machine.events.clone()).unwrap();
+    let mut device = VhostUserDevice::connect(
+        wanted,
+        memory(),
+        machine.events.clone(),
+        machine.exit.clone(),
+    )
+    .unwrap();
     accepted.join().unwrap().crash();
     eventually("the loss is noticed", || {
         device.shared.state().connection.is_none()
@@ -668,9 +716,14 @@ fn a_device_started_while_its_back_end_is_away_starts_later() {
 fn sockets_without_a_back_end_are_clear_errors() {
     let machine = Machine::new();
     let connect = |config: &DeviceConfig| {
-        VhostUserDevice::connect(config.clone(), memory(), machine.events.clone())
-            .map(|_| ())
-            .unwrap_err()
+        VhostUserDevice::connect(
+            config.clone(),
+            memory(),
+            machine.events.clone(),
+            machine.exit.clone(),
+        )
+        .map(|_| ())
+        .unwrap_err()
     };
     let mut config = machine.config(DeviceType::BLOCK);
     config.reconnect_timeout = Duration::from_millis(10);
@@ -691,12 +744,46 @@ fn sockets_without_a_back_end_are_clear_errors() {
 }
 
 #[test]
+fn a_back_end_that_dies_at_the_last_step_is_no_start() {
+    let link = blk();
+    link.0.lock().unwrap().dies = true;
+    let text = refusal(&link, wanted(DeviceType::BLOCK));
+    assert!(text.contains("SET_BACKEND_REQ_FD"), "{text}");
+}
+
+#[test]
+fn a_back_end_that_hangs_does_not_hold_up_the_end() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve(features, config);
+    let mut device = VhostUserDevice::connect(
+        machine.config(DeviceType::BLOCK),
+        memory(),
+        machine.events.clone(),
+        machine.exit.clone(),
+    )
+    .unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let server = accepted.join().unwrap();
+    server.mute.store(true, Ordering::SeqCst);
+    let start = Instant::now();
+    let resetting = std::thread::spawn(move || device.reset());
+    eventually("the back-end hears of it", || {
+        server.bodies(GET_VRING_BASE).len() == 1
+    });
+    machine.exit.end(crate::exit::ExitReason::PowerOff);
+    resetting.join().unwrap();
+    assert!(start.elapsed() < STOP_LIMIT / 2);
+}
+
+#[test]
 fn a_slow_start_is_waited_for() {
     let machine = Machine::new();
     let config = machine.config(DeviceType::BLOCK);
-    let events = machine.events.clone();
-    let connecting =
-        std::thread::spawn(move || VhostUserDevice::connect(config, memory(), events).map(|_| ()));
+    let (events, exit) = (machine.events.clone(), machine.exit.clone());
+    let connecting = std::thread::spawn(move || {
+        VhostUserDevice::connect(config, memory(), events, exit).map(|_| ())
+    });
     std::thread::sleep(Duration::from_millis(150));
     let (features, config) = disk();
     let server = machine.serve(features, config);
@@ -712,6 +799,7 @@ fn a_change_of_the_configuration_reaches_the_guest() {
         wanted(DeviceType::BLOCK),
         memory(),
         machine.events.clone(),
+        machine.exit.clone(),
         Box::new(link.clone()),
     )
     .unwrap();
@@ -739,6 +827,7 @@ fn the_error_eventfd_stops_the_device_once() {
         wanted(DeviceType::BLOCK),
         memory(),
         machine.events.clone(),
+        machine.exit.clone(),
         Box::new(link),
     )
     .unwrap();
