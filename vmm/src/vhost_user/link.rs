@@ -20,7 +20,6 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::exit::ExitHandle;
-use crate::virtio::bits::MAX_QUEUES;
 
 /// Feature bit 30: there are protocol features (vhost-user, "Feature negotiation").
 pub(crate) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -32,6 +31,10 @@ pub(crate) const P_REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 pub(crate) const P_BACKEND_REQ: u64 = VhostUserProtocolFeatures::BACKEND_REQ.bits();
 /// Protocol feature: the back-end has the device configuration.
 pub(crate) const P_CONFIG: u64 = VhostUserProtocolFeatures::CONFIG.bits();
+
+/// Rings of a device at most: requests with a file descriptor name one with 8 bits (vhost-user,
+/// "SET_VRING_KICK").
+pub(crate) const MAX_RINGS: u64 = 256;
 
 /// A step of the conversation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -117,9 +120,8 @@ pub(crate) struct SocketLink {
 
 impl SocketLink {
     pub(crate) fn new(socket: UnixStream) -> Self {
-        let limit = u64::try_from(MAX_QUEUES).unwrap_or(u64::MAX);
         Self {
-            frontend: Frontend::from_stream(socket, limit),
+            frontend: Frontend::from_stream(socket, MAX_RINGS),
         }
     }
 }

@@ -16,7 +16,7 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use super::link::{
-    F_PROTOCOL_FEATURES, Link, LinkError, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK,
+    F_PROTOCOL_FEATURES, Link, LinkError, MAX_RINGS, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK,
 };
 use crate::config::{DeviceConfig, DeviceType, Mac};
 use crate::virtio::bits::*;
@@ -102,6 +102,15 @@ pub enum Error {
         available: u64,
         /// What to do.
         advice: &'static str,
+    },
+    /// A card whose control queue comes after more queues than the protocol has names for.
+    #[error(
+        "the back-end has {queues} queues, but vhost-user has names for {MAX_RINGS} only: give \
+         num-queues=2, or start the back-end with fewer"
+    )]
+    TooManyQueues {
+        /// The number it has.
+        queues: u64,
     },
 }
 
@@ -264,7 +273,11 @@ impl Offer {
                 .min(link.queue_count()?)
                 .max(1);
         }
-        let queues = limit(wanted.num_queues, available)?;
+        let queues = match wanted.num_queues {
+            // A driver has no use for more than one for each processor.
+            None => limit(None, available.min(wanted.cpus.into()))?,
+            wanted => limit(wanted, available)?,
+        };
         if self.features & BLK_MQ != 0 {
             self.patch = Some((BLK_NUM_QUEUES, u16::try_from(queues).unwrap_or(1)));
         }
@@ -281,8 +294,14 @@ impl Offer {
             let mut config = mac.to_vec();
             config.extend(LINK_UP.to_le_bytes());
             self.config = ConfigSource::Fixed(config);
-            limit(wanted.num_queues, 2)?;
-            return Ok(2);
+            return match wanted.num_queues {
+                None | Some(2) => Ok(2),
+                Some(wanted) => Err(Error::Queues {
+                    wanted,
+                    available: 2,
+                    advice: "leave it out: without a configuration space a back-end has one pair",
+                }),
+            };
         }
         let config = self.backend_config(link, net_config_size(self.features))?;
         if let Some(mac) = wanted.mac {
@@ -293,6 +312,10 @@ impl Offer {
             pairs = u64::from(field(&config, NET_MAX_PAIRS)).clamp(1, 0x8000);
         } else {
             self.features &= !NET_MQ;
+        }
+        let all = 2 * pairs + u64::from(self.features & NET_CTRL_VQ != 0);
+        if all > MAX_RINGS && wanted.num_queues != Some(2) {
+            return Err(Error::TooManyQueues { queues: all });
         }
         // With MQ the control queue's index follows from the configuration (5.1.2), so the back-end
         // would look for it elsewhere if only some of its pairs were offered.
@@ -338,8 +361,7 @@ impl Offer {
 
 /// The number of queues: as many as wanted, if there are so many.
 fn limit(wanted: Option<u16>, available: u64) -> Result<u64, Error> {
-    // More than the transport's limit are of no use to anybody.
-    let usable = available.min(u64::try_from(MAX_QUEUES).unwrap_or(u64::MAX));
+    let usable = available.min(MAX_RINGS);
     match wanted {
         None => Ok(usable),
         Some(n) if u64::from(n) <= usable => Ok(n.into()),

@@ -32,6 +32,7 @@ fn wanted(device_type: DeviceType) -> DeviceConfig {
         device_type,
         socket: "/nowhere".into(),
         num_queues: None,
+        cpus: 8,
         queue_size: 64,
         mac: None,
         config_size: None,
@@ -242,8 +243,10 @@ fn fewer_queues_than_there_are_show_in_the_configuration() {
     two.read_config(34, &mut queues);
     assert_eq!(queues, [2, 0]);
     config.num_queues = Some(4);
-    let text = refusal(&blk(), config);
+    let text = refusal(&blk(), config.clone());
     assert!(text.contains("has 3 queues"), "{text}");
+    (config.num_queues, config.cpus) = (None, 1);
+    assert_eq!(device(&blk(), config).unwrap().queue_sizes().len(), 1);
 }
 
 #[test]
@@ -363,7 +366,9 @@ fn a_back_end_that_knows_only_rings_gets_a_card_around_it() {
         format!("features {:#x}", BASIC | NET_MRG),
         "it never hears of features it does not have"
     );
-    config.mac = None;
+    config.num_queues = Some(4);
+    assert!(refusal(&link, config.clone()).contains("has one pair"));
+    (config.mac, config.num_queues) = (None, Some(2));
     let (mut a, mut b) = ([0; 6], [0; 6]);
     device(&link, config.clone())
         .unwrap()
@@ -396,6 +401,12 @@ fn a_card_of_several_pairs_is_the_back_ends() {
         let text = refusal(&link, config.clone());
         assert!(text.contains("has 8 queues"), "{text}");
     }
+    link.0.lock().unwrap().config[8] = 128;
+    config.num_queues = None;
+    let text = refusal(&link, config.clone());
+    assert!(text.contains("257 queues"), "{text}");
+    config.num_queues = Some(2);
+    device(&link, config).unwrap();
 }
 
 #[test]
