@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use kvm_ioctls::VcpuFd;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vm_memory::GuestMemoryMmap;
@@ -133,6 +134,7 @@ pub struct Resources {
 
 /// Builds the machine that `config` describes and runs its guest until the machine ends.
 pub fn run(config: &Config) -> Result<ExitReason, Error> {
+    raise_file_limit();
     let exit = ExitHandle::new().map_err(Error::Events)?;
     let mut events = event_loop(&exit)?;
     let built = build(config, events.handle(), &exit)?;
@@ -144,6 +146,16 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
     match built.try_recv() {
         Ok(machine) => machine?.run(&config.serial, &mut events),
         Err(_) => Ok(lost_thread("that builds the machine")),
+    }
+}
+
+/// Each queue takes four file descriptors, and the usual limit of 1024 is for programs that still
+/// use select(2). Whoever starts us can set the hard limit.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
     }
 }
 

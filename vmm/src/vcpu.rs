@@ -516,6 +516,17 @@ mod tests {
     }
 
     #[test]
+    fn an_error_inside_kvm_ends_the_machine_with_the_registers() {
+        // mov eax, 0xc0000000; jmp rax: there is nothing to execute.
+        let guest = Guest::new(&[0xb8, 0x00, 0x00, 0x00, 0xc0, 0xff, 0xe0]);
+        let ExitReason::Crash(message) = guest.run() else {
+            panic!("not a crash")
+        };
+        assert!(message.contains("error inside KVM"), "{message}");
+        assert!(message.contains("rip 00000000c0000000"), "{message}");
+    }
+
+    #[test]
     fn a_halted_or_spinning_processor_can_be_stopped() {
         // cli; hlt and: jmp $
         for code in [&[0xfa, 0xf4][..], &[0xeb, 0xfe]] {

@@ -24,8 +24,8 @@ use crate::layout::Range;
 /// Why a function cannot be plugged in.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// All 32 device numbers of bus 0 are taken.
-    #[error("the PCI bus has no slot left: it has 31 for devices")]
+    /// All functions of all devices of bus 0 are taken.
+    #[error("the PCI bus is full: it has room for {} devices", 31 * 8)]
     NoSlot,
     /// The windows are too small.
     #[error("no room for a BAR of {size:#x} bytes in the guest's PCI memory windows")]
@@ -70,8 +70,8 @@ pub struct PciRoot {
     /// First addresses of the windows that nothing was placed at yet.
     next_low: u64,
     next_high: u64,
-    /// By device number; all are single functions.
-    slots: BTreeMap<u8, Slot>,
+    /// By device and function number. Functions but the first are those of a crowded bus.
+    slots: BTreeMap<(u8, u8), Slot>,
 }
 
 /// The bridge as its users share it.
@@ -98,15 +98,17 @@ impl PciRoot {
             windows,
             next_low: windows.low.start,
             next_high: windows.high.start,
-            slots: BTreeMap::from([(0, slot)]),
+            slots: BTreeMap::from([((0, 0), slot)]),
         }
     }
 
     /// Plugs a function into the next free slot and places its BARs, as firmware would do; memory
-    /// decoding stays off until the guest turns it on. Returns the device number.
-    pub fn add(&mut self, function: SharedFunction) -> Result<u8, Error> {
-        let device = (1..32)
-            .find(|d| !self.slots.contains_key(d))
+    /// decoding stays off until the guest turns it on. When all devices have their function 0, they
+    /// get further ones. Returns device and function number.
+    pub fn add(&mut self, function: SharedFunction) -> Result<(u8, u8), Error> {
+        let place = (0..8)
+            .flat_map(|function| (1..32).map(move |device| (device, function)))
+            .find(|place| !self.slots.contains_key(place))
             .ok_or(Error::NoSlot)?;
         {
             let mut function = lock(&function);
@@ -121,8 +123,16 @@ impl PciRoot {
             function,
             mapped: [None; BAR_COUNT],
         };
-        self.slots.insert(device, slot);
-        Ok(device)
+        self.slots.insert(place, slot);
+        if place.1 != 0
+            && let Some(first) = self.slots.get(&(place.0, 0))
+        {
+            let mut first = lock(&first.function);
+            first
+                .config_mut()
+                .set(HEADER_TYPE, &[HEADER_MULTI_FUNCTION]);
+        }
+        Ok(place)
     }
 
     /// Takes all functions off the bus and drops them.
@@ -152,8 +162,8 @@ impl PciRoot {
     }
 
     fn function(&self, address: Address) -> Option<SharedFunction> {
-        let slot = (address.bus == 0 && address.function == 0)
-            .then(|| self.slots.get(&address.device))
+        let slot = (address.bus == 0)
+            .then(|| self.slots.get(&(address.device, address.function)))
             .flatten()?;
         Some(Arc::clone(&slot.function))
     }
@@ -469,7 +479,7 @@ mod tests {
     fn a_bar_answers_where_and_while_it_is_decoded() {
         let mut m = machine();
         let f = function(7, 0x1000);
-        assert_eq!(m.root.lock().unwrap().add(f.clone()).unwrap(), 1);
+        assert_eq!(m.root.lock().unwrap().add(f.clone()).unwrap(), (1, 0));
         assert_eq!(m.read(0x1_0000_0000), 0xff);
         m.decode(1, true);
         assert_eq!(m.read(0x1_0000_0000), 7);
@@ -511,13 +521,24 @@ mod tests {
 
     #[test]
     fn the_windows_are_finite() {
-        let m = machine();
-        let mut root = m.root.lock().unwrap();
-        assert!(root.add(function(1, 1 << 40)).is_err());
-        for _ in 0..31 {
-            root.add(function(1, 0x10_0000)).unwrap();
+        let mut m = machine();
+        let add = |tag, size| m.root.lock().unwrap().add(function(tag, size));
+        assert!(add(1, 1 << 40).is_err());
+        for n in 0..31 {
+            assert_eq!(add(1, 0x10_0000).unwrap(), (n + 1, 0));
         }
-        assert!(matches!(root.add(function(1, 16)), Err(Error::NoSlot)));
+        let mut header = |place: u64| {
+            let mut data = [0];
+            m.ecam.read((place << 12) + 0x0e, &mut data);
+            data
+        };
+        assert_eq!([header(8), header(9)], [[0], [0xff]]);
+        assert_eq!(add(2, 0x1000).unwrap(), (1, 1));
+        assert_eq!([header(8), header(9), header(16)], [[0x80], [0], [0]]);
+        for _ in 32..31 * 8 {
+            add(1, 0x1000).unwrap();
+        }
+        assert!(matches!(add(1, 16), Err(Error::NoSlot)));
     }
 
     #[test]

@@ -277,3 +277,32 @@ fn the_machine_ends_although_its_back_end_is_dead_or_hangs() {
         assert!(start.elapsed() < Duration::from_secs(8));
     }
 }
+
+#[test]
+fn there_is_room_for_many_devices() {
+    let dir = tempfile::tempdir().unwrap();
+    // Function 1 of device 1 is the last of 32: its vendor must not read as nobody's.
+    let code = [
+        &[0x66, 0xba, 0xf8, 0x0c, 0xb8, 0x00, 0x09, 0x00, 0x80, 0xef][..],
+        &[0x66, 0xba, 0xfc, 0x0c, 0x66, 0xed], // mov dx, 0xcfc; in ax, dx
+        &[0x66, 0xba, 0xf8, 0x03, 0xee],       // mov dx, 0x3f8; out dx, al
+        &POWER_OFF,
+    ];
+    let mut command = vmm();
+    command
+        .arg("--kernel")
+        .arg(kernel(dir.path(), &code.concat()));
+    let mut backends = Vec::new();
+    for n in 0..32 {
+        let path = dir.path().join(n.to_string());
+        let listener = UnixListener::bind(&path).unwrap();
+        command.arg("--blk").arg(path);
+        backends.push(std::thread::spawn(move || Backend::accept(&listener)));
+    }
+    let output = finish(command.spawn().unwrap());
+    assert_eq!(status(&output), 0, "{output:?}");
+    assert_eq!(output.stdout, [0xf4]);
+    for backend in backends {
+        assert_ne!(backend.join().unwrap().count(GET_CONFIG), 0);
+    }
+}
