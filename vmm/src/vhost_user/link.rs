@@ -1,6 +1,7 @@
 //! The conversation with a back-end, as narrow as a device needs it, so that a test can play the
 //! other end; and its implementation on a Unix socket by `vhost`'s front-end.
 
+use std::fs::File;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
@@ -12,7 +13,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::{MsgFlags, recv};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -31,6 +32,9 @@ pub(crate) const P_REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 pub(crate) const P_BACKEND_REQ: u64 = VhostUserProtocolFeatures::BACKEND_REQ.bits();
 /// Protocol feature: the back-end has the device configuration.
 pub(crate) const P_CONFIG: u64 = VhostUserProtocolFeatures::CONFIG.bits();
+
+/// Protocol feature: requests under way are noted in memory that outlives the back-end.
+pub(crate) const P_INFLIGHT: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
 
 /// Rings of a device at most: requests with a file descriptor name one with 8 bits (vhost-user,
 /// "SET_VRING_KICK").
@@ -84,6 +88,15 @@ pub struct RingEvents<'a> {
     pub error: &'a EventFd,
 }
 
+/// Memory in which a back-end notes the requests that are under way ("Inflight I/O tracking"). We
+/// keep it for the next back-end, and never look inside.
+pub struct Inflight {
+    /// Where and how large it is, and for what queues.
+    pub area: VhostUserInflight,
+    /// The file it is in.
+    pub file: File,
+}
+
 /// What a device says to its back-end. Each call is one or a few vhost-user requests and returns
 /// when the back-end has taken them, as far as it can tell us.
 pub trait Link: Send {
@@ -105,6 +118,10 @@ pub trait Link: Send {
     fn set_features(&mut self, features: u64) -> Result<(), LinkError>;
     /// SET_MEM_TABLE.
     fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError>;
+    /// GET_INFLIGHT_FD, for so many queues of that size.
+    fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError>;
+    /// SET_INFLIGHT_FD.
+    fn set_inflight(&mut self, inflight: &Inflight) -> Result<(), LinkError>;
     /// SET_VRING_NUM, _BASE, _ADDR, _CALL, _ERR and last _KICK, which starts the ring.
     fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError>;
     /// SET_VRING_ENABLE.
@@ -189,6 +206,18 @@ impl Link for SocketLink {
         let regions = step("SET_MEM_TABLE", regions)?;
         step("SET_MEM_TABLE", self.frontend.set_mem_table(&regions))?;
         Ok(())
+    }
+
+    fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError> {
+        let wanted = VhostUserInflight::new(0, 0, queues, size);
+        let (area, file) = step("GET_INFLIGHT_FD", self.frontend.get_inflight_fd(&wanted))?;
+        Ok(Inflight { area, file })
+    }
+
+    fn set_inflight(&mut self, inflight: &Inflight) -> Result<(), LinkError> {
+        let fd = inflight.file.as_raw_fd();
+        let set = self.frontend.set_inflight_fd(&inflight.area, fd);
+        step("SET_INFLIGHT_FD", set)
     }
 
     fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError> {

@@ -25,9 +25,11 @@
 //! - The guest had not started the device: nothing is lost, all goes on as usual.
 //! - A network card: its back-ends use buffers in order, so the used index tells where to go on;
 //!   packets that were under way are lost, as on any network.
-//! - Other devices: requests that were under way may have been done or not, and only an in-flight
-//!   log could tell. They are neither repeated nor dropped silently: the device says NEEDS_RESET,
-//!   and serves the guest again once its driver has reset it.
+//! - A back-end that notes what is under way (INFLIGHT_SHMFD): the next one gets the notes, and
+//!   repeats what is not done.
+//! - Other devices: requests that were under way may have been done or not. They are neither
+//!   repeated nor dropped silently: the device says NEEDS_RESET, and serves the guest again once its
+//!   driver has reset it.
 
 mod channel;
 pub mod link;
@@ -45,7 +47,9 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::channel::Channel;
-use self::link::{Guard, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed};
+use self::link::{
+    Guard, Inflight, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed,
+};
 use self::offer::{ConfigSource, Offer};
 use crate::config::{DeviceConfig, DeviceType};
 use crate::event_loop::{HandlerId, LoopHandle, Next};
@@ -59,6 +63,10 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15
 const STOP_LIMIT: Duration = Duration::from_secs(30);
 /// Pause between attempts to reach a back-end that is gone.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+/// The same for one that goes again and again, as soon as it has come back.
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A back-end that was there for so long is not one of those.
+const STABLE: Duration = Duration::from_secs(10);
 
 /// Why a device has no back-end.
 #[derive(Debug, thiserror::Error)]
@@ -214,6 +222,8 @@ struct Running {
     queues: Vec<(ActiveQueue, Ring)>,
     error: EventFd,
     error_handler: Option<HandlerId>,
+    /// What is under way, as the back-ends note it.
+    inflight: Option<Inflight>,
     /// A back-end has had them: what it did with them is not known if it goes.
     handed_over: bool,
     /// The connection whose back-end has them now.
@@ -228,6 +238,10 @@ struct State {
     running: Option<Running>,
     /// Counts connections, so that news of an old one is told from news of this one.
     epoch: u64,
+    /// Since when there is this connection.
+    since: Option<Instant>,
+    /// How often it was lost in short order.
+    losses: u32,
 }
 
 struct Shared {
@@ -396,6 +410,7 @@ impl Shared {
         }
         state.connection = Some(connection);
         state.config = config;
+        state.since = Some(Instant::now());
         Ok(())
     }
 
@@ -439,18 +454,26 @@ impl Shared {
             }
         };
         tracing::error!("{self}: the back-end is gone: {why}; {waits}");
+        let stable = state.since.is_none_or(|since| since.elapsed() >= STABLE);
+        state.losses = if stable {
+            0
+        } else {
+            state.losses.saturating_add(1)
+        };
+        let pause = RECONNECT_PAUSE.saturating_mul(1 << state.losses.min(5));
+        let pause = pause.min(RECONNECT_PAUSE_MAX);
         let (weak, epoch) = (Arc::downgrade(self), state.epoch);
         let spawned = std::thread::Builder::new()
             .name("vhost-user-wait".into())
-            .spawn(move || wait_for_return(&weak, epoch));
+            .spawn(move || wait_for_return(&weak, epoch, pause));
         if let Err(error) = spawned {
             tracing::error!(%error, "{self}: cannot wait for the back-end");
         }
     }
 
-    /// Whether a running device of this type can go on with another back-end.
+    /// Whether the device can go on with another back-end after one had its queues.
     fn resumes(&self) -> bool {
-        self.wanted.device_type == DeviceType::NET
+        self.wanted.device_type == DeviceType::NET || self.offer.tracks_inflight()
     }
 
     /// One attempt at reaching a back-end that came back.
@@ -506,8 +529,16 @@ impl Shared {
             ring.base = used_index(&self.memory, &active.queue);
         }
         let features = self.offer.backend_choice(running.features);
+        let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
         let talk = |link: &mut dyn Link| {
             link.set_features(features)?;
+            if self.offer.tracks_inflight() {
+                let inflight = match running.inflight.take() {
+                    Some(inflight) => inflight,
+                    None => link.new_inflight(count, self.wanted.queue_size)?,
+                };
+                link.set_inflight(running.inflight.insert(inflight))?;
+            }
             link.set_memory(&self.memory)?;
             for (active, ring) in &running.queues {
                 let events = RingEvents {
@@ -637,10 +668,10 @@ enum Attempt {
 }
 
 /// Body of the thread that waits for a back-end. Ends with the device.
-fn wait_for_return(device: &Weak<Shared>, epoch: u64) {
+fn wait_for_return(device: &Weak<Shared>, epoch: u64, pause: Duration) {
     let mut told = false;
     loop {
-        std::thread::sleep(RECONNECT_PAUSE);
+        std::thread::sleep(pause);
         let Some(shared) = device.upgrade() else {
             return;
         };
@@ -777,6 +808,7 @@ impl VirtioDevice for VhostUserDevice {
             queues,
             error,
             error_handler,
+            inflight: None,
             handed_over: false,
             on: None,
         });

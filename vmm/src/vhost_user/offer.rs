@@ -16,13 +16,14 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use super::link::{
-    F_PROTOCOL_FEATURES, Link, LinkError, MAX_RINGS, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK,
+    F_PROTOCOL_FEATURES, Link, LinkError, MAX_RINGS, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ,
+    P_REPLY_ACK,
 };
 use crate::config::{DeviceConfig, DeviceType, Mac};
 use crate::virtio::bits::*;
 
 /// The protocol features that we make use of.
-const PROTOCOL_WANTED: u64 = P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG;
+const PROTOCOL_WANTED: u64 = P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG | P_INFLIGHT;
 /// Transport features that both the VMM and its back-ends can have. The others need an IOMMU,
 /// another ring format, or a doorbell that carries data.
 const TRANSPORT: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_IN_ORDER;
@@ -150,6 +151,10 @@ impl Offer {
         let mut protocol = 0;
         if features & F_PROTOCOL_FEATURES != 0 {
             protocol = link.protocol_features()? & PROTOCOL_WANTED;
+            // A network card goes on without: what is lost is sent again.
+            if wanted.device_type == DeviceType::NET {
+                protocol &= !P_INFLIGHT;
+            }
             link.set_protocol_features(protocol)?;
         }
         let mut offer = Self {
@@ -181,6 +186,7 @@ impl Offer {
         };
         same_shape
             && self.features & !other.features == 0
+            && self.protocol & !other.protocol == 0
             && self.queue_sizes.len() == other.queue_sizes.len()
             && self.enables_rings == other.enables_rings
     }
@@ -194,6 +200,11 @@ impl Offer {
     /// Whether the back-end tells us when its configuration changes.
     pub(crate) fn announces_changes(&self) -> bool {
         self.has(P_BACKEND_REQ)
+    }
+
+    /// Whether the back-end notes what is under way where the next one finds it.
+    pub(crate) fn tracks_inflight(&self) -> bool {
+        self.has(P_INFLIGHT)
     }
 
     fn has(&self, protocol: u64) -> bool {

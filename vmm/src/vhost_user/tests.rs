@@ -10,9 +10,10 @@ use std::time::Instant;
 
 use tempfile::TempDir;
 use vhost::vhost_user::Error as ProtocolError;
+use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::FileOffset;
 
-use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK};
+use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ, P_REPLY_ACK};
 use super::*;
 use crate::config::Mac;
 use crate::event_loop::EventLoop;
@@ -150,6 +151,16 @@ impl Link for FakeLink {
     fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError> {
         self.told("SET_MEM_TABLE", format!("memory {}", memory.num_regions()))
     }
+    fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError> {
+        self.told("GET_INFLIGHT_FD", format!("new notes {queues} {size}"))?;
+        let area = VhostUserInflight::new(4096, 0, queues, size);
+        let file = tempfile::tempfile().unwrap();
+        Ok(Inflight { area, file })
+    }
+    fn set_inflight(&mut self, inflight: &Inflight) -> Result<(), LinkError> {
+        let (queues, size) = (inflight.area.num_queues, inflight.area.queue_size);
+        self.told("SET_INFLIGHT_FD", format!("notes {queues} {size}"))
+    }
     fn start_ring(&mut self, ring: &Ring, _: &RingEvents<'_>) -> Result<(), LinkError> {
         assert_eq!(ring.available - ring.descriptors, 0x1000);
         assert_eq!(ring.used - ring.descriptors, 0x2000);
@@ -277,6 +288,39 @@ fn a_device_starts_and_stops_in_order() {
     link.log();
     drop(device);
     assert_eq!(link.log(), ["stop 1", "enable 1 false"]);
+}
+
+#[test]
+fn a_disk_whose_back_end_notes_what_is_under_way_goes_on_with_the_next_one() {
+    let link = blk();
+    link.0.lock().unwrap().protocol |= P_INFLIGHT;
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.log();
+    let activation = activation(F_VERSION_1, &[0]);
+    let kick = activation.queues[0].kick.try_clone().unwrap();
+    device.activate(activation).unwrap();
+    let notes = ["new notes 3 64", "notes 3 64", "memory 1"];
+    assert_eq!(link.log()[1..4], notes);
+    let shared = &device.shared;
+    shared.lose(&mut shared.state(), "test");
+    eventually("it goes on", || kick.read().is_ok());
+    let log = link.log();
+    let at = log.iter().position(|line| line.starts_with("features"));
+    assert_eq!(log[at.unwrap() + 1..][..2], notes[1..], "{log:?}");
+    assert_eq!(device.notifier().status(), 0);
+    // A reset ends what was under way.
+    device.reset();
+    link.log();
+    device
+        .activate(self::activation(F_VERSION_1, &[0]))
+        .unwrap();
+    assert_eq!(link.log()[1], notes[0]);
+    // One that does not read its predecessor's notes is no successor.
+    link.0.lock().unwrap().protocol &= !P_INFLIGHT;
+    let shared = &device.shared;
+    shared.lose(&mut shared.state(), "test");
+    std::thread::sleep(4 * RECONNECT_PAUSE);
+    assert!(shared.state().connection.is_none());
 }
 
 #[test]
