@@ -12,6 +12,7 @@ use tempfile::TempDir;
 use vhost::vhost_user::Error as ProtocolError;
 use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::FileOffset;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ, P_REPLY_ACK};
 use super::*;
@@ -514,6 +515,8 @@ const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
 const GET_CONFIG: u32 = 24;
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
 
 /// The requests that came: number and body.
 type Seen = Mutex<VecDeque<(u32, Vec<u8>)>>;
@@ -556,6 +559,10 @@ impl Machine {
 
     /// Lets a back-end listen, accept one connection and serve it.
     fn serve(&self, features: u64, config: Vec<u8>) -> JoinHandle<Server> {
+        self.serve_with(features, ALL, config)
+    }
+
+    fn serve_with(&self, features: u64, protocol: u64, config: Vec<u8>) -> JoinHandle<Server> {
         let path = self.dir.path().join("socket");
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(path).unwrap();
@@ -565,7 +572,8 @@ impl Machine {
             let (theirs, log) = (stream.try_clone().unwrap(), seen.clone());
             let mute = Arc::new(AtomicBool::new(false));
             let muted = mute.clone();
-            let serve = move || answer(theirs, features, &config, &log, &muted);
+            let offer = (features, protocol);
+            let serve = move || answer(theirs, offer, &config, &log, &muted);
             Server {
                 thread: std::thread::spawn(serve),
                 seen,
@@ -585,7 +593,13 @@ impl Drop for Machine {
     }
 }
 
-fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen, mute: &AtomicBool) {
+fn answer(
+    mut stream: UnixStream,
+    (features, protocol): (u64, u64),
+    config: &[u8],
+    seen: &Seen,
+    mute: &AtomicBool,
+) {
     loop {
         let mut header = [0; 12];
         if stream.read_exact(&mut header).is_err() {
@@ -597,9 +611,10 @@ fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen, mut
         stream.read_exact(&mut body).unwrap();
         let reply = match request {
             GET_FEATURES => Some(features.to_ne_bytes().to_vec()),
-            GET_PROTOCOL_FEATURES => Some(ALL.to_ne_bytes().to_vec()),
+            GET_PROTOCOL_FEATURES => Some(protocol.to_ne_bytes().to_vec()),
             GET_QUEUE_NUM => Some(4u64.to_ne_bytes().to_vec()),
             GET_VRING_BASE => Some(body.clone()),
+            GET_INFLIGHT_FD => Some([&4096u64.to_ne_bytes()[..], &body[8..]].concat()),
             GET_CONFIG => {
                 let size = u32::from_ne_bytes(body[4..8].try_into().unwrap());
                 let size = usize::try_from(size).unwrap();
@@ -614,7 +629,9 @@ fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen, mut
             bytes.extend(5u32.to_ne_bytes());
             bytes.extend(u32::try_from(reply.len()).unwrap().to_ne_bytes());
             bytes.extend(reply);
-            if stream.write_all(&bytes).is_err() {
+            let file = (request == GET_INFLIGHT_FD).then(|| tempfile::tempfile().unwrap());
+            let files: Vec<_> = file.iter().map(|f| f.as_raw_fd()).collect();
+            if stream.send_with_fds(&[&bytes[..]], &files).is_err() {
                 return;
             }
         }
@@ -707,6 +724,33 @@ fn a_disk_whose_back_end_crashed_needs_a_reset_and_then_works() {
     assert!(server.bodies(GET_VRING_BASE).is_empty());
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     assert_eq!(server.bodies(SET_VRING_KICK).len(), 1);
+}
+
+#[test]
+fn a_disk_whose_back_end_crashed_goes_on_with_its_notes() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve_with(features, ALL | P_INFLIGHT, config.clone());
+    let mut device = VhostUserDevice::connect(
+        machine.config(DeviceType::BLOCK),
+        memory(),
+        machine.events.clone(),
+        machine.exit.clone(),
+    )
+    .unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let first = accepted.join().unwrap();
+    let notes = first.bodies(SET_INFLIGHT_FD);
+    // A page at offset 0, for one queue of 64 descriptors.
+    assert_eq!(notes[0][..8], 4096u64.to_ne_bytes());
+    assert_eq!(notes[0][8..20], [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 64, 0]);
+    first.crash();
+    let second = machine.serve_with(features, ALL | P_INFLIGHT, config);
+    let second = second.join().unwrap();
+    eventually("it goes on", || second.bodies(SET_VRING_ENABLE).len() == 1);
+    assert!(second.bodies(GET_INFLIGHT_FD).is_empty());
+    assert_eq!(second.bodies(SET_INFLIGHT_FD), notes);
+    assert_eq!(device.notifier().status(), 0);
 }
 
 #[test]
