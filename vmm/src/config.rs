@@ -91,7 +91,8 @@ pub struct Cli {
 
     /// A disk served by a vhost-user back-end; repeat for more. Keys: socket=PATH,
     /// num-queues=N [default: one for each CPU, as far as the back-end has them], queue-size=N
-    /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end [default: 10].
+    /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10]
+    /// (one that goes later is waited for without a limit).
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<BlkOptions>)]
     pub blk: Vec<BlkOptions>,
 

@@ -318,11 +318,14 @@ impl Offer {
         if let Some(mac) = wanted.mac {
             tracing::warn!(%mac, "the back-end has the card's address; mac= is ignored");
         }
+        // Each of these makes a driver look for as many pairs as the configuration says (5.1.2).
+        const SEVERAL_PAIRS: u64 = NET_MQ | NET_RSS;
         let mut pairs = 1;
-        if self.features & (NET_MQ | NET_CTRL_VQ) == NET_MQ | NET_CTRL_VQ && self.has(P_MQ) {
+        let several = self.features & SEVERAL_PAIRS != 0 && self.features & NET_CTRL_VQ != 0;
+        if several && self.has(P_MQ) {
             pairs = u64::from(field(&config, NET_MAX_PAIRS)).clamp(1, 0x8000);
         } else {
-            self.features &= !NET_MQ;
+            self.features &= !SEVERAL_PAIRS;
         }
         let all = 2 * pairs + u64::from(self.features & NET_CTRL_VQ != 0);
         if all > MAX_RINGS && wanted.num_queues != Some(2) {
@@ -334,7 +337,7 @@ impl Offer {
             None => {}
             Some(2) => {
                 pairs = 1;
-                self.features &= !NET_MQ;
+                self.features &= !SEVERAL_PAIRS;
             }
             Some(n) if n == 2 * pairs => {}
             Some(_) => {

@@ -25,6 +25,7 @@ const BLK_MQ: u64 = 1 << 12;
 const NET_MRG: u64 = 1 << 15;
 const NET_CTRL: u64 = 1 << 17;
 const NET_MQ: u64 = 1 << 22;
+const NET_RSS: u64 = 1 << 60;
 const NET_MAC_STATUS: u64 = 1 << 5 | 1 << 16;
 const BASIC: u64 = F_VERSION_1 | F_EVENT_IDX | F_PROTOCOL_FEATURES;
 const ALL: u64 = P_MQ | P_REPLY_ACK | P_CONFIG | P_BACKEND_REQ;
@@ -425,9 +426,9 @@ fn a_back_end_that_knows_only_rings_gets_a_card_around_it() {
 
 #[test]
 fn a_card_of_several_pairs_is_the_back_ends() {
-    let mut bytes = vec![0; 12];
+    let mut bytes = vec![0; 24];
     bytes[8] = 4;
-    let features = BASIC | NET_MRG | NET_CTRL | NET_MQ | NET_MAC_STATUS;
+    let features = BASIC | NET_MRG | NET_CTRL | NET_MQ | NET_RSS | NET_MAC_STATUS;
     let link = fake(features, ALL, 9, bytes);
     let mut config = wanted(DeviceType::NET);
     let card = device(&link, config.clone()).unwrap();
@@ -440,7 +441,7 @@ fn a_card_of_several_pairs_is_the_back_ends() {
     config.num_queues = Some(2);
     let single = device(&link, config.clone()).unwrap();
     assert_eq!(single.queue_sizes().len(), 3);
-    assert_eq!(single.features() & NET_MQ, 0);
+    assert_eq!(single.features() & (NET_MQ | NET_RSS), 0);
     for n in [0, 1, 4, 10] {
         config.num_queues = Some(n);
         let text = refusal(&link, config.clone());
