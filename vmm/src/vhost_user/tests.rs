@@ -206,14 +206,16 @@ fn exit() -> ExitHandle {
 }
 
 fn device(link: &FakeLink, wanted: DeviceConfig) -> Result<VhostUserDevice, Error> {
-    let events = EventLoop::new().unwrap();
-    VhostUserDevice::with_dial(
-        wanted,
-        memory(),
-        events.handle(),
-        exit(),
-        Box::new(link.clone()),
-    )
+    device_of(&EventLoop::new().unwrap().handle(), link, wanted)
+}
+
+fn device_of(
+    events: &LoopHandle,
+    link: &FakeLink,
+    wanted: DeviceConfig,
+) -> Result<VhostUserDevice, Error> {
+    let (events, link) = (events.clone(), Box::new(link.clone()));
+    VhostUserDevice::with_dial(wanted, memory(), events, exit(), link)
 }
 
 fn chain(error: &dyn StdError) -> String {
@@ -558,6 +560,11 @@ impl Machine {
         }
     }
 
+    fn connect(&self, kind: DeviceType, memory: GuestMemoryMmap) -> Result<VhostUserDevice, Error> {
+        let (events, exit) = (self.events.clone(), self.exit.clone());
+        VhostUserDevice::connect(self.config(kind), memory, events, exit)
+    }
+
     /// Lets a back-end listen, accept one connection and serve it.
     fn serve(&self, features: u64, config: Vec<u8>) -> JoinHandle<Server> {
         self.serve_with(features, ALL, config)
@@ -673,14 +680,7 @@ fn a_device_lives_on_a_real_socket() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve(features, config);
-    let config = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(
-        config,
-        memory(),
-        machine.events.clone(),
-        machine.exit.clone(),
-    )
-    .unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     let server = accepted.join().unwrap();
     let mut byte = [0];
     device.read_config(0, &mut byte);
@@ -700,14 +700,7 @@ fn a_disk_whose_back_end_crashed_needs_a_reset_and_then_works() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve(features, config.clone());
-    let wanted = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(
-        wanted,
-        memory(),
-        machine.events.clone(),
-        machine.exit.clone(),
-    )
-    .unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     let notifier = device.notifier();
     accepted.join().unwrap().crash();
@@ -732,13 +725,7 @@ fn a_disk_whose_back_end_crashed_goes_on_with_its_notes() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve_with(features, ALL | P_INFLIGHT, config.clone());
-    let mut device = VhostUserDevice::connect(
-        machine.config(DeviceType::BLOCK),
-        memory(),
-        machine.events.clone(),
-        machine.exit.clone(),
-    )
-    .unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     let first = accepted.join().unwrap();
     let notes = first.bodies(SET_INFLIGHT_FD);
@@ -759,15 +746,8 @@ fn a_card_whose_back_end_crashed_goes_on_from_the_used_index() {
     let machine = Machine::new();
     let features = BASIC | NET_MRG | NET_MAC_STATUS;
     let accepted = machine.serve(features, vec![0; 60]);
-    let wanted = machine.config(DeviceType::NET);
     let memory = memory();
-    let mut device = VhostUserDevice::connect(
-        wanted,
-        memory.clone(),
-        machine.events.clone(),
-        machine.exit.clone(),
-    )
-    .unwrap();
+    let mut device = machine.connect(DeviceType::NET, memory.clone()).unwrap();
     let activation = activation(F_VERSION_1, &[0, 1]);
     let kick = activation.queues[1].kick.try_clone().unwrap();
     device.activate(activation).unwrap();
@@ -789,14 +769,7 @@ fn a_device_started_while_its_back_end_is_away_starts_later() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve(features, config.clone());
-    let wanted = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(
-        wanted,
-        memory(),
-        machine.events.clone(),
-        machine.exit.clone(),
-    )
-    .unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     accepted.join().unwrap().crash();
     eventually("the loss is noticed", || {
         device.shared.state().connection.is_none()
@@ -856,13 +829,7 @@ fn a_back_end_that_hangs_does_not_hold_up_the_end() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve(features, config);
-    let mut device = VhostUserDevice::connect(
-        machine.config(DeviceType::BLOCK),
-        memory(),
-        machine.events.clone(),
-        machine.exit.clone(),
-    )
-    .unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     let server = accepted.join().unwrap();
     server.mute.store(true, Ordering::SeqCst);
@@ -895,14 +862,8 @@ fn a_slow_start_is_waited_for() {
 fn a_change_of_the_configuration_reaches_the_guest() {
     let link = blk();
     let machine = Machine::new();
-    let mut device = VhostUserDevice::with_dial(
-        wanted(DeviceType::BLOCK),
-        memory(),
-        machine.events.clone(),
-        machine.exit.clone(),
-        Box::new(link.clone()),
-    )
-    .unwrap();
+    let wanted = wanted(DeviceType::BLOCK);
+    let mut device = device_of(&machine.events, &link, wanted).unwrap();
     let (channel, mut theirs) = Channel::new().unwrap();
     device.shared.watch_channel(channel).unwrap();
     let generation = device.notifier().generation();
@@ -923,14 +884,8 @@ fn a_change_of_the_configuration_reaches_the_guest() {
 fn the_error_eventfd_stops_the_device_once() {
     let link = blk();
     let machine = Machine::new();
-    let mut device = VhostUserDevice::with_dial(
-        wanted(DeviceType::BLOCK),
-        memory(),
-        machine.events.clone(),
-        machine.exit.clone(),
-        Box::new(link),
-    )
-    .unwrap();
+    let wanted = wanted(DeviceType::BLOCK);
+    let mut device = device_of(&machine.events, &link, wanted).unwrap();
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     let before = device.notifier().generation();
     let error = {
