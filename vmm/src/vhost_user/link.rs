@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -316,9 +317,14 @@ impl Guard {
 pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     const PAUSE: Duration = Duration::from_millis(50);
     let start = Instant::now();
+    let mut told = patience.is_zero();
     loop {
         match UnixStream::connect(path) {
             Ok(socket) => return Ok(socket),
+            // It will not become one.
+            Err(_) if path.metadata().is_ok_and(|m| !m.file_type().is_socket()) => {
+                return Err(io::Error::other("this is not a socket"));
+            }
             Err(error) => {
                 let transient = matches!(
                     error.kind(),
@@ -330,6 +336,10 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
                 let left = patience.saturating_sub(start.elapsed());
                 if !transient || left.is_zero() {
                     return Err(error);
+                }
+                if !told {
+                    tracing::info!(path = %path.display(), "waiting for a back-end");
+                    told = true;
                 }
                 std::thread::sleep(PAUSE.min(left));
             }

@@ -802,7 +802,10 @@ fn sockets_without_a_back_end_are_clear_errors() {
     config.reconnect_timeout = Duration::from_millis(10);
     assert!(matches!(connect(&config), Error::Connect { .. }));
     std::fs::write(&config.socket, "a file").unwrap();
-    assert!(matches!(connect(&config), Error::Connect { .. }));
+    config.reconnect_timeout = Duration::from_secs(3600);
+    let text = chain(&connect(&config));
+    assert!(text.contains("not a socket"), "{text}");
+    config.reconnect_timeout = Duration::from_millis(10);
     std::fs::remove_file(&config.socket).unwrap();
     let listener = UnixListener::bind(&config.socket).unwrap();
     assert!(matches!(connect(&config), Error::Silent { .. }));
