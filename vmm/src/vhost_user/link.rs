@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, recv};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
@@ -319,7 +319,7 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
     let start = Instant::now();
     let mut told = patience.is_zero();
     loop {
-        match UnixStream::connect(path) {
+        match connect_now(path) {
             Ok(socket) => return Ok(socket),
             // It will not become one.
             Err(_) if path.metadata().is_ok_and(|m| !m.file_type().is_socket()) => {
@@ -345,6 +345,17 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
             }
         }
     }
+}
+
+/// Connects at once or not at all: a listener that does not accept may leave no room for another
+/// connection, and connecting would then wait for it.
+fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(false)?;
+    Ok(socket)
 }
 
 /// Whether the peer has closed its end.

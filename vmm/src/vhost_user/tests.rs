@@ -820,6 +820,28 @@ fn sockets_without_a_back_end_are_clear_errors() {
 }
 
 #[test]
+fn a_listener_without_room_is_not_waited_for_longer_than_any_other() {
+    use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let stream = SockType::Stream;
+    let listener =
+        socket::socket(AddressFamily::Unix, stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    socket::listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let patience = Duration::from_millis(50);
+    let mut accepted = Vec::new();
+    let error = loop {
+        match connect(&path, patience) {
+            Ok(socket) => accepted.push(socket),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    assert!(!accepted.is_empty());
+}
+
+#[test]
 fn a_back_end_that_dies_at_the_last_step_is_no_start() {
     let link = blk();
     link.0.lock().unwrap().dies = true;
