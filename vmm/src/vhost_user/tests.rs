@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use proptest::prelude::*;
 use tempfile::TempDir;
 use vhost::vhost_user::Error as ProtocolError;
 use vhost::vhost_user::message::VhostUserInflight;
@@ -508,6 +509,31 @@ fn other_types_have_their_usual_shape() {
     assert_eq!(byte, [0]);
 }
 
+proptest! {
+    /// Whatever a back-end claims, there is an error or a device that the transport can carry.
+    #[test]
+    fn any_claims_make_an_error_or_a_sound_device(
+        (features, protocol, queues) in (any::<u64>(), any::<u64>(), any::<u64>()),
+        plausible: bool,
+        config in prop::collection::vec(any::<u8>(), 0..100),
+        kind in 1u16..64,
+        num_queues in prop::option::of(0u16..300),
+        config_size in prop::option::of(0u16..100),
+        accesses in prop::collection::vec((0..120u64, 0usize..9), 0..20),
+    ) {
+        let features = if plausible { features | BASIC } else { features };
+        let link = fake(features, protocol, queues % 0x8001, config);
+        let wanted = DeviceConfig { num_queues, config_size, ..wanted(DeviceType(kind)) };
+        if let Ok(mut device) = device(&link, wanted) {
+            prop_assert!(device.queue_sizes().len() <= 300);
+            prop_assert_eq!(device.features() & !(features | NET_MAC_STATUS), 0);
+            for (offset, length) in accesses {
+                device.read_config(offset, &mut [0; 8][..length]);
+            }
+        }
+    }
+}
+
 // On a real socket.
 
 const GET_FEATURES: u32 = 1;
@@ -866,6 +892,32 @@ fn a_back_end_that_hangs_does_not_hold_up_the_end() {
     machine.exit.end(crate::exit::ExitReason::PowerOff);
     resetting.join().unwrap();
     assert!(start.elapsed() < STOP_LIMIT / 2);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Whatever bytes come in place of answers, starting is an error.
+    #[test]
+    fn garbage_is_no_back_end(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+        header: bool,
+    ) {
+        let machine = Machine::new();
+        let config = machine.config(DeviceType::BLOCK);
+        let listener = UnixListener::bind(&config.socket).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            if header {
+                // An answer to GET_FEATURES, as far as its header tells.
+                stream.write_all(&[1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]).unwrap();
+            }
+            let _ = stream.write_all(&bytes);
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        prop_assert!(machine.connect(DeviceType::BLOCK, memory()).is_err());
+        server.join().unwrap();
+    }
 }
 
 #[test]
