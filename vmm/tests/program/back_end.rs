@@ -90,8 +90,9 @@ fn start() -> Vec<u8> {
     .concat()
 }
 
-const SET_FEATURES: u32 = 2;
 const GET_FEATURES: u32 = 1;
+const SET_FEATURES: u32 = 2;
+const SET_MEM_TABLE: u32 = 5;
 const GET_VRING_BASE: u32 = 11;
 const SET_VRING_KICK: u32 = 12;
 const GET_PROTOCOL_FEATURES: u32 = 15;
@@ -102,10 +103,13 @@ const FEATURES: u64 = 1 << 32 | 1 << 30 | 1 << 9;
 /// REPLY_ACK and CONFIG.
 const PROTOCOL: u64 = 1 << 3 | 1 << 9;
 
+/// The requests that came: number and body.
+type Seen = Mutex<Vec<(u32, Vec<u8>)>>;
+
 /// A disk's back-end that answers requests and serves nothing.
 struct Backend {
     stream: UnixStream,
-    seen: Arc<Mutex<Vec<u32>>>,
+    seen: Arc<Seen>,
     mute: Arc<AtomicBool>,
 }
 
@@ -122,9 +126,15 @@ impl Backend {
         backend
     }
 
-    fn count(&self, request: u32) -> usize {
+    /// The bodies of all requests of one kind so far.
+    fn bodies(&self, request: u32) -> Vec<Vec<u8>> {
         let seen = self.seen.lock().unwrap();
-        seen.iter().filter(|r| **r == request).count()
+        let of_kind = seen.iter().filter(|(r, _)| *r == request);
+        of_kind.map(|(_, body)| body.clone()).collect()
+    }
+
+    fn count(&self, request: u32) -> usize {
+        self.bodies(request).len()
     }
 
     /// Dies as a crashed process does.
@@ -134,7 +144,7 @@ impl Backend {
 }
 
 /// File descriptors that come along are dropped by the kernel, for want of room to receive them.
-fn answer(mut stream: UnixStream, seen: &Mutex<Vec<u32>>, mute: &AtomicBool) {
+fn answer(mut stream: UnixStream, seen: &Seen, mute: &AtomicBool) {
     loop {
         let mut header = [0; 12];
         if stream.read_exact(&mut header).is_err() {
@@ -144,7 +154,7 @@ fn answer(mut stream: UnixStream, seen: &Mutex<Vec<u32>>, mute: &AtomicBool) {
         let (request, flags) = (word(0), word(4));
         let mut body = vec![0; usize::try_from(word(8)).unwrap()];
         stream.read_exact(&mut body).unwrap();
-        seen.lock().unwrap().push(request);
+        seen.lock().unwrap().push((request, body.clone()));
         let reply = match request {
             GET_FEATURES => FEATURES.to_ne_bytes().to_vec(),
             GET_PROTOCOL_FEATURES => PROTOCOL.to_ne_bytes().to_vec(),
@@ -176,6 +186,10 @@ struct Setup {
 
 impl Setup {
     fn new(code: &[Vec<u8>]) -> Self {
+        Self::with_memory("64M", code)
+    }
+
+    fn with_memory(size: &str, code: &[Vec<u8>]) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let kernel = kernel(dir.path(), &code.concat());
         let path = dir.path().join("disk");
@@ -183,6 +197,7 @@ impl Setup {
         let child = vmm()
             .arg("--kernel")
             .arg(kernel)
+            .args(["--memory", size])
             .arg("--blk")
             .arg(&path)
             .spawn()
@@ -229,6 +244,23 @@ fn a_driver_that_resets_the_device_stops_its_rings_and_starts_it_again() {
     assert_eq!(backend.count(SET_FEATURES), 3);
     assert_eq!(backend.count(SET_VRING_KICK), 3);
     assert_eq!(backend.count(GET_VRING_BASE), 3, "the last at the end");
+}
+
+#[test]
+fn a_back_end_gets_all_of_the_guests_memory() {
+    const GIB: u64 = 1 << 30;
+    let setup = Setup::with_memory("4G", &[find(), start(), POWER_OFF.to_vec()]);
+    let output = finish(setup.child);
+    assert_eq!(status(&output), 0, "{output:?}");
+    let table = setup.backend.bodies(SET_MEM_TABLE).remove(0);
+    assert_eq!(table[..4], 2u32.to_ne_bytes(), "number of regions");
+    let words: Vec<u64> = table[8..]
+        .chunks(8)
+        .map(|word| u64::from_ne_bytes(word.try_into().unwrap()))
+        .collect();
+    // Guest address, size, (address in the VMM,) offset in the file.
+    assert_eq!([words[0], words[1], words[3]], [0, 3 * GIB, 0]);
+    assert_eq!([words[4], words[5], words[7]], [4 * GIB, GIB, 3 * GIB]);
 }
 
 #[test]
