@@ -61,7 +61,22 @@ type SharedFunction = Arc<Mutex<dyn PciFunction>>;
 struct Slot {
     function: SharedFunction,
     mapped: [Option<u64>; BAR_COUNT],
+    /// BARs that are decoded where another one is mapped.
+    waiting: [bool; BAR_COUNT],
 }
+
+impl Slot {
+    fn new(function: SharedFunction) -> Self {
+        Self {
+            function,
+            mapped: [None; BAR_COUNT],
+            waiting: [false; BAR_COUNT],
+        }
+    }
+}
+
+/// Device and function number.
+type Place = (u8, u8);
 
 /// Bus 0 and what is on it.
 pub struct PciRoot {
@@ -70,8 +85,8 @@ pub struct PciRoot {
     /// First addresses of the windows that nothing was placed at yet.
     next_low: u64,
     next_high: u64,
-    /// By device and function number. Functions but the first are those of a crowded bus.
-    slots: BTreeMap<(u8, u8), Slot>,
+    /// Functions but the first of a device are those of a crowded bus.
+    slots: BTreeMap<Place, Slot>,
 }
 
 /// The bridge as its users share it.
@@ -89,10 +104,7 @@ impl PciRoot {
             subsystem_vendor: 0x1af4,
             subsystem: 0x1100,
         })));
-        let slot = Slot {
-            function: Arc::new(bridge),
-            mapped: [None; BAR_COUNT],
-        };
+        let slot = Slot::new(Arc::new(bridge));
         Self {
             mmio,
             windows,
@@ -119,11 +131,7 @@ impl PciRoot {
                 }
             }
         }
-        let slot = Slot {
-            function,
-            mapped: [None; BAR_COUNT],
-        };
-        self.slots.insert(place, slot);
+        self.slots.insert(place, Slot::new(function));
         if place.1 != 0
             && let Some(first) = self.slots.get(&(place.0, 0))
         {
@@ -168,18 +176,25 @@ impl PciRoot {
         Some(Arc::clone(&slot.function))
     }
 
-    /// Makes the MMIO bus agree with what all functions decode. Ranges that vanish go first, so
-    /// that two BARs can swap places. A BAR that overlaps another or is outside the windows
-    /// answers nowhere until that changes.
-    fn update(&mut self) {
-        for slot in self.slots.values_mut() {
-            for bar in 0..BAR_COUNT {
-                slot.unmap_if_moved(bar, &self.mmio);
-            }
+    /// Makes the MMIO bus agree with what a function decodes. A BAR that overlaps another waits
+    /// until that one moves, so that two can swap places; one that is outside the windows answers
+    /// nowhere. Functions that have no BAR to move are left alone: one of them may be waiting for
+    /// its back-end.
+    fn update(&mut self, place: Place) {
+        let Some(slot) = self.slots.get_mut(&place) else {
+            return;
+        };
+        for bar in 0..BAR_COUNT {
+            slot.unmap_if_moved(bar, &self.mmio);
+        }
+        for bar in 0..BAR_COUNT {
+            slot.map(bar, &self.mmio, &self.windows);
         }
         for slot in self.slots.values_mut() {
             for bar in 0..BAR_COUNT {
-                slot.map(bar, &self.mmio, &self.windows);
+                if slot.waiting.get(bar) == Some(&true) {
+                    slot.map(bar, &self.mmio, &self.windows);
+                }
             }
         }
     }
@@ -203,9 +218,11 @@ impl Slot {
     }
 
     fn map(&mut self, bar: usize, mmio: &Bus, windows: &Windows) {
-        let Some(mapped) = self.mapped.get_mut(bar) else {
+        let (Some(mapped), Some(waiting)) = (self.mapped.get_mut(bar), self.waiting.get_mut(bar))
+        else {
             return;
         };
+        *waiting = false;
         let mut function = lock(&self.function);
         let size = function.config().bar_size(bar);
         let wanted = function.config().decoded_bar(bar);
@@ -228,7 +245,10 @@ impl Slot {
                 *mapped = Some(to);
                 function.bar_moved(bar, None, Some(to));
             }
-            Err(error) => tracing::debug!(%error, "BAR is not mapped"),
+            Err(error) => {
+                tracing::debug!(%error, "BAR is not mapped");
+                *waiting = true;
+            }
         }
     }
 }
@@ -259,7 +279,7 @@ fn write(root: &SharedRoot, address: Address, data: &[u8]) {
         decoded(function.config()) != before
     };
     if moved {
-        lock(root).update();
+        lock(root).update((address.device, address.function));
     }
 }
 
@@ -517,6 +537,30 @@ mod tests {
             m.place(2, nonsense);
             assert_eq!(m.read(nonsense & !0xfff), 0xff, "{nonsense:#x}");
         }
+    }
+
+    #[test]
+    fn a_function_that_is_busy_does_not_hold_up_the_bus() {
+        let mut m = machine();
+        let functions = [1, 2].map(|tag| function(tag, 0x1000));
+        for f in &functions {
+            m.root.lock().unwrap().add(f.clone()).unwrap();
+        }
+        m.decode(1, true);
+        let busy = functions[0].lock().unwrap();
+        let (done, is_done) = std::sync::mpsc::channel();
+        let bus = m.mmio.clone();
+        std::thread::spawn(move || {
+            m.decode(2, true);
+            m.place(2, 0xc000_0000);
+            done.send(()).unwrap();
+        });
+        let limit = std::time::Duration::from_secs(20);
+        is_done.recv_timeout(limit).unwrap();
+        drop(busy);
+        let mut data = [0];
+        assert!(bus.read(0xc000_0000, &mut data));
+        assert_eq!(data, [2]);
     }
 
     #[test]
