@@ -1,6 +1,8 @@
 //! A guest with a virtio disk, and a back-end that is played: what either of them learns when the
 //! other starts, resets, dies or hangs.
 
+use std::collections::HashMap;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Child;
@@ -9,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::guest::*;
 
@@ -95,6 +98,7 @@ const SET_FEATURES: u32 = 2;
 const SET_MEM_TABLE: u32 = 5;
 const GET_VRING_BASE: u32 = 11;
 const SET_VRING_KICK: u32 = 12;
+const SET_VRING_CALL: u32 = 13;
 const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_CONFIG: u32 = 24;
 
@@ -106,10 +110,14 @@ const PROTOCOL: u64 = 1 << 3 | 1 << 9;
 /// The requests that came: number and body.
 type Seen = Mutex<Vec<(u32, Vec<u8>)>>;
 
+/// The last file that came with each kind of request.
+type Files = Mutex<HashMap<u32, File>>;
+
 /// A disk's back-end that answers requests and serves nothing.
 struct Backend {
     stream: UnixStream,
     seen: Arc<Seen>,
+    files: Arc<Files>,
     mute: Arc<AtomicBool>,
 }
 
@@ -119,10 +127,12 @@ impl Backend {
         let backend = Self {
             stream: stream.try_clone().unwrap(),
             seen: Arc::default(),
+            files: Arc::default(),
             mute: Arc::default(),
         };
-        let (seen, mute) = (backend.seen.clone(), backend.mute.clone());
-        std::thread::spawn(move || answer(stream, &seen, &mute));
+        let (seen, files) = (backend.seen.clone(), backend.files.clone());
+        let mute = backend.mute.clone();
+        std::thread::spawn(move || answer(stream, &seen, &files, &mute));
         backend
     }
 
@@ -143,17 +153,19 @@ impl Backend {
     }
 }
 
-/// File descriptors that come along are dropped by the kernel, for want of room to receive them.
-fn answer(mut stream: UnixStream, seen: &Seen, mute: &AtomicBool) {
+fn answer(mut stream: UnixStream, seen: &Seen, files: &Files, mute: &AtomicBool) {
     loop {
         let mut header = [0; 12];
-        if stream.read_exact(&mut header).is_err() {
+        let Ok((12, file)) = stream.recv_with_fd(&mut header) else {
             return;
-        }
+        };
         let word = |at: usize| u32::from_ne_bytes(header[at..at + 4].try_into().unwrap());
         let (request, flags) = (word(0), word(4));
         let mut body = vec![0; usize::try_from(word(8)).unwrap()];
         stream.read_exact(&mut body).unwrap();
+        if let Some(file) = file {
+            files.lock().unwrap().insert(request, file);
+        }
         seen.lock().unwrap().push((request, body.clone()));
         let reply = match request {
             GET_FEATURES => FEATURES.to_ne_bytes().to_vec(),
@@ -215,9 +227,94 @@ impl Setup {
     fn expect(&mut self, letter: &str) {
         let mut byte = [0];
         let stdout = self.child.stdout.as_mut().unwrap();
-        stdout.read_exact(&mut byte).unwrap();
+        if stdout.read_exact(&mut byte).is_err() {
+            let mut why = String::new();
+            let stderr = self.child.stderr.as_mut().unwrap();
+            stderr.read_to_string(&mut why).unwrap();
+            panic!("it has ended before {letter}: {why}");
+        }
         assert_eq!(text(&byte), letter);
     }
+}
+
+#[test]
+fn doorbells_reach_the_back_end_and_interrupts_the_guest_masked_or_not() {
+    const VECTOR: u8 = 0x40;
+    const IDT: u32 = 0x38_0000;
+    const IDT_POINTER: u32 = 0x39_0000;
+    const MSIX_TABLE: u32 = BAR + 0x8000;
+    const MSIX_PENDING: u32 = BAR + 0x4000;
+
+    // mov esp, below the tables; sti; halt: hlt; jmp halt
+    let wait = [&[0xbc][..], &IDT.to_le_bytes(), &[0xfb, 0xf4, 0xeb, 0xfd]].concat();
+    // Says so, ends the interrupt at the local APIC, and does not return: not every KVM has an IRET.
+    let handler = [print("I"), write32(0xfee0_00b0, 0), wait.clone()].concat();
+    // Behind the jump to the rest of the code.
+    let address = ENTRY + 5;
+    let length = u32::try_from(handler.len()).unwrap();
+    let gate = IDT + 8 * u32::from(VECTOR);
+    let code = [
+        [&[0xe9][..], &length.to_le_bytes()].concat(),
+        handler,
+        // A 32-bit interrupt gate to 0x10:address.
+        write32(gate, 0x10 << 16 | address & 0xffff),
+        write32(gate + 4, address & 0xffff_0000 | 0x8e00),
+        write16(IDT_POINTER, 0x7ff),
+        write32(IDT_POINTER + 2, IDT),
+        // lidt [IDT_POINTER]
+        [&[0x0f, 0x01, 0x1d][..], &IDT_POINTER.to_le_bytes()].concat(),
+        // The local APIC is on, its spurious vector is 0xff.
+        write32(0xfee0_00f0, 0x1ff),
+        find(),
+        // MSI-X is on. Vector 1 sends its message, once it is not masked.
+        config_write(0x7c, 1 << 31),
+        write32(MSIX_TABLE + 16, 0xfee0_0000),
+        write32(MSIX_TABLE + 20, 0),
+        write32(MSIX_TABLE + 24, VECTOR.into()),
+        write16(BAR + 0x16, 0),
+        write16(BAR + 0x1a, 1),
+        start(),
+        write16(DOORBELL, 0),
+        // again: mov al, [MSIX_PENDING]; test al, 2; jz again
+        [
+            &[0xa0][..],
+            &MSIX_PENDING.to_le_bytes(),
+            &[0xa8, 2, 0x74, 0xf7],
+        ]
+        .concat(),
+        print("P"),
+        write32(MSIX_TABLE + 28, 0),
+        wait,
+    ];
+    let mut setup = Setup::new(&code);
+    setup.expect("S");
+    let take = |request| {
+        setup
+            .backend
+            .files
+            .lock()
+            .unwrap()
+            .remove(&request)
+            .unwrap()
+    };
+    let (mut kick, mut call) = (take(SET_VRING_KICK), take(SET_VRING_CALL));
+    let (start, mut count) = (Instant::now(), [0; 8]);
+    while kick.read(&mut count).is_err() {
+        assert!(start.elapsed() < LIMIT, "the doorbell is not heard");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    assert_eq!(u64::from_ne_bytes(count), 1);
+    let one = 1u64.to_ne_bytes();
+    call.write_all(&one).unwrap();
+    setup.expect("P");
+    setup.expect("I");
+    for _ in 0..3 {
+        call.write_all(&one).unwrap();
+        setup.expect("I");
+    }
+    let output = terminate(setup.child, Signal::SIGTERM);
+    assert_eq!(status(&output), 0, "{output:?}");
+    assert!(output.stdout.is_empty(), "more interrupts than signals");
 }
 
 #[test]
