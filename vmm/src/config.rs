@@ -5,6 +5,7 @@
 //! on the command line and as a table of the same keys in the file; each key is read by the same
 //! code. A comma inside a value is doubled.
 
+use std::collections::HashSet;
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -55,6 +56,9 @@ pub enum Error {
         /// What was given.
         value: u16,
     },
+    /// Two devices cannot share a back-end.
+    #[error("two devices have the socket {}: a back-end serves one device", .0.display())]
+    SameSocket(PathBuf),
     /// Not the syntax of TOML, or a key that does not exist.
     #[error("the configuration file is wrong: {0}")]
     File(String),
@@ -87,12 +91,14 @@ pub struct Cli {
 
     /// A disk served by a vhost-user back-end; repeat for more. Keys: socket=PATH,
     /// num-queues=N [default: one for each CPU, as far as the back-end has them], queue-size=N
-    /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end [default: 10].
+    /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10]
+    /// (one that goes later is waited for without a limit).
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<BlkOptions>)]
     pub blk: Vec<BlkOptions>,
 
     /// A network card served by a vhost-user back-end; repeat for more. Keys as for --blk, and
-    /// mac=ADDRESS. Here num-queues counts receive and transmit queues: 2 for each queue pair.
+    /// mac=ADDRESS, for back-ends that leave it to us. Here num-queues counts receive and transmit
+    /// queues, 2 for each queue pair [default: as many as the back-end has].
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<NetOptions>)]
     pub net: Vec<NetOptions>,
 
@@ -120,7 +126,7 @@ pub struct Cli {
 
 const AFTER_HELP: &str = "\
 Exit status:
-  0  the guest powered off, or an end was asked for (SIGTERM, SIGINT, Ctrl-A x)
+  0  the guest powered off, or an end was asked for (SIGTERM, SIGINT, SIGHUP, Ctrl-A x)
   1  something failed at run time, such as a file or a back-end that is not there
   2  wrong usage
   3  the guest asked for a reset: start again to let it reboot
@@ -401,6 +407,8 @@ pub struct DeviceConfig {
     /// Number of request queues (block), receive and transmit queues (net), all queues (others);
     /// `None` leaves it to the device.
     pub num_queues: Option<u16>,
+    /// Number of the guest's processors, and so of the request queues that are of use to it.
+    pub cpus: u32,
     /// Size limit of each queue, in descriptors.
     pub queue_size: u16,
     /// The Ethernet address, for a network card.
@@ -439,13 +447,17 @@ impl Config {
         let memory = merge_memory(memory.unwrap_or_default(), file.memory.map(|m| m.0))?;
         let mut devices = Vec::new();
         for blk in file.blk.into_iter().map(|b| b.0).chain(blk) {
-            devices.push(blk.resolve()?);
+            devices.push(blk.resolve(cpus)?);
         }
         for net in file.net.into_iter().map(|n| n.0).chain(net) {
-            devices.push(net.resolve()?);
+            devices.push(net.resolve(cpus)?);
         }
         for other in file.vhost_user.into_iter().map(|v| v.0).chain(vhost_user) {
-            devices.push(other.resolve()?);
+            devices.push(other.resolve(cpus)?);
+        }
+        let mut sockets = HashSet::new();
+        if let Some(twice) = devices.iter().find(|d| !sockets.insert(&d.socket)) {
+            return Err(Error::SameSocket(twice.socket.clone()));
         }
         let serial = match serial {
             Some(serial) => serial,
@@ -513,12 +525,13 @@ fn timeout(seconds: Option<u32>) -> Duration {
 }
 
 impl BlkOptions {
-    fn resolve(self) -> Result<DeviceConfig, Error> {
+    fn resolve(self, cpus: u32) -> Result<DeviceConfig, Error> {
         let queue_size = check_queues("--blk", self.num_queues, self.queue_size)?;
         Ok(DeviceConfig {
             device_type: DeviceType::BLOCK,
             socket: self.socket,
             num_queues: self.num_queues,
+            cpus,
             queue_size,
             mac: None,
             config_size: None,
@@ -528,7 +541,7 @@ impl BlkOptions {
 }
 
 impl NetOptions {
-    fn resolve(self) -> Result<DeviceConfig, Error> {
+    fn resolve(self, cpus: u32) -> Result<DeviceConfig, Error> {
         let option = "--net";
         let queue_size = check_queues(option, self.num_queues, self.queue_size)?;
         if let Some(value) = self.num_queues.filter(|n| !n.is_multiple_of(2)) {
@@ -543,6 +556,7 @@ impl NetOptions {
             device_type: DeviceType::NET,
             socket: self.socket,
             num_queues: self.num_queues,
+            cpus,
             queue_size,
             mac: self.mac,
             config_size: None,
@@ -552,12 +566,13 @@ impl NetOptions {
 }
 
 impl VhostUserOptions {
-    fn resolve(self) -> Result<DeviceConfig, Error> {
+    fn resolve(self, cpus: u32) -> Result<DeviceConfig, Error> {
         let queue_size = check_queues("--vhost-user", self.num_queues, self.queue_size)?;
         Ok(DeviceConfig {
             device_type: self.device_type,
             socket: self.socket,
             num_queues: self.num_queues,
+            cpus,
             queue_size,
             mac: None,
             config_size: self.config_size,
@@ -918,6 +933,10 @@ mod tests {
         assert_eq!(
             config(&["--kernel=k", "--cpus=255"], ""),
             Err(Error::Cpus(255))
+        );
+        assert_eq!(
+            config(&["--kernel=k", "--blk=/a", "--net=/b"], "blk=['/b']"),
+            Err(Error::SameSocket("/b".into()))
         );
         for args in [
             "--memory=0",

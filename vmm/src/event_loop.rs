@@ -123,9 +123,11 @@ impl EventLoop {
         self.handle.clone()
     }
 
-    /// Serves events until [`LoopHandle::stop`].
+    /// Serves events until [`LoopHandle::stop`], of which one call ends one run.
     pub fn run(&mut self) -> io::Result<()> {
-        self.serve(None)
+        self.serve(None)?;
+        self.handle.state().stopped = false;
+        Ok(())
     }
 
     fn serve(&mut self, timeout: Option<Duration>) -> io::Result<()> {
@@ -220,8 +222,11 @@ mod tests {
     fn stop_from_another_thread_wakes_the_loop() {
         let mut events = EventLoop::new().unwrap();
         let handle = events.handle();
-        let stopper = std::thread::spawn(move || handle.stop());
-        events.run().unwrap();
-        stopper.join().unwrap();
+        for _ in 0..2 {
+            let handle = handle.clone();
+            let stopper = std::thread::spawn(move || handle.stop());
+            events.run().unwrap();
+            stopper.join().unwrap();
+        }
     }
 }

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
@@ -54,7 +55,7 @@ impl fmt::Display for ExitReason {
 
 struct Shared {
     is_set: AtomicBool,
-    reason: Mutex<Option<ExitReason>>,
+    reason: Mutex<Option<(ExitReason, Instant)>>,
     event: EventFd,
 }
 
@@ -78,7 +79,7 @@ impl ExitHandle {
         let mut first = self.0.reason.lock().unwrap_or_else(PoisonError::into_inner);
         if first.is_none() {
             tracing::debug!(%reason, "end of the machine asked for");
-            *first = Some(reason);
+            *first = Some((reason, Instant::now()));
             self.0.is_set.store(true, Ordering::Release);
             // Cannot fail: the counter is written once.
             if let Err(error) = self.0.event.write(1) {
@@ -94,11 +95,17 @@ impl ExitHandle {
 
     /// The first reason given, if any was.
     pub fn reason(&self) -> Option<ExitReason> {
-        self.0
-            .reason
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        self.first().map(|(reason, _)| reason)
+    }
+
+    /// Since when the machine is to end.
+    pub fn since(&self) -> Option<Instant> {
+        self.first().map(|(_, since)| since)
+    }
+
+    fn first(&self) -> Option<(ExitReason, Instant)> {
+        let first = self.0.reason.lock();
+        first.unwrap_or_else(PoisonError::into_inner).clone()
     }
 }
 

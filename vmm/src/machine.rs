@@ -1,15 +1,20 @@
 //! The machine: creates everything in order, runs it, and takes it down in the opposite order.
 //!
-//! The order is: VM and guest RAM; kernel, RAM disk and ACPI tables in it; platform devices; PCI
-//! devices; processors. The end comes as an [`ExitReason`]: the processors stop first, so that
-//! nothing is asked of a device that is gone.
+//! The order is: VM and guest RAM; kernel, RAM disk and ACPI tables in it; PCI devices; processors.
+//! That may take long (a slow disk, memory to allocate, back-ends that are not there yet), so a
+//! thread of its own does it while the control thread listens to signals already. Then come the
+//! console and the platform's devices, and the processors start.
+//!
+//! The end comes as an [`ExitReason`]: the processors stop first, so that nothing is asked of a
+//! device that is gone.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 
 use kvm_ioctls::VcpuFd;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use vm_memory::GuestMemoryMmap;
@@ -18,7 +23,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use crate::acpi;
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
-use crate::config::{Config, DeviceConfig};
+use crate::config::{Config, DeviceConfig, SerialTarget};
 use crate::console::{self, Console};
 use crate::cpu::{self, CpuTemplate};
 use crate::devices::acpi_pm::{self, AcpiPm};
@@ -127,23 +132,75 @@ pub struct Resources {
     pub pci_mmio64: Range,
 }
 
-/// A machine that is ready to run.
-pub struct Machine {
+/// Builds the machine that `config` describes and runs its guest until the machine ends.
+pub fn run(config: &Config) -> Result<ExitReason, Error> {
+    raise_file_limit();
+    let exit = ExitHandle::new().map_err(Error::Events)?;
+    let mut events = event_loop(&exit)?;
+    let built = build(config, events.handle(), &exit)?;
+    events.run().map_err(Error::Events)?;
+    if let Some(reason) = exit.reason() {
+        // The builder may still wait for something. It owns nothing that outlives the process.
+        return Ok(reason);
+    }
+    match built.try_recv() {
+        Ok(machine) => machine?.run(&config.serial, &mut events),
+        Err(_) => Ok(lost_thread("that builds the machine")),
+    }
+}
+
+/// Each queue takes four file descriptors, and the usual limit of 1024 is for programs that still
+/// use select(2). Whoever starts us can set the hard limit.
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        tracing::debug!(%error, "the limit of open files stays as it is");
+    }
+}
+
+/// Builds the machine in a thread, which stops the control thread's loop when it is done.
+fn build(
+    config: &Config,
+    events: LoopHandle,
+    exit: &ExitHandle,
+) -> Result<mpsc::Receiver<Result<Machine, Error>>, Error> {
+    /// Also if the thread panics.
+    struct Stop(LoopHandle);
+    impl Drop for Stop {
+        fn drop(&mut self) {
+            self.0.stop();
+        }
+    }
+
+    let (send, built) = mpsc::channel();
+    let (config, exit) = (config.clone(), exit.clone());
+    let builder = move || {
+        let _stop = Stop(events.clone());
+        // Nobody takes it if the end came first.
+        let _ = send.send(Machine::new(&config, events, exit));
+    };
+    std::thread::Builder::new()
+        .name("builder".into())
+        .spawn(builder)
+        .map_err(Error::Events)?;
+    Ok(built)
+}
+
+fn lost_thread(what: &str) -> ExitReason {
+    ExitReason::Failure(format!("the thread {what} ended early"))
+}
+
+/// A machine that is ready to run, but for its console and the platform's devices.
+struct Machine {
     // Dropped in this order.
     processors: Vec<VcpuFd>,
-    events: EventLoop,
     resources: Resources,
     pci: SharedRoot,
-    input: SerialInput,
-    console: Console,
 }
 
 impl Machine {
-    /// Builds the machine that `config` describes.
-    pub fn new(config: &Config) -> Result<Self, Error> {
-        let exit = ExitHandle::new().map_err(Error::Events)?;
-        let events = event_loop(&exit)?;
-
+    fn new(config: &Config, events: LoopHandle, exit: ExitHandle) -> Result<Self, Error> {
         let vm = Arc::new(Vm::new()?);
         let max = vm.kvm().get_max_vcpus();
         let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
@@ -175,15 +232,11 @@ impl Machine {
             ports: Arc::default(),
             mmio: Arc::default(),
             router,
-            events: events.handle(),
+            events,
             exit,
             pci_mmio64,
         };
-        // Before the console: an absent back-end is reported to a terminal that is not raw yet.
         let pci = add_pci_devices(&resources, &config.devices)?;
-        let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
-        let (console, output) = Console::open(&config.serial, &resources.exit)?;
-        let input = add_platform_devices(&resources, output, Some(ports))?;
 
         let mut processors = Vec::new();
         for cpu in 0..cpus {
@@ -199,24 +252,22 @@ impl Machine {
         }
         Ok(Self {
             processors,
-            events,
             resources,
             pci,
-            input,
-            console,
         })
     }
 
     /// Runs the guest until the machine ends.
-    pub fn run(self) -> Result<ExitReason, Error> {
+    fn run(self, serial: &SerialTarget, events: &mut EventLoop) -> Result<ExitReason, Error> {
         let Self {
             processors,
-            mut events,
             resources,
             pci,
-            input,
-            mut console,
         } = self;
+        let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
+        // Last: whatever fails before is reported to a terminal that is not raw yet.
+        let (mut console, output) = Console::open(serial, &resources.exit)?;
+        let input = add_platform_devices(&resources, output, Some(ports))?;
         console.start(input, resources.exit.clone())?;
         let context = Context {
             vm: Arc::clone(&resources.vm),
@@ -230,8 +281,8 @@ impl Machine {
         pci.lock()
             .unwrap_or_else(PoisonError::into_inner)
             .remove_all();
-        let lost = || ExitReason::Failure("the control thread's loop ended".to_owned());
-        Ok(resources.exit.reason().unwrap_or_else(lost))
+        let reason = resources.exit.reason();
+        Ok(reason.unwrap_or_else(|| lost_thread("that waits for events")))
     }
 }
 
@@ -303,6 +354,7 @@ fn add_pci_devices(resources: &Resources, devices: &[DeviceConfig]) -> Result<Sh
             device.clone(),
             resources.memory.clone(),
             resources.events.clone(),
+            resources.exit.clone(),
         )?;
         let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
         let function = VirtioPci::new(Box::new(device), router, vm)

@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use ringside_vmm::config::{Cli, Config, FileOptions};
 use ringside_vmm::exit::ExitReason;
-use ringside_vmm::machine::Machine;
+use ringside_vmm::machine;
 use tracing_subscriber::EnvFilter;
 
 /// Something failed at run time.
@@ -39,7 +39,7 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .init();
 
-    match Machine::new(&config).and_then(Machine::run) {
+    match machine::run(&config) {
         Ok(reason) => {
             match &reason {
                 ExitReason::PowerOff | ExitReason::Requested(_) | ExitReason::Reset(_) => {

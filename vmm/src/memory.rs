@@ -88,7 +88,15 @@ pub enum Error {
 fn hugepage_hint(pages: PageSize) -> &'static str {
     match pages {
         PageSize::Normal => "",
-        _ => " in huge pages: is /proc/sys/vm/nr_hugepages large enough?",
+        PageSize::HugeDefault => " in huge pages: is /proc/sys/vm/nr_hugepages large enough?",
+        PageSize::Huge2M => {
+            " in pages of 2 MiB: is /sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages large \
+             enough?"
+        }
+        PageSize::Huge1G => {
+            " in pages of 1 GiB: is /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages \
+             large enough?"
+        }
     }
 }
 
@@ -222,26 +230,14 @@ impl GuestRam {
             pages,
             source,
         };
-        let create_error = |e: nix::Error| Error::Create {
+        let file = sealed_file(size, pages).map_err(|source| Error::Create {
             size,
             pages,
-            source: e.into(),
-        };
-        let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | pages.flags();
-        let file: File = memfd_create("guest-ram", flags)
-            .map_err(create_error)?
-            .into();
-        let length = i64::try_from(size.0).map_err(|e| Error::Create {
-            size,
-            pages,
-            source: io::Error::other(e),
+            source,
         })?;
-        ftruncate(&file, length).map_err(create_error)?;
-        // A peer that maps this file must not be killed by SIGBUS because somebody truncates it.
-        let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
-        fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).map_err(create_error)?;
         if prefault {
             // Unlike MAP_POPULATE alone this reports a lack of memory.
+            let length = i64::try_from(size.0).unwrap_or(i64::MAX);
             fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| Error::Allocate {
                 size,
                 pages,
@@ -304,6 +300,17 @@ impl GuestRam {
     pub fn low_end(&self) -> u64 {
         self.size.min(layout::LOW_RAM_END)
     }
+}
+
+/// The file behind guest RAM. Its size is for good: a process that maps it must not be killed by
+/// SIGBUS because a peer truncates it.
+fn sealed_file(size: Size, pages: PageSize) -> io::Result<File> {
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING | pages.flags();
+    let file: File = memfd_create("guest-ram", flags)?.into();
+    ftruncate(&file, i64::try_from(size.0).map_err(io::Error::other)?)?;
+    let seals = SealFlag::F_SEAL_SHRINK | SealFlag::F_SEAL_GROW | SealFlag::F_SEAL_SEAL;
+    fcntl(&file, FcntlArg::F_ADD_SEALS(seals))?;
+    Ok(file)
 }
 
 fn check_host(options: Options, host: Size) -> Result<(), Error> {
@@ -408,6 +415,30 @@ mod tests {
         assert_eq!(byte, [1]);
         assert!(ram.file().set_len(4096).is_err());
         assert!(ram.file().set_len(8 << 30).is_err());
+    }
+
+    #[test]
+    fn a_peer_cannot_change_the_size_whatever_the_pages_are() {
+        for pages in [
+            PageSize::Normal,
+            PageSize::HugeDefault,
+            PageSize::Huge2M,
+            PageSize::Huge1G,
+        ] {
+            let size = 4 << 30;
+            let file = match sealed_file(Size(size), pages) {
+                Ok(file) => file,
+                // A kernel without pages of this size; no page has to be free, though.
+                Err(_) if pages != PageSize::Normal => continue,
+                Err(error) => panic!("{error}"),
+            };
+            for other in [0, size - (1 << 30), size + (1 << 30)] {
+                assert!(file.set_len(other).is_err(), "{pages:?} {other}");
+            }
+            let weaker = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE);
+            assert!(fcntl(&file, weaker).is_err(), "{pages:?}");
+            assert_eq!(file.metadata().unwrap().len(), size);
+        }
     }
 
     #[test]

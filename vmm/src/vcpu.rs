@@ -198,7 +198,9 @@ impl Vcpu {
                 After::Continue
             }
             Ok(VcpuExit::IoIn(..) | VcpuExit::IoOut(..)) => After::Port,
-            Ok(VcpuExit::Intr | VcpuExit::IrqWindowOpen) => After::Continue,
+            // A halted processor waits inside KVM, which has its interrupt controller; should one
+            // come out, it waits there again.
+            Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => After::Continue,
             // On AMD processors KVM has reset the processor by now, and the registers show that.
             Ok(VcpuExit::Shutdown) => After::Crash("triple fault".to_owned()),
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
@@ -215,7 +217,6 @@ impl Vcpu {
             Ok(VcpuExit::MemoryFault { gpa, .. }) => {
                 After::Crash(format!("no host memory behind guest address {gpa:#x}"))
             }
-            // With in-kernel interrupt controllers a halted processor waits inside KVM.
             Ok(exit) => After::Crash(format!("unexpected exit from the guest: {exit:?}")),
             Err(error) => match error.errno() {
                 // EINTR: `exit` is looked at next. EAGAIN: a processor that got INIT.
@@ -512,6 +513,17 @@ mod tests {
         };
         assert!(message.contains("triple fault, on CPU 0"), "{message}");
         assert!(message.contains("rip 00000000001000"), "{message}");
+    }
+
+    #[test]
+    fn an_error_inside_kvm_ends_the_machine_with_the_registers() {
+        // mov eax, 0xc0000000; jmp rax: there is nothing to execute.
+        let guest = Guest::new(&[0xb8, 0x00, 0x00, 0x00, 0xc0, 0xff, 0xe0]);
+        let ExitReason::Crash(message) = guest.run() else {
+            panic!("not a crash")
+        };
+        assert!(message.contains("error inside KVM"), "{message}");
+        assert!(message.contains("rip 00000000c0000000"), "{message}");
     }
 
     #[test]

@@ -68,6 +68,9 @@ pub struct Serial {
     interrupt_enable: u8,
     line_control: u8,
     modem_control: u8,
+    /// Threads that wait for room. Without one nothing is signalled: a condition variable makes a
+    /// system call each time, and drivers write to the interrupt enable register all the time.
+    waiting: usize,
     /// Signalled when [`Serial::room`] may have become larger.
     room_changed: Arc<Condvar>,
 }
@@ -82,6 +85,7 @@ impl Serial {
             interrupt_enable: 0,
             line_control: 0,
             modem_control: 0,
+            waiting: 0,
             room_changed: Arc::clone(&room_changed),
         }));
         let input = SerialInput {
@@ -95,6 +99,12 @@ impl Serial {
     fn has_data_for_driver(&mut self) -> bool {
         self.interrupt_enable & IER_RECEIVE != 0
             && self.uart.read(LINE_STATUS) & LSR_DATA_READY != 0
+    }
+
+    fn wake_waiting(&self) {
+        if self.waiting != 0 && self.room() != 0 {
+            self.room_changed.notify_all();
+        }
     }
 
     /// How many bytes the guest can be given now.
@@ -118,7 +128,7 @@ impl BusDevice for Serial {
         };
         *byte = self.uart.read(register);
         match offset {
-            DATA => self.room_changed.notify_all(),
+            DATA => self.wake_waiting(),
             // A 16550 reports received data for as long as there is any; `vm-superio` only until the first
             // byte is read. Linux takes 256 bytes, then asks here whether to go on: what is left in the
             // FIFO would wait for an interrupt that never comes.
@@ -144,7 +154,7 @@ impl BusDevice for Serial {
             MODEM_CONTROL => self.modem_control = value,
             _ => return,
         }
-        self.room_changed.notify_all();
+        self.wake_waiting();
     }
 }
 
@@ -161,10 +171,12 @@ impl SerialInput {
         let mut serial = self.serial.lock().unwrap_or_else(PoisonError::into_inner);
         while !bytes.is_empty() {
             if serial.room() == 0 {
+                serial.waiting += 1;
                 serial = self
                     .room_changed
                     .wait(serial)
                     .unwrap_or_else(PoisonError::into_inner);
+                serial.waiting -= 1;
                 continue;
             }
             let taken = serial

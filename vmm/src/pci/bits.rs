@@ -21,6 +21,10 @@ pub const STATUS: usize = 0x06;
 pub const REVISION_ID: usize = 0x08;
 /// Class code: programming interface, sub-class, base class.
 pub const CLASS_CODE: usize = 0x09;
+/// Header type; 0 is that of a function that is no bridge.
+pub const HEADER_TYPE: usize = 0x0e;
+/// Header type: the device has more functions than function 0 (PCI Express 5.0, 7.5.1.1.9).
+pub const HEADER_MULTI_FUNCTION: u8 = 1 << 7;
 /// First base address register.
 pub const BAR0: usize = 0x10;
 /// Number of base address registers of a type 0 header.

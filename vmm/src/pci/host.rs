@@ -24,8 +24,8 @@ use crate::layout::Range;
 /// Why a function cannot be plugged in.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// All 32 device numbers of bus 0 are taken.
-    #[error("the PCI bus has no slot left: it has 31 for devices")]
+    /// All functions of all devices of bus 0 are taken.
+    #[error("the PCI bus is full: it has room for {} devices", 31 * 8)]
     NoSlot,
     /// The windows are too small.
     #[error("no room for a BAR of {size:#x} bytes in the guest's PCI memory windows")]
@@ -61,7 +61,22 @@ type SharedFunction = Arc<Mutex<dyn PciFunction>>;
 struct Slot {
     function: SharedFunction,
     mapped: [Option<u64>; BAR_COUNT],
+    /// BARs that are decoded where another one is mapped.
+    waiting: [bool; BAR_COUNT],
 }
+
+impl Slot {
+    fn new(function: SharedFunction) -> Self {
+        Self {
+            function,
+            mapped: [None; BAR_COUNT],
+            waiting: [false; BAR_COUNT],
+        }
+    }
+}
+
+/// Device and function number.
+type Place = (u8, u8);
 
 /// Bus 0 and what is on it.
 pub struct PciRoot {
@@ -70,8 +85,8 @@ pub struct PciRoot {
     /// First addresses of the windows that nothing was placed at yet.
     next_low: u64,
     next_high: u64,
-    /// By device number; all are single functions.
-    slots: BTreeMap<u8, Slot>,
+    /// Functions but the first of a device are those of a crowded bus.
+    slots: BTreeMap<Place, Slot>,
 }
 
 /// The bridge as its users share it.
@@ -89,24 +104,23 @@ impl PciRoot {
             subsystem_vendor: 0x1af4,
             subsystem: 0x1100,
         })));
-        let slot = Slot {
-            function: Arc::new(bridge),
-            mapped: [None; BAR_COUNT],
-        };
+        let slot = Slot::new(Arc::new(bridge));
         Self {
             mmio,
             windows,
             next_low: windows.low.start,
             next_high: windows.high.start,
-            slots: BTreeMap::from([(0, slot)]),
+            slots: BTreeMap::from([((0, 0), slot)]),
         }
     }
 
     /// Plugs a function into the next free slot and places its BARs, as firmware would do; memory
-    /// decoding stays off until the guest turns it on. Returns the device number.
-    pub fn add(&mut self, function: SharedFunction) -> Result<u8, Error> {
-        let device = (1..32)
-            .find(|d| !self.slots.contains_key(d))
+    /// decoding stays off until the guest turns it on. When all devices have their function 0, they
+    /// get further ones. Returns device and function number.
+    pub fn add(&mut self, function: SharedFunction) -> Result<(u8, u8), Error> {
+        let place = (0..8)
+            .flat_map(|function| (1..32).map(move |device| (device, function)))
+            .find(|place| !self.slots.contains_key(place))
             .ok_or(Error::NoSlot)?;
         {
             let mut function = lock(&function);
@@ -117,12 +131,16 @@ impl PciRoot {
                 }
             }
         }
-        let slot = Slot {
-            function,
-            mapped: [None; BAR_COUNT],
-        };
-        self.slots.insert(device, slot);
-        Ok(device)
+        self.slots.insert(place, Slot::new(function));
+        if place.1 != 0
+            && let Some(first) = self.slots.get(&(place.0, 0))
+        {
+            let mut first = lock(&first.function);
+            first
+                .config_mut()
+                .set(HEADER_TYPE, &[HEADER_MULTI_FUNCTION]);
+        }
+        Ok(place)
     }
 
     /// Takes all functions off the bus and drops them.
@@ -152,24 +170,31 @@ impl PciRoot {
     }
 
     fn function(&self, address: Address) -> Option<SharedFunction> {
-        let slot = (address.bus == 0 && address.function == 0)
-            .then(|| self.slots.get(&address.device))
+        let slot = (address.bus == 0)
+            .then(|| self.slots.get(&(address.device, address.function)))
             .flatten()?;
         Some(Arc::clone(&slot.function))
     }
 
-    /// Makes the MMIO bus agree with what all functions decode. Ranges that vanish go first, so
-    /// that two BARs can swap places. A BAR that overlaps another or is outside the windows
-    /// answers nowhere until that changes.
-    fn update(&mut self) {
-        for slot in self.slots.values_mut() {
-            for bar in 0..BAR_COUNT {
-                slot.unmap_if_moved(bar, &self.mmio);
-            }
+    /// Makes the MMIO bus agree with what a function decodes. A BAR that overlaps another waits
+    /// until that one moves, so that two can swap places; one that is outside the windows answers
+    /// nowhere. Functions that have no BAR to move are left alone: one of them may be waiting for
+    /// its back-end.
+    fn update(&mut self, place: Place) {
+        let Some(slot) = self.slots.get_mut(&place) else {
+            return;
+        };
+        for bar in 0..BAR_COUNT {
+            slot.unmap_if_moved(bar, &self.mmio);
+        }
+        for bar in 0..BAR_COUNT {
+            slot.map(bar, &self.mmio, &self.windows);
         }
         for slot in self.slots.values_mut() {
             for bar in 0..BAR_COUNT {
-                slot.map(bar, &self.mmio, &self.windows);
+                if slot.waiting.get(bar) == Some(&true) {
+                    slot.map(bar, &self.mmio, &self.windows);
+                }
             }
         }
     }
@@ -193,9 +218,11 @@ impl Slot {
     }
 
     fn map(&mut self, bar: usize, mmio: &Bus, windows: &Windows) {
-        let Some(mapped) = self.mapped.get_mut(bar) else {
+        let (Some(mapped), Some(waiting)) = (self.mapped.get_mut(bar), self.waiting.get_mut(bar))
+        else {
             return;
         };
+        *waiting = false;
         let mut function = lock(&self.function);
         let size = function.config().bar_size(bar);
         let wanted = function.config().decoded_bar(bar);
@@ -218,7 +245,10 @@ impl Slot {
                 *mapped = Some(to);
                 function.bar_moved(bar, None, Some(to));
             }
-            Err(error) => tracing::debug!(%error, "BAR is not mapped"),
+            Err(error) => {
+                tracing::debug!(%error, "BAR is not mapped");
+                *waiting = true;
+            }
         }
     }
 }
@@ -249,7 +279,7 @@ fn write(root: &SharedRoot, address: Address, data: &[u8]) {
         decoded(function.config()) != before
     };
     if moved {
-        lock(root).update();
+        lock(root).update((address.device, address.function));
     }
 }
 
@@ -469,7 +499,7 @@ mod tests {
     fn a_bar_answers_where_and_while_it_is_decoded() {
         let mut m = machine();
         let f = function(7, 0x1000);
-        assert_eq!(m.root.lock().unwrap().add(f.clone()).unwrap(), 1);
+        assert_eq!(m.root.lock().unwrap().add(f.clone()).unwrap(), (1, 0));
         assert_eq!(m.read(0x1_0000_0000), 0xff);
         m.decode(1, true);
         assert_eq!(m.read(0x1_0000_0000), 7);
@@ -510,14 +540,49 @@ mod tests {
     }
 
     #[test]
-    fn the_windows_are_finite() {
-        let m = machine();
-        let mut root = m.root.lock().unwrap();
-        assert!(root.add(function(1, 1 << 40)).is_err());
-        for _ in 0..31 {
-            root.add(function(1, 0x10_0000)).unwrap();
+    fn a_function_that_is_busy_does_not_hold_up_the_bus() {
+        let mut m = machine();
+        let functions = [1, 2].map(|tag| function(tag, 0x1000));
+        for f in &functions {
+            m.root.lock().unwrap().add(f.clone()).unwrap();
         }
-        assert!(matches!(root.add(function(1, 16)), Err(Error::NoSlot)));
+        m.decode(1, true);
+        let busy = functions[0].lock().unwrap();
+        let (done, is_done) = std::sync::mpsc::channel();
+        let bus = m.mmio.clone();
+        std::thread::spawn(move || {
+            m.decode(2, true);
+            m.place(2, 0xc000_0000);
+            done.send(()).unwrap();
+        });
+        let limit = std::time::Duration::from_secs(20);
+        is_done.recv_timeout(limit).unwrap();
+        drop(busy);
+        let mut data = [0];
+        assert!(bus.read(0xc000_0000, &mut data));
+        assert_eq!(data, [2]);
+    }
+
+    #[test]
+    fn the_windows_are_finite() {
+        let mut m = machine();
+        let add = |tag, size| m.root.lock().unwrap().add(function(tag, size));
+        assert!(add(1, 1 << 40).is_err());
+        for n in 0..31 {
+            assert_eq!(add(1, 0x10_0000).unwrap(), (n + 1, 0));
+        }
+        let mut header = |place: u64| {
+            let mut data = [0];
+            m.ecam.read((place << 12) + 0x0e, &mut data);
+            data
+        };
+        assert_eq!([header(8), header(9)], [[0], [0xff]]);
+        assert_eq!(add(2, 0x1000).unwrap(), (1, 1));
+        assert_eq!([header(8), header(9), header(16)], [[0x80], [0], [0]]);
+        for _ in 32..31 * 8 {
+            add(1, 0x1000).unwrap();
+        }
+        assert!(matches!(add(1, 16), Err(Error::NoSlot)));
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! The conversation with a back-end, as narrow as a device needs it, so that a test can play the
 //! other end; and its implementation on a Unix socket by `vhost`'s front-end.
 
+use std::fs::File;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -11,15 +13,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use nix::sys::socket::{MsgFlags, recv};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag};
+use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, recv};
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::virtio::bits::MAX_QUEUES;
+use crate::exit::ExitHandle;
 
 /// Feature bit 30: there are protocol features (vhost-user, "Feature negotiation").
 pub(crate) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -31,6 +33,13 @@ pub(crate) const P_REPLY_ACK: u64 = VhostUserProtocolFeatures::REPLY_ACK.bits();
 pub(crate) const P_BACKEND_REQ: u64 = VhostUserProtocolFeatures::BACKEND_REQ.bits();
 /// Protocol feature: the back-end has the device configuration.
 pub(crate) const P_CONFIG: u64 = VhostUserProtocolFeatures::CONFIG.bits();
+
+/// Protocol feature: requests under way are noted in memory that outlives the back-end.
+pub(crate) const P_INFLIGHT: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
+
+/// Rings of a device at most: requests with a file descriptor name one with 8 bits (vhost-user,
+/// "SET_VRING_KICK").
+pub(crate) const MAX_RINGS: u64 = 256;
 
 /// A step of the conversation that failed.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +89,15 @@ pub struct RingEvents<'a> {
     pub error: &'a EventFd,
 }
 
+/// Memory in which a back-end notes the requests that are under way ("Inflight I/O tracking"). We
+/// keep it for the next back-end, and never look inside.
+pub struct Inflight {
+    /// Where and how large it is, and for what queues.
+    pub area: VhostUserInflight,
+    /// The file it is in.
+    pub file: File,
+}
+
 /// What a device says to its back-end. Each call is one or a few vhost-user requests and returns
 /// when the back-end has taken them, as far as it can tell us.
 pub trait Link: Send {
@@ -101,6 +119,10 @@ pub trait Link: Send {
     fn set_features(&mut self, features: u64) -> Result<(), LinkError>;
     /// SET_MEM_TABLE.
     fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError>;
+    /// GET_INFLIGHT_FD, for so many queues of that size.
+    fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError>;
+    /// SET_INFLIGHT_FD.
+    fn set_inflight(&mut self, inflight: &Inflight) -> Result<(), LinkError>;
     /// SET_VRING_NUM, _BASE, _ADDR, _CALL, _ERR and last _KICK, which starts the ring.
     fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError>;
     /// SET_VRING_ENABLE.
@@ -116,9 +138,8 @@ pub(crate) struct SocketLink {
 
 impl SocketLink {
     pub(crate) fn new(socket: UnixStream) -> Self {
-        let limit = u64::try_from(MAX_QUEUES).unwrap_or(u64::MAX);
         Self {
-            frontend: Frontend::from_stream(socket, limit),
+            frontend: Frontend::from_stream(socket, MAX_RINGS),
         }
     }
 }
@@ -188,6 +209,18 @@ impl Link for SocketLink {
         Ok(())
     }
 
+    fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError> {
+        let wanted = VhostUserInflight::new(0, 0, queues, size);
+        let (area, file) = step("GET_INFLIGHT_FD", self.frontend.get_inflight_fd(&wanted))?;
+        Ok(Inflight { area, file })
+    }
+
+    fn set_inflight(&mut self, inflight: &Inflight) -> Result<(), LinkError> {
+        let fd = inflight.file.as_raw_fd();
+        let set = self.frontend.set_inflight_fd(&inflight.area, fd);
+        step("SET_INFLIGHT_FD", set)
+    }
+
     fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError> {
         let f = &self.frontend;
         let index = ring.index;
@@ -221,8 +254,15 @@ impl Link for SocketLink {
     }
 }
 
+/// What back-ends get, all together, once the machine is to end: nobody waits for results then.
+const END_LIMIT: Duration = Duration::from_secs(2);
+/// What each of them gets for a request at least, when others have used that up.
+const END_SHARE: Duration = Duration::from_millis(200);
+/// How often a guard looks whether the machine is to end.
+const STEP: Duration = Duration::from_millis(50);
+
 /// Ends a conversation in which the back-end does not answer: `vhost` waits for ever, so after the
-/// limit the socket is shut down under it.
+/// limit, or soon after the end of the machine, the socket is shut down under it.
 pub(crate) struct Guard {
     // Dropped to end the thread.
     _done: mpsc::Sender<()>,
@@ -230,17 +270,32 @@ pub(crate) struct Guard {
 }
 
 impl Guard {
-    pub(crate) fn new(socket: &UnixStream, limit: Duration) -> io::Result<Self> {
-        let socket = socket.try_clone()?;
+    pub(crate) fn new(socket: &UnixStream, limit: Duration, exit: &ExitHandle) -> io::Result<Self> {
+        let (socket, exit) = (socket.try_clone()?, exit.clone());
         let (done, wait) = mpsc::channel();
         let expired = Arc::new(AtomicBool::new(false));
         let flag = Arc::clone(&expired);
+        let start = Instant::now();
         let watch = move || {
-            if wait.recv_timeout(limit) == Err(mpsc::RecvTimeoutError::Timeout) {
-                flag.store(true, Ordering::SeqCst);
-                // It fails only if the socket is closed already.
-                let _ = socket.shutdown(Shutdown::Both);
+            loop {
+                let limit = match exit.since() {
+                    None => limit,
+                    Some(end) => {
+                        let left = (end + END_LIMIT).saturating_duration_since(start);
+                        limit.min(left.max(END_SHARE))
+                    }
+                };
+                let left = limit.saturating_sub(start.elapsed());
+                if left.is_zero() {
+                    break;
+                }
+                if wait.recv_timeout(left.min(STEP)) != Err(mpsc::RecvTimeoutError::Timeout) {
+                    return;
+                }
             }
+            flag.store(true, Ordering::SeqCst);
+            // It fails only if the socket is closed already.
+            let _ = socket.shutdown(Shutdown::Both);
         };
         std::thread::Builder::new()
             .name("vhost-user-watch".into())
@@ -262,9 +317,14 @@ impl Guard {
 pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream> {
     const PAUSE: Duration = Duration::from_millis(50);
     let start = Instant::now();
+    let mut told = patience.is_zero();
     loop {
-        match UnixStream::connect(path) {
+        match connect_now(path) {
             Ok(socket) => return Ok(socket),
+            // It will not become one.
+            Err(_) if path.metadata().is_ok_and(|m| !m.file_type().is_socket()) => {
+                return Err(io::Error::other("this is not a socket"));
+            }
             Err(error) => {
                 let transient = matches!(
                     error.kind(),
@@ -277,10 +337,25 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
                 if !transient || left.is_zero() {
                     return Err(error);
                 }
+                if !told {
+                    tracing::info!(path = %path.display(), "waiting for a back-end");
+                    told = true;
+                }
                 std::thread::sleep(PAUSE.min(left));
             }
         }
     }
+}
+
+/// Connects at once or not at all: a listener that does not accept may leave no room for another
+/// connection, and connecting would then wait for it.
+fn connect_now(path: &Path) -> io::Result<UnixStream> {
+    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
+    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    let socket = UnixStream::from(socket);
+    socket.set_nonblocking(false)?;
+    Ok(socket)
 }
 
 /// Whether the peer has closed its end.

@@ -25,9 +25,11 @@
 //! - The guest had not started the device: nothing is lost, all goes on as usual.
 //! - A network card: its back-ends use buffers in order, so the used index tells where to go on;
 //!   packets that were under way are lost, as on any network.
-//! - Other devices: requests that were under way may have been done or not, and only an in-flight
-//!   log could tell. They are neither repeated nor dropped silently: the device says NEEDS_RESET,
-//!   and serves the guest again once its driver has reset it.
+//! - A back-end that notes what is under way (INFLIGHT_SHMFD): the next one gets the notes, and
+//!   repeats what is not done.
+//! - Other devices: requests that were under way may have been done or not. They are neither
+//!   repeated nor dropped silently: the device says NEEDS_RESET, and serves the guest again once its
+//!   driver has reset it.
 
 mod channel;
 pub mod link;
@@ -39,16 +41,19 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use self::channel::Channel;
-use self::link::{Guard, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed};
+use self::link::{
+    Guard, Inflight, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed,
+};
 use self::offer::{ConfigSource, Offer};
 use crate::config::{DeviceConfig, DeviceType};
 use crate::event_loop::{HandlerId, LoopHandle, Next};
+use crate::exit::ExitHandle;
 use crate::pci::msix::new_event;
 use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
 
@@ -56,10 +61,12 @@ use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
 const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
 /// How long it may take to finish what is under way when a device is reset.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// The same at the end of the machine, when nobody waits for the results.
-const END_LIMIT: Duration = Duration::from_secs(2);
 /// Pause between attempts to reach a back-end that is gone.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
+/// The same for one that goes again and again, as soon as it has come back.
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A back-end that was there for so long is not one of those.
+const STABLE: Duration = Duration::from_secs(10);
 
 /// Why a device has no back-end.
 #[derive(Debug, thiserror::Error)]
@@ -77,8 +84,11 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// It hung up before it was ready.
-    #[error("the back-end for device {kind} at {socket} went away during negotiation")]
+    /// It hung up before it was ready, or said what nobody understands.
+    #[error(
+        "the negotiation with the back-end for device {kind} at {socket} failed: did it end, or is \
+         it no vhost-user back-end?"
+    )]
     Negotiate {
         /// Type of the device.
         kind: DeviceType,
@@ -173,13 +183,15 @@ enum CallError {
 }
 
 impl Connection {
-    /// Talks to the back-end, for no longer than `limit`.
+    /// Talks to the back-end, for no longer than `limit`, and not much longer than until the end
+    /// of the machine.
     fn call<T, E>(
         &mut self,
         limit: Duration,
+        exit: &ExitHandle,
         talk: impl FnOnce(&mut dyn Link) -> Result<T, E>,
     ) -> Result<Result<T, E>, CallError> {
-        let guard = self.socket.as_ref().map(|s| Guard::new(s, limit));
+        let guard = self.socket.as_ref().map(|s| Guard::new(s, limit, exit));
         let guard = guard.transpose().map_err(CallError::Resources)?;
         let result = talk(&mut *self.link);
         match (result, guard) {
@@ -191,9 +203,10 @@ impl Connection {
     fn simple<T>(
         &mut self,
         limit: Duration,
+        exit: &ExitHandle,
         talk: impl FnOnce(&mut dyn Link) -> Result<T, LinkError>,
     ) -> Result<T, CallError> {
-        self.call(limit, talk)?.map_err(|error| {
+        self.call(limit, exit, talk)?.map_err(|error| {
             if error.is_refusal() {
                 CallError::Refused(error)
             } else {
@@ -209,6 +222,8 @@ struct Running {
     queues: Vec<(ActiveQueue, Ring)>,
     error: EventFd,
     error_handler: Option<HandlerId>,
+    /// What is under way, as the back-ends note it.
+    inflight: Option<Inflight>,
     /// A back-end has had them: what it did with them is not known if it goes.
     handed_over: bool,
     /// The connection whose back-end has them now.
@@ -223,6 +238,10 @@ struct State {
     running: Option<Running>,
     /// Counts connections, so that news of an old one is told from news of this one.
     epoch: u64,
+    /// Since when there is this connection.
+    since: Option<Instant>,
+    /// How often it was lost in short order.
+    losses: u32,
 }
 
 struct Shared {
@@ -231,6 +250,7 @@ struct Shared {
     dial: Box<dyn Dial>,
     memory: GuestMemoryMmap,
     events: LoopHandle,
+    exit: ExitHandle,
     notifier: Arc<Notifier>,
     config_stale: AtomicBool,
     state: Mutex<State>,
@@ -248,25 +268,28 @@ impl VhostUserDevice {
         wanted: DeviceConfig,
         memory: GuestMemoryMmap,
         events: LoopHandle,
+        exit: ExitHandle,
     ) -> Result<Self, Error> {
         let dial = SocketDial(wanted.socket.clone());
-        Self::with_dial(wanted, memory, events, Box::new(dial))
+        Self::with_dial(wanted, memory, events, exit, Box::new(dial))
     }
 
     fn with_dial(
         wanted: DeviceConfig,
         memory: GuestMemoryMmap,
         events: LoopHandle,
+        exit: ExitHandle,
         dial: Box<dyn Dial>,
     ) -> Result<Self, Error> {
         let patience = wanted.reconnect_timeout;
-        let (connection, offer, config) = negotiate(&*dial, &wanted, patience)?;
+        let (connection, offer, config) = negotiate(&*dial, &wanted, patience, &exit)?;
         let shared = Arc::new(Shared {
             wanted,
             offer,
             dial,
             memory,
             events,
+            exit,
             notifier: Arc::default(),
             config_stale: AtomicBool::new(false),
             state: Mutex::default(),
@@ -274,7 +297,7 @@ impl VhostUserDevice {
         let mut state = shared.state();
         shared
             .install(&mut state, connection, config)
-            .map_err(|source| shared.resources(source))?;
+            .map_err(|error| call_error(&shared.wanted, error))?;
         drop(state);
         Ok(Self { shared })
     }
@@ -284,12 +307,14 @@ fn negotiate(
     dial: &dyn Dial,
     wanted: &DeviceConfig,
     patience: Duration,
+    exit: &ExitHandle,
 ) -> Result<(Connection, Offer, Vec<u8>), Error> {
     let (kind, socket) = (wanted.device_type, || wanted.socket.clone());
+    let start = Instant::now();
     let (link, stream) = dial.dial(patience).map_err(|source| Error::Connect {
         kind,
         socket: socket(),
-        waited: patience,
+        waited: start.elapsed(),
         source,
     })?;
     let mut connection = Connection {
@@ -301,28 +326,37 @@ fn negotiate(
         let config = offer.read_config(link)?;
         Ok((offer, config))
     };
-    match connection.call(ANSWER_LIMIT, talk) {
+    match connection.call(ANSWER_LIMIT, exit, talk) {
         Ok(Ok((offer, config))) => Ok((connection, offer, config)),
-        Ok(Err(offer::Error::Link(source))) => Err(Error::Negotiate {
-            kind,
-            socket: socket(),
-            source,
-        }),
+        Ok(Err(offer::Error::Link(source))) => Err(call_error(wanted, CallError::Lost(source))),
         Ok(Err(source)) => Err(Error::Unsuitable {
             kind,
             socket: socket(),
             source: Box::new(source),
         }),
-        Err(CallError::Resources(source)) => Err(Error::Resources {
+        Err(error) => Err(call_error(wanted, error)),
+    }
+}
+
+/// What a conversation that failed means for a device that does not exist yet.
+fn call_error(wanted: &DeviceConfig, error: CallError) -> Error {
+    let (kind, socket) = (wanted.device_type, wanted.socket.clone());
+    match error {
+        CallError::Refused(source) | CallError::Lost(source) => Error::Negotiate {
             kind,
-            socket: socket(),
+            socket,
             source,
-        }),
-        Err(_) => Err(Error::Silent {
+        },
+        CallError::Silent => Error::Silent {
             kind,
-            socket: socket(),
+            socket,
             limit: ANSWER_LIMIT,
-        }),
+        },
+        CallError::Resources(source) => Error::Resources {
+            kind,
+            socket,
+            source,
+        },
     }
 }
 
@@ -331,32 +365,32 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn resources(&self, source: io::Error) -> Error {
-        Error::Resources {
-            kind: self.wanted.device_type,
-            socket: self.wanted.socket.clone(),
-            source,
-        }
-    }
-
     /// Makes a negotiated connection the device's, and watches it.
     fn install(
         self: &Arc<Self>,
         state: &mut State,
         mut connection: Connection,
         config: Vec<u8>,
-    ) -> io::Result<()> {
+    ) -> Result<(), CallError> {
         state.epoch += 1;
         let epoch = state.epoch;
         if self.offer.announces_changes() {
-            let (channel, theirs) = Channel::new()?;
-            match connection.simple(ANSWER_LIMIT, |link| link.set_channel(&theirs)) {
-                Ok(()) => state.handlers.push(self.watch_channel(channel)?),
-                Err(_) => tracing::warn!("{self}: the back-end takes no channel for its requests"),
+            let (channel, theirs) = Channel::new().map_err(CallError::Resources)?;
+            let handed =
+                connection.simple(ANSWER_LIMIT, &self.exit, |link| link.set_channel(&theirs));
+            match handed {
+                Ok(()) => {
+                    let handler = self.watch_channel(channel);
+                    state.handlers.push(handler.map_err(CallError::Resources)?);
+                }
+                Err(CallError::Refused(_)) => {
+                    tracing::warn!("{self}: the back-end takes no channel for its requests");
+                }
+                Err(error) => return Err(error),
             }
         }
         if let Some(socket) = &connection.socket {
-            let watched = socket.try_clone()?;
+            let watched = socket.try_clone().map_err(CallError::Resources)?;
             let weak = Arc::downgrade(self);
             let fd = watched.as_raw_fd();
             let handler = move || {
@@ -371,10 +405,12 @@ impl Shared {
                 }
                 Next::Remove
             };
-            state.handlers.push(self.events.add(fd, Box::new(handler))?);
+            let handler = self.events.add(fd, Box::new(handler));
+            state.handlers.push(handler.map_err(CallError::Resources)?);
         }
         state.connection = Some(connection);
         state.config = config;
+        state.since = Some(Instant::now());
         Ok(())
     }
 
@@ -418,36 +454,39 @@ impl Shared {
             }
         };
         tracing::error!("{self}: the back-end is gone: {why}; {waits}");
+        let stable = state.since.is_none_or(|since| since.elapsed() >= STABLE);
+        state.losses = if stable {
+            0
+        } else {
+            state.losses.saturating_add(1)
+        };
+        let pause = RECONNECT_PAUSE.saturating_mul(1 << state.losses.min(5));
+        let pause = pause.min(RECONNECT_PAUSE_MAX);
         let (weak, epoch) = (Arc::downgrade(self), state.epoch);
         let spawned = std::thread::Builder::new()
             .name("vhost-user-wait".into())
-            .spawn(move || wait_for_return(&weak, epoch));
+            .spawn(move || wait_for_return(&weak, epoch, pause));
         if let Err(error) = spawned {
             tracing::error!(%error, "{self}: cannot wait for the back-end");
         }
     }
 
-    /// Whether a running device of this type can go on with another back-end.
+    /// Whether the device can go on with another back-end after one had its queues.
     fn resumes(&self) -> bool {
-        self.wanted.device_type == DeviceType::NET
+        self.wanted.device_type == DeviceType::NET || self.offer.tracks_inflight()
     }
 
     /// One attempt at reaching a back-end that came back.
     fn reconnect(self: &Arc<Self>, epoch: u64) -> Attempt {
-        let negotiated = negotiate(&*self.dial, &self.wanted, Duration::ZERO);
+        let negotiated = negotiate(&*self.dial, &self.wanted, Duration::ZERO, &self.exit);
         let (connection, offer, config) = match negotiated {
             Ok(negotiated) => negotiated,
             Err(Error::Connect { .. }) => return Attempt::Again,
-            Err(error) => {
-                tracing::debug!(
-                    error = &error as &dyn std::error::Error,
-                    "{self}: no new back-end"
-                );
-                return Attempt::Again;
-            }
+            Err(error) => return Attempt::Unfit(Box::new(error)),
         };
         if !self.offer.is_served_by(&offer) {
-            return Attempt::Unlike;
+            let why = "it lacks features, queues or configuration that the guest was offered";
+            return Attempt::Unfit(why.into());
         }
         let mut state = self.state();
         if state.epoch != epoch {
@@ -455,12 +494,11 @@ impl Shared {
         }
         let same_config = state.config == config;
         if let Err(error) = self.install(&mut state, connection, config) {
-            tracing::error!(%error, "{self}: cannot use the new back-end");
             for handler in state.handlers.drain(..) {
                 self.events.remove(handler);
             }
             state.epoch = epoch;
-            return Attempt::Again;
+            return Attempt::Unfit(error.to_string().into());
         }
         tracing::warn!("{self}: the back-end is back");
         if !same_config {
@@ -491,8 +529,16 @@ impl Shared {
             ring.base = used_index(&self.memory, &active.queue);
         }
         let features = self.offer.backend_choice(running.features);
+        let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
         let talk = |link: &mut dyn Link| {
             link.set_features(features)?;
+            if self.offer.tracks_inflight() {
+                let inflight = match running.inflight.take() {
+                    Some(inflight) => inflight,
+                    None => link.new_inflight(count, self.wanted.queue_size)?,
+                };
+                link.set_inflight(running.inflight.insert(inflight))?;
+            }
             link.set_memory(&self.memory)?;
             for (active, ring) in &running.queues {
                 let events = RingEvents {
@@ -511,7 +557,7 @@ impl Shared {
         };
         let again = running.handed_over;
         running.handed_over = true;
-        match connection.simple(ANSWER_LIMIT, talk) {
+        match connection.simple(ANSWER_LIMIT, &self.exit, talk) {
             Ok(()) => running.on = Some(state.epoch),
             Err(CallError::Refused(source)) => {
                 // Some queues may run.
@@ -539,7 +585,7 @@ impl Shared {
         Ok(())
     }
 
-    fn stop(self: &Arc<Self>, state: &mut State, limit: Duration) {
+    fn stop(self: &Arc<Self>, state: &mut State) {
         let Some(running) = state.running.take() else {
             return;
         };
@@ -562,7 +608,7 @@ impl Shared {
             }
             Ok(())
         };
-        match connection.simple(limit, talk) {
+        match connection.simple(STOP_LIMIT, &self.exit, talk) {
             Ok(()) => tracing::debug!("{self}: stopped"),
             // One that does not stop must not keep the guest's memory: the connection ends.
             Err(error) => self.lose(state, &error.to_string()),
@@ -579,7 +625,9 @@ impl Shared {
         let Some(connection) = &mut state.connection else {
             return;
         };
-        match connection.simple(ANSWER_LIMIT, |link| self.offer.read_config(link)) {
+        match connection.simple(ANSWER_LIMIT, &self.exit, |link| {
+            self.offer.read_config(link)
+        }) {
             Ok(config) => state.config = config,
             Err(CallError::Refused(error)) => {
                 tracing::warn!(%error, "{self}: the configuration cannot be read");
@@ -613,27 +661,29 @@ impl std::fmt::Display for CallError {
 enum Attempt {
     /// It is back, or nobody waits for it any more.
     Done,
+    /// Nobody is there.
     Again,
-    /// Somebody is there, but it is another device.
-    Unlike,
+    /// Somebody is there, but cannot serve the device.
+    Unfit(Box<dyn std::error::Error>),
 }
 
 /// Body of the thread that waits for a back-end. Ends with the device.
-fn wait_for_return(device: &Weak<Shared>, epoch: u64) {
+fn wait_for_return(device: &Weak<Shared>, epoch: u64, pause: Duration) {
     let mut told = false;
     loop {
-        std::thread::sleep(RECONNECT_PAUSE);
+        std::thread::sleep(pause);
         let Some(shared) = device.upgrade() else {
             return;
         };
         match shared.reconnect(epoch) {
             Attempt::Done => return,
             Attempt::Again => {}
-            Attempt::Unlike if told => {}
-            Attempt::Unlike => {
+            // Each attempt ends like this; once is enough to say so.
+            Attempt::Unfit(_) if told => {}
+            Attempt::Unfit(error) => {
                 tracing::error!(
-                    "{shared}: the new back-end lacks features, queues or configuration that the \
-                     guest was offered; waiting for another"
+                    error = &*error,
+                    "{shared}: the new back-end cannot be used; waiting for another"
                 );
                 told = true;
             }
@@ -718,7 +768,9 @@ impl VirtioDevice for VhostUserDevice {
         let Some(connection) = &mut state.connection else {
             return;
         };
-        match connection.simple(ANSWER_LIMIT, |link| link.write_config(at, data)) {
+        match connection.simple(ANSWER_LIMIT, &shared.exit, |link| {
+            link.write_config(at, data)
+        }) {
             Ok(()) => shared.config_stale.store(true, Ordering::SeqCst),
             Err(CallError::Refused(_)) => {
                 tracing::debug!(offset, "{shared}: the field is read-only");
@@ -756,6 +808,7 @@ impl VirtioDevice for VhostUserDevice {
             queues,
             error,
             error_handler,
+            inflight: None,
             handed_over: false,
             on: None,
         });
@@ -764,14 +817,14 @@ impl VirtioDevice for VhostUserDevice {
 
     fn reset(&mut self) {
         let mut state = self.shared.state();
-        self.shared.stop(&mut state, STOP_LIMIT);
+        self.shared.stop(&mut state);
     }
 }
 
 impl Drop for VhostUserDevice {
     fn drop(&mut self) {
         let mut state = self.shared.state();
-        self.shared.stop(&mut state, END_LIMIT);
+        self.shared.stop(&mut state);
         for handler in state.handlers.drain(..) {
             self.shared.events.remove(handler);
         }

@@ -16,13 +16,14 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use super::link::{
-    F_PROTOCOL_FEATURES, Link, LinkError, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK,
+    F_PROTOCOL_FEATURES, Link, LinkError, MAX_RINGS, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ,
+    P_REPLY_ACK,
 };
 use crate::config::{DeviceConfig, DeviceType, Mac};
 use crate::virtio::bits::*;
 
 /// The protocol features that we make use of.
-const PROTOCOL_WANTED: u64 = P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG;
+const PROTOCOL_WANTED: u64 = P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG | P_INFLIGHT;
 /// Transport features that both the VMM and its back-ends can have. The others need an IOMMU,
 /// another ring format, or a doorbell that carries data.
 const TRANSPORT: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_IN_ORDER;
@@ -103,6 +104,15 @@ pub enum Error {
         /// What to do.
         advice: &'static str,
     },
+    /// A card whose control queue comes after more queues than the protocol has names for.
+    #[error(
+        "the back-end has {queues} queues, but vhost-user has names for {MAX_RINGS} only: give \
+         num-queues=2, or start the back-end with fewer"
+    )]
+    TooManyQueues {
+        /// The number it has.
+        queues: u64,
+    },
 }
 
 /// Where the configuration comes from.
@@ -141,6 +151,10 @@ impl Offer {
         let mut protocol = 0;
         if features & F_PROTOCOL_FEATURES != 0 {
             protocol = link.protocol_features()? & PROTOCOL_WANTED;
+            // A network card goes on without: what is lost is sent again.
+            if wanted.device_type == DeviceType::NET {
+                protocol &= !P_INFLIGHT;
+            }
             link.set_protocol_features(protocol)?;
         }
         let mut offer = Self {
@@ -172,6 +186,7 @@ impl Offer {
         };
         same_shape
             && self.features & !other.features == 0
+            && self.protocol & !other.protocol == 0
             && self.queue_sizes.len() == other.queue_sizes.len()
             && self.enables_rings == other.enables_rings
     }
@@ -185,6 +200,11 @@ impl Offer {
     /// Whether the back-end tells us when its configuration changes.
     pub(crate) fn announces_changes(&self) -> bool {
         self.has(P_BACKEND_REQ)
+    }
+
+    /// Whether the back-end notes what is under way where the next one finds it.
+    pub(crate) fn tracks_inflight(&self) -> bool {
+        self.has(P_INFLIGHT)
     }
 
     fn has(&self, protocol: u64) -> bool {
@@ -264,7 +284,11 @@ impl Offer {
                 .min(link.queue_count()?)
                 .max(1);
         }
-        let queues = limit(wanted.num_queues, available)?;
+        let queues = match wanted.num_queues {
+            // A driver has no use for more than one for each processor.
+            None => limit(None, available.min(wanted.cpus.into()))?,
+            wanted => limit(wanted, available)?,
+        };
         if self.features & BLK_MQ != 0 {
             self.patch = Some((BLK_NUM_QUEUES, u16::try_from(queues).unwrap_or(1)));
         }
@@ -281,18 +305,31 @@ impl Offer {
             let mut config = mac.to_vec();
             config.extend(LINK_UP.to_le_bytes());
             self.config = ConfigSource::Fixed(config);
-            limit(wanted.num_queues, 2)?;
-            return Ok(2);
+            return match wanted.num_queues {
+                None | Some(2) => Ok(2),
+                Some(wanted) => Err(Error::Queues {
+                    wanted,
+                    available: 2,
+                    advice: "leave it out: without a configuration space a back-end has one pair",
+                }),
+            };
         }
         let config = self.backend_config(link, net_config_size(self.features))?;
         if let Some(mac) = wanted.mac {
             tracing::warn!(%mac, "the back-end has the card's address; mac= is ignored");
         }
+        // Each of these makes a driver look for as many pairs as the configuration says (5.1.2).
+        const SEVERAL_PAIRS: u64 = NET_MQ | NET_RSS;
         let mut pairs = 1;
-        if self.features & (NET_MQ | NET_CTRL_VQ) == NET_MQ | NET_CTRL_VQ && self.has(P_MQ) {
+        let several = self.features & SEVERAL_PAIRS != 0 && self.features & NET_CTRL_VQ != 0;
+        if several && self.has(P_MQ) {
             pairs = u64::from(field(&config, NET_MAX_PAIRS)).clamp(1, 0x8000);
         } else {
-            self.features &= !NET_MQ;
+            self.features &= !SEVERAL_PAIRS;
+        }
+        let all = 2 * pairs + u64::from(self.features & NET_CTRL_VQ != 0);
+        if all > MAX_RINGS && wanted.num_queues != Some(2) {
+            return Err(Error::TooManyQueues { queues: all });
         }
         // With MQ the control queue's index follows from the configuration (5.1.2), so the back-end
         // would look for it elsewhere if only some of its pairs were offered.
@@ -300,7 +337,7 @@ impl Offer {
             None => {}
             Some(2) => {
                 pairs = 1;
-                self.features &= !NET_MQ;
+                self.features &= !SEVERAL_PAIRS;
             }
             Some(n) if n == 2 * pairs => {}
             Some(_) => {
@@ -338,8 +375,7 @@ impl Offer {
 
 /// The number of queues: as many as wanted, if there are so many.
 fn limit(wanted: Option<u16>, available: u64) -> Result<u64, Error> {
-    // More than the transport's limit are of no use to anybody.
-    let usable = available.min(u64::try_from(MAX_QUEUES).unwrap_or(u64::MAX));
+    let usable = available.min(MAX_RINGS);
     match wanted {
         None => Ok(usable),
         Some(n) if u64::from(n) <= usable => Ok(n.into()),

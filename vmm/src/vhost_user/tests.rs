@@ -8,11 +8,14 @@ use std::os::unix::net::UnixListener;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
+use proptest::prelude::*;
 use tempfile::TempDir;
 use vhost::vhost_user::Error as ProtocolError;
+use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::FileOffset;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_MQ, P_REPLY_ACK};
+use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ, P_REPLY_ACK};
 use super::*;
 use crate::config::Mac;
 use crate::event_loop::EventLoop;
@@ -23,6 +26,7 @@ const BLK_MQ: u64 = 1 << 12;
 const NET_MRG: u64 = 1 << 15;
 const NET_CTRL: u64 = 1 << 17;
 const NET_MQ: u64 = 1 << 22;
+const NET_RSS: u64 = 1 << 60;
 const NET_MAC_STATUS: u64 = 1 << 5 | 1 << 16;
 const BASIC: u64 = F_VERSION_1 | F_EVENT_IDX | F_PROTOCOL_FEATURES;
 const ALL: u64 = P_MQ | P_REPLY_ACK | P_CONFIG | P_BACKEND_REQ;
@@ -32,6 +36,7 @@ fn wanted(device_type: DeviceType) -> DeviceConfig {
         device_type,
         socket: "/nowhere".into(),
         num_queues: None,
+        cpus: 8,
         queue_size: 64,
         mac: None,
         config_size: None,
@@ -76,6 +81,8 @@ struct Backend {
     queues: u64,
     config: Vec<u8>,
     refuse: Option<&'static str>,
+    /// Hangs up instead of taking the channel.
+    dies: bool,
     log: Vec<String>,
 }
 
@@ -112,7 +119,12 @@ impl Link for FakeLink {
         Ok(self.0.lock().unwrap().queues)
     }
     fn set_channel(&mut self, _: &UnixStream) -> Result<(), LinkError> {
-        Ok(())
+        if !self.0.lock().unwrap().dies {
+            return Ok(());
+        }
+        let source = vhost::Error::VhostUserProtocol(ProtocolError::Disconnected);
+        let step = "SET_BACKEND_REQ_FD";
+        Err(LinkError { step, source })
     }
     fn read_config(&mut self, offset: u32, length: u32) -> Result<Vec<u8>, LinkError> {
         self.told("GET_CONFIG", format!("config {offset} {length}"))?;
@@ -141,6 +153,16 @@ impl Link for FakeLink {
     }
     fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError> {
         self.told("SET_MEM_TABLE", format!("memory {}", memory.num_regions()))
+    }
+    fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError> {
+        self.told("GET_INFLIGHT_FD", format!("new notes {queues} {size}"))?;
+        let area = VhostUserInflight::new(4096, 0, queues, size);
+        let file = tempfile::tempfile().unwrap();
+        Ok(Inflight { area, file })
+    }
+    fn set_inflight(&mut self, inflight: &Inflight) -> Result<(), LinkError> {
+        let (queues, size) = (inflight.area.num_queues, inflight.area.queue_size);
+        self.told("SET_INFLIGHT_FD", format!("notes {queues} {size}"))
     }
     fn start_ring(&mut self, ring: &Ring, _: &RingEvents<'_>) -> Result<(), LinkError> {
         assert_eq!(ring.available - ring.descriptors, 0x1000);
@@ -180,9 +202,21 @@ fn blk() -> FakeLink {
     fake(BASIC | BLK_FLUSH | BLK_MQ, ALL, 4, config)
 }
 
+fn exit() -> ExitHandle {
+    ExitHandle::new().unwrap()
+}
+
 fn device(link: &FakeLink, wanted: DeviceConfig) -> Result<VhostUserDevice, Error> {
-    let events = EventLoop::new().unwrap();
-    VhostUserDevice::with_dial(wanted, memory(), events.handle(), Box::new(link.clone()))
+    device_of(&EventLoop::new().unwrap().handle(), link, wanted)
+}
+
+fn device_of(
+    events: &LoopHandle,
+    link: &FakeLink,
+    wanted: DeviceConfig,
+) -> Result<VhostUserDevice, Error> {
+    let (events, link) = (events.clone(), Box::new(link.clone()));
+    VhostUserDevice::with_dial(wanted, memory(), events, exit(), link)
 }
 
 fn chain(error: &dyn StdError) -> String {
@@ -225,8 +259,10 @@ fn fewer_queues_than_there_are_show_in_the_configuration() {
     two.read_config(34, &mut queues);
     assert_eq!(queues, [2, 0]);
     config.num_queues = Some(4);
-    let text = refusal(&blk(), config);
+    let text = refusal(&blk(), config.clone());
     assert!(text.contains("has 3 queues"), "{text}");
+    (config.num_queues, config.cpus) = (None, 1);
+    assert_eq!(device(&blk(), config).unwrap().queue_sizes().len(), 1);
 }
 
 #[test]
@@ -257,6 +293,39 @@ fn a_device_starts_and_stops_in_order() {
     link.log();
     drop(device);
     assert_eq!(link.log(), ["stop 1", "enable 1 false"]);
+}
+
+#[test]
+fn a_disk_whose_back_end_notes_what_is_under_way_goes_on_with_the_next_one() {
+    let link = blk();
+    link.0.lock().unwrap().protocol |= P_INFLIGHT;
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.log();
+    let activation = activation(F_VERSION_1, &[0]);
+    let kick = activation.queues[0].kick.try_clone().unwrap();
+    device.activate(activation).unwrap();
+    let notes = ["new notes 3 64", "notes 3 64", "memory 1"];
+    assert_eq!(link.log()[1..4], notes);
+    let shared = &device.shared;
+    shared.lose(&mut shared.state(), "test");
+    eventually("it goes on", || kick.read().is_ok());
+    let log = link.log();
+    let at = log.iter().position(|line| line.starts_with("features"));
+    assert_eq!(log[at.unwrap() + 1..][..2], notes[1..], "{log:?}");
+    assert_eq!(device.notifier().status(), 0);
+    // A reset ends what was under way.
+    device.reset();
+    link.log();
+    device
+        .activate(self::activation(F_VERSION_1, &[0]))
+        .unwrap();
+    assert_eq!(link.log()[1], notes[0]);
+    // One that does not read its predecessor's notes is no successor.
+    link.0.lock().unwrap().protocol &= !P_INFLIGHT;
+    let shared = &device.shared;
+    shared.lose(&mut shared.state(), "test");
+    std::thread::sleep(4 * RECONNECT_PAUSE);
+    assert!(shared.state().connection.is_none());
 }
 
 #[test]
@@ -346,7 +415,9 @@ fn a_back_end_that_knows_only_rings_gets_a_card_around_it() {
         format!("features {:#x}", BASIC | NET_MRG),
         "it never hears of features it does not have"
     );
-    config.mac = None;
+    config.num_queues = Some(4);
+    assert!(refusal(&link, config.clone()).contains("has one pair"));
+    (config.mac, config.num_queues) = (None, Some(2));
     let (mut a, mut b) = ([0; 6], [0; 6]);
     device(&link, config.clone())
         .unwrap()
@@ -358,9 +429,9 @@ fn a_back_end_that_knows_only_rings_gets_a_card_around_it() {
 
 #[test]
 fn a_card_of_several_pairs_is_the_back_ends() {
-    let mut bytes = vec![0; 12];
+    let mut bytes = vec![0; 24];
     bytes[8] = 4;
-    let features = BASIC | NET_MRG | NET_CTRL | NET_MQ | NET_MAC_STATUS;
+    let features = BASIC | NET_MRG | NET_CTRL | NET_MQ | NET_RSS | NET_MAC_STATUS;
     let link = fake(features, ALL, 9, bytes);
     let mut config = wanted(DeviceType::NET);
     let card = device(&link, config.clone()).unwrap();
@@ -373,12 +444,18 @@ fn a_card_of_several_pairs_is_the_back_ends() {
     config.num_queues = Some(2);
     let single = device(&link, config.clone()).unwrap();
     assert_eq!(single.queue_sizes().len(), 3);
-    assert_eq!(single.features() & NET_MQ, 0);
+    assert_eq!(single.features() & (NET_MQ | NET_RSS), 0);
     for n in [0, 1, 4, 10] {
         config.num_queues = Some(n);
         let text = refusal(&link, config.clone());
         assert!(text.contains("has 8 queues"), "{text}");
     }
+    link.0.lock().unwrap().config[8] = 128;
+    config.num_queues = None;
+    let text = refusal(&link, config.clone());
+    assert!(text.contains("257 queues"), "{text}");
+    config.num_queues = Some(2);
+    device(&link, config).unwrap();
 }
 
 #[test]
@@ -432,6 +509,31 @@ fn other_types_have_their_usual_shape() {
     assert_eq!(byte, [0]);
 }
 
+proptest! {
+    /// Whatever a back-end claims, there is an error or a device that the transport can carry.
+    #[test]
+    fn any_claims_make_an_error_or_a_sound_device(
+        (features, protocol, queues) in (any::<u64>(), any::<u64>(), any::<u64>()),
+        plausible: bool,
+        config in prop::collection::vec(any::<u8>(), 0..100),
+        kind in 1u16..64,
+        num_queues in prop::option::of(0u16..300),
+        config_size in prop::option::of(0u16..100),
+        accesses in prop::collection::vec((0..120u64, 0usize..9), 0..20),
+    ) {
+        let features = if plausible { features | BASIC } else { features };
+        let link = fake(features, protocol, queues % 0x8001, config);
+        let wanted = DeviceConfig { num_queues, config_size, ..wanted(DeviceType(kind)) };
+        if let Ok(mut device) = device(&link, wanted) {
+            prop_assert!(device.queue_sizes().len() <= 300);
+            prop_assert_eq!(device.features() & !(features | NET_MAC_STATUS), 0);
+            for (offset, length) in accesses {
+                device.read_config(offset, &mut [0; 8][..length]);
+            }
+        }
+    }
+}
+
 // On a real socket.
 
 const GET_FEATURES: u32 = 1;
@@ -442,6 +544,8 @@ const GET_PROTOCOL_FEATURES: u32 = 15;
 const GET_QUEUE_NUM: u32 = 17;
 const SET_VRING_ENABLE: u32 = 18;
 const GET_CONFIG: u32 = 24;
+const GET_INFLIGHT_FD: u32 = 31;
+const SET_INFLIGHT_FD: u32 = 32;
 
 /// The requests that came: number and body.
 type Seen = Mutex<VecDeque<(u32, Vec<u8>)>>;
@@ -451,11 +555,14 @@ struct Server {
     thread: JoinHandle<()>,
     seen: Arc<Seen>,
     stream: UnixStream,
+    /// It has stopped answering.
+    mute: Arc<AtomicBool>,
 }
 
 struct Machine {
     dir: TempDir,
     events: LoopHandle,
+    exit: ExitHandle,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -466,6 +573,7 @@ impl Machine {
         Self {
             dir: tempfile::tempdir().unwrap(),
             events: handle,
+            exit: exit(),
             thread: Some(std::thread::spawn(move || events.run().unwrap())),
         }
     }
@@ -478,8 +586,17 @@ impl Machine {
         }
     }
 
+    fn connect(&self, kind: DeviceType, memory: GuestMemoryMmap) -> Result<VhostUserDevice, Error> {
+        let (events, exit) = (self.events.clone(), self.exit.clone());
+        VhostUserDevice::connect(self.config(kind), memory, events, exit)
+    }
+
     /// Lets a back-end listen, accept one connection and serve it.
     fn serve(&self, features: u64, config: Vec<u8>) -> JoinHandle<Server> {
+        self.serve_with(features, ALL, config)
+    }
+
+    fn serve_with(&self, features: u64, protocol: u64, config: Vec<u8>) -> JoinHandle<Server> {
         let path = self.dir.path().join("socket");
         let _ = std::fs::remove_file(&path);
         let listener = UnixListener::bind(path).unwrap();
@@ -487,10 +604,15 @@ impl Machine {
             let (stream, _) = listener.accept().unwrap();
             let seen = Arc::new(Mutex::new(VecDeque::new()));
             let (theirs, log) = (stream.try_clone().unwrap(), seen.clone());
+            let mute = Arc::new(AtomicBool::new(false));
+            let muted = mute.clone();
+            let offer = (features, protocol);
+            let serve = move || answer(theirs, offer, &config, &log, &muted);
             Server {
-                thread: std::thread::spawn(move || answer(theirs, features, &config, &log)),
+                thread: std::thread::spawn(serve),
                 seen,
                 stream,
+                mute,
             }
         })
     }
@@ -505,7 +627,13 @@ impl Drop for Machine {
     }
 }
 
-fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen) {
+fn answer(
+    mut stream: UnixStream,
+    (features, protocol): (u64, u64),
+    config: &[u8],
+    seen: &Seen,
+    mute: &AtomicBool,
+) {
     loop {
         let mut header = [0; 12];
         if stream.read_exact(&mut header).is_err() {
@@ -517,9 +645,10 @@ fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen) {
         stream.read_exact(&mut body).unwrap();
         let reply = match request {
             GET_FEATURES => Some(features.to_ne_bytes().to_vec()),
-            GET_PROTOCOL_FEATURES => Some(ALL.to_ne_bytes().to_vec()),
+            GET_PROTOCOL_FEATURES => Some(protocol.to_ne_bytes().to_vec()),
             GET_QUEUE_NUM => Some(4u64.to_ne_bytes().to_vec()),
             GET_VRING_BASE => Some(body.clone()),
+            GET_INFLIGHT_FD => Some([&4096u64.to_ne_bytes()[..], &body[8..]].concat()),
             GET_CONFIG => {
                 let size = u32::from_ne_bytes(body[4..8].try_into().unwrap());
                 let size = usize::try_from(size).unwrap();
@@ -529,12 +658,14 @@ fn answer(mut stream: UnixStream, features: u64, config: &[u8], seen: &Seen) {
             _ => None,
         };
         seen.lock().unwrap().push_back((request, body));
-        if let Some(reply) = reply {
+        if let (Some(reply), false) = (reply, mute.load(Ordering::SeqCst)) {
             let mut bytes = request.to_ne_bytes().to_vec();
             bytes.extend(5u32.to_ne_bytes());
             bytes.extend(u32::try_from(reply.len()).unwrap().to_ne_bytes());
             bytes.extend(reply);
-            if stream.write_all(&bytes).is_err() {
+            let file = (request == GET_INFLIGHT_FD).then(|| tempfile::tempfile().unwrap());
+            let files: Vec<_> = file.iter().map(|f| f.as_raw_fd()).collect();
+            if stream.send_with_fds(&[&bytes[..]], &files).is_err() {
                 return;
             }
         }
@@ -575,8 +706,7 @@ fn a_device_lives_on_a_real_socket() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve(features, config);
-    let config = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(config, memory(), machine.events.clone()).unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     let server = accepted.join().unwrap();
     let mut byte = [0];
     device.read_config(0, &mut byte);
@@ -596,8 +726,7 @@ fn a_disk_whose_back_end_crashed_needs_a_reset_and_then_works() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve(features, config.clone());
-    let wanted = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(wanted, memory(), machine.events.clone()).unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     let notifier = device.notifier();
     accepted.join().unwrap().crash();
@@ -618,14 +747,33 @@ fn a_disk_whose_back_end_crashed_needs_a_reset_and_then_works() {
 }
 
 #[test]
+fn a_disk_whose_back_end_crashed_goes_on_with_its_notes() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve_with(features, ALL | P_INFLIGHT, config.clone());
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let first = accepted.join().unwrap();
+    let notes = first.bodies(SET_INFLIGHT_FD);
+    // A page at offset 0, for one queue of 64 descriptors.
+    assert_eq!(notes[0][..8], 4096u64.to_ne_bytes());
+    assert_eq!(notes[0][8..20], [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 64, 0]);
+    first.crash();
+    let second = machine.serve_with(features, ALL | P_INFLIGHT, config);
+    let second = second.join().unwrap();
+    eventually("it goes on", || second.bodies(SET_VRING_ENABLE).len() == 1);
+    assert!(second.bodies(GET_INFLIGHT_FD).is_empty());
+    assert_eq!(second.bodies(SET_INFLIGHT_FD), notes);
+    assert_eq!(device.notifier().status(), 0);
+}
+
+#[test]
 fn a_card_whose_back_end_crashed_goes_on_from_the_used_index() {
     let machine = Machine::new();
     let features = BASIC | NET_MRG | NET_MAC_STATUS;
     let accepted = machine.serve(features, vec![0; 60]);
-    let wanted = machine.config(DeviceType::NET);
     let memory = memory();
-    let mut device =
-        VhostUserDevice::connect(wanted, memory.clone(), machine.events.clone()).unwrap();
+    let mut device = machine.connect(DeviceType::NET, memory.clone()).unwrap();
     let activation = activation(F_VERSION_1, &[0, 1]);
     let kick = activation.queues[1].kick.try_clone().unwrap();
     device.activate(activation).unwrap();
@@ -647,8 +795,7 @@ fn a_device_started_while_its_back_end_is_away_starts_later() {
     let machine = Machine::new();
     let (features, config) = disk();
     let accepted = machine.serve(features, config.clone());
-    let wanted = machine.config(DeviceType::BLOCK);
-    let mut device = VhostUserDevice::connect(wanted, memory(), machine.events.clone()).unwrap();
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
     accepted.join().unwrap().crash();
     eventually("the loss is noticed", || {
         device.shared.state().connection.is_none()
@@ -668,15 +815,23 @@ fn a_device_started_while_its_back_end_is_away_starts_later() {
 fn sockets_without_a_back_end_are_clear_errors() {
     let machine = Machine::new();
     let connect = |config: &DeviceConfig| {
-        VhostUserDevice::connect(config.clone(), memory(), machine.events.clone())
-            .map(|_| ())
-            .unwrap_err()
+        VhostUserDevice::connect(
+            config.clone(),
+            memory(),
+            machine.events.clone(),
+            machine.exit.clone(),
+        )
+        .map(|_| ())
+        .unwrap_err()
     };
     let mut config = machine.config(DeviceType::BLOCK);
     config.reconnect_timeout = Duration::from_millis(10);
     assert!(matches!(connect(&config), Error::Connect { .. }));
     std::fs::write(&config.socket, "a file").unwrap();
-    assert!(matches!(connect(&config), Error::Connect { .. }));
+    config.reconnect_timeout = Duration::from_secs(3600);
+    let text = chain(&connect(&config));
+    assert!(text.contains("not a socket"), "{text}");
+    config.reconnect_timeout = Duration::from_millis(10);
     std::fs::remove_file(&config.socket).unwrap();
     let listener = UnixListener::bind(&config.socket).unwrap();
     assert!(matches!(connect(&config), Error::Silent { .. }));
@@ -691,12 +846,88 @@ fn sockets_without_a_back_end_are_clear_errors() {
 }
 
 #[test]
+fn a_listener_without_room_is_not_waited_for_longer_than_any_other() {
+    use nix::sys::socket::{self, AddressFamily, Backlog, SockFlag, SockType, UnixAddr};
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let stream = SockType::Stream;
+    let listener =
+        socket::socket(AddressFamily::Unix, stream, SockFlag::SOCK_CLOEXEC, None).unwrap();
+    socket::bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+    socket::listen(&listener, Backlog::new(0).unwrap()).unwrap();
+    let patience = Duration::from_millis(50);
+    let mut accepted = Vec::new();
+    let error = loop {
+        match connect(&path, patience) {
+            Ok(socket) => accepted.push(socket),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    assert!(!accepted.is_empty());
+}
+
+#[test]
+fn a_back_end_that_dies_at_the_last_step_is_no_start() {
+    let link = blk();
+    link.0.lock().unwrap().dies = true;
+    let text = refusal(&link, wanted(DeviceType::BLOCK));
+    assert!(text.contains("SET_BACKEND_REQ_FD"), "{text}");
+}
+
+#[test]
+fn a_back_end_that_hangs_does_not_hold_up_the_end() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve(features, config);
+    let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let server = accepted.join().unwrap();
+    server.mute.store(true, Ordering::SeqCst);
+    let start = Instant::now();
+    let resetting = std::thread::spawn(move || device.reset());
+    eventually("the back-end hears of it", || {
+        server.bodies(GET_VRING_BASE).len() == 1
+    });
+    machine.exit.end(crate::exit::ExitReason::PowerOff);
+    resetting.join().unwrap();
+    assert!(start.elapsed() < STOP_LIMIT / 2);
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+    /// Whatever bytes come in place of answers, starting is an error.
+    #[test]
+    fn garbage_is_no_back_end(
+        bytes in prop::collection::vec(any::<u8>(), 0..200),
+        header: bool,
+    ) {
+        let machine = Machine::new();
+        let config = machine.config(DeviceType::BLOCK);
+        let listener = UnixListener::bind(&config.socket).unwrap();
+        let server = std::thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            if header {
+                // An answer to GET_FEATURES, as far as its header tells.
+                stream.write_all(&[1, 0, 0, 0, 5, 0, 0, 0, 8, 0, 0, 0]).unwrap();
+            }
+            let _ = stream.write_all(&bytes);
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        prop_assert!(machine.connect(DeviceType::BLOCK, memory()).is_err());
+        server.join().unwrap();
+    }
+}
+
+#[test]
 fn a_slow_start_is_waited_for() {
     let machine = Machine::new();
     let config = machine.config(DeviceType::BLOCK);
-    let events = machine.events.clone();
-    let connecting =
-        std::thread::spawn(move || VhostUserDevice::connect(config, memory(), events).map(|_| ()));
+    let (events, exit) = (machine.events.clone(), machine.exit.clone());
+    let connecting = std::thread::spawn(move || {
+        VhostUserDevice::connect(config, memory(), events, exit).map(|_| ())
+    });
     std::thread::sleep(Duration::from_millis(150));
     let (features, config) = disk();
     let server = machine.serve(features, config);
@@ -708,13 +939,8 @@ fn a_slow_start_is_waited_for() {
 fn a_change_of_the_configuration_reaches_the_guest() {
     let link = blk();
     let machine = Machine::new();
-    let mut device = VhostUserDevice::with_dial(
-        wanted(DeviceType::BLOCK),
-        memory(),
-        machine.events.clone(),
-        Box::new(link.clone()),
-    )
-    .unwrap();
+    let wanted = wanted(DeviceType::BLOCK);
+    let mut device = device_of(&machine.events, &link, wanted).unwrap();
     let (channel, mut theirs) = Channel::new().unwrap();
     device.shared.watch_channel(channel).unwrap();
     let generation = device.notifier().generation();
@@ -735,13 +961,8 @@ fn a_change_of_the_configuration_reaches_the_guest() {
 fn the_error_eventfd_stops_the_device_once() {
     let link = blk();
     let machine = Machine::new();
-    let mut device = VhostUserDevice::with_dial(
-        wanted(DeviceType::BLOCK),
-        memory(),
-        machine.events.clone(),
-        Box::new(link),
-    )
-    .unwrap();
+    let wanted = wanted(DeviceType::BLOCK);
+    let mut device = device_of(&machine.events, &link, wanted).unwrap();
     device.activate(activation(F_VERSION_1, &[0])).unwrap();
     let before = device.notifier().generation();
     let error = {

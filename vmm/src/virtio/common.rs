@@ -96,6 +96,11 @@ impl CommonConfig {
         };
     }
 
+    /// Takes DRIVER_OK back, and leaves the rest, when the device was stopped from outside.
+    pub fn stop(&mut self) {
+        self.state.status &= !STATUS_DRIVER_OK;
+    }
+
     /// The features that driver and device agreed on.
     pub fn features(&self) -> u64 {
         self.state.driver_features

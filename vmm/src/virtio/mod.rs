@@ -9,8 +9,10 @@
 //! ```text
 //!           features        FEATURES_OK        DRIVER_OK
 //!   reset ──────────▶ negotiating ──────▶ agreed ──────▶ running: VirtioDevice::activate
-//!     ▲                                                     │
-//!     └────────── status 0: VirtioDevice::reset ◀───────────┘
+//!     ▲                                     ▲               │ │
+//!     │                                     └ no bus master ┘ │
+//!     └────────────────────── status 0 ───────────────────────┘
+//!                    both ways back: VirtioDevice::reset
 //! ```
 
 pub mod bits;

@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::bits::*;
 use super::common::{self, Action, CommonConfig, External};
 use super::{Activation, ActiveQueue, Notifier, VirtioDevice};
-use crate::pci::bits::{CAP_VENDOR, CONFIG_SIZE};
+use crate::pci::bits::{CAP_VENDOR, COMMAND, COMMAND_BUS_MASTER, CONFIG_SIZE};
 use crate::pci::config::{self, ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, new_event};
 use crate::pci::{InterruptRouting, PciFunction};
@@ -241,6 +241,22 @@ impl VirtioPci {
         })
     }
 
+    fn is_bus_master(&self) -> bool {
+        self.config.u16(COMMAND) & COMMAND_BUS_MASTER != 0
+    }
+
+    /// A function that is no bus master must leave memory alone (PCI Express 5.0, 7.5.1.1.3). A
+    /// kernel that starts another one (kexec) does no more than this with a device in use, and the
+    /// new kernel has other plans for the memory behind the queues. The driver may set DRIVER_OK
+    /// again.
+    fn stop(&mut self) {
+        if self.common.status() & STATUS_DRIVER_OK != 0 {
+            tracing::debug!("a virtio device is no bus master any more");
+            self.device.reset();
+            self.common.stop();
+        }
+    }
+
     /// What the access capability points at, if that is allowed (4.1.4.9.1): an aligned register
     /// of 1, 2 or 4 bytes inside the BAR.
     fn window(&self) -> Option<(u64, usize)> {
@@ -282,7 +298,11 @@ impl PciFunction for VirtioPci {
     }
 
     fn write_config(&mut self, offset: usize, data: &[u8]) {
+        let was_master = self.is_bus_master();
         self.config.write(offset, data);
+        if was_master && !self.is_bus_master() {
+            self.stop();
+        }
         if offset == self.window_data()
             && let Some((at, length)) = self.window()
             && let Some(value) = data.get(..length)
@@ -346,7 +366,9 @@ impl PciFunction for VirtioPci {
         }
         if let Some(bar) = to {
             for (address, kick) in addresses(bar).zip(&self.kicks) {
-                if let Err(error) = self.doorbells.attach(address, kick) {
+                if let Err(error) = self.doorbells.attach(address, kick)
+                    && self.notifier.may_complain()
+                {
                     tracing::warn!(%error, "a doorbell is slow: KVM cannot take it");
                 }
             }
@@ -593,6 +615,43 @@ mod tests {
         assert_eq!(s.read(ISR, 1), 0);
         s.write(0x14, &[0]);
         assert_eq!(s.read(0x14, 1), 0);
+    }
+
+    #[test]
+    fn a_device_that_is_no_bus_master_any_more_is_stopped() {
+        let mut s = setup();
+        let master = |s: &mut Setup, on: bool| {
+            let value = if on { COMMAND_BUS_MASTER } else { 0 };
+            s.pci.write_config(COMMAND, &value.to_le_bytes());
+        };
+        // A driver that never was a bus master is served: nobody has taken that away from it.
+        master(&mut s, false);
+        s.start();
+        master(&mut s, true);
+        assert_eq!(s.state.lock().unwrap().resets, 0);
+        master(&mut s, false);
+        assert_eq!(s.state.lock().unwrap().resets, 1);
+        assert_eq!(s.read(0x14, 1), 11, "all but DRIVER_OK");
+        master(&mut s, true);
+        assert!(s.state.lock().unwrap().active.is_none());
+        s.write(0x14, &[15]);
+        let queues = s
+            .state
+            .lock()
+            .unwrap()
+            .active
+            .as_ref()
+            .unwrap()
+            .queues
+            .len();
+        assert_eq!(queues, 1, "as it was set up before");
+        s.write(0x14, &[0]);
+        master(&mut s, false);
+        assert_eq!(
+            s.state.lock().unwrap().resets,
+            2,
+            "only one that runs is stopped"
+        );
     }
 
     #[test]

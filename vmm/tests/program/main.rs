@@ -7,101 +7,17 @@
     reason = "helpers of tests; a panic is the way to fail"
 )]
 
+mod back_end;
+mod guest;
+
 use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Output, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::signal::Signal;
 
-const LIMIT: Duration = Duration::from_secs(30);
-
-/// Where the guests are loaded and started, in 32-bit mode.
-const ENTRY: u32 = 0x20_0000;
-
-fn vmm() -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ringside-vmm"));
-    command
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped());
-    command
-}
-
-/// Waits for the end, but not for ever.
-fn finish(mut child: Child) -> Output {
-    let start = Instant::now();
-    while child.try_wait().unwrap().is_none() {
-        if start.elapsed() > LIMIT {
-            child.kill().unwrap();
-            panic!("still running: {:?}", child.wait_with_output());
-        }
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    child.wait_with_output().unwrap()
-}
-
-fn status(output: &Output) -> i32 {
-    output.status.code().unwrap_or_else(|| panic!("{output:?}"))
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
-/// A PVH kernel of the given machine code.
-fn kernel(dir: &Path, code: &[u8]) -> PathBuf {
-    const HEADERS: u64 = 64 + 2 * 56;
-    let mut image = b"\x7fELF\x02\x01\x01".to_vec();
-    image.resize(16, 0);
-    // An executable for x86-64 with two segments.
-    image.extend([2, 0, 62, 0, 1, 0, 0, 0]);
-    for word in [u64::from(ENTRY), 64, 0] {
-        image.extend(word.to_le_bytes());
-    }
-    image.extend([0, 0, 0, 0, 64, 0, 56, 0, 2, 0, 0, 0, 0, 0, 0, 0]);
-    // A note segment, and one to load.
-    let load = u64::from(ENTRY);
-    for (kind, offset, address, size) in [
-        (4u32, HEADERS, 0, 20),
-        (1, HEADERS + 20, load, code.len() as u64),
-    ] {
-        image.extend(kind.to_le_bytes());
-        image.extend(5u32.to_le_bytes());
-        for word in [offset, address, address, size, size, 4] {
-            image.extend(word.to_le_bytes());
-        }
-    }
-    // XEN_ELFNOTE_PHYS32_ENTRY: where to start.
-    for word in [4, 4, 18, u32::from_le_bytes(*b"Xen\0"), ENTRY] {
-        image.extend(word.to_le_bytes());
-    }
-    image.extend(code);
-    let path = dir.join("kernel");
-    std::fs::write(&path, image).unwrap();
-    path
-}
-
-/// `mov dx, port; mov al, value; out dx, al`
-fn out_byte(port: u16, value: u8) -> Vec<u8> {
-    let [low, high] = port.to_le_bytes();
-    vec![0x66, 0xba, low, high, 0xb0, value, 0xee]
-}
-
-/// Enters ACPI S5: `mov dx, 0x604; mov ax, 0x3400; out dx, ax`.
-const POWER_OFF: [u8; 10] = [0x66, 0xba, 0x04, 0x06, 0x66, 0xb8, 0x00, 0x34, 0x66, 0xef];
-
-/// `jmp $`
-const SPIN: [u8; 2] = [0xeb, 0xfe];
-
-fn print(message: &str) -> Vec<u8> {
-    message
-        .bytes()
-        .flat_map(|byte| out_byte(0x3f8, byte))
-        .collect()
-}
+use guest::*;
 
 /// Sends back what it receives, until a `q`, then powers off.
 fn echo() -> Vec<u8> {
@@ -330,10 +246,38 @@ fn signals_end_it_in_order() {
             assert!(start.elapsed() < LIMIT, "the guest does not start");
             std::thread::sleep(Duration::from_millis(2));
         }
-        kill(Pid::from_raw(child.id().try_into().unwrap()), signal).unwrap();
-        let output = finish(child);
+        let output = terminate(child, signal);
         assert_eq!(status(&output), 0, "{output:?}");
         assert!(output.stderr.is_empty(), "{output:?}");
+    }
+}
+
+#[test]
+fn signals_end_it_while_it_waits_for_a_back_end() {
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = kernel(dir.path(), &POWER_OFF);
+        let path = dir.path().join("disk");
+        let disk = format!("socket={},reconnect-timeout=3600", path.display());
+        let spawn = || {
+            let mut command = vmm();
+            command.arg("--kernel").arg(&kernel).args(["--blk", &disk]);
+            command.spawn().unwrap()
+        };
+        let child = spawn();
+        wait_for_thread(&child, "builder");
+        let output = terminate(child, signal);
+        assert_eq!(status(&output), 0, "{output:?}");
+        assert!(output.stderr.is_empty(), "{output:?}");
+
+        let listener = UnixListener::bind(&path).unwrap();
+        let child = spawn();
+        let mut silent = listener.accept().unwrap().0;
+        silent.read_exact(&mut [0; 12]).unwrap();
+        let start = Instant::now();
+        let output = terminate(child, signal);
+        assert_eq!(status(&output), 0, "{output:?}");
+        assert!(start.elapsed() < Duration::from_secs(5));
     }
 }
 
@@ -349,12 +293,7 @@ fn a_reader_that_stops_does_not_keep_it_from_ending() {
     stdout.read_exact(&mut byte).unwrap();
     // Time to fill the pipe, as far as this machine gets; it has to end in either case.
     std::thread::sleep(Duration::from_secs(1));
-    kill(
-        Pid::from_raw(child.id().try_into().unwrap()),
-        Signal::SIGTERM,
-    )
-    .unwrap();
-    assert_eq!(status(&finish(child)), 0);
+    assert_eq!(status(&terminate(child, Signal::SIGTERM)), 0);
 }
 
 #[test]
