@@ -16,6 +16,8 @@ use std::os::unix::net::UnixStream;
 use std::time::Instant;
 
 use frontend::{Daemon, EVENT_IDX, FrontEnd, PATIENCE, REGION, SECOND, Setup, readable};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use ringside_rings::Segment;
 use vhost::VhostBackend;
@@ -290,6 +292,97 @@ fn what_lies_outside_the_disk_or_is_unknown_is_refused() {
     assert_eq!(m.front.complete(0), (3, 0));
     assert_eq!(m.request(IN, 7, &[], 512).2[..8], 7_u64.to_le_bytes());
     m.daemon.stop();
+}
+
+#[test]
+fn what_was_not_negotiated_is_unsupported() {
+    // VIRTIO_BLK_F_FLUSH, _CONFIG_WCE, _DISCARD, _WRITE_ZEROES (VIRTIO 1.3, 5.2.3).
+    const ALL: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14;
+    let image = image();
+    let before = fs::read(image.path()).unwrap();
+    let daemon = serve(&image, &[]);
+    for accepted in [0, 1 << 9, 1 << 13, 1 << 14] {
+        let setup = Setup {
+            without: ALL & !accepted,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        for (kind, feature, data) in [
+            (FLUSH, 1 << 9, vec![]),
+            (DISCARD, 1 << 13, range(2, 0, 0)),
+            (WRITE_ZEROES, 1 << 14, range(2, 0, 0)),
+        ] {
+            let expected = if accepted == feature { OK } else { UNSUPP };
+            let status = request(&mut front, 0, kind, 0, &data, 0).0;
+            assert_eq!(status, expected, "command {kind}");
+        }
+    }
+    assert_eq!(fs::read(image.path()).unwrap(), before);
+    daemon.stop();
+    // Not offered at all.
+    let daemon = serve(&image, &["--discard", "off"]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    for kind in [DISCARD, WRITE_ZEROES] {
+        let status = request(&mut front, 0, kind, 0, &range(2, 8, 0), 0).0;
+        assert_eq!(status, UNSUPP);
+    }
+    assert_eq!(fs::read(image.path()).unwrap(), before);
+    daemon.stop();
+}
+
+/// A file system of a mebibyte, in a mount namespace of this thread. `None`, and a word on standard error, if that
+/// cannot be.
+fn small_file_system(test: &str) -> Option<tempfile::TempDir> {
+    let dir = tempfile::tempdir().unwrap();
+    let none = None::<&str>;
+    let made = unshare(CloneFlags::CLONE_NEWNS)
+        .and_then(|()| mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))
+        .and_then(|()| {
+            let size = Some("size=1m");
+            mount(none, dir.path(), Some("tmpfs"), MsFlags::empty(), size)
+        });
+    match made {
+        Ok(()) => Some(dir),
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "test {test}: skipped: no mount: {e}");
+            None
+        }
+    }
+}
+
+#[test]
+fn a_full_file_system_is_an_error_of_the_request_and_of_nothing_else() {
+    let test = "a_full_file_system_is_an_error_of_the_request_and_of_nothing_else";
+    let Some(dir) = small_file_system(test) else {
+        return;
+    };
+    let path = dir.path().join("disk");
+    fs::File::create(&path).unwrap().set_len(DISK).unwrap();
+    let daemon = Daemon::start(BLK, &["--path", path.to_str().unwrap()]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let piece = vec![7; 64 << 10];
+    let sectors = piece.len() as u64 / 512;
+    let mut written = 0;
+    while request(&mut front, 0, OUT, written * sectors, &piece, 0).0 == OK {
+        written += 1;
+        assert!(written <= 16, "more than there is room for");
+    }
+    assert!(written > 0);
+    assert_eq!(
+        request(&mut front, 0, OUT, written * sectors, &piece, 0).0,
+        IOERR
+    );
+    assert!(daemon.log().contains("No space left"), "{}", daemon.log());
+    // What was written stays, and with room again writes succeed.
+    let (status, _, data) = request(&mut front, 0, IN, 0, &[], 512);
+    assert_eq!((status, data), (OK, vec![7; 512]));
+    let all = range(0, sectors as u32, 0);
+    assert_eq!(request(&mut front, 0, DISCARD, 0, &all, 0).0, OK);
+    assert_eq!(
+        request(&mut front, 0, OUT, written * sectors, &piece, 0).0,
+        OK
+    );
+    daemon.stop();
 }
 
 #[test]

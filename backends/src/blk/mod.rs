@@ -103,7 +103,10 @@ impl Blk {
                 limits: Limits {
                     capacity: geometry.capacity,
                     read_only,
-                    discard,
+                    // Until a driver says what it accepts.
+                    flush: false,
+                    discard: false,
+                    write_zeroes: false,
                     max_range: geometry.max_range,
                     align: u64::from(align),
                 },

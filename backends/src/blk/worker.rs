@@ -254,7 +254,7 @@ impl Worker {
         let mut turn = Turn {
             limits: Limits {
                 capacity: self.shared.capacity.load(Ordering::Relaxed),
-                ..self.shared.limits
+                ..self.shared.limits.negotiated(queue.vring.features)
             },
             shared: &self.shared,
             uring: &mut self.uring,
@@ -364,7 +364,7 @@ struct Turn<'w> {
 impl Turn<'_> {
     fn run(&mut self, queue: &mut Queue, completed: &[(u16, i32)]) -> Result<bool, RingError> {
         let serves = queue.serves();
-        let durable = self.durable(queue.vring.features);
+        let features = queue.vring.features;
         let Queue {
             vring,
             chain,
@@ -409,7 +409,7 @@ impl Turn<'_> {
         let mut taken = Ok(false);
         if serves {
             session.disable_notifications()?;
-            taken = self.drain(&mut slots, &mut session, chain, durable);
+            taken = self.drain(&mut slots, &mut session, chain, features);
         }
         // What was finished before the driver broke its ring is returned all the same.
         let notify = session.publish()?;
@@ -426,12 +426,10 @@ impl Turn<'_> {
         Ok(more)
     }
 
-    /// Writes are to be durable when they complete (VIRTIO 1.3, 5.2.6.2: the cache is writethrough unless the driver
-    /// can flush it, or has switched it to writeback).
+    /// Writes are to be durable when they complete. Ask for each request after it was taken: a driver that was told that
+    /// the cache is off may add one to a batch that is being drained.
     fn durable(&self, features: u64) -> bool {
-        let writeback = self.shared.writeback.load(Ordering::Relaxed);
-        let flushes = features & (feature::FLUSH | feature::CONFIG_WCE) != 0;
-        !(writeback && flushes)
+        durable(features, self.shared.writeback.load(Ordering::Relaxed))
     }
 
     /// Takes chains until there are none, or as many as there are descriptors. Returns whether more may wait.
@@ -440,13 +438,14 @@ impl Turn<'_> {
         slots: &mut Slots<'_>,
         session: &mut Session<'_, Memory>,
         buf: &mut ChainBuf,
-        durable: bool,
+        features: u64,
     ) -> Result<bool, RingError> {
         for _ in 0..slots.jobs.len() {
             match session.pop(buf) {
                 Ok(Some(chain)) => {
                     self.counters.requests = self.counters.requests.saturating_add(1);
                     let head = chain.head();
+                    let durable = self.durable(features);
                     if let Some(len) = self.begin(slots, session.memory(), &chain, durable) {
                         session.push_used(head, len)?;
                     }
@@ -735,6 +734,12 @@ impl Turn<'_> {
     }
 }
 
+/// The cache is writethrough unless the driver can flush it, and has not switched it off (VIRTIO 1.3, 5.2.6.2).
+fn durable(features: u64, writeback: bool) -> bool {
+    let flushes = features & (feature::FLUSH | feature::CONFIG_WCE) != 0;
+    !(writeback && flushes)
+}
+
 fn failed(error: PrepareError) -> std::io::Error {
     std::io::Error::other(error)
 }
@@ -778,6 +783,26 @@ impl Slots<'_> {
         }
         if *self.bouncing == Some(slot) {
             *self.bouncing = None;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_are_durable_unless_there_is_a_cache_that_can_be_flushed() {
+        for (features, writeback, expected) in [
+            (0, true, true),
+            (0, false, true),
+            (feature::FLUSH, true, false),
+            (feature::FLUSH, false, true),
+            (feature::CONFIG_WCE, true, false),
+            (feature::CONFIG_WCE | feature::FLUSH, true, false),
+            (feature::CONFIG_WCE | feature::FLUSH, false, true),
+        ] {
+            assert_eq!(durable(features, writeback), expected, "{features:#x}");
         }
     }
 }
