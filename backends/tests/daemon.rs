@@ -13,17 +13,18 @@ use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use frontend::{Daemon, FrontEnd, Guest, PATIENCE, Raw, Setup, negotiate};
+use frontend::{Daemon, FrontEnd, Guest, PATIENCE, REGION, Raw, SECOND, Setup, negotiate};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use ringside_rings::Segment;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
@@ -365,6 +366,40 @@ fn memory_that_is_not_there_is_refused() {
     drop(messages);
     still_serves(&daemon);
     daemon.stop();
+}
+
+/// A front-end that truncates the file of its guest's memory loses its connection; the next one is served.
+#[test]
+fn memory_that_is_taken_away_costs_the_connection_only() {
+    let daemon = Daemon::start(BLK, &NULL);
+    // The requests' memory goes, or the ring's as well. This process must not touch either then.
+    for left in [REGION, 0] {
+        for _ in 0..2 {
+            let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+            works(&mut front);
+            front.guest.file.set_len(left).unwrap();
+            let queue = &mut front.queues[0];
+            if left > 0 {
+                let torn = |at, len| Segment::new(GuestAddress(SECOND + at), len);
+                queue.submit(&front.guest, &[torn(0, 16)], &[torn(8192, 1)], 1);
+            }
+            queue.kick.write(1).unwrap();
+            assert!(front.raw.is_closed(), "{}", daemon.log());
+        }
+    }
+    still_serves(&daemon);
+    let log = daemon.log();
+    assert_eq!(log.matches("guest memory is gone").count(), 4, "{log}");
+    daemon.assert_idle();
+    daemon.stop();
+}
+
+/// A SIGBUS from elsewhere still ends the process.
+#[test]
+fn bus_errors_of_other_origin_are_not_hidden() {
+    let mut daemon = Daemon::start(BLK, &NULL);
+    daemon.signal(Signal::SIGBUS);
+    assert_eq!(daemon.wait().signal(), Some(Signal::SIGBUS as i32));
 }
 
 #[test]

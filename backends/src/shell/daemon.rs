@@ -24,10 +24,12 @@ use super::log::{self, Chain};
 use super::options::{Program, ShellArgs};
 use super::session::{Session, SessionError, Step};
 use super::socket::{self, Endpoint, Listener, SocketError};
+use super::torn;
 
 const SIGNALS: Token = Token(0);
 const LISTENER: Token = Token(1);
 const SESSION: Token = Token(2);
+const TORN: Token = Token(3);
 
 /// How long to wait before connecting again to a front-end that does not listen (yet).
 const RECONNECT: Duration = Duration::from_millis(200);
@@ -147,6 +149,10 @@ impl<'h, D: Device> Daemon<'h, D> {
         let fd = signals.as_raw_fd();
         poll.registry()
             .register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)
+            .map_err(&failed)?;
+        let fd = torn::install().map_err(&failed)?;
+        poll.registry()
+            .register(&mut SourceFd(&fd), TORN, Interest::READABLE)
             .map_err(&failed)?;
         Ok(Self {
             poll,
@@ -277,6 +283,8 @@ impl<'h, D: Device> Daemon<'h, D> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .end_session()?;
+        // No memory is mapped any more: what comes after this is the next front-end's.
+        torn::happened();
         result
     }
 
@@ -301,6 +309,9 @@ impl<'h, D: Device> Daemon<'h, D> {
             };
             if self.wait(timeout)? {
                 break End::Signal;
+            }
+            if torn::happened() {
+                break End::Left(Err(SessionError::MemoryGone));
             }
         };
         if let Err(e) = self.poll.registry().deregister(&mut SourceFd(&fd)) {

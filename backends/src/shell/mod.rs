@@ -22,6 +22,7 @@ mod memory;
 mod options;
 mod session;
 mod socket;
+mod torn;
 mod vring;
 
 pub use daemon::{ShellError, exit_code, run};

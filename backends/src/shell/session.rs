@@ -41,6 +41,11 @@ pub enum SessionError {
     /// The front-end began a message and did not finish it.
     #[error("the front-end stopped in the middle of a message")]
     Stalled,
+    /// Guest memory was taken away.
+    #[error(
+        "guest memory is gone: the front-end truncated its file while it was in use, or the host's memory failed"
+    )]
+    MemoryGone,
     /// A message broke the protocol.
     #[error("message {request}: {source}")]
     Protocol {
