@@ -256,8 +256,8 @@ impl Target {
                     vlans.set(vlan, pass);
                 }
             }),
-            // This device does not ask for announcements, so there is no request to withdraw.
-            ControlCommand::AnnounceAck => return Ok(()),
+            // The request is withdrawn before the command is answered (VIRTIO 1.3, 5.1.6.5.4).
+            ControlCommand::AnnounceAck => self.shared.change(|settings| settings.announce = false),
             ControlCommand::Pairs(pairs) => {
                 self.shared.change(|settings| settings.pairs = Some(pairs))
             }

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use tracing::{error, info};
-use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VLAN;
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
+};
 
 use super::config::{MacAddress, NetConfig};
 use super::control_worker::ControlWorker;
@@ -69,6 +71,7 @@ impl Net {
         let settings = Settings {
             filter: Filter::new(config.mac, false),
             pairs: None,
+            announce: false,
         };
         Ok(Self {
             shared: Arc::new(Shared::new(settings, config.pairs)?),
@@ -116,6 +119,7 @@ impl Net {
             *settings = Settings {
                 filter,
                 pairs: None,
+                announce: false,
             };
         });
     }
@@ -133,8 +137,9 @@ impl Device for Net {
 
     fn read_config(&self, offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
         // The driver may have changed the address (VIRTIO 1.3, 5.1.6.5.2).
-        let mac = self.shared.get().filter.mac;
-        NetConfig { mac, ..self.config }.read(offset, len)
+        let settings = self.shared.get();
+        let mac = settings.filter.mac;
+        NetConfig { mac, ..self.config }.read(settings.announce, offset, len)
     }
 
     /// All fields are read-only for a driver (VIRTIO 1.3, 5.1.4).
@@ -148,6 +153,22 @@ impl Device for Net {
         self.acked = acked;
         self.forget_settings();
         self.set_interface();
+    }
+
+    /// The network may have the guest at another place than it is now. So its driver is asked to announce itself (VIRTIO
+    /// 1.3, 5.1.6.5.4) when it can send again, which is with its first transmit queue; the others may follow later.
+    fn resumed(&mut self, queue: u16) -> bool {
+        let answers = [
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ];
+        if queue != 1 || !answers.iter().all(|&feature| has(self.acked, feature)) {
+            return false;
+        }
+        info!("the guest goes on with a new connection and is asked to announce itself");
+        self.shared.change(|settings| settings.announce = true);
+        true
     }
 
     /// One for each pair, and one for the control queue.

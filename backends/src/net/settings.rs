@@ -24,6 +24,8 @@ pub(super) struct Settings {
     /// Queue pairs in use; `None` while no driver speaks to a control queue of ours, and the front-end says by
     /// enabling rings which pairs are in use.
     pub(super) pairs: Option<u16>,
+    /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
+    pub(super) announce: bool,
 }
 
 #[derive(Debug)]
@@ -141,6 +143,7 @@ mod tests {
             Settings {
                 filter,
                 pairs: None,
+                announce: false,
             },
             2,
         )

@@ -98,6 +98,15 @@ pub trait Device {
         commands: Commands,
     ) -> Result<JoinHandle<()>, DeviceError>;
 
+    /// The front-end goes on with a ring that its driver has used before: the ring begins with a base other than 0, for the
+    /// first time in this connection, and is enabled. So it is after the front-end or this program was replaced under
+    /// a running guest. Called only for a front-end that can be told of changes. Returns whether the configuration
+    /// space changed, which the driver is then told.
+    fn resumed(&mut self, queue: u16) -> bool {
+        let _ = queue;
+        false
+    }
+
     /// Looks again at what the device is made of, because the user asked for it by SIGHUP. Returns whether the
     /// configuration space changed, which the driver is then told.
     ///

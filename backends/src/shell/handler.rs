@@ -176,6 +176,9 @@ struct RingState {
     err: Option<File>,
     /// A worker has it, and with it the three descriptors.
     running: bool,
+    /// How it began with this front-end, once it has: on a driver's way (`true`), which the device is yet to be told; or
+    /// from the start, or the device was told.
+    resumed: Option<bool>,
 }
 
 struct Worker {
@@ -244,8 +247,15 @@ impl<D: Device> Handler<D> {
         }
     }
 
+    /// The front-end takes notice of changes (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG belongs to the protocol feature CONFIG).
+    fn hears_changes(&self) -> bool {
+        self.requests.is_some()
+            && self.acked_protocol & VhostUserProtocolFeatures::CONFIG.bits() != 0
+    }
+
     fn config_changed(&mut self) {
-        let Some(socket) = &mut self.requests else {
+        let hears = self.hears_changes();
+        let Some(socket) = self.requests.as_mut().filter(|_| hears) else {
             info!("configuration changed; the front-end, if any, takes no notice of that");
             return;
         };
@@ -418,6 +428,11 @@ impl<D: Device> Handler<D> {
             enabled: state.enabled,
         };
         state.running = true;
+        let resumed = state.resumed.get_or_insert(base != 0);
+        let tell = *resumed && vring.enabled;
+        if tell {
+            *resumed = false;
+        }
         debug!(
             queue = index,
             size,
@@ -430,7 +445,11 @@ impl<D: Device> Handler<D> {
         found
             .commands
             .send(Command::Start(Box::new(vring)))
-            .map_err(|source| HandlerError::WorkerLost { worker, source })
+            .map_err(|source| HandlerError::WorkerLost { worker, source })?;
+        if tell && self.hears_changes() && self.device.resumed(index) {
+            self.config_changed();
+        }
+        Ok(())
     }
 
     /// Takes a ring back from its worker, which first finishes what is in flight.

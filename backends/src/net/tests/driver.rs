@@ -198,6 +198,7 @@ pub(super) fn shared(workers: u16) -> Arc<Shared> {
             Settings {
                 filter,
                 pairs: None,
+                announce: false,
             },
             workers,
         )

@@ -10,7 +10,8 @@ use ringside_rings::Segment;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
-    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddress;
@@ -320,6 +321,7 @@ const CONTROL: u64 = ALL
     | bit(VIRTIO_NET_F_CTRL_VLAN)
     | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
     | bit(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+    | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
     | bit(VIRTIO_NET_F_MQ);
 
 fn command(guest: &mut Guest, queue: &mut Queue, bytes: &[u8]) -> u8 {
@@ -372,6 +374,9 @@ fn the_control_queue_sets_what_workers_go_by() {
         *recorder.0.lock().unwrap(),
         [("offloads", libc::TUN_F_CSUM)]
     );
+    shared.change(|settings| settings.announce = true);
+    assert_eq!(run(&[3, 0]), 0);
+    assert!(!state(&shared).announce);
     // No room for the answer.
     let lonely = guest.filled(&[0, 0, 1]);
     queue.add(&[(&[lonely], &[])]);
@@ -403,7 +408,16 @@ fn the_device_maps_queues_and_follows_features() {
     assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 1, 1, 2]);
     net.set_features(CONTROL & !bit(VIRTIO_NET_F_MQ));
     assert_eq!([0, 1, 2].map(|q| net.worker_of(q)), [0, 0, 2]);
+    // Announcements are asked of a driver that can answer, on its first transmit queue.
+    assert!(!net.resumed(1));
+    net.set_features(CONTROL | bit(VIRTIO_NET_F_STATUS));
+    assert!(!net.resumed(0) && !net.resumed(3));
+    assert_eq!(net.read_config(6, 2).unwrap(), [1, 0]);
+    assert!(net.resumed(1));
+    assert_eq!(net.read_config(6, 2).unwrap(), [3, 0]);
+    recorder.0.lock().unwrap().truncate(2);
     net.set_features(0);
+    assert_eq!(net.read_config(6, 2).unwrap(), [1, 0]);
     let asked = std::mem::take(&mut *recorder.0.lock().unwrap());
     assert_eq!(
         asked,
