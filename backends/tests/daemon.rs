@@ -340,6 +340,25 @@ fn what_a_queue_cannot_be_is_refused_by_an_answer() {
     daemon.stop();
 }
 
+/// Neither messages that are refused nor connections that come and go can fill the log.
+#[test]
+fn a_front_end_cannot_fill_the_log() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let (messages, _) = negotiate(&daemon.socket(), 0);
+    for _ in 0..500 {
+        assert!(messages.set_vring_num(0, 100).is_err());
+    }
+    drop(messages);
+    for _ in 0..200 {
+        drop(Raw::connect(&daemon.socket()));
+    }
+    still_serves(&daemon);
+    let log = daemon.log();
+    assert!(log.contains("is not a power of two"), "{log}");
+    assert!(log.lines().count() < 80, "{log}");
+    daemon.stop();
+}
+
 #[test]
 fn memory_that_is_not_there_is_refused() {
     let daemon = Daemon::start(BLK, &NULL);

@@ -223,8 +223,9 @@ impl Worker {
         self.kick_tag = self.kick_tag.wrapping_add(1).max(COMMANDS.wrapping_add(1));
         if let Some(fd) = vring.kick_fd()
             && let Err(e) = self.uring.poll(fd, self.kick_tag)
+            && let Some(held_back) = self.limit.check()
         {
-            error!(queue = vring.index, "cannot wait for kicks: {e}");
+            error!(queue = vring.index, held_back, "cannot wait for kicks: {e}");
         }
         self.queue = Some(Queue {
             chain: ChainBuf::new(size),
@@ -259,7 +260,7 @@ impl Worker {
             shared: &self.shared,
             uring: &mut self.uring,
             counters: &mut self.counters,
-            limit: &mut self.limit,
+            limit: &self.limit,
         };
         let again = match turn.run(queue, completed) {
             Ok(again) => again,
@@ -358,7 +359,7 @@ struct Turn<'w> {
     shared: &'w Shared,
     uring: &'w mut Uring,
     counters: &'w mut Counters,
-    limit: &'w mut LogLimit,
+    limit: &'w LogLimit,
 }
 
 impl Turn<'_> {

@@ -116,13 +116,14 @@ impl ControlWorker {
     }
 
     fn start(&mut self, vring: Box<Vring>) {
-        let ring = Ring::new(vring);
+        let ring = Ring::new(vring, &self.log);
         if let Some(fd) = ring.kick_fd()
             && let Err(error) = self.epoll.add(fd, KICK)
+            && let Some(held_back) = self.log.check()
         {
             warn!(
                 queue = ring.vring.index,
-                "cannot wait on the front-end's kick descriptor: {error}"
+                held_back, "cannot wait on the front-end's kick descriptor: {error}"
             );
         }
         self.ring = Some(ring);
@@ -145,10 +146,13 @@ impl ControlWorker {
         };
         match serve(target, ring, bytes, log) {
             Ok((more, interrupt)) => {
-                if interrupt && let Err(error) = ring.vring.notify_driver() {
+                if interrupt
+                    && let Err(error) = ring.vring.notify_driver()
+                    && let Some(held_back) = log.check()
+                {
                     warn!(
                         queue = ring.vring.index,
-                        "the driver cannot be interrupted: {error}"
+                        held_back, "the driver cannot be interrupted: {error}"
                     );
                 }
                 more
@@ -165,7 +169,7 @@ fn serve(
     target: &Target,
     ring: &mut Ring,
     bytes: &mut [u8],
-    log: &mut LogLimit,
+    log: &LogLimit,
 ) -> Result<(bool, bool), RingError> {
     let features = ring.vring.features;
     let (mut session, buf, _) = ring.parts()?;
@@ -199,8 +203,8 @@ fn serve(
                 break false;
             }
             Err(PopError::Chain { head, error }) => {
-                if let Some(suppressed) = log.check() {
-                    warn!(suppressed, "malformed control command: {}", Causes(&error));
+                if let Some(held_back) = log.check() {
+                    warn!(held_back, "malformed control command: {}", Causes(&error));
                 }
                 session.push_used(head, 0)?;
             }
@@ -213,7 +217,7 @@ fn serve(
 
 impl Target {
     /// Obeys one command and returns its `ack`.
-    fn execute(&self, features: u64, bytes: &[u8], log: &mut LogLimit) -> u8 {
+    fn execute(&self, features: u64, bytes: &[u8], log: &LogLimit) -> u8 {
         let failed = match parse(features, self.pairs, bytes) {
             Ok(command) => {
                 debug!("control command {command:?}");
@@ -224,8 +228,8 @@ impl Target {
             }
             Err(error) => error.to_string(),
         };
-        if let Some(suppressed) = log.check() {
-            warn!(suppressed, "control command refused: {failed}");
+        if let Some(held_back) = log.check() {
+            warn!(held_back, "control command refused: {failed}");
         }
         ERR
     }

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use tracing::{error, info};
+use tracing::{debug, error, info};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
 };
@@ -18,7 +18,7 @@ use super::filter::Filter;
 use super::settings::{Settings, Shared};
 use super::tap::{Tap, TapError, TapQueue};
 use super::worker::PairWorker;
-use crate::shell::{Chain as Causes, Commands, Device, DeviceError};
+use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;
@@ -54,6 +54,7 @@ pub struct Net {
     queues: Vec<Option<TapQueue>>,
     counters: Vec<Arc<Counters>>,
     shared: Arc<Shared>,
+    log: LogLimit,
 }
 
 impl Net {
@@ -82,6 +83,7 @@ impl Net {
             acked: 0,
             name: name.to_owned(),
             interface,
+            log: LogLimit::default(),
         })
     }
 
@@ -104,8 +106,11 @@ impl Net {
             .interface
             .set_header_len(header_len)
             .and_then(|()| self.interface.set_offloads(offloads));
-        if let Err(error) = result {
+        if let Err(error) = result
+            && let Some(held_back) = self.log.check()
+        {
             error!(
+                held_back,
                 "packets will not fit the driver's choice: {}",
                 Causes(&error)
             );
@@ -166,7 +171,7 @@ impl Device for Net {
         if queue != 1 || !answers.iter().all(|&feature| has(self.acked, feature)) {
             return false;
         }
-        info!("the guest goes on with a new connection and is asked to announce itself");
+        debug!("the guest goes on with a new connection and is asked to announce itself");
         self.shared.change(|settings| settings.announce = true);
         true
     }
@@ -233,6 +238,7 @@ impl Device for Net {
             queues: _,
             counters: _,
             shared: _,
+            log: _,
         } = self;
         *acked = 0;
         self.forget_settings();

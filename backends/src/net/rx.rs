@@ -99,7 +99,7 @@ struct State {
 
 impl Rx {
     /// `mtu` is that of the TAP, in bytes, as far as it is known.
-    pub(super) fn new(vring: Box<Vring>, mtu: u16) -> Self {
+    pub(super) fn new(vring: Box<Vring>, mtu: u16, log: &LogLimit) -> Self {
         let features = vring.features;
         let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
         let offloads = guest_offloads(features);
@@ -120,10 +120,10 @@ impl Rx {
             room: 0,
             held: None,
             spill: vec![0; MAX_HEADER + MAX_FRAME].into(),
-            log: LogLimit::default(),
+            log: log.clone(),
         };
         Self {
-            ring: Ring::new(vring),
+            ring: Ring::new(vring, log),
             state,
         }
     }
@@ -133,7 +133,7 @@ impl Rx {
         match self.serve(tap, filter, counters) {
             Ok((end, interrupt)) => {
                 if interrupt {
-                    self.ring.interrupt(counters, &mut self.state.log);
+                    self.ring.interrupt(counters);
                 }
                 end
             }
@@ -304,10 +304,10 @@ impl State {
                     io::ErrorKind::WouldBlock => {}
                     io::ErrorKind::Interrupted => return Ok(None),
                     _ => {
-                        if let Some(suppressed) = self.log.check() {
+                        if let Some(held_back) = self.log.check() {
                             warn!(
                                 queue = self.queue,
-                                suppressed, "cannot read from the TAP: {error}"
+                                held_back, "cannot read from the TAP: {error}"
                             );
                         }
                     }
@@ -385,8 +385,8 @@ impl State {
     #[cold]
     fn dropped(&mut self, counters: &Counters, why: &dyn std::fmt::Display) {
         counters.rx_dropped.add(1);
-        if let Some(suppressed) = self.log.check() {
-            warn!(queue = self.queue, suppressed, "not received: {why}");
+        if let Some(held_back) = self.log.check() {
+            warn!(queue = self.queue, held_back, "not received: {why}");
         }
     }
 }

@@ -37,12 +37,12 @@ enum Sent {
 }
 
 impl Tx {
-    pub(super) fn new(vring: Box<Vring>) -> Self {
+    pub(super) fn new(vring: Box<Vring>, log: &LogLimit) -> Self {
         Self {
             header_len: header_len(vring.features).into(),
-            ring: Ring::new(vring),
+            ring: Ring::new(vring, log),
             full: false,
-            log: LogLimit::default(),
+            log: log.clone(),
         }
     }
 
@@ -64,7 +64,7 @@ impl Tx {
         match self.serve(tap, counters) {
             Ok((more, interrupt)) => {
                 if interrupt {
-                    self.ring.interrupt(counters, &mut self.log);
+                    self.ring.interrupt(counters);
                 }
                 more
             }
@@ -164,9 +164,9 @@ fn retry(error: &io::Error) -> bool {
 }
 
 #[cold]
-fn dropped(counters: &Counters, log: &mut LogLimit, queue: u16, why: &dyn std::fmt::Display) {
+fn dropped(counters: &Counters, log: &LogLimit, queue: u16, why: &dyn std::fmt::Display) {
     counters.tx_dropped.add(1);
-    if let Some(suppressed) = log.check() {
-        warn!(queue, suppressed, "packet from the driver dropped: {why}");
+    if let Some(held_back) = log.check() {
+        warn!(queue, held_back, "packet from the driver dropped: {why}");
     }
 }

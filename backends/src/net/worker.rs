@@ -23,7 +23,7 @@ use super::rx::{Rx, RxEnd};
 use super::settings::{Settings, Shared};
 use super::tap::TapQueue;
 use super::tx::Tx;
-use crate::shell::{Command, Commands, Vring};
+use crate::shell::{Command, Commands, LogLimit, Vring};
 
 const COMMAND: u64 = 0;
 const SETTINGS: u64 = 1;
@@ -55,6 +55,8 @@ pub(super) struct PairWorker {
     tap_readable: bool,
     /// The TAP interface was deleted, and that was said.
     lost: bool,
+    /// Of both rings.
+    log: LogLimit,
 }
 
 impl PairWorker {
@@ -90,6 +92,7 @@ impl PairWorker {
             tx_kicked: false,
             tap_readable: false,
             lost: false,
+            log: LogLimit::default(),
         };
         worker.attach();
         Ok(worker)
@@ -195,10 +198,12 @@ impl PairWorker {
     fn attach(&mut self) {
         let attached = self.pair == 0 || self.in_use();
         if attached != self.tap.attached() {
-            if let Err(error) = self.tap.set_attached(attached) {
+            if let Err(error) = self.tap.set_attached(attached)
+                && let Some(held_back) = self.log.check()
+            {
                 warn!(
                     pair = self.pair,
-                    attached, "cannot change the TAP queue: {error}"
+                    attached, held_back, "cannot change the TAP queue: {error}"
                 );
             }
             self.tap_readable = true;
@@ -226,14 +231,14 @@ impl PairWorker {
     fn start(&mut self, vring: Box<Vring>) {
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if vring.index.is_multiple_of(2) {
-            let rx = Rx::new(vring, self.mtu);
+            let rx = Rx::new(vring, self.mtu, &self.log);
             self.wait_for_kicks(&rx.ring, KICK_RX);
             self.rx = Some(rx);
             self.rx_fed = true;
             self.tap_readable = true;
             self.attach();
         } else {
-            let tx = Tx::new(vring);
+            let tx = Tx::new(vring, &self.log);
             self.wait_for_kicks(&tx.ring, KICK_TX);
             self.tx = Some(tx);
             self.tx_kicked = true;
@@ -243,10 +248,11 @@ impl PairWorker {
     fn wait_for_kicks(&self, ring: &Ring, token: u64) {
         if let Some(fd) = ring.kick_fd()
             && let Err(error) = self.epoll.add(fd, token)
+            && let Some(held_back) = self.log.check()
         {
             warn!(
                 queue = ring.vring.index,
-                "cannot wait on the front-end's kick descriptor: {error}"
+                held_back, "cannot wait on the front-end's kick descriptor: {error}"
             );
         }
     }

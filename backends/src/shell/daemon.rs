@@ -20,6 +20,7 @@ use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::device::Device;
 use super::handler::{Handler, HandlerError};
+use super::limit::LogLimit;
 use super::log::{self, Chain};
 use super::options::{Program, ShellArgs};
 use super::session::{Session, SessionError, Step};
@@ -33,6 +34,11 @@ const TORN: Token = Token(3);
 
 /// How long to wait before connecting again to a front-end that does not listen (yet).
 const RECONNECT: Duration = Duration::from_millis(200);
+
+/// How many connections are logged in an interval.
+const CONNECTIONS: u32 = 20;
+/// That interval.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The program cannot start, or cannot go on.
 #[derive(Debug, Error)]
@@ -136,6 +142,8 @@ struct Daemon<'h, D: Device> {
     signals: SignalFd,
     handler: &'h Arc<Mutex<Handler<D>>>,
     exit_on_disconnect: bool,
+    /// For connections, which anybody who may connect can make as often as he likes.
+    log: LogLimit,
 }
 
 impl<'h, D: Device> Daemon<'h, D> {
@@ -160,6 +168,7 @@ impl<'h, D: Device> Daemon<'h, D> {
             signals,
             handler,
             exit_on_disconnect,
+            log: LogLimit::new(CONNECTIONS, LOG_INTERVAL),
         })
     }
 
@@ -230,7 +239,9 @@ impl<'h, D: Device> Daemon<'h, D> {
                 }
                 // Out of descriptors, or a peer that left at once: not for ever.
                 Err(e) => {
-                    error!("cannot accept a connection: {e}");
+                    if let Some(held_back) = self.log.check() {
+                        error!(held_back, "cannot accept a connection: {e}");
+                    }
                     if self.wait(Some(RECONNECT))? {
                         return Ok(());
                     }
@@ -263,13 +274,19 @@ impl<'h, D: Device> Daemon<'h, D> {
 
     /// Serves one front-end of several. `Ok(true)`: the program is to end.
     fn front_end(&mut self, stream: UnixStream) -> Result<bool, ShellError> {
-        info!("front-end connected");
+        let said = self.log.check();
+        if let Some(held_back) = said {
+            // Mostly none, which is then not worth a word.
+            let held_back = Some(held_back).filter(|&count| count > 0);
+            info!(held_back, "front-end connected");
+        }
         match self.session(stream)? {
             End::Signal => Ok(true),
             End::Left(result) => {
                 match result {
-                    Ok(()) => info!("front-end disconnected"),
                     Err(e) if self.exit_on_disconnect => return Err(e.into()),
+                    _ if said.is_none() => {}
+                    Ok(()) => info!("front-end disconnected"),
                     Err(e) => error!("front-end disconnected: {}", Chain(&e)),
                 }
                 Ok(self.exit_on_disconnect)

@@ -45,6 +45,7 @@ use vmm_sys_util::signal::Killable;
 
 use super::daemon::wake_signal;
 use super::device::{Device, DeviceError};
+use super::limit::LogLimit;
 use super::log::Chain;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
 use super::vring::{Command, CommandSender, Vring, command_channel};
@@ -197,6 +198,8 @@ pub(super) struct Handler<D> {
     acked_protocol: u64,
     /// Where the front-end takes requests of ours (VHOST_USER_SET_BACKEND_REQ_FD).
     requests: Option<UnixStream>,
+    /// For what front-ends can bring about as often as they like.
+    log: LogLimit,
 }
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: the configuration space changed.
@@ -225,6 +228,7 @@ impl<D: Device> Handler<D> {
             acked_features: 0,
             acked_protocol: 0,
             requests: None,
+            log: LogLimit::default(),
         })
     }
 
@@ -265,12 +269,22 @@ impl<D: Device> Handler<D> {
             place.copy_from_slice(&word.to_ne_bytes());
         }
         match socket.write_all(&message) {
-            Ok(()) => info!("configuration changed, the front-end was told"),
+            Ok(()) => debug!("configuration changed, the front-end was told"),
             Err(error) => {
-                warn!("cannot tell the front-end that the configuration changed: {error}");
+                if let Some(held_back) = self.log.check() {
+                    warn!(
+                        held_back,
+                        "cannot tell the front-end that the configuration changed: {error}"
+                    );
+                }
                 self.requests = None;
             }
         }
+    }
+
+    /// The limit of what is logged about front-ends.
+    pub(super) fn log(&self) -> &LogLimit {
+        &self.log
     }
 
     /// Whether the front-end may send SET_VRING_ENABLE: it accepted the protocol features as such, although
@@ -364,7 +378,10 @@ impl<D: Device> Handler<D> {
                 if matches!(error, HandlerError::WorkerLost { .. }) {
                     return Err(error);
                 }
-                warn!(queue = index, "ring stays stopped: {}", Chain(&error));
+                if let Some(held_back) = self.log.check() {
+                    let error = Chain(&error);
+                    warn!(queue = index, held_back, "ring stays stopped: {error}");
+                }
                 if let Some(err) = &self.state(index)?.err {
                     signal_error(err);
                 }
@@ -474,8 +491,13 @@ impl<D: Device> Handler<D> {
                 Err(RecvTimeoutError::Timeout) => {
                     // The storage may be slow. Or the peer made an eventfd that it handed us block.
                     if !warned {
-                        warn!(queue = index, "waiting for requests in flight to finish");
                         warned = true;
+                        if let Some(held_back) = self.log.check() {
+                            warn!(
+                                queue = index,
+                                held_back, "waiting for requests in flight to finish"
+                            );
+                        }
                     }
                     if let Err(error) = found.thread.kill(wake_signal()) {
                         return Err(lost(error.into()));
@@ -573,7 +595,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         // What was negotiated holds until the front-end negotiates again.
         self.device
             .set_features(self.acked_features & !PROTOCOL_FEATURES);
-        info!("device reset by the front-end");
+        debug!("device reset by the front-end");
         Ok(())
     }
 

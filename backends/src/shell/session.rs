@@ -144,7 +144,10 @@ impl<D: Device> Session<D> {
                 Err(SessionError::Socket(e))
             }
             Err(source) if self.survives(header, &source) => {
-                warn!("message {} refused: {}", header.name(), Cause(&source));
+                if let Some(held_back) = self.lock().log().check() {
+                    let request = header.name();
+                    warn!(held_back, "message {request} refused: {}", Cause(&source));
+                }
                 Ok(Step::Served)
             }
             Err(source) => Err(SessionError::Protocol {
