@@ -78,25 +78,35 @@ fn capabilities_are_printed_whatever_else_is_asked() {
 
 #[test]
 fn the_discovery_file_describes_the_program() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/share/50-ringside-blk.json");
-    let json: serde_json::Value = serde_json::from_reader(File::open(path).unwrap()).unwrap();
-    assert_eq!(json["type"], "block");
-    assert!(json["binary"].as_str().unwrap().ends_with("/ringside-blk"));
-    assert!(json["description"].is_string());
+    for (name, kind) in [("ringside-blk", "block"), ("ringside-net", "net")] {
+        let share = concat!(env!("CARGO_MANIFEST_DIR"), "/share");
+        let file = File::open(format!("{share}/50-{name}.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_reader(file).unwrap();
+        assert_eq!(json["type"], kind);
+        assert!(json["binary"].as_str().unwrap().ends_with(name));
+        assert!(json["description"].is_string());
+    }
 }
 
 #[test]
 fn help_names_examples_and_exit_statuses() {
-    let output = Command::new(BLK).arg("--help").output().unwrap();
-    let help = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success());
-    for word in [
-        "Examples:",
-        "qemu-system-x86_64",
-        "cloud-hypervisor",
-        "Exit status:",
-    ] {
-        assert!(help.contains(word), "{word}");
+    for program in [BLK, env!("CARGO_BIN_EXE_ringside-net")] {
+        let output = Command::new(program).arg("--help").output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success());
+        for word in [
+            "qemu-system-x86_64",
+            "cloud-hypervisor",
+            "ringside-vmm",
+            "Exit status:",
+        ] {
+            assert!(help.contains(word), "{word}");
+        }
+        // Commands that are wrapped cannot be copied.
+        let (_, examples) = help.split_once("Examples:").unwrap();
+        for line in examples.lines() {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
     }
 }
 
@@ -608,9 +618,17 @@ fn logs_have_levels_and_can_be_json() {
     assert!(String::from_utf8_lossy(&quiet.stderr).contains("cannot listen on"));
     let wrong = Command::new(BLK)
         .args(NULL)
-        .args(["--socket-path", "/no/such/dir/s", "--log-level", "a=b=c"])
+        .args(["--socket-path", "/no/such/dir/s", "--log-level", "loud"])
+        .output()
+        .unwrap();
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("\"loud\" is no level"));
+    let wrong = Command::new(BLK)
+        .args(NULL)
+        .args(["--socket-path", "/no/such/dir/s"])
+        .env("RINGSIDE_LOG", "loud")
         .output()
         .unwrap();
     assert_eq!(wrong.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&wrong.stderr).contains("log filter"));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("RINGSIDE_LOG=\"loud\""));
 }

@@ -15,7 +15,6 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
 use tracing::{debug, error, info};
-use tracing_subscriber::filter::ParseError;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::device::Device;
@@ -44,14 +43,15 @@ const LOG_INTERVAL: Duration = Duration::from_secs(10);
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ShellError {
-    /// The log filter is wrong.
-    #[error("log filter {filter:?} is wrong; use a level such as info or debug")]
+    /// The log filter in the environment is wrong.
+    #[error("{variable}={filter:?} in the environment: {why}")]
     LogFilter {
-        /// What was given.
+        /// Name of the variable.
+        variable: &'static str,
+        /// Its value.
         filter: String,
         /// What is wrong with it.
-        #[source]
-        source: ParseError,
+        why: String,
     },
     /// Neither a path nor a descriptor was given.
     #[error("no socket: give --socket-path or --fd")]
