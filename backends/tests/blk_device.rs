@@ -13,6 +13,8 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use frontend::{Daemon, EVENT_IDX, FrontEnd, PATIENCE, REGION, SECOND, Setup, readable};
@@ -435,6 +437,66 @@ fn a_read_only_disk_stays_as_it_is() {
     assert_eq!(m.status(FLUSH, 0, &[], 0), OK);
     assert_eq!(m.disk(), before);
     m.daemon.stop();
+}
+
+/// A loop device over an image, detached when dropped. `None`, and a word on standard error, if that cannot be.
+struct Loop(String);
+
+impl Loop {
+    fn new(test: &str, image: &Path, sector: u32) -> Option<Self> {
+        let mut command = Command::new("losetup");
+        command.args(["--find", "--show", "--sector-size", &sector.to_string()]);
+        let output = command.arg(image).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let name = String::from_utf8(output.stdout).unwrap();
+                Some(Self(name.trim().to_owned()))
+            }
+            other => {
+                let _ = writeln!(std::io::stderr(), "test {test}: skipped: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn block_devices_are_served_with_their_geometry() {
+    let test = "block_devices_are_served_with_their_geometry";
+    for (sector, args) in [(512_u32, &[][..]), (4096, &[]), (4096, &["--direct"])] {
+        let image = image();
+        let Some(device) = Loop::new(test, image.path(), sector) else {
+            return;
+        };
+        let daemon = Daemon::start(BLK, &[&["--path", &device.0], args].concat());
+        let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+        let flags = VhostUserConfigFlags::empty();
+        let (_, config) = front.messages.get_config(0, 60, flags, &[0; 60]).unwrap();
+        assert_eq!(config[..8], (DISK / 512).to_le_bytes());
+        assert_eq!(config[20..24], sector.to_le_bytes());
+        let mut status =
+            |kind, sector, data: &[u8]| request(&mut front, 0, kind, sector, data, 0).0;
+        assert_eq!(status(OUT, 64, &[7; 4096]), OK);
+        assert_eq!(status(WRITE_ZEROES, 0, &range(128, 64, 0)), OK);
+        assert_eq!(status(WRITE_ZEROES, 0, &range(256, 64, 1)), OK);
+        assert_eq!(status(DISCARD, 0, &range(512, 64, 0)), OK);
+        assert_eq!(status(FLUSH, 0, &[]), OK);
+        for (at, first) in [(64, 0x0707_0707_0707_0707), (128, 0), (256, 0), (8, 8_u64)] {
+            let (status, _, data) = request(&mut front, 0, IN, at, &[], 4096);
+            assert_eq!((status, &data[..8]), (OK, &first.to_le_bytes()[..]));
+        }
+        // Nobody else may write it meanwhile.
+        let (code, log) = Daemon::spawn(BLK, &["--path", &device.0]).outcome();
+        assert_eq!(code, Some(1));
+        assert!(log.contains("in use by another program"), "{log}");
+        daemon.stop();
+    }
 }
 
 #[test]

@@ -3,6 +3,17 @@
 //! One turn of the loop costs one `io_uring_enter`, which submits a batch and waits for the next event, and at most one
 //! write to the call eventfd. Kicks, completions and the shell's commands all arrive as completions of the same ring.
 //! Nothing is allocated for a request: it lives in a slot, of which there are as many as descriptors in the ring.
+//!
+//! So a request that is alone costs three system calls, and one among many a fraction of that:
+//!
+//! ```text
+//!  io_uring_enter  submits it, waits for its end
+//!  write           interrupts the driver
+//!  io_uring_enter  waits for the next kick, which is never read
+//! ```
+//!
+//! The interrupt does not go through the ring as well: io_uring hands a write to a blocking eventfd, which is what
+//! front-ends send, to another thread of the kernel, and a driver that does not take its interrupts could pile them up.
 
 use std::collections::VecDeque;
 use std::fs::File;
