@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-use crate::shell::DeviceError;
+use crate::shell::{DeviceError, config_range};
 
 /// An Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -138,17 +138,7 @@ impl NetConfig {
         offset: u32,
         len: u32,
     ) -> Result<Vec<u8>, DeviceError> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let bytes = self.bytes(announce);
-        bytes
-            .get(start..start.saturating_add(len))
-            .map(<[u8]>::to_vec)
-            .ok_or(DeviceError::ConfigRange {
-                offset,
-                len,
-                size: LEN,
-            })
+        config_range(&self.bytes(announce), offset, len)
     }
 }
 
@@ -201,7 +191,8 @@ mod tests {
         assert_eq!(config.read(false, 16, 1).unwrap(), [1]);
         assert_eq!(config.read(false, 17, 11).unwrap(), [0; 11]);
         assert_eq!(config.read(true, 6, 2).unwrap(), 3_u16.to_le_bytes());
-        for (offset, len) in [(0, 29), (28, 1), (u32::MAX, 1), (0, u32::MAX)] {
+        assert_eq!(config.read(false, 17, 43).unwrap(), [0; 43]);
+        for (offset, len) in [(0, 257), (256, 1), (u32::MAX, 1), (0, u32::MAX)] {
             assert!(config.read(false, offset, len).is_err());
         }
     }

@@ -208,7 +208,11 @@ fn serve(
                 }
                 session.push_used(head, 0)?;
             }
-            Err(PopError::Ring(error)) => return Err(error),
+            Err(PopError::Ring(error)) => {
+                // What was done before the driver broke its ring is returned all the same.
+                session.publish()?;
+                return Err(error);
+            }
         }
     };
     let interrupt = session.publish()?;

@@ -71,6 +71,10 @@ impl Ring {
         if let Err(error) = self.vring.signal_error() {
             debug!(queue, "the front-end cannot be told of it: {error}");
         }
+        // Some chains may have been returned in this turn; an interrupt too many does no harm.
+        if let Err(error) = self.vring.notify_driver() {
+            debug!(queue, "the driver cannot be interrupted: {error}");
+        }
     }
 
     /// Interrupts the driver, unless it polls.

@@ -192,7 +192,11 @@ impl Rx {
                         state.dropped(counters, &Causes(&error));
                         session.push_used(head, 0)?;
                     }
-                    Err(PopError::Ring(error)) => return Err(error),
+                    Err(PopError::Ring(error)) => {
+                        // What was done before the driver broke its ring is returned all the same.
+                        session.publish()?;
+                        return Err(error);
+                    }
                 }
             }
             let len = match state.held {

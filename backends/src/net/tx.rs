@@ -139,7 +139,11 @@ impl Tx {
                     dropped(counters, log, queue, &Causes(&error));
                     head
                 }
-                Err(PopError::Ring(error)) => return Err(error),
+                Err(PopError::Ring(error)) => {
+                    // What was done before the driver broke its ring is returned all the same.
+                    session.publish()?;
+                    return Err(error);
+                }
             };
             session.push_used(head, 0)?;
             left = left.saturating_sub(1);

@@ -26,7 +26,7 @@ mod torn;
 mod vring;
 
 pub use daemon::{ShellError, exit_code, run};
-pub use device::{Device, DeviceError};
+pub use device::{Device, DeviceError, config_range};
 pub use handler::HandlerError;
 pub use limit::LogLimit;
 pub use log::Chain;

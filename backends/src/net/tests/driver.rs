@@ -176,6 +176,19 @@ impl Queue {
         self.ring.outstanding()
     }
 
+    /// Sends a packet, and behind it one whose head is no descriptor.
+    pub(super) fn send_and_break(&mut self, packet: &[Segment]) {
+        let mut session = self.ring.session(self.memory.as_ref()).unwrap();
+        for _ in 0..2 {
+            session.add(packet, &[], packet.to_vec()).unwrap();
+        }
+        let second = GuestAddress(self.layout.avail_ring().0 + 6);
+        self.memory.write_obj(u16::MAX, second).unwrap();
+        if session.publish().unwrap() {
+            self.kick.write(1).unwrap();
+        }
+    }
+
     /// A driver out of its mind.
     pub(super) fn corrupt_avail_index(&self) {
         let idx = GuestAddress(self.layout.avail_ring().0 + 2);

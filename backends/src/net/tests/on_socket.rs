@@ -299,6 +299,16 @@ fn a_broken_ring_is_reported_and_the_other_goes_on() {
     pair.worker.give_back(1);
 }
 
+#[test]
+fn what_was_done_before_a_ring_broke_is_returned() {
+    let (socket, mut pair) = pair(ALL);
+    let segment = pair.guest.filled(&packet(60));
+    pair.tx.send_and_break(&[segment]);
+    assert!(pair.tx.wait_for_error());
+    assert_eq!(receive(&socket), packet(60));
+    assert_eq!(pair.tx.used(), (vec![segment], 0));
+}
+
 /// Remembers what it was asked for.
 #[derive(Debug, Default)]
 struct Recorder(Mutex<Vec<(&'static str, u32)>>);
