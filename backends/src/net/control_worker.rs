@@ -12,7 +12,7 @@ use super::device::Interface;
 use super::epoll_set::EpollSet;
 use super::features::tun_offloads;
 use super::ring::Ring;
-use super::settings::Shared;
+use super::settings::{Pairs, Shared};
 use super::worker::POLL_INTERVAL;
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Vring};
 
@@ -126,10 +126,18 @@ impl ControlWorker {
                 held_back, "cannot wait on the front-end's kick descriptor: {error}"
             );
         }
+        // A driver that speaks to us begins with one pair (VIRTIO 1.3, 5.1.6.5.5). One that has spoken to another
+        // before us may have gone on to more.
+        let first = if ring.vring.ring.next_avail() == 0 {
+            Pairs::First(1)
+        } else {
+            Pairs::Fed
+        };
         self.ring = Some(ring);
-        // A driver that speaks to us begins with one pair (VIRTIO 1.3, 5.1.6.5.5).
         self.target.shared.change(|settings| {
-            settings.pairs.get_or_insert(1);
+            if settings.pairs == Pairs::Enabled {
+                settings.pairs = first;
+            }
         });
     }
 
@@ -266,9 +274,9 @@ impl Target {
             }),
             // The request is withdrawn before the command is answered (VIRTIO 1.3, 5.1.6.5.4).
             ControlCommand::AnnounceAck => self.shared.change(|settings| settings.announce = false),
-            ControlCommand::Pairs(pairs) => {
-                self.shared.change(|settings| settings.pairs = Some(pairs))
-            }
+            ControlCommand::Pairs(pairs) => self
+                .shared
+                .change(|settings| settings.pairs = Pairs::First(pairs)),
             ControlCommand::GuestOffloads(offloads) => {
                 return self
                     .interface

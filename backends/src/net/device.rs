@@ -15,7 +15,7 @@ use super::control_worker::ControlWorker;
 use super::counters::Counters;
 use super::features::{control_queue, guest_offloads, has, header_len, tun_offloads};
 use super::filter::Filter;
-use super::settings::{Settings, Shared};
+use super::settings::{Pairs, Settings, Shared};
 use super::tap::{Tap, TapError, TapQueue};
 use super::worker::PairWorker;
 use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit};
@@ -71,7 +71,7 @@ impl Net {
     ) -> io::Result<Self> {
         let settings = Settings {
             filter: Filter::new(config.mac, false),
-            pairs: None,
+            pairs: Pairs::Enabled,
             announce: false,
         };
         Ok(Self {
@@ -123,7 +123,7 @@ impl Net {
         self.shared.change(|settings| {
             *settings = Settings {
                 filter,
-                pairs: None,
+                pairs: Pairs::Enabled,
                 announce: false,
             };
         });

@@ -78,6 +78,7 @@ pub(super) enum RxEnd {
 /// The receive queue of a pair.
 pub(super) struct Rx {
     pub(super) ring: Ring,
+    fed: bool,
     state: State,
 }
 
@@ -99,7 +100,10 @@ struct State {
 
 impl Rx {
     /// `mtu` is that of the TAP, in bytes, as far as it is known.
-    pub(super) fn new(vring: Box<Vring>, mtu: u16, log: &LogLimit) -> Self {
+    pub(super) fn new(mut vring: Box<Vring>, mtu: u16, log: &LogLimit) -> Self {
+        // A ring that cannot be read breaks in its first turn.
+        let waiting = vring.session().and_then(|mut session| session.available());
+        let fed = vring.ring.next_avail() != 0 || waiting.is_ok_and(|count| count > 0);
         let features = vring.features;
         let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
         let offloads = guest_offloads(features);
@@ -124,8 +128,14 @@ impl Rx {
         };
         Self {
             ring: Ring::new(vring, log),
+            fed,
             state,
         }
+    }
+
+    /// The driver had given it buffers when it was started.
+    pub(super) fn fed(&self) -> bool {
+        self.fed
     }
 
     /// Receives what the TAP has.
@@ -150,7 +160,7 @@ impl Rx {
         filter: &Filter,
         counters: &Counters,
     ) -> Result<(RxEnd, bool), RingError> {
-        let Self { ring, state } = self;
+        let Self { ring, state, .. } = self;
         let (mut session, buf, list) = ring.parts()?;
         session.disable_notifications()?;
         let mut left = BUDGET;
@@ -260,7 +270,7 @@ impl Rx {
     }
 
     fn unpost(&mut self) -> Result<(), RingError> {
-        let Self { ring, state } = self;
+        let Self { ring, state, .. } = self;
         let posted = u16::try_from(state.posted.len()).unwrap_or(u16::MAX);
         ring.parts()?.0.rewind(posted);
         // A malformed chain among them was returned out of order; those before it cannot be rewound.

@@ -20,7 +20,7 @@ use super::counters::Counters;
 use super::epoll_set::EpollSet;
 use super::ring::Ring;
 use super::rx::{Rx, RxEnd};
-use super::settings::{Settings, Shared};
+use super::settings::{Pairs, Settings, Shared};
 use super::tap::TapQueue;
 use super::tx::Tx;
 use crate::shell::{Command, Commands, LogLimit, Vring};
@@ -189,8 +189,14 @@ impl PairWorker {
 
     /// The driver receives on this pair.
     fn in_use(&self) -> bool {
-        self.rx.as_ref().is_some_and(|rx| rx.ring.runs())
-            && self.settings.pairs.is_none_or(|pairs| self.pair < pairs)
+        self.rx.as_ref().is_some_and(|rx| {
+            let chosen = match self.settings.pairs {
+                Pairs::Enabled => true,
+                Pairs::First(count) => self.pair < count,
+                Pairs::Fed => rx.fed(),
+            };
+            rx.ring.runs() && chosen
+        })
     }
 
     /// Attaches the TAP queue if the pair is in use, else detaches it, so that the kernel spreads packets over

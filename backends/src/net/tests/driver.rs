@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::net::config::MacAddress;
 use crate::net::counters::Counters;
 use crate::net::filter::Filter;
-use crate::net::settings::{Settings, Shared};
+use crate::net::settings::{Pairs, Settings, Shared};
 use crate::net::tap::TapQueue;
 use crate::net::worker::PairWorker;
 use crate::shell::{Command, CommandSender, Memory, Vring, command_channel};
@@ -210,7 +210,7 @@ pub(super) fn shared(workers: u16) -> Arc<Shared> {
         Shared::new(
             Settings {
                 filter,
-                pairs: None,
+                pairs: Pairs::Enabled,
                 announce: false,
             },
             workers,

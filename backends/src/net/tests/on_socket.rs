@@ -21,7 +21,7 @@ use crate::net::config::{MacAddress, NetConfig};
 use crate::net::control_worker::ControlWorker;
 use crate::net::device::{Interface, Net};
 use crate::net::features::{GUEST_OFFLOADS, bit};
-use crate::net::settings::Shared;
+use crate::net::settings::{Pairs, Shared};
 use crate::net::tap::{TapError, TapQueue};
 use crate::shell::{Command, Device, command_channel};
 
@@ -358,7 +358,7 @@ fn the_control_queue_sets_what_workers_go_by() {
     let thread = std::thread::spawn(move || worker.run());
     let mut guest = Guest::new();
     let mut queue = guest.queue(16);
-    assert_eq!(shared.get().pairs, None);
+    assert_eq!(shared.get().pairs, Pairs::Enabled);
     sender
         .send(Command::Start(queue.vring(4, CONTROL, true)))
         .unwrap();
@@ -367,9 +367,9 @@ fn the_control_queue_sets_what_workers_go_by() {
     let state = |shared: &Shared| shared.get();
     assert_eq!(run(&[0, 0, 0]), 0);
     assert!(!state(&shared).filter.promiscuous);
-    assert_eq!(state(&shared).pairs, Some(1));
+    assert_eq!(state(&shared).pairs, Pairs::First(1));
     assert_eq!(run(&[4, 0, 2, 0]), 0);
-    assert_eq!(state(&shared).pairs, Some(2));
+    assert_eq!(state(&shared).pairs, Pairs::First(2));
     assert_eq!(run(&[4, 0, 3, 0]), 1);
     assert_eq!(run(&[1, 1, 2, 7, 7, 7, 7, 7]), 0);
     assert_eq!(
@@ -396,7 +396,13 @@ fn the_control_queue_sets_what_workers_go_by() {
     let vring = give_back(&sender, 4);
     sender.send(Command::Start(vring)).unwrap();
     assert_eq!(command(&mut guest, &mut queue, &[2, 1, 5, 0]), 0);
-    assert_eq!(shared.get().pairs, Some(2));
+    assert_eq!(shared.get().pairs, Pairs::First(2));
+    // A queue that was served elsewhere before tells nothing of what was said there.
+    let vring = give_back(&sender, 4);
+    shared.change(|settings| settings.pairs = Pairs::Enabled);
+    sender.send(Command::Start(vring)).unwrap();
+    assert_eq!(command(&mut guest, &mut queue, &[2, 1, 5, 0]), 0);
+    assert_eq!(shared.get().pairs, Pairs::Fed);
     sender.send(Command::Exit).unwrap();
     thread.join().unwrap();
 }
