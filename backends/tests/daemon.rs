@@ -350,6 +350,20 @@ fn what_a_queue_cannot_be_is_refused_by_an_answer() {
     daemon.stop();
 }
 
+/// Many queues need more descriptors than the usual soft limit allows; the hard limit is what counts.
+#[test]
+fn the_soft_limit_of_open_files_does_not_matter() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let mut shell = Command::new("sh");
+    let script = "ulimit -S -n 100; exec \"$0\" --null 1G --queues 200 --socket-path \"$1\"";
+    shell.args(["-c", script, BLK]).arg(socket);
+    let daemon = Daemon::spawn_command(&mut shell, dir);
+    daemon.wait_for_socket();
+    still_serves(&daemon);
+    daemon.stop();
+}
+
 /// Neither messages that are refused nor connections that come and go can fill the log.
 #[test]
 fn a_front_end_cannot_fill_the_log() {

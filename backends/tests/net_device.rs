@@ -155,6 +155,18 @@ fn the_host_answers_and_rings_come_back() {
 }
 
 #[test]
+fn an_interface_that_is_down_is_named_as_the_reason() {
+    if !own_network("an_interface_that_is_down_is_named_as_the_reason") {
+        return;
+    }
+    let daemon = Daemon::start(NET, &["--tap", "ring0"]);
+    let mut front = connect(&daemon, 2);
+    send(&mut front, TX, &arp_request());
+    assert!(daemon.log().contains("--tap-up"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
 fn one_front_end_after_the_other_is_served() {
     if !own_network("one_front_end_after_the_other_is_served") {
         return;

@@ -112,7 +112,12 @@ impl Tx {
                                     Sent::Done
                                 }
                                 Err(e) if retry(&e) => Sent::Full,
-                                // A header that the kernel does not like, an interface that is down, no memory.
+                                Err(e) if e.raw_os_error() == Some(libc::EIO) => {
+                                    let why = "the TAP interface is down; bring it up (--tap-up)";
+                                    dropped(counters, log, queue, &why);
+                                    Sent::Done
+                                }
+                                // A header that the kernel does not like, no memory.
                                 Err(e) => {
                                     dropped(counters, log, queue, &e);
                                     Sent::Done

@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
@@ -96,6 +97,7 @@ extern "C" fn on_wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 /// [`ShellError`]: what failed, for the user.
 pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(), ShellError> {
     log::start(args)?;
+    raise_file_limit();
     let mut signals_taken = SigSet::empty();
     signals_taken.add(Signal::SIGTERM);
     signals_taken.add(Signal::SIGINT);
@@ -126,6 +128,16 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
     }
     served?;
     Ok(ended?)
+}
+
+/// Each queue has five descriptors or so, each memory region one; the usual soft limit of 1024 is for programs that
+/// use select(2).
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        debug!("the limit of open files stays as it is: {error}");
+    }
 }
 
 /// Why a connection is over.
