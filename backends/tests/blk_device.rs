@@ -726,6 +726,26 @@ fn memory_can_come_and_go_under_a_running_ring() {
     m.daemon.stop();
 }
 
+/// QEMU changes a region of memory by taking it away and adding it again, also the one that a ring lies in.
+#[test]
+fn a_ring_comes_back_with_its_memory() {
+    let mut m = Machine::plain();
+    let regions = m.front.guest.regions();
+    assert_eq!(m.status(FLUSH, 0, &[], 0), OK);
+    let (head, answer) = (m.front.guest.alloc(16, 16), m.front.guest.alloc(513, 16));
+    let memory = m.front.guest.memory.clone();
+    memory.write_slice(&header(IN, 5), head).unwrap();
+    m.front.messages.remove_mem_region(&regions[0]).unwrap();
+    // What the driver asks for meanwhile waits.
+    let writable = [Segment::new(answer, 513)];
+    m.front.queues[0].submit(&m.front.guest, &[Segment::new(head, 16)], &writable, 9);
+    m.front.messages.add_mem_region(&regions[0]).unwrap();
+    assert_eq!(m.front.complete(0), (9, 513));
+    assert_eq!(memory.read_obj::<u64>(answer).unwrap(), 5);
+    assert!(!m.daemon.log().contains("WARN"), "{}", m.daemon.log());
+    m.daemon.stop();
+}
+
 #[test]
 fn a_disk_that_shrinks_gives_errors_and_nothing_worse() {
     let mut m = Machine::plain();

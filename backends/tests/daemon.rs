@@ -584,6 +584,38 @@ fn a_ring_without_a_kick_descriptor_is_polled() {
     daemon.stop();
 }
 
+/// A front-end that sets a running ring up anew has not stopped it, but its old place in memory is no ring any more.
+#[test]
+fn a_ring_that_is_set_up_anew_waits_for_its_kick_descriptor() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let restarts: [fn(&mut FrontEnd); 3] = [
+        |front| front.messages.reset_owner().unwrap(),
+        |front| front.messages.set_vring_num(0, 64).unwrap(),
+        |front| front.messages.set_vring_base(0, 77).unwrap(),
+    ];
+    for restart in restarts {
+        works(&mut front);
+        let base = front.messages.get_vring_base(0).unwrap() as u16;
+        front.start(0, base);
+        restart(&mut front);
+        // Whatever happens to its old place: it is not looked at, and no message fails for it.
+        let index = GuestAddress(front.queues[0].ring.layout().avail_ring().0 + 2);
+        let avail: u16 = front.guest.memory.read_obj(index).unwrap();
+        front.guest.memory.write_obj(avail ^ 0x4000, index).unwrap();
+        front.queues[0].kick.write(1).unwrap();
+        let regions = front.guest.regions();
+        front.messages.set_mem_table(&regions).unwrap();
+        front.messages.set_features(front.features).unwrap();
+        front.messages.set_vring_enable(0, true).unwrap();
+        front.guest.memory.write_obj(avail, index).unwrap();
+        front.start(0, base);
+    }
+    works(&mut front);
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+    daemon.stop();
+}
+
 #[test]
 fn a_reset_stops_all_rings_and_they_can_start_again() {
     let daemon = Daemon::start(BLK, &NULL);

@@ -246,8 +246,9 @@ impl PairWorker {
         } else {
             let tx = Tx::new(vring, &self.log);
             self.wait_for_kicks(&tx.ring, KICK_TX);
+            // What a disabled queue holds is for its driver to say again: the ring may be none any more.
+            self.tx_kicked = tx.ring.runs();
             self.tx = Some(tx);
-            self.tx_kicked = true;
         }
     }
 
