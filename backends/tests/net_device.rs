@@ -155,6 +155,33 @@ fn the_host_answers_and_rings_come_back() {
 }
 
 #[test]
+fn queues_that_no_driver_uses_do_no_harm() {
+    if !own_network("queues_that_no_driver_uses_do_no_harm") {
+        return;
+    }
+    const MQ: u64 = 1 << 22;
+    const CTRL_VQ: u64 = 1 << 17;
+    let daemon = serve(&["--tap", "ring0", "--queue-pairs", "2"]);
+    for without in [MQ, CTRL_VQ, MQ | CTRL_VQ, 0] {
+        let setup = Setup {
+            queues: 5,
+            without,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        for queue in 0..5 {
+            front.messages.get_vring_base(queue).unwrap();
+            front.start(queue, 0);
+        }
+    }
+    let mut front = connect(&daemon, 2);
+    post(&mut front, 32);
+    ask_host(&mut front);
+    assert!(!daemon.log().contains("ERROR"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
 fn an_interface_that_is_down_is_named_as_the_reason() {
     if !own_network("an_interface_that_is_down_is_named_as_the_reason") {
         return;

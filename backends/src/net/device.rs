@@ -182,11 +182,15 @@ impl Device for Net {
     }
 
     fn worker_of(&self, queue: u16) -> usize {
-        let last = usize::from(self.config.pairs);
-        if control_queue(self.acked, self.config.pairs) == Some(queue) {
-            return last;
+        let pairs = self.config.pairs;
+        let last = usize::from(pairs);
+        match control_queue(self.acked, pairs) {
+            Some(control) if queue == control => last,
+            // Without MQ the control queue has the number of a receive queue, which then has this one: no driver uses it, but
+            // a front-end may start it, and each worker has one ring of a kind.
+            Some(control) if queue == pairs.saturating_mul(2) => usize::from(control / 2),
+            _ => usize::from(queue / 2).min(last),
         }
-        usize::from(queue / 2).min(last)
     }
 
     fn spawn_worker(

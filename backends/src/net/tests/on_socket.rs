@@ -423,7 +423,7 @@ fn the_device_maps_queues_and_follows_features() {
     assert_eq!((net.queue_count(), net.worker_count()), (5, 3));
     assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 1, 1, 2]);
     net.set_features(CONTROL & !bit(VIRTIO_NET_F_MQ));
-    assert_eq!([0, 1, 2].map(|q| net.worker_of(q)), [0, 0, 2]);
+    assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 2, 1, 1]);
     // Announcements are asked of a driver that can answer, on its first transmit queue.
     assert!(!net.resumed(1));
     net.set_features(CONTROL | bit(VIRTIO_NET_F_STATUS));
