@@ -47,7 +47,7 @@ pub enum SessionError {
     )]
     MemoryGone,
     /// A message broke the protocol.
-    #[error("message {request}: {source}")]
+    #[error("message {request}")]
     Protocol {
         /// Which message.
         request: String,
@@ -167,7 +167,10 @@ impl<D: Device> Session<D> {
         if matches!(cause, Some(HandlerError::WorkerLost { .. })) {
             return false;
         }
-        let told = header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
+        // The `vhost` crate acknowledges a message that failed, but sends nothing in place of an answer: a front-end that
+        // waits for one would wait for ever.
+        let answered = !header.is(FrontendReq::GET_VRING_BASE);
+        let told = answered && header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
         told || header.is(FrontendReq::SET_CONFIG)
     }
 
