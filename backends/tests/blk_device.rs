@@ -13,9 +13,13 @@ use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::Command;
 use std::time::Instant;
 
 use frontend::{Daemon, EVENT_IDX, FrontEnd, PATIENCE, REGION, SECOND, Setup, readable};
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
 use ringside_rings::Segment;
 use vhost::VhostBackend;
@@ -293,6 +297,97 @@ fn what_lies_outside_the_disk_or_is_unknown_is_refused() {
 }
 
 #[test]
+fn what_was_not_negotiated_is_unsupported() {
+    // VIRTIO_BLK_F_FLUSH, _CONFIG_WCE, _DISCARD, _WRITE_ZEROES (VIRTIO 1.3, 5.2.3).
+    const ALL: u64 = 1 << 9 | 1 << 11 | 1 << 13 | 1 << 14;
+    let image = image();
+    let before = fs::read(image.path()).unwrap();
+    let daemon = serve(&image, &[]);
+    for accepted in [0, 1 << 9, 1 << 13, 1 << 14] {
+        let setup = Setup {
+            without: ALL & !accepted,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        for (kind, feature, data) in [
+            (FLUSH, 1 << 9, vec![]),
+            (DISCARD, 1 << 13, range(2, 0, 0)),
+            (WRITE_ZEROES, 1 << 14, range(2, 0, 0)),
+        ] {
+            let expected = if accepted == feature { OK } else { UNSUPP };
+            let status = request(&mut front, 0, kind, 0, &data, 0).0;
+            assert_eq!(status, expected, "command {kind}");
+        }
+    }
+    assert_eq!(fs::read(image.path()).unwrap(), before);
+    daemon.stop();
+    // Not offered at all.
+    let daemon = serve(&image, &["--discard", "off"]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    for kind in [DISCARD, WRITE_ZEROES] {
+        let status = request(&mut front, 0, kind, 0, &range(2, 8, 0), 0).0;
+        assert_eq!(status, UNSUPP);
+    }
+    assert_eq!(fs::read(image.path()).unwrap(), before);
+    daemon.stop();
+}
+
+/// A file system of a mebibyte, in a mount namespace of this thread. `None`, and a word on standard error, if that
+/// cannot be.
+fn small_file_system(test: &str) -> Option<tempfile::TempDir> {
+    let dir = tempfile::tempdir().unwrap();
+    let none = None::<&str>;
+    let made = unshare(CloneFlags::CLONE_NEWNS)
+        .and_then(|()| mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none))
+        .and_then(|()| {
+            let size = Some("size=1m");
+            mount(none, dir.path(), Some("tmpfs"), MsFlags::empty(), size)
+        });
+    match made {
+        Ok(()) => Some(dir),
+        Err(e) => {
+            let _ = writeln!(std::io::stderr(), "test {test}: skipped: no mount: {e}");
+            None
+        }
+    }
+}
+
+#[test]
+fn a_full_file_system_is_an_error_of_the_request_and_of_nothing_else() {
+    let test = "a_full_file_system_is_an_error_of_the_request_and_of_nothing_else";
+    let Some(dir) = small_file_system(test) else {
+        return;
+    };
+    let path = dir.path().join("disk");
+    fs::File::create(&path).unwrap().set_len(DISK).unwrap();
+    let daemon = Daemon::start(BLK, &["--path", path.to_str().unwrap()]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let piece = vec![7; 64 << 10];
+    let sectors = piece.len() as u64 / 512;
+    let mut written = 0;
+    while request(&mut front, 0, OUT, written * sectors, &piece, 0).0 == OK {
+        written += 1;
+        assert!(written <= 16, "more than there is room for");
+    }
+    assert!(written > 0);
+    assert_eq!(
+        request(&mut front, 0, OUT, written * sectors, &piece, 0).0,
+        IOERR
+    );
+    assert!(daemon.log().contains("No space left"), "{}", daemon.log());
+    // What was written stays, and with room again writes succeed.
+    let (status, _, data) = request(&mut front, 0, IN, 0, &[], 512);
+    assert_eq!((status, data), (OK, vec![7; 512]));
+    let all = range(0, sectors as u32, 0);
+    assert_eq!(request(&mut front, 0, DISCARD, 0, &all, 0).0, OK);
+    assert_eq!(
+        request(&mut front, 0, OUT, written * sectors, &piece, 0).0,
+        OK
+    );
+    daemon.stop();
+}
+
+#[test]
 fn serial_and_configuration_are_as_asked_for() {
     let args = [
         "--serial",
@@ -342,6 +437,66 @@ fn a_read_only_disk_stays_as_it_is() {
     assert_eq!(m.status(FLUSH, 0, &[], 0), OK);
     assert_eq!(m.disk(), before);
     m.daemon.stop();
+}
+
+/// A loop device over an image, detached when dropped. `None`, and a word on standard error, if that cannot be.
+struct Loop(String);
+
+impl Loop {
+    fn new(test: &str, image: &Path, sector: u32) -> Option<Self> {
+        let mut command = Command::new("losetup");
+        command.args(["--find", "--show", "--sector-size", &sector.to_string()]);
+        let output = command.arg(image).output();
+        match output {
+            Ok(output) if output.status.success() => {
+                let name = String::from_utf8(output.stdout).unwrap();
+                Some(Self(name.trim().to_owned()))
+            }
+            other => {
+                let _ = writeln!(std::io::stderr(), "test {test}: skipped: {other:?}");
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("losetup").args(["--detach", &self.0]).status();
+    }
+}
+
+#[test]
+fn block_devices_are_served_with_their_geometry() {
+    let test = "block_devices_are_served_with_their_geometry";
+    for (sector, args) in [(512_u32, &[][..]), (4096, &[]), (4096, &["--direct"])] {
+        let image = image();
+        let Some(device) = Loop::new(test, image.path(), sector) else {
+            return;
+        };
+        let daemon = Daemon::start(BLK, &[&["--path", &device.0], args].concat());
+        let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+        let flags = VhostUserConfigFlags::empty();
+        let (_, config) = front.messages.get_config(0, 60, flags, &[0; 60]).unwrap();
+        assert_eq!(config[..8], (DISK / 512).to_le_bytes());
+        assert_eq!(config[20..24], sector.to_le_bytes());
+        let mut status =
+            |kind, sector, data: &[u8]| request(&mut front, 0, kind, sector, data, 0).0;
+        assert_eq!(status(OUT, 64, &[7; 4096]), OK);
+        assert_eq!(status(WRITE_ZEROES, 0, &range(128, 64, 0)), OK);
+        assert_eq!(status(WRITE_ZEROES, 0, &range(256, 64, 1)), OK);
+        assert_eq!(status(DISCARD, 0, &range(512, 64, 0)), OK);
+        assert_eq!(status(FLUSH, 0, &[]), OK);
+        for (at, first) in [(64, 0x0707_0707_0707_0707), (128, 0), (256, 0), (8, 8_u64)] {
+            let (status, _, data) = request(&mut front, 0, IN, at, &[], 4096);
+            assert_eq!((status, &data[..8]), (OK, &first.to_le_bytes()[..]));
+        }
+        // Nobody else may write it meanwhile.
+        let (code, log) = Daemon::spawn(BLK, &["--path", &device.0]).outcome();
+        assert_eq!(code, Some(1));
+        assert!(log.contains("in use by another program"), "{log}");
+        daemon.stop();
+    }
 }
 
 #[test]
@@ -568,6 +723,26 @@ fn memory_can_come_and_go_under_a_running_ring() {
     assert!(m.front.messages.remove_mem_region(&second).is_err());
     m.front.messages.add_mem_region(&second).unwrap();
     assert_eq!(read_into_second(&mut m), (4, 513));
+    m.daemon.stop();
+}
+
+/// QEMU changes a region of memory by taking it away and adding it again, also the one that a ring lies in.
+#[test]
+fn a_ring_comes_back_with_its_memory() {
+    let mut m = Machine::plain();
+    let regions = m.front.guest.regions();
+    assert_eq!(m.status(FLUSH, 0, &[], 0), OK);
+    let (head, answer) = (m.front.guest.alloc(16, 16), m.front.guest.alloc(513, 16));
+    let memory = m.front.guest.memory.clone();
+    memory.write_slice(&header(IN, 5), head).unwrap();
+    m.front.messages.remove_mem_region(&regions[0]).unwrap();
+    // What the driver asks for meanwhile waits.
+    let writable = [Segment::new(answer, 513)];
+    m.front.queues[0].submit(&m.front.guest, &[Segment::new(head, 16)], &writable, 9);
+    m.front.messages.add_mem_region(&regions[0]).unwrap();
+    assert_eq!(m.front.complete(0), (9, 513));
+    assert_eq!(memory.read_obj::<u64>(answer).unwrap(), 5);
+    assert!(!m.daemon.log().contains("WARN"), "{}", m.daemon.log());
     m.daemon.stop();
 }
 

@@ -13,17 +13,18 @@ use std::fs::File;
 use std::io::{IoSlice, Write};
 use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use frontend::{Daemon, FrontEnd, Guest, PATIENCE, Raw, Setup, negotiate};
+use frontend::{Daemon, FrontEnd, Guest, PATIENCE, REGION, Raw, SECOND, Setup, negotiate};
 use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use ringside_rings::Segment;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
-use vm_memory::Bytes;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
@@ -77,25 +78,35 @@ fn capabilities_are_printed_whatever_else_is_asked() {
 
 #[test]
 fn the_discovery_file_describes_the_program() {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/share/50-ringside-blk.json");
-    let json: serde_json::Value = serde_json::from_reader(File::open(path).unwrap()).unwrap();
-    assert_eq!(json["type"], "block");
-    assert!(json["binary"].as_str().unwrap().ends_with("/ringside-blk"));
-    assert!(json["description"].is_string());
+    for (name, kind) in [("ringside-blk", "block"), ("ringside-net", "net")] {
+        let share = concat!(env!("CARGO_MANIFEST_DIR"), "/share");
+        let file = File::open(format!("{share}/50-{name}.json")).unwrap();
+        let json: serde_json::Value = serde_json::from_reader(file).unwrap();
+        assert_eq!(json["type"], kind);
+        assert!(json["binary"].as_str().unwrap().ends_with(name));
+        assert!(json["description"].is_string());
+    }
 }
 
 #[test]
 fn help_names_examples_and_exit_statuses() {
-    let output = Command::new(BLK).arg("--help").output().unwrap();
-    let help = String::from_utf8(output.stdout).unwrap();
-    assert!(output.status.success());
-    for word in [
-        "Examples:",
-        "qemu-system-x86_64",
-        "cloud-hypervisor",
-        "Exit status:",
-    ] {
-        assert!(help.contains(word), "{word}");
+    for program in [BLK, env!("CARGO_BIN_EXE_ringside-net")] {
+        let output = Command::new(program).arg("--help").output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success());
+        for word in [
+            "qemu-system-x86_64",
+            "cloud-hypervisor",
+            "ringside-vmm",
+            "Exit status:",
+        ] {
+            assert!(help.contains(word), "{word}");
+        }
+        // Commands that are wrapped cannot be copied.
+        let (_, examples) = help.split_once("Examples:").unwrap();
+        for line in examples.lines() {
+            assert!(line.chars().count() <= 80, "{line}");
+        }
     }
 }
 
@@ -339,6 +350,39 @@ fn what_a_queue_cannot_be_is_refused_by_an_answer() {
     daemon.stop();
 }
 
+/// Many queues need more descriptors than the usual soft limit allows; the hard limit is what counts.
+#[test]
+fn the_soft_limit_of_open_files_does_not_matter() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let mut shell = Command::new("sh");
+    let script = "ulimit -S -n 100; exec \"$0\" --null 1G --queues 200 --socket-path \"$1\"";
+    shell.args(["-c", script, BLK]).arg(socket);
+    let daemon = Daemon::spawn_command(&mut shell, dir);
+    daemon.wait_for_socket();
+    still_serves(&daemon);
+    daemon.stop();
+}
+
+/// Neither messages that are refused nor connections that come and go can fill the log.
+#[test]
+fn a_front_end_cannot_fill_the_log() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let (messages, _) = negotiate(&daemon.socket(), 0);
+    for _ in 0..500 {
+        assert!(messages.set_vring_num(0, 100).is_err());
+    }
+    drop(messages);
+    for _ in 0..200 {
+        drop(Raw::connect(&daemon.socket()));
+    }
+    still_serves(&daemon);
+    let log = daemon.log();
+    assert!(log.contains("is not a power of two"), "{log}");
+    assert!(log.lines().count() < 80, "{log}");
+    daemon.stop();
+}
+
 #[test]
 fn memory_that_is_not_there_is_refused() {
     let daemon = Daemon::start(BLK, &NULL);
@@ -365,6 +409,40 @@ fn memory_that_is_not_there_is_refused() {
     drop(messages);
     still_serves(&daemon);
     daemon.stop();
+}
+
+/// A front-end that truncates the file of its guest's memory loses its connection; the next one is served.
+#[test]
+fn memory_that_is_taken_away_costs_the_connection_only() {
+    let daemon = Daemon::start(BLK, &NULL);
+    // The requests' memory goes, or the ring's as well. This process must not touch either then.
+    for left in [REGION, 0] {
+        for _ in 0..2 {
+            let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+            works(&mut front);
+            front.guest.file.set_len(left).unwrap();
+            let queue = &mut front.queues[0];
+            if left > 0 {
+                let torn = |at, len| Segment::new(GuestAddress(SECOND + at), len);
+                queue.submit(&front.guest, &[torn(0, 16)], &[torn(8192, 1)], 1);
+            }
+            queue.kick.write(1).unwrap();
+            assert!(front.raw.is_closed(), "{}", daemon.log());
+        }
+    }
+    still_serves(&daemon);
+    let log = daemon.log();
+    assert_eq!(log.matches("guest memory is gone").count(), 4, "{log}");
+    daemon.assert_idle();
+    daemon.stop();
+}
+
+/// A SIGBUS from elsewhere still ends the process.
+#[test]
+fn bus_errors_of_other_origin_are_not_hidden() {
+    let mut daemon = Daemon::start(BLK, &NULL);
+    daemon.signal(Signal::SIGBUS);
+    assert_eq!(daemon.wait().signal(), Some(Signal::SIGBUS as i32));
 }
 
 #[test]
@@ -506,6 +584,38 @@ fn a_ring_without_a_kick_descriptor_is_polled() {
     daemon.stop();
 }
 
+/// A front-end that sets a running ring up anew has not stopped it, but its old place in memory is no ring any more.
+#[test]
+fn a_ring_that_is_set_up_anew_waits_for_its_kick_descriptor() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let restarts: [fn(&mut FrontEnd); 3] = [
+        |front| front.messages.reset_owner().unwrap(),
+        |front| front.messages.set_vring_num(0, 64).unwrap(),
+        |front| front.messages.set_vring_base(0, 77).unwrap(),
+    ];
+    for restart in restarts {
+        works(&mut front);
+        let base = front.messages.get_vring_base(0).unwrap() as u16;
+        front.start(0, base);
+        restart(&mut front);
+        // Whatever happens to its old place: it is not looked at, and no message fails for it.
+        let index = GuestAddress(front.queues[0].ring.layout().avail_ring().0 + 2);
+        let avail: u16 = front.guest.memory.read_obj(index).unwrap();
+        front.guest.memory.write_obj(avail ^ 0x4000, index).unwrap();
+        front.queues[0].kick.write(1).unwrap();
+        let regions = front.guest.regions();
+        front.messages.set_mem_table(&regions).unwrap();
+        front.messages.set_features(front.features).unwrap();
+        front.messages.set_vring_enable(0, true).unwrap();
+        front.guest.memory.write_obj(avail, index).unwrap();
+        front.start(0, base);
+    }
+    works(&mut front);
+    assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
+    daemon.stop();
+}
+
 #[test]
 fn a_reset_stops_all_rings_and_they_can_start_again() {
     let daemon = Daemon::start(BLK, &NULL);
@@ -554,9 +664,17 @@ fn logs_have_levels_and_can_be_json() {
     assert!(String::from_utf8_lossy(&quiet.stderr).contains("cannot listen on"));
     let wrong = Command::new(BLK)
         .args(NULL)
-        .args(["--socket-path", "/no/such/dir/s", "--log-level", "a=b=c"])
+        .args(["--socket-path", "/no/such/dir/s", "--log-level", "loud"])
+        .output()
+        .unwrap();
+    assert_eq!(wrong.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("\"loud\" is no level"));
+    let wrong = Command::new(BLK)
+        .args(NULL)
+        .args(["--socket-path", "/no/such/dir/s"])
+        .env("RINGSIDE_LOG", "loud")
         .output()
         .unwrap();
     assert_eq!(wrong.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&wrong.stderr).contains("log filter"));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("RINGSIDE_LOG=\"loud\""));
 }

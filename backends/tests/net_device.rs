@@ -11,10 +11,12 @@
 mod frontend;
 
 use std::fs::File;
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
-use frontend::{Daemon, FrontEnd, Setup};
+use frontend::{Daemon, FrontEnd, Setup, readable};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::net::if_::if_nametoindex;
 use nix::sched::{CloneFlags, unshare};
@@ -153,6 +155,45 @@ fn the_host_answers_and_rings_come_back() {
 }
 
 #[test]
+fn queues_that_no_driver_uses_do_no_harm() {
+    if !own_network("queues_that_no_driver_uses_do_no_harm") {
+        return;
+    }
+    const MQ: u64 = 1 << 22;
+    const CTRL_VQ: u64 = 1 << 17;
+    let daemon = serve(&["--tap", "ring0", "--queue-pairs", "2"]);
+    for without in [MQ, CTRL_VQ, MQ | CTRL_VQ, 0] {
+        let setup = Setup {
+            queues: 5,
+            without,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        for queue in 0..5 {
+            front.messages.get_vring_base(queue).unwrap();
+            front.start(queue, 0);
+        }
+    }
+    let mut front = connect(&daemon, 2);
+    post(&mut front, 32);
+    ask_host(&mut front);
+    assert!(!daemon.log().contains("ERROR"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
+fn an_interface_that_is_down_is_named_as_the_reason() {
+    if !own_network("an_interface_that_is_down_is_named_as_the_reason") {
+        return;
+    }
+    let daemon = Daemon::start(NET, &["--tap", "ring0"]);
+    let mut front = connect(&daemon, 2);
+    send(&mut front, TX, &arp_request());
+    assert!(daemon.log().contains("--tap-up"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
 fn one_front_end_after_the_other_is_served() {
     if !own_network("one_front_end_after_the_other_is_served") {
         return;
@@ -211,6 +252,61 @@ fn the_control_queue_is_obeyed() {
         front.messages.get_config(0, 6, flags, &[0; 6]).unwrap().1
     };
     assert_eq!(mac(), new);
+    daemon.stop();
+}
+
+/// The status field, and whether the back-end says that the configuration changed.
+fn told(front: &mut FrontEnd, channel: &UnixStream) -> (bool, u8) {
+    let told = readable(channel.as_raw_fd(), Duration::from_millis(200));
+    let flags = VhostUserConfigFlags::empty();
+    let status = front.messages.get_config(6, 2, flags, &[0; 2]).unwrap().1;
+    (told, status[0])
+}
+
+#[test]
+fn a_guest_that_goes_on_is_asked_to_announce_itself() {
+    if !own_network("a_guest_that_goes_on_is_asked_to_announce_itself") {
+        return;
+    }
+    const CONTROL: usize = 2;
+    const LINK_UP: u8 = 1;
+    const ANNOUNCE: u8 = 2;
+    let daemon = serve(&["--tap", "ring0"]);
+    let mut front = connect(&daemon, 3);
+    let connect_channel = |front: &mut FrontEnd| {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        front.messages.set_backend_request_fd(&theirs).unwrap();
+        ours
+    };
+    let channel = connect_channel(&mut front);
+    post(&mut front, 32);
+    ask_host(&mut front);
+    // Nothing to announce while the connection lasts, whatever happens to the rings.
+    let base = front.messages.get_vring_base(TX).unwrap() as u16;
+    assert_ne!(base, 0);
+    front.start(TX, base);
+    assert_eq!(told(&mut front, &channel), (false, LINK_UP));
+
+    let bases = front.reconnect(&daemon.socket());
+    let mut channel = connect_channel(&mut front);
+    for (index, base) in bases.into_iter().enumerate() {
+        front.start(index, base);
+    }
+    assert_eq!(told(&mut front, &channel), (true, LINK_UP | ANNOUNCE));
+    let mut message = [0; 12];
+    channel.read_exact(&mut message).unwrap();
+    assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(command(&mut front, CONTROL, &[3, 0]), OK);
+    assert_eq!(told(&mut front, &channel), (false, LINK_UP));
+    ask_host(&mut front);
+
+    // A front-end without a channel cannot pass it on.
+    let bases = front.reconnect(&daemon.socket());
+    for (index, base) in bases.into_iter().enumerate() {
+        front.start(index, base);
+    }
+    assert_eq!(told(&mut front, &channel).1, LINK_UP);
+    ask_host(&mut front);
     daemon.stop();
 }
 

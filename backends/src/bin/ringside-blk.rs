@@ -12,23 +12,28 @@ const PROGRAM: Program = Program {
     features: &["read-only", "blk-file"],
 };
 
+// Lines of 78 characters at most: wrapped commands cannot be copied.
 const EXAMPLES: &str = "Examples:
   Serve an image to one virtual machine after the other, with four queues:
     ringside-blk --socket-path /run/vm1-disk.sock --path disk.img --queues 4
 
   Attach it to ringside-vmm:
-    ringside-vmm --kernel vmlinuz --blk socket=/run/vm1-disk.sock …
+    ringside-vmm --kernel vmlinuz --blk socket=/run/vm1-disk.sock ...
 
   Attach it to QEMU, whose guest memory must be shared:
-    qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
-      -chardev socket,id=c0,path=/run/vm1-disk.sock -device vhost-user-blk-pci,chardev=c0,num-queues=4 …
+    qemu-system-x86_64 -m 1G -machine q35,memory-backend=mem \\
+      -object memory-backend-memfd,id=mem,size=1G,share=on \\
+      -chardev socket,id=c0,path=/run/vm1-disk.sock \\
+      -device vhost-user-blk-pci,chardev=c0,num-queues=4 ...
 
-  Attach it to cloud-hypervisor:
-    cloud-hypervisor --memory size=1G,shared=on --disk vhost_user=true,socket=/run/vm1-disk.sock,num_queues=4,queue_size=128 …
+  Attach it to cloud-hypervisor (queue_size=128 or larger):
+    cloud-hypervisor --memory size=1G,shared=on --disk \\
+      vhost_user=true,socket=/run/vm1-disk.sock,num_queues=4,queue_size=128 ...
 
   Measure the path without a disk, read by QEMU's own front-end:
     ringside-blk --socket-path /tmp/null.sock --null 1G
-    qemu-img bench -c 100000 -d 32 -s 4096 -t none --image-opts driver=virtio-blk-vhost-user,path=/tmp/null.sock,cache.direct=on
+    qemu-img bench -c 100000 -d 32 -s 4096 -t none --image-opts \\
+      driver=virtio-blk-vhost-user,path=/tmp/null.sock,cache.direct=on
 ";
 
 /// Serves a raw disk image or a block device to a virtual machine over vhost-user.

@@ -12,24 +12,33 @@ const PROGRAM: Program = Program {
     features: &[],
 };
 
+// Lines of 78 characters at most: wrapped commands cannot be copied.
 const EXAMPLES: &str = "Examples:
-  Create a TAP interface, give the host's end an address, and serve one virtual machine after the other:
-    ringside-net --socket-path /run/vm1-net.sock --tap vm1 --tap-ip 192.168.90.1/24
+  Create a TAP interface, give the host's end an address, and serve one virtual
+  machine after the other:
+    ringside-net --socket-path /run/vm1-net.sock --tap vm1 \\
+      --tap-ip 192.168.90.1/24
 
-  Four queue pairs, on a TAP interface made beforehand for a user without privileges:
-    ip tuntap add dev vm1 mode tap user alice vnet_hdr multi_queue && ip link set vm1 up
-    ringside-net --socket-path /run/vm1-net.sock --tap vm1 --queue-pairs 4 --mac 52:54:00:12:34:56
+  Four queue pairs, on a TAP interface made beforehand for a user without
+  privileges:
+    ip tuntap add dev vm1 mode tap user alice vnet_hdr multi_queue
+    ip link set vm1 up
+    ringside-net --socket-path /run/vm1-net.sock --tap vm1 --queue-pairs 4 \\
+      --mac 52:54:00:12:34:56
 
   Attach it to ringside-vmm:
-    ringside-vmm --kernel vmlinuz --net socket=/run/vm1-net.sock …
+    ringside-vmm --kernel vmlinuz --net socket=/run/vm1-net.sock ...
 
   Attach it to QEMU, whose guest memory must be shared:
-    qemu-system-x86_64 -m 1G -object memory-backend-memfd,id=mem,size=1G,share=on -machine q35,memory-backend=mem \\
-      -chardev socket,id=c0,path=/run/vm1-net.sock -netdev vhost-user,id=n0,chardev=c0,queues=4 \\
-      -device virtio-net-pci,netdev=n0,mq=on,vectors=10,mac=52:54:00:12:34:56 …
+    qemu-system-x86_64 -m 1G -machine q35,memory-backend=mem \\
+      -object memory-backend-memfd,id=mem,size=1G,share=on \\
+      -chardev socket,id=c0,path=/run/vm1-net.sock \\
+      -netdev vhost-user,id=n0,chardev=c0,queues=4 \\
+      -device virtio-net-pci,netdev=n0,mq=on,mac=52:54:00:12:34:56 ...
 
   Attach it to cloud-hypervisor:
-    cloud-hypervisor --memory size=1G,shared=on --net vhost_user=true,socket=/run/vm1-net.sock,num_queues=8,mac=52:54:00:12:34:56 …
+    cloud-hypervisor --memory size=1G,shared=on --net \\
+      vhost_user=true,socket=/run/vm1-net.sock,num_queues=8 ...
 ";
 
 /// Serves a network interface to a virtual machine over vhost-user, on a TAP interface of the host.

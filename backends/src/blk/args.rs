@@ -19,9 +19,9 @@ const LOCK_WAIT: Duration = Duration::from_secs(1);
 /// Whether something is to be offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
-    /// It is.
+    /// Offered, if the disk can be written.
     On,
-    /// It is not.
+    /// Not offered.
     Off,
 }
 
@@ -57,6 +57,9 @@ pub struct BlkArgs {
     pub queues: u16,
 
     /// Largest queue size to accept from a front-end: a power of two
+    ///
+    /// If the front-end's queues have less than 128 entries, give their size here: the guest is told how long a request may
+    /// be before the size is known, and longer ones are refused.
     #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u16).range(2..=4096))]
     pub queue_size: u16,
 

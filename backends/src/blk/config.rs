@@ -34,10 +34,8 @@ pub mod feature {
 
 /// Offset of `wce`, the only field that a driver writes.
 const WCE_OFFSET: u32 = 32;
-/// Length of the structure up to secure erase, which is not offered; what front-ends read beyond is zero.
+/// Length of the structure up to secure erase, which is not offered.
 const LEN: usize = 60;
-/// The most that front-ends of vhost-user ask for (VHOST_USER_MAX_CONFIG_SIZE).
-const SPACE: usize = 256;
 
 /// What a driver is told about the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -111,28 +109,6 @@ impl Writer {
     }
 }
 
-/// Bytes `offset..offset + len` of the configuration space.
-pub(super) fn read(config: &[u8], offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
-    let (start, count) = (
-        usize::try_from(offset).unwrap_or(usize::MAX),
-        usize::try_from(len).unwrap_or(usize::MAX),
-    );
-    if start.checked_add(count).is_none_or(|end| end > SPACE) {
-        return Err(DeviceError::ConfigRange {
-            offset,
-            len: count,
-            size: SPACE,
-        });
-    }
-    let rest = config.get(start..).unwrap_or_default();
-    Ok(rest
-        .iter()
-        .copied()
-        .chain(std::iter::repeat(0))
-        .take(count)
-        .collect())
-}
-
 /// What a driver's write asks for: the new value of `wce`.
 pub(super) fn write(offset: u32, data: &[u8]) -> Result<bool, DeviceError> {
     match (offset, data) {
@@ -178,16 +154,6 @@ mod tests {
         assert_eq!(u32_at(48), 1 << 21);
         assert_eq!(u32_at(52), 1);
         assert_eq!(bytes[56], 1);
-    }
-
-    #[test]
-    fn reads_are_bounded_and_padded_with_zeroes() {
-        let bytes = encode(&GEOMETRY, false);
-        assert_eq!(read(&bytes, 0, 60).unwrap(), bytes);
-        let long = read(&bytes, 56, 100).unwrap();
-        assert_eq!((long.len(), long[0], long[99]), (100, 1, 0));
-        assert!(read(&bytes, 0, 257).is_err());
-        assert!(read(&bytes, u32::MAX, u32::MAX).is_err());
     }
 
     #[test]

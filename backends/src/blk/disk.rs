@@ -22,13 +22,15 @@ const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 #[non_exhaustive]
 pub enum DiskError {
     /// There is no such file.
-    #[error("disk {path} does not exist")]
+    #[error("disk {path} does not exist; create it, for example with truncate --size 1G {path}")]
     Absent {
         /// The path.
         path: PathBuf,
     },
     /// It is a directory, a socket, a terminal…
-    #[error("disk {path} is neither a regular file nor a block device")]
+    #[error(
+        "disk {path} is neither a regular file nor a block device; give the path of a raw image or of a device"
+    )]
     NotADisk {
         /// The path.
         path: PathBuf,
@@ -52,7 +54,7 @@ pub enum DiskError {
         source: io::Error,
     },
     /// The file system has no direct I/O.
-    #[error("disk {path}: its file system does not support --direct")]
+    #[error("disk {path}: its file system does not support --direct; leave it out")]
     NoDirect {
         /// The path.
         path: PathBuf,
@@ -64,7 +66,10 @@ pub enum DiskError {
         path: PathBuf,
     },
     /// Its size is not a whole number of blocks.
-    #[error("disk {path} has {size} bytes, which is not a multiple of the block size {block}")]
+    #[error(
+        "disk {path} has {size} bytes, which is not a multiple of the block size {block}; \
+         enlarge it, for example with truncate --size %{block} {path}"
+    )]
     Unaligned {
         /// The path.
         path: PathBuf,
@@ -83,7 +88,8 @@ pub enum DiskError {
     },
     /// Another program uses it.
     #[error(
-        "disk {path} is in use by another program (it holds a lock); two writers would destroy it"
+        "disk {path} is in use by another program (it holds a lock); two writers would destroy it; \
+         end that program, or let both read only (--read-only)"
     )]
     Locked {
         /// The path.

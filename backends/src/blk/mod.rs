@@ -21,7 +21,7 @@ use std::thread::{self, JoinHandle};
 
 use tracing::info;
 
-use crate::shell::{Commands, Device, DeviceError};
+use crate::shell::{Commands, Device, DeviceError, config_range};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, feature};
@@ -103,7 +103,10 @@ impl Blk {
                 limits: Limits {
                     capacity: geometry.capacity,
                     read_only,
-                    discard,
+                    // Until a driver says what it accepts.
+                    flush: false,
+                    discard: false,
+                    write_zeroes: false,
                     max_range: geometry.max_range,
                     align: u64::from(align),
                 },
@@ -140,7 +143,7 @@ impl Device for Blk {
 
     fn read_config(&self, offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
         let writeback = self.shared.writeback.load(Ordering::Relaxed);
-        config::read(&config::encode(&self.geometry, writeback), offset, len)
+        config_range(&config::encode(&self.geometry, writeback), offset, len)
     }
 
     fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), DeviceError> {

@@ -4,6 +4,8 @@ use ringside_rings::{Chain, SegmentError, read_segments};
 use thiserror::Error;
 use vm_memory::GuestMemory;
 
+use super::config::feature;
+
 /// Bytes in a sector, the unit of all addresses, whatever the block size (VIRTIO 1.3, 5.2.6).
 pub(super) const SECTOR: u64 = 512;
 /// Length of the request header: type, reserved, sector (VIRTIO 1.3, 5.2.6).
@@ -44,8 +46,13 @@ pub(super) struct Limits {
     pub(super) capacity: u64,
     /// No request may change the disk.
     pub(super) read_only: bool,
-    /// VIRTIO_BLK_F_DISCARD and VIRTIO_BLK_F_WRITE_ZEROES are offered.
+    /// The driver may flush: it accepted VIRTIO_BLK_F_FLUSH, or VIRTIO_BLK_F_CONFIG_WCE, with which it can see a cache
+    /// that is writeback.
+    pub(super) flush: bool,
+    /// The driver accepted VIRTIO_BLK_F_DISCARD.
     pub(super) discard: bool,
+    /// The driver accepted VIRTIO_BLK_F_WRITE_ZEROES.
+    pub(super) write_zeroes: bool,
     /// Most bytes in a discard or write-zeroes request.
     pub(super) max_range: u64,
     /// Offsets and lengths of transfers must be multiples of this many bytes: a power of two, at least [`SECTOR`].
@@ -147,9 +154,9 @@ pub(super) fn parse<M: GuestMemory>(
                 offset,
                 len: readable,
             }),
-        kind::FLUSH => Ok(Request::Flush),
+        kind::FLUSH if limits.flush => Ok(Request::Flush),
         kind::GET_ID => Ok(Request::GetId { len: writable }),
-        what @ (kind::DISCARD | kind::WRITE_ZEROES) if limits.discard => {
+        what @ (kind::DISCARD | kind::WRITE_ZEROES) if limits.has_range(what) => {
             if readable != RANGE_LEN {
                 // max_discard_seg and max_write_zeroes_seg are 1.
                 return Ok(Request::Refuse(Status::IoError));
@@ -158,12 +165,32 @@ pub(super) fn parse<M: GuestMemory>(
             read_segments(mem, chain.readable(), HEADER_LEN, &mut range)?;
             limits.range(what, range)
         }
+        // Also what exists, but was not negotiated (VIRTIO 1.3, 2.2.1, 5.2.6).
         _ => Err(Status::Unsupported),
     };
     Ok(request.unwrap_or_else(Request::Refuse))
 }
 
 impl Limits {
+    /// The limits for a driver that accepted these features.
+    pub(super) fn negotiated(self, features: u64) -> Self {
+        let has = |bits: u64| features & bits != 0;
+        Self {
+            flush: has(feature::FLUSH | feature::CONFIG_WCE),
+            discard: has(feature::DISCARD),
+            write_zeroes: has(feature::WRITE_ZEROES),
+            ..self
+        }
+    }
+
+    fn has_range(&self, what: u32) -> bool {
+        if what == kind::DISCARD {
+            self.discard
+        } else {
+            self.write_zeroes
+        }
+    }
+
     /// Byte offset of a transfer, if it lies within the disk in whole sectors (VIRTIO 1.3, 5.2.6.2).
     fn transfer(&self, sector: u64, len: u64) -> Result<u64, Status> {
         let offset = self.within(sector, len)?;
@@ -221,7 +248,9 @@ mod tests {
     const LIMITS: Limits = Limits {
         capacity: 1 << 20,
         read_only: false,
+        flush: true,
         discard: true,
+        write_zeroes: true,
         max_range: 1 << 19,
         align: SECTOR,
     };
@@ -280,6 +309,19 @@ mod tests {
             frozen.range(kind::DISCARD, range(0, 1, 0)),
             Err(Status::IoError)
         );
+    }
+
+    #[test]
+    fn commands_are_those_that_were_negotiated() {
+        let of = |features| {
+            let limits = LIMITS.negotiated(features);
+            (limits.flush, limits.discard, limits.write_zeroes)
+        };
+        assert_eq!(of(0), (false, false, false));
+        assert_eq!(of(feature::FLUSH), (true, false, false));
+        assert_eq!(of(feature::CONFIG_WCE), (true, false, false));
+        assert_eq!(of(feature::DISCARD), (false, true, false));
+        assert_eq!(of(feature::WRITE_ZEROES), (false, false, true));
     }
 
     proptest! {

@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
-use crate::shell::DeviceError;
+use crate::shell::{DeviceError, config_range};
 
 /// An Ethernet address.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -95,6 +95,8 @@ pub(super) struct NetConfig {
 
 /// VIRTIO_NET_S_LINK_UP (VIRTIO 1.3, 5.1.4).
 const LINK_UP: u16 = 1;
+/// VIRTIO_NET_S_ANNOUNCE (VIRTIO 1.3, 5.1.4).
+const ANNOUNCE: u16 = 2;
 /// `duplex` full (VIRTIO 1.3, 5.1.4).
 const FULL_DUPLEX: u8 = 1;
 
@@ -102,7 +104,7 @@ const FULL_DUPLEX: u8 = 1;
 const LEN: usize = 28;
 
 impl NetConfig {
-    fn bytes(&self) -> [u8; LEN] {
+    fn bytes(&self, announce: bool) -> [u8; LEN] {
         let Self {
             mac,
             pairs,
@@ -110,10 +112,15 @@ impl NetConfig {
             speed,
         } = *self;
         let mut bytes = [0; LEN];
+        let status = if announce {
+            LINK_UP | ANNOUNCE
+        } else {
+            LINK_UP
+        };
         let fields = mac
             .octets()
             .into_iter()
-            .chain(LINK_UP.to_le_bytes())
+            .chain(status.to_le_bytes())
             .chain(pairs.to_le_bytes())
             .chain(mtu.unwrap_or(0).to_le_bytes())
             .chain(speed.unwrap_or(0).to_le_bytes())
@@ -124,19 +131,14 @@ impl NetConfig {
         bytes
     }
 
-    /// Reads `len` bytes from `offset` on.
-    pub(super) fn read(&self, offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
-        let start = usize::try_from(offset).unwrap_or(usize::MAX);
-        let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let bytes = self.bytes();
-        bytes
-            .get(start..start.saturating_add(len))
-            .map(<[u8]>::to_vec)
-            .ok_or(DeviceError::ConfigRange {
-                offset,
-                len,
-                size: LEN,
-            })
+    /// Reads `len` bytes from `offset` on. With `announce`, `status` asks the driver to make itself known.
+    pub(super) fn read(
+        &self,
+        announce: bool,
+        offset: u32,
+        len: u32,
+    ) -> Result<Vec<u8>, DeviceError> {
+        config_range(&self.bytes(announce), offset, len)
     }
 }
 
@@ -181,15 +183,17 @@ mod tests {
             mtu: Some(9000),
             speed: Some(25_000),
         };
-        assert_eq!(config.read(0, 6).unwrap(), [2, 3, 4, 5, 6, 7]);
-        assert_eq!(config.read(6, 2).unwrap(), 1_u16.to_le_bytes());
-        assert_eq!(config.read(8, 2).unwrap(), 4_u16.to_le_bytes());
-        assert_eq!(config.read(10, 2).unwrap(), 9000_u16.to_le_bytes());
-        assert_eq!(config.read(12, 4).unwrap(), 25_000_u32.to_le_bytes());
-        assert_eq!(config.read(16, 1).unwrap(), [1]);
-        assert_eq!(config.read(17, 11).unwrap(), [0; 11]);
-        for (offset, len) in [(0, 29), (28, 1), (u32::MAX, 1), (0, u32::MAX)] {
-            assert!(config.read(offset, len).is_err());
+        assert_eq!(config.read(false, 0, 6).unwrap(), [2, 3, 4, 5, 6, 7]);
+        assert_eq!(config.read(false, 6, 2).unwrap(), 1_u16.to_le_bytes());
+        assert_eq!(config.read(false, 8, 2).unwrap(), 4_u16.to_le_bytes());
+        assert_eq!(config.read(false, 10, 2).unwrap(), 9000_u16.to_le_bytes());
+        assert_eq!(config.read(false, 12, 4).unwrap(), 25_000_u32.to_le_bytes());
+        assert_eq!(config.read(false, 16, 1).unwrap(), [1]);
+        assert_eq!(config.read(false, 17, 11).unwrap(), [0; 11]);
+        assert_eq!(config.read(true, 6, 2).unwrap(), 3_u16.to_le_bytes());
+        assert_eq!(config.read(false, 17, 43).unwrap(), [0; 43]);
+        for (offset, len) in [(0, 257), (256, 1), (u32::MAX, 1), (0, u32::MAX)] {
+            assert!(config.read(false, offset, len).is_err());
         }
     }
 }

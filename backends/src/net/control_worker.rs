@@ -12,7 +12,7 @@ use super::device::Interface;
 use super::epoll_set::EpollSet;
 use super::features::tun_offloads;
 use super::ring::Ring;
-use super::settings::Shared;
+use super::settings::{Pairs, Shared};
 use super::worker::POLL_INTERVAL;
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Vring};
 
@@ -116,19 +116,28 @@ impl ControlWorker {
     }
 
     fn start(&mut self, vring: Box<Vring>) {
-        let ring = Ring::new(vring);
+        let ring = Ring::new(vring, &self.log);
         if let Some(fd) = ring.kick_fd()
             && let Err(error) = self.epoll.add(fd, KICK)
+            && let Some(held_back) = self.log.check()
         {
             warn!(
                 queue = ring.vring.index,
-                "cannot wait on the front-end's kick descriptor: {error}"
+                held_back, "cannot wait on the front-end's kick descriptor: {error}"
             );
         }
+        // A driver that speaks to us begins with one pair (VIRTIO 1.3, 5.1.6.5.5). One that has spoken to another
+        // before us may have gone on to more.
+        let first = if ring.vring.ring.next_avail() == 0 {
+            Pairs::First(1)
+        } else {
+            Pairs::Fed
+        };
         self.ring = Some(ring);
-        // A driver that speaks to us begins with one pair (VIRTIO 1.3, 5.1.6.5.5).
         self.target.shared.change(|settings| {
-            settings.pairs.get_or_insert(1);
+            if settings.pairs == Pairs::Enabled {
+                settings.pairs = first;
+            }
         });
     }
 
@@ -145,10 +154,13 @@ impl ControlWorker {
         };
         match serve(target, ring, bytes, log) {
             Ok((more, interrupt)) => {
-                if interrupt && let Err(error) = ring.vring.notify_driver() {
+                if interrupt
+                    && let Err(error) = ring.vring.notify_driver()
+                    && let Some(held_back) = log.check()
+                {
                     warn!(
                         queue = ring.vring.index,
-                        "the driver cannot be interrupted: {error}"
+                        held_back, "the driver cannot be interrupted: {error}"
                     );
                 }
                 more
@@ -165,7 +177,7 @@ fn serve(
     target: &Target,
     ring: &mut Ring,
     bytes: &mut [u8],
-    log: &mut LogLimit,
+    log: &LogLimit,
 ) -> Result<(bool, bool), RingError> {
     let features = ring.vring.features;
     let (mut session, buf, _) = ring.parts()?;
@@ -199,12 +211,16 @@ fn serve(
                 break false;
             }
             Err(PopError::Chain { head, error }) => {
-                if let Some(suppressed) = log.check() {
-                    warn!(suppressed, "malformed control command: {}", Causes(&error));
+                if let Some(held_back) = log.check() {
+                    warn!(held_back, "malformed control command: {}", Causes(&error));
                 }
                 session.push_used(head, 0)?;
             }
-            Err(PopError::Ring(error)) => return Err(error),
+            Err(PopError::Ring(error)) => {
+                // What was done before the driver broke its ring is returned all the same.
+                session.publish()?;
+                return Err(error);
+            }
         }
     };
     let interrupt = session.publish()?;
@@ -213,7 +229,7 @@ fn serve(
 
 impl Target {
     /// Obeys one command and returns its `ack`.
-    fn execute(&self, features: u64, bytes: &[u8], log: &mut LogLimit) -> u8 {
+    fn execute(&self, features: u64, bytes: &[u8], log: &LogLimit) -> u8 {
         let failed = match parse(features, self.pairs, bytes) {
             Ok(command) => {
                 debug!("control command {command:?}");
@@ -224,8 +240,8 @@ impl Target {
             }
             Err(error) => error.to_string(),
         };
-        if let Some(suppressed) = log.check() {
-            warn!(suppressed, "control command refused: {failed}");
+        if let Some(held_back) = log.check() {
+            warn!(held_back, "control command refused: {failed}");
         }
         ERR
     }
@@ -256,11 +272,11 @@ impl Target {
                     vlans.set(vlan, pass);
                 }
             }),
-            // This device does not ask for announcements, so there is no request to withdraw.
-            ControlCommand::AnnounceAck => return Ok(()),
-            ControlCommand::Pairs(pairs) => {
-                self.shared.change(|settings| settings.pairs = Some(pairs))
-            }
+            // The request is withdrawn before the command is answered (VIRTIO 1.3, 5.1.6.5.4).
+            ControlCommand::AnnounceAck => self.shared.change(|settings| settings.announce = false),
+            ControlCommand::Pairs(pairs) => self
+                .shared
+                .change(|settings| settings.pairs = Pairs::First(pairs)),
             ControlCommand::GuestOffloads(offloads) => {
                 return self
                     .interface

@@ -5,18 +5,20 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
-use tracing::{error, info};
-use virtio_bindings::virtio_net::VIRTIO_NET_F_CTRL_VLAN;
+use tracing::{debug, error, info};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
+};
 
 use super::config::{MacAddress, NetConfig};
 use super::control_worker::ControlWorker;
 use super::counters::Counters;
 use super::features::{control_queue, guest_offloads, has, header_len, tun_offloads};
 use super::filter::Filter;
-use super::settings::{Settings, Shared};
+use super::settings::{Pairs, Settings, Shared};
 use super::tap::{Tap, TapError, TapQueue};
 use super::worker::PairWorker;
-use crate::shell::{Chain as Causes, Commands, Device, DeviceError};
+use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;
@@ -52,6 +54,7 @@ pub struct Net {
     queues: Vec<Option<TapQueue>>,
     counters: Vec<Arc<Counters>>,
     shared: Arc<Shared>,
+    log: LogLimit,
 }
 
 impl Net {
@@ -68,7 +71,8 @@ impl Net {
     ) -> io::Result<Self> {
         let settings = Settings {
             filter: Filter::new(config.mac, false),
-            pairs: None,
+            pairs: Pairs::Enabled,
+            announce: false,
         };
         Ok(Self {
             shared: Arc::new(Shared::new(settings, config.pairs)?),
@@ -79,6 +83,7 @@ impl Net {
             acked: 0,
             name: name.to_owned(),
             interface,
+            log: LogLimit::default(),
         })
     }
 
@@ -101,8 +106,11 @@ impl Net {
             .interface
             .set_header_len(header_len)
             .and_then(|()| self.interface.set_offloads(offloads));
-        if let Err(error) = result {
+        if let Err(error) = result
+            && let Some(held_back) = self.log.check()
+        {
             error!(
+                held_back,
                 "packets will not fit the driver's choice: {}",
                 Causes(&error)
             );
@@ -115,7 +123,8 @@ impl Net {
         self.shared.change(|settings| {
             *settings = Settings {
                 filter,
-                pairs: None,
+                pairs: Pairs::Enabled,
+                announce: false,
             };
         });
     }
@@ -133,8 +142,9 @@ impl Device for Net {
 
     fn read_config(&self, offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
         // The driver may have changed the address (VIRTIO 1.3, 5.1.6.5.2).
-        let mac = self.shared.get().filter.mac;
-        NetConfig { mac, ..self.config }.read(offset, len)
+        let settings = self.shared.get();
+        let mac = settings.filter.mac;
+        NetConfig { mac, ..self.config }.read(settings.announce, offset, len)
     }
 
     /// All fields are read-only for a driver (VIRTIO 1.3, 5.1.4).
@@ -150,17 +160,37 @@ impl Device for Net {
         self.set_interface();
     }
 
+    /// The network may have the guest at another place than it is now. So its driver is asked to announce itself (VIRTIO
+    /// 1.3, 5.1.6.5.4) when it can send again, which is with its first transmit queue; the others may follow later.
+    fn resumed(&mut self, queue: u16) -> bool {
+        let answers = [
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ];
+        if queue != 1 || !answers.iter().all(|&feature| has(self.acked, feature)) {
+            return false;
+        }
+        debug!("the guest goes on with a new connection and is asked to announce itself");
+        self.shared.change(|settings| settings.announce = true);
+        true
+    }
+
     /// One for each pair, and one for the control queue.
     fn worker_count(&self) -> usize {
         usize::from(self.config.pairs).saturating_add(1)
     }
 
     fn worker_of(&self, queue: u16) -> usize {
-        let last = usize::from(self.config.pairs);
-        if control_queue(self.acked, self.config.pairs) == Some(queue) {
-            return last;
+        let pairs = self.config.pairs;
+        let last = usize::from(pairs);
+        match control_queue(self.acked, pairs) {
+            Some(control) if queue == control => last,
+            // Without MQ the control queue has the number of a receive queue, which then has this one: no driver uses it, but
+            // a front-end may start it, and each worker has one ring of a kind.
+            Some(control) if queue == pairs.saturating_mul(2) => usize::from(control / 2),
+            _ => usize::from(queue / 2).min(last),
         }
-        usize::from(queue / 2).min(last)
     }
 
     fn spawn_worker(
@@ -212,6 +242,7 @@ impl Device for Net {
             queues: _,
             counters: _,
             shared: _,
+            log: _,
         } = self;
         *acked = 0;
         self.forget_settings();

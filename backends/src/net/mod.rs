@@ -12,6 +12,10 @@
 //! The virtio-net header stands before each packet on both sides (IFF_VNET_HDR), so that checksums and
 //! segments pass as they are: a segment of 64 KiB is one chain, one system call and one packet of the kernel.
 //!
+//! A guest that goes on with a new connection (its front-end or this program was replaced, or it migrated) is asked to
+//! announce itself to the network, if its front-end passes on changes of the configuration space (protocol features
+//! CONFIG and BACKEND_REQ) and its control queue is served here. QEMU keeps both to itself and asks its guests on its own.
+//!
 //! | Module | Its matter |
 //! | --- | --- |
 //! | `args` | the command line |

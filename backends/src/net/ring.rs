@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use ringside_rings::{ChainBuf, RingError, Session};
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::counters::Counters;
 use super::iov::IoList;
@@ -16,15 +16,18 @@ pub(super) struct Ring {
     pub(super) list: IoList,
     /// The driver broke the ring: it is not served any more.
     broken: bool,
+    /// Of the worker: a ring that comes and goes has no more to say than one that stays.
+    log: LogLimit,
 }
 
 impl Ring {
-    pub(super) fn new(vring: Box<Vring>) -> Self {
+    pub(super) fn new(vring: Box<Vring>, log: &LogLimit) -> Self {
         Self {
             buf: ChainBuf::new(vring.ring.size()),
             list: IoList::new(Arc::clone(&vring.memory)),
             vring,
             broken: false,
+            log: log.clone(),
         }
     }
 
@@ -56,31 +59,36 @@ impl Ring {
     /// Stops serving the ring and tells the front-end.
     pub(super) fn fail(&mut self, error: &RingError) {
         self.broken = true;
-        warn!(
-            queue = self.vring.index,
-            "the driver broke the ring, it is not served any more: {}",
-            Causes(error)
-        );
-        if let Err(error) = self.vring.signal_error() {
+        let queue = self.vring.index;
+        if let Some(held_back) = self.log.check() {
             warn!(
-                queue = self.vring.index,
-                "the front-end cannot be told of it: {error}"
+                queue,
+                held_back,
+                "the driver broke the ring, it is not served any more: {}",
+                Causes(error)
             );
+        }
+        if let Err(error) = self.vring.signal_error() {
+            debug!(queue, "the front-end cannot be told of it: {error}");
+        }
+        // Some chains may have been returned in this turn; an interrupt too many does no harm.
+        if let Err(error) = self.vring.notify_driver() {
+            debug!(queue, "the driver cannot be interrupted: {error}");
         }
     }
 
     /// Interrupts the driver, unless it polls.
-    pub(super) fn interrupt(&self, counters: &Counters, log: &mut LogLimit) {
+    pub(super) fn interrupt(&self, counters: &Counters) {
         if self.vring.call.is_none() {
             return;
         }
         counters.interrupts.add(1);
         if let Err(error) = self.vring.notify_driver()
-            && let Some(suppressed) = log.check()
+            && let Some(held_back) = self.log.check()
         {
             warn!(
                 queue = self.vring.index,
-                suppressed, "the driver cannot be interrupted: {error}"
+                held_back, "the driver cannot be interrupted: {error}"
             );
         }
     }

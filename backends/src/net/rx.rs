@@ -78,6 +78,7 @@ pub(super) enum RxEnd {
 /// The receive queue of a pair.
 pub(super) struct Rx {
     pub(super) ring: Ring,
+    fed: bool,
     state: State,
 }
 
@@ -99,7 +100,10 @@ struct State {
 
 impl Rx {
     /// `mtu` is that of the TAP, in bytes, as far as it is known.
-    pub(super) fn new(vring: Box<Vring>, mtu: u16) -> Self {
+    pub(super) fn new(mut vring: Box<Vring>, mtu: u16, log: &LogLimit) -> Self {
+        // A ring that cannot be read breaks in its first turn.
+        let waiting = vring.session().and_then(|mut session| session.available());
+        let fed = vring.ring.next_avail() != 0 || waiting.is_ok_and(|count| count > 0);
         let features = vring.features;
         let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
         let offloads = guest_offloads(features);
@@ -120,12 +124,18 @@ impl Rx {
             room: 0,
             held: None,
             spill: vec![0; MAX_HEADER + MAX_FRAME].into(),
-            log: LogLimit::default(),
+            log: log.clone(),
         };
         Self {
-            ring: Ring::new(vring),
+            ring: Ring::new(vring, log),
+            fed,
             state,
         }
+    }
+
+    /// The driver had given it buffers when it was started.
+    pub(super) fn fed(&self) -> bool {
+        self.fed
     }
 
     /// Receives what the TAP has.
@@ -133,7 +143,7 @@ impl Rx {
         match self.serve(tap, filter, counters) {
             Ok((end, interrupt)) => {
                 if interrupt {
-                    self.ring.interrupt(counters, &mut self.state.log);
+                    self.ring.interrupt(counters);
                 }
                 end
             }
@@ -150,7 +160,7 @@ impl Rx {
         filter: &Filter,
         counters: &Counters,
     ) -> Result<(RxEnd, bool), RingError> {
-        let Self { ring, state } = self;
+        let Self { ring, state, .. } = self;
         let (mut session, buf, list) = ring.parts()?;
         session.disable_notifications()?;
         let mut left = BUDGET;
@@ -192,7 +202,11 @@ impl Rx {
                         state.dropped(counters, &Causes(&error));
                         session.push_used(head, 0)?;
                     }
-                    Err(PopError::Ring(error)) => return Err(error),
+                    Err(PopError::Ring(error)) => {
+                        // What was done before the driver broke its ring is returned all the same.
+                        session.publish()?;
+                        return Err(error);
+                    }
                 }
             }
             let len = match state.held {
@@ -256,7 +270,7 @@ impl Rx {
     }
 
     fn unpost(&mut self) -> Result<(), RingError> {
-        let Self { ring, state } = self;
+        let Self { ring, state, .. } = self;
         let posted = u16::try_from(state.posted.len()).unwrap_or(u16::MAX);
         ring.parts()?.0.rewind(posted);
         // A malformed chain among them was returned out of order; those before it cannot be rewound.
@@ -304,10 +318,10 @@ impl State {
                     io::ErrorKind::WouldBlock => {}
                     io::ErrorKind::Interrupted => return Ok(None),
                     _ => {
-                        if let Some(suppressed) = self.log.check() {
+                        if let Some(held_back) = self.log.check() {
                             warn!(
                                 queue = self.queue,
-                                suppressed, "cannot read from the TAP: {error}"
+                                held_back, "cannot read from the TAP: {error}"
                             );
                         }
                     }
@@ -385,8 +399,8 @@ impl State {
     #[cold]
     fn dropped(&mut self, counters: &Counters, why: &dyn std::fmt::Display) {
         counters.rx_dropped.add(1);
-        if let Some(suppressed) = self.log.check() {
-            warn!(queue = self.queue, suppressed, "not received: {why}");
+        if let Some(held_back) = self.log.check() {
+            warn!(queue = self.queue, held_back, "not received: {why}");
         }
     }
 }

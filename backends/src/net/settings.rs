@@ -16,14 +16,26 @@ use super::filter::Filter;
 /// How long a command may wait for the workers before it is answered as failed.
 const PATIENCE: Duration = Duration::from_secs(1);
 
+/// Which queue pairs receive, of those whose rings the front-end has enabled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pairs {
+    /// All: no driver speaks to a control queue of ours.
+    Enabled,
+    /// The first ones, as many as the driver said.
+    First(u16),
+    /// Those that have got buffers: the driver said how many it uses before its control queue came to us.
+    Fed,
+}
+
 /// One set.
 #[derive(Debug, Clone)]
 pub(super) struct Settings {
     /// Which packets the driver wants.
     pub(super) filter: Filter,
-    /// Queue pairs in use; `None` while no driver speaks to a control queue of ours, and the front-end says by
-    /// enabling rings which pairs are in use.
-    pub(super) pairs: Option<u16>,
+    /// Queue pairs in use.
+    pub(super) pairs: Pairs,
+    /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
+    pub(super) announce: bool,
 }
 
 #[derive(Debug)]
@@ -140,25 +152,26 @@ mod tests {
         let shared = Shared::new(
             Settings {
                 filter,
-                pairs: None,
+                pairs: Pairs::Enabled,
+                announce: false,
             },
             2,
         )
         .unwrap();
-        let version = shared.change(|s| s.pairs = Some(1));
+        let version = shared.change(|s| s.pairs = Pairs::First(1));
         assert!(shared.is_newer(0));
         std::thread::scope(|scope| {
             for worker in 0..2 {
                 let shared = &shared;
                 scope.spawn(move || {
                     let (latest, settings) = shared.latest();
-                    assert_eq!((latest, settings.pairs), (version, Some(1)));
+                    assert_eq!((latest, settings.pairs), (version, Pairs::First(1)));
                     shared.adopt(worker, latest);
                 });
             }
             assert!(shared.wait(version));
         });
-        let next = shared.change(|s| s.pairs = Some(2));
+        let next = shared.change(|s| s.pairs = Pairs::First(2));
         shared.adopt(0, next);
         assert!(!shared.wait(next), "worker 1 has not adopted it");
     }

@@ -53,8 +53,8 @@ pub enum TapError {
     },
     /// It exists, and is of another kind.
     #[error(
-        "\"{name}\" exists and is no TAP interface{multi}: choose another name, or delete it \
-         (ip link delete {name}) and let this program create it", multi = multi_queue_word(*.queues)
+        "\"{name}\" exists and is no TAP interface{with}{multi}: choose another name, or delete it \
+         (ip link delete {name}) and let this program create it", with = if *.queues > 1 { " with" } else { "" }, multi = multi_queue_word(*.queues)
     )]
     Kind {
         /// Name of the interface.
@@ -622,7 +622,7 @@ mod tests {
         assert!(text(1, Errno::EPERM).contains("mode tap user USER vnet_hdr)"));
         assert!(text(2, Errno::EPERM).contains("vnet_hdr multi_queue)"));
         assert!(text(1, Errno::EBUSY).contains("in use by another program"));
-        assert!(text(2, Errno::EINVAL).contains("no TAP interface multi_queue"));
+        assert!(text(2, Errno::EINVAL).contains("no TAP interface with multi_queue"));
     }
 
     #[test]

@@ -37,12 +37,12 @@ enum Sent {
 }
 
 impl Tx {
-    pub(super) fn new(vring: Box<Vring>) -> Self {
+    pub(super) fn new(vring: Box<Vring>, log: &LogLimit) -> Self {
         Self {
             header_len: header_len(vring.features).into(),
-            ring: Ring::new(vring),
+            ring: Ring::new(vring, log),
             full: false,
-            log: LogLimit::default(),
+            log: log.clone(),
         }
     }
 
@@ -64,7 +64,7 @@ impl Tx {
         match self.serve(tap, counters) {
             Ok((more, interrupt)) => {
                 if interrupt {
-                    self.ring.interrupt(counters, &mut self.log);
+                    self.ring.interrupt(counters);
                 }
                 more
             }
@@ -112,7 +112,12 @@ impl Tx {
                                     Sent::Done
                                 }
                                 Err(e) if retry(&e) => Sent::Full,
-                                // A header that the kernel does not like, an interface that is down, no memory.
+                                Err(e) if e.raw_os_error() == Some(libc::EIO) => {
+                                    let why = "the TAP interface is down; bring it up (--tap-up)";
+                                    dropped(counters, log, queue, &why);
+                                    Sent::Done
+                                }
+                                // A header that the kernel does not like, no memory.
                                 Err(e) => {
                                     dropped(counters, log, queue, &e);
                                     Sent::Done
@@ -139,7 +144,11 @@ impl Tx {
                     dropped(counters, log, queue, &Causes(&error));
                     head
                 }
-                Err(PopError::Ring(error)) => return Err(error),
+                Err(PopError::Ring(error)) => {
+                    // What was done before the driver broke its ring is returned all the same.
+                    session.publish()?;
+                    return Err(error);
+                }
             };
             session.push_used(head, 0)?;
             left = left.saturating_sub(1);
@@ -164,9 +173,9 @@ fn retry(error: &io::Error) -> bool {
 }
 
 #[cold]
-fn dropped(counters: &Counters, log: &mut LogLimit, queue: u16, why: &dyn std::fmt::Display) {
+fn dropped(counters: &Counters, log: &LogLimit, queue: u16, why: &dyn std::fmt::Display) {
     counters.tx_dropped.add(1);
-    if let Some(suppressed) = log.check() {
-        warn!(queue, suppressed, "packet from the driver dropped: {why}");
+    if let Some(held_back) = log.check() {
+        warn!(queue, held_back, "packet from the driver dropped: {why}");
     }
 }

@@ -20,10 +20,10 @@ use super::counters::Counters;
 use super::epoll_set::EpollSet;
 use super::ring::Ring;
 use super::rx::{Rx, RxEnd};
-use super::settings::{Settings, Shared};
+use super::settings::{Pairs, Settings, Shared};
 use super::tap::TapQueue;
 use super::tx::Tx;
-use crate::shell::{Command, Commands, Vring};
+use crate::shell::{Command, Commands, LogLimit, Vring};
 
 const COMMAND: u64 = 0;
 const SETTINGS: u64 = 1;
@@ -55,6 +55,8 @@ pub(super) struct PairWorker {
     tap_readable: bool,
     /// The TAP interface was deleted, and that was said.
     lost: bool,
+    /// Of both rings.
+    log: LogLimit,
 }
 
 impl PairWorker {
@@ -90,6 +92,7 @@ impl PairWorker {
             tx_kicked: false,
             tap_readable: false,
             lost: false,
+            log: LogLimit::default(),
         };
         worker.attach();
         Ok(worker)
@@ -186,8 +189,14 @@ impl PairWorker {
 
     /// The driver receives on this pair.
     fn in_use(&self) -> bool {
-        self.rx.as_ref().is_some_and(|rx| rx.ring.runs())
-            && self.settings.pairs.is_none_or(|pairs| self.pair < pairs)
+        self.rx.as_ref().is_some_and(|rx| {
+            let chosen = match self.settings.pairs {
+                Pairs::Enabled => true,
+                Pairs::First(count) => self.pair < count,
+                Pairs::Fed => rx.fed(),
+            };
+            rx.ring.runs() && chosen
+        })
     }
 
     /// Attaches the TAP queue if the pair is in use, else detaches it, so that the kernel spreads packets over
@@ -195,10 +204,12 @@ impl PairWorker {
     fn attach(&mut self) {
         let attached = self.pair == 0 || self.in_use();
         if attached != self.tap.attached() {
-            if let Err(error) = self.tap.set_attached(attached) {
+            if let Err(error) = self.tap.set_attached(attached)
+                && let Some(held_back) = self.log.check()
+            {
                 warn!(
                     pair = self.pair,
-                    attached, "cannot change the TAP queue: {error}"
+                    attached, held_back, "cannot change the TAP queue: {error}"
                 );
             }
             self.tap_readable = true;
@@ -226,27 +237,29 @@ impl PairWorker {
     fn start(&mut self, vring: Box<Vring>) {
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if vring.index.is_multiple_of(2) {
-            let rx = Rx::new(vring, self.mtu);
+            let rx = Rx::new(vring, self.mtu, &self.log);
             self.wait_for_kicks(&rx.ring, KICK_RX);
             self.rx = Some(rx);
             self.rx_fed = true;
             self.tap_readable = true;
             self.attach();
         } else {
-            let tx = Tx::new(vring);
+            let tx = Tx::new(vring, &self.log);
             self.wait_for_kicks(&tx.ring, KICK_TX);
+            // What a disabled queue holds is for its driver to say again: the ring may be none any more.
+            self.tx_kicked = tx.ring.runs();
             self.tx = Some(tx);
-            self.tx_kicked = true;
         }
     }
 
     fn wait_for_kicks(&self, ring: &Ring, token: u64) {
         if let Some(fd) = ring.kick_fd()
             && let Err(error) = self.epoll.add(fd, token)
+            && let Some(held_back) = self.log.check()
         {
             warn!(
                 queue = ring.vring.index,
-                "cannot wait on the front-end's kick descriptor: {error}"
+                held_back, "cannot wait on the front-end's kick descriptor: {error}"
             );
         }
     }

@@ -11,39 +11,48 @@ use std::time::Duration;
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use thiserror::Error;
 use tracing::{debug, error, info};
-use tracing_subscriber::filter::ParseError;
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::device::Device;
 use super::handler::{Handler, HandlerError};
+use super::limit::LogLimit;
 use super::log::{self, Chain};
 use super::options::{Program, ShellArgs};
 use super::session::{Session, SessionError, Step};
 use super::socket::{self, Endpoint, Listener, SocketError};
+use super::torn;
 
 const SIGNALS: Token = Token(0);
 const LISTENER: Token = Token(1);
 const SESSION: Token = Token(2);
+const TORN: Token = Token(3);
 
 /// How long to wait before connecting again to a front-end that does not listen (yet).
 const RECONNECT: Duration = Duration::from_millis(200);
+
+/// How many connections are logged in an interval.
+const CONNECTIONS: u32 = 20;
+/// That interval.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
 
 /// The program cannot start, or cannot go on.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ShellError {
-    /// The log filter is wrong.
-    #[error("log filter {filter:?} is wrong; use a level such as info or debug")]
+    /// The log filter in the environment is wrong.
+    #[error("{variable}={filter:?} in the environment: {why}")]
     LogFilter {
-        /// What was given.
+        /// Name of the variable.
+        variable: &'static str,
+        /// Its value.
         filter: String,
         /// What is wrong with it.
-        #[source]
-        source: ParseError,
+        why: String,
     },
     /// Neither a path nor a descriptor was given.
     #[error("no socket: give --socket-path or --fd")]
@@ -88,6 +97,7 @@ extern "C" fn on_wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 /// [`ShellError`]: what failed, for the user.
 pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(), ShellError> {
     log::start(args)?;
+    raise_file_limit();
     let mut signals_taken = SigSet::empty();
     signals_taken.add(Signal::SIGTERM);
     signals_taken.add(Signal::SIGINT);
@@ -120,6 +130,16 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
     Ok(ended?)
 }
 
+/// Each queue has five descriptors or so, each memory region one; the usual soft limit of 1024 is for programs that
+/// use select(2).
+fn raise_file_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        debug!("the limit of open files stays as it is: {error}");
+    }
+}
+
 /// Why a connection is over.
 enum End {
     /// The front-end left or was thrown out.
@@ -134,6 +154,8 @@ struct Daemon<'h, D: Device> {
     signals: SignalFd,
     handler: &'h Arc<Mutex<Handler<D>>>,
     exit_on_disconnect: bool,
+    /// For connections, which anybody who may connect can make as often as he likes.
+    log: LogLimit,
 }
 
 impl<'h, D: Device> Daemon<'h, D> {
@@ -148,12 +170,17 @@ impl<'h, D: Device> Daemon<'h, D> {
         poll.registry()
             .register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)
             .map_err(&failed)?;
+        let fd = torn::install().map_err(&failed)?;
+        poll.registry()
+            .register(&mut SourceFd(&fd), TORN, Interest::READABLE)
+            .map_err(&failed)?;
         Ok(Self {
             poll,
             events: Events::with_capacity(8),
             signals,
             handler,
             exit_on_disconnect,
+            log: LogLimit::new(CONNECTIONS, LOG_INTERVAL),
         })
     }
 
@@ -224,7 +251,9 @@ impl<'h, D: Device> Daemon<'h, D> {
                 }
                 // Out of descriptors, or a peer that left at once: not for ever.
                 Err(e) => {
-                    error!("cannot accept a connection: {e}");
+                    if let Some(held_back) = self.log.check() {
+                        error!(held_back, "cannot accept a connection: {e}");
+                    }
                     if self.wait(Some(RECONNECT))? {
                         return Ok(());
                     }
@@ -257,13 +286,19 @@ impl<'h, D: Device> Daemon<'h, D> {
 
     /// Serves one front-end of several. `Ok(true)`: the program is to end.
     fn front_end(&mut self, stream: UnixStream) -> Result<bool, ShellError> {
-        info!("front-end connected");
+        let said = self.log.check();
+        if let Some(held_back) = said {
+            // Mostly none, which is then not worth a word.
+            let held_back = Some(held_back).filter(|&count| count > 0);
+            info!(held_back, "front-end connected");
+        }
         match self.session(stream)? {
             End::Signal => Ok(true),
             End::Left(result) => {
                 match result {
-                    Ok(()) => info!("front-end disconnected"),
                     Err(e) if self.exit_on_disconnect => return Err(e.into()),
+                    _ if said.is_none() => {}
+                    Ok(()) => info!("front-end disconnected"),
                     Err(e) => error!("front-end disconnected: {}", Chain(&e)),
                 }
                 Ok(self.exit_on_disconnect)
@@ -277,6 +312,8 @@ impl<'h, D: Device> Daemon<'h, D> {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .end_session()?;
+        // No memory is mapped any more: what comes after this is the next front-end's.
+        torn::happened();
         result
     }
 
@@ -301,6 +338,9 @@ impl<'h, D: Device> Daemon<'h, D> {
             };
             if self.wait(timeout)? {
                 break End::Signal;
+            }
+            if torn::happened() {
+                break End::Left(Err(SessionError::MemoryGone));
             }
         };
         if let Err(e) = self.poll.registry().deregister(&mut SourceFd(&fd)) {

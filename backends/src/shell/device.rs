@@ -42,6 +42,38 @@ pub enum DeviceError {
     },
 }
 
+/// The most that front-ends of vhost-user ask for (VHOST_USER_MAX_CONFIG_SIZE).
+const CONFIG_SPACE: usize = 256;
+
+/// Bytes `offset..offset + len` of a configuration space that begins with `config`. Front-ends ask for structures of
+/// another length, of later or earlier versions of VIRTIO: what they read beyond is zero.
+///
+/// # Errors
+/// [`DeviceError::ConfigRange`] if the range ends beyond what a front-end can ask for.
+pub fn config_range(config: &[u8], offset: u32, len: u32) -> Result<Vec<u8>, DeviceError> {
+    let (start, count) = (
+        usize::try_from(offset).unwrap_or(usize::MAX),
+        usize::try_from(len).unwrap_or(usize::MAX),
+    );
+    if start
+        .checked_add(count)
+        .is_none_or(|end| end > CONFIG_SPACE)
+    {
+        return Err(DeviceError::ConfigRange {
+            offset,
+            len: count,
+            size: CONFIG_SPACE,
+        });
+    }
+    let rest = config.get(start..).unwrap_or_default();
+    Ok(rest
+        .iter()
+        .copied()
+        .chain(std::iter::repeat(0))
+        .take(count)
+        .collect())
+}
+
 /// One device: its features, its configuration space, and who serves which queue. It does no I/O itself.
 ///
 /// All methods run on the control thread. The order of calls over a life:
@@ -98,6 +130,15 @@ pub trait Device {
         commands: Commands,
     ) -> Result<JoinHandle<()>, DeviceError>;
 
+    /// The front-end goes on with a ring that its driver has used before: the ring begins with a base other than 0, for the
+    /// first time in this connection, and is enabled. So it is after the front-end or this program was replaced under
+    /// a running guest. Called only for a front-end that can be told of changes. Returns whether the configuration
+    /// space changed, which the driver is then told.
+    fn resumed(&mut self, queue: u16) -> bool {
+        let _ = queue;
+        false
+    }
+
     /// Looks again at what the device is made of, because the user asked for it by SIGHUP. Returns whether the
     /// configuration space changed, which the driver is then told.
     ///
@@ -109,4 +150,21 @@ pub trait Device {
 
     /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.
     fn reset(&mut self);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_is_bounded_and_padded_with_zeroes() {
+        let config: Vec<u8> = (1..=60).collect();
+        assert_eq!(config_range(&config, 0, 60).unwrap(), config);
+        let long = config_range(&config, 56, 100).unwrap();
+        assert_eq!((long.len(), &long[..5]), (100, &[57, 58, 59, 60, 0][..]));
+        assert_eq!(config_range(&config, 255, 1).unwrap(), [0]);
+        assert!(config_range(&config, 0, 257).is_err());
+        assert!(config_range(&config, 256, 1).is_err());
+        assert!(config_range(&config, u32::MAX, u32::MAX).is_err());
+    }
 }

@@ -6,11 +6,14 @@
 //!            SET_VRING_NUM, _ADDR, _BASE, _CALL, _ERR          SET_VRING_KICK, and all is there
 //!  stopped ────────────────────────────────────────▶ stopped ────────────────────────────────▶ running
 //!     ▲                                                                                          │ ▲
-//!     │   GET_VRING_BASE, RESET_DEVICE, the front-end leaves:                                    │ │
+//!     │   GET_VRING_BASE, SET_VRING_NUM, _BASE, RESET_DEVICE, _OWNER, the front-end leaves:      │ │
 //!     └──────────────── the worker finishes what is in flight and gives the ring back ◀──────────┘ │
 //!                                                                                                  │
 //!        any other message about a running ring, or about memory: stop, change, start again ───────┘
 //! ```
+//!
+//! A size or a base for a ring that runs says that the front-end sets it up anew without having stopped it. Such a ring
+//! waits for its SET_VRING_KICK: with old addresses in memory that the guest may use otherwise by now it must not run.
 //!
 //! Rings start on SET_VRING_KICK and not on the first kick, as all known back-ends do: a chain that was
 //! added before the connection must not wait for the next one.
@@ -45,6 +48,7 @@ use vmm_sys_util::signal::Killable;
 
 use super::daemon::wake_signal;
 use super::device::{Device, DeviceError};
+use super::limit::LogLimit;
 use super::log::Chain;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
 use super::vring::{Command, CommandSender, Vring, command_channel};
@@ -176,6 +180,11 @@ struct RingState {
     err: Option<File>,
     /// A worker has it, and with it the three descriptors.
     running: bool,
+    /// It runs, or ran until something else changed that it depends on.
+    started: bool,
+    /// How it began with this front-end, once it has: on a driver's way (`true`), which the device is yet to be told; or
+    /// from the start, or the device was told.
+    resumed: Option<bool>,
 }
 
 struct Worker {
@@ -194,6 +203,8 @@ pub(super) struct Handler<D> {
     acked_protocol: u64,
     /// Where the front-end takes requests of ours (VHOST_USER_SET_BACKEND_REQ_FD).
     requests: Option<UnixStream>,
+    /// For what front-ends can bring about as often as they like.
+    log: LogLimit,
 }
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: the configuration space changed.
@@ -222,6 +233,7 @@ impl<D: Device> Handler<D> {
             acked_features: 0,
             acked_protocol: 0,
             requests: None,
+            log: LogLimit::default(),
         })
     }
 
@@ -244,8 +256,15 @@ impl<D: Device> Handler<D> {
         }
     }
 
+    /// The front-end takes notice of changes (VHOST_USER_BACKEND_CONFIG_CHANGE_MSG belongs to the protocol feature CONFIG).
+    fn hears_changes(&self) -> bool {
+        self.requests.is_some()
+            && self.acked_protocol & VhostUserProtocolFeatures::CONFIG.bits() != 0
+    }
+
     fn config_changed(&mut self) {
-        let Some(socket) = &mut self.requests else {
+        let hears = self.hears_changes();
+        let Some(socket) = self.requests.as_mut().filter(|_| hears) else {
             info!("configuration changed; the front-end, if any, takes no notice of that");
             return;
         };
@@ -255,12 +274,22 @@ impl<D: Device> Handler<D> {
             place.copy_from_slice(&word.to_ne_bytes());
         }
         match socket.write_all(&message) {
-            Ok(()) => info!("configuration changed, the front-end was told"),
+            Ok(()) => debug!("configuration changed, the front-end was told"),
             Err(error) => {
-                warn!("cannot tell the front-end that the configuration changed: {error}");
+                if let Some(held_back) = self.log.check() {
+                    warn!(
+                        held_back,
+                        "cannot tell the front-end that the configuration changed: {error}"
+                    );
+                }
                 self.requests = None;
             }
         }
+    }
+
+    /// The limit of what is logged about front-ends.
+    pub(super) fn log(&self) -> &LogLimit {
+        &self.log
     }
 
     /// Whether the front-end may send SET_VRING_ENABLE: it accepted the protocol features as such, although
@@ -341,25 +370,61 @@ impl<D: Device> Handler<D> {
         self.start(index)
     }
 
-    /// The same for something that all rings depend on.
+    /// The same for something that all rings depend on. Rings that could not run before may run now: a region of memory is
+    /// changed by taking it away and adding it again.
     fn change_all(&mut self, change: impl FnOnce(&mut Self)) -> Result<(), HandlerError> {
-        let running: Vec<u16> = self.running().collect();
-        for &index in &running {
+        let indices = 0..self.device.queue_count();
+        for index in indices.clone() {
             self.stop(index)?;
         }
         change(self);
-        for index in running {
-            // A ring that no longer works is its own misfortune.
-            if let Err(error) = self.start(index) {
-                if matches!(error, HandlerError::WorkerLost { .. }) {
-                    return Err(error);
+        for index in indices {
+            match self.start(index) {
+                Ok(()) => {}
+                Err(error @ HandlerError::WorkerLost { .. }) => return Err(error),
+                Err(HandlerError::Address { addr, .. }) => {
+                    if let Some(held_back) = self.log.check() {
+                        let held_back = Some(held_back).filter(|&count| count > 0);
+                        info!(
+                            queue = index,
+                            held_back, "ring waits for its memory at {addr:#x}"
+                        );
+                    }
                 }
-                warn!(queue = index, "ring stays stopped: {}", Chain(&error));
-                if let Some(err) = &self.state(index)?.err {
-                    signal_error(err);
+                // A ring that no longer works is its own misfortune.
+                Err(error) => {
+                    if let Some(held_back) = self.log.check() {
+                        let error = Chain(&error);
+                        warn!(queue = index, held_back, "ring stays stopped: {error}");
+                    }
+                    if let Some(err) = &self.state(index)?.err {
+                        signal_error(err);
+                    }
                 }
             }
         }
+        Ok(())
+    }
+
+    /// Changes what a ring begins with; one that has been started is stopped until the next SET_VRING_KICK.
+    fn set_up(
+        &mut self,
+        index: u32,
+        change: impl FnOnce(&mut RingState),
+    ) -> Result<(), HandlerError> {
+        let queue = self.queue(index)?;
+        if self.state(queue)?.started {
+            self.halt(queue)?;
+        }
+        self.change(index, change)
+    }
+
+    /// Stops a ring; it starts again with the next SET_VRING_KICK.
+    fn halt(&mut self, index: u16) -> Result<(), HandlerError> {
+        self.stop(index)?;
+        let state = self.state(index)?;
+        state.kick = Kick::Unset;
+        state.started = false;
         Ok(())
     }
 
@@ -418,6 +483,12 @@ impl<D: Device> Handler<D> {
             enabled: state.enabled,
         };
         state.running = true;
+        state.started = true;
+        let resumed = state.resumed.get_or_insert(base != 0);
+        let tell = *resumed && vring.enabled;
+        if tell {
+            *resumed = false;
+        }
         debug!(
             queue = index,
             size,
@@ -430,7 +501,11 @@ impl<D: Device> Handler<D> {
         found
             .commands
             .send(Command::Start(Box::new(vring)))
-            .map_err(|source| HandlerError::WorkerLost { worker, source })
+            .map_err(|source| HandlerError::WorkerLost { worker, source })?;
+        if tell && self.hears_changes() && self.device.resumed(index) {
+            self.config_changed();
+        }
+        Ok(())
     }
 
     /// Takes a ring back from its worker, which first finishes what is in flight.
@@ -455,8 +530,13 @@ impl<D: Device> Handler<D> {
                 Err(RecvTimeoutError::Timeout) => {
                     // The storage may be slow. Or the peer made an eventfd that it handed us block.
                     if !warned {
-                        warn!(queue = index, "waiting for requests in flight to finish");
                         warned = true;
+                        if let Some(held_back) = self.log.check() {
+                            warn!(
+                                queue = index,
+                                held_back, "waiting for requests in flight to finish"
+                            );
+                        }
                     }
                     if let Err(error) = found.thread.kill(wake_signal()) {
                         return Err(lost(error.into()));
@@ -540,10 +620,12 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         Ok(())
     }
 
-    /// Deprecated; the specification lets it disable all rings.
+    /// Deprecated; the specification lets it disable all rings. Front-ends that still send it do so when the driver
+    /// resets its device, and its rings may not be touched any more.
     fn reset_owner(&mut self) -> ProtocolResult<()> {
         for index in 0..self.device.queue_count() {
-            self.enable(index.into(), false)?;
+            self.halt(index)?;
+            self.state(index)?.enabled = false;
         }
         Ok(())
     }
@@ -554,7 +636,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         // What was negotiated holds until the front-end negotiates again.
         self.device
             .set_features(self.acked_features & !PROTOCOL_FEATURES);
-        info!("device reset by the front-end");
+        debug!("device reset by the front-end");
         Ok(())
     }
 
@@ -604,7 +686,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
                 size: num,
                 max,
             })?;
-        Ok(self.change(index, |ring| ring.size = size)?)
+        Ok(self.set_up(index, |ring| ring.size = size)?)
     }
 
     fn set_vring_addr(
@@ -630,15 +712,13 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> ProtocolResult<()> {
         let base = u16::try_from(base).map_err(|_| HandlerError::Base { index, base })?;
-        Ok(self.change(index, |ring| ring.base = base)?)
+        Ok(self.set_up(index, |ring| ring.base = base)?)
     }
 
     fn get_vring_base(&mut self, index: u32) -> ProtocolResult<VhostUserVringState> {
         let queue = self.queue(index)?;
-        self.stop(queue)?;
+        self.halt(queue)?;
         let ring = self.state(queue)?;
-        // It starts again with the next SET_VRING_KICK.
-        ring.kick = Kick::Unset;
         ring.call = None;
         Ok(VhostUserVringState::new(index, ring.base.into()))
     }

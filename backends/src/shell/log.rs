@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Subscriber};
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::registry::LookupSpan;
@@ -26,11 +27,14 @@ pub(super) fn start(args: &ShellArgs) -> Result<(), ShellError> {
     let filter = args
         .log_level
         .clone()
-        .or_else(|| std::env::var(LOG_ENV).ok())
+        .or_else(|| std::env::var(LOG_ENV).ok().filter(|text| !text.is_empty()))
         .unwrap_or_else(|| "info".to_owned());
-    let filter = EnvFilter::builder()
-        .parse(&filter)
-        .map_err(|source| ShellError::LogFilter { filter, source })?;
+    // That of the command line was checked already.
+    let filter = parse(&filter).map_err(|why| ShellError::LogFilter {
+        variable: LOG_ENV,
+        filter,
+        why,
+    })?;
     let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
@@ -41,6 +45,27 @@ pub(super) fn start(args: &ShellArgs) -> Result<(), ShellError> {
         LogFormat::Json => builder.event_format(JsonLines).try_init(),
     };
     Ok(())
+}
+
+/// Lets pass what [`start`] understands.
+pub(super) fn check(filter: &str) -> Result<String, String> {
+    parse(filter).map(|_| filter.to_owned())
+}
+
+fn parse(filter: &str) -> Result<EnvFilter, String> {
+    for directive in filter.split(',') {
+        // A lone word that is no level would be taken for the name of a part of the program, and silence all others.
+        let part = directive.contains(['=', '[', ':']);
+        let nothing = directive.trim().is_empty();
+        if nothing || !part && directive.trim().parse::<LevelFilter>().is_err() {
+            return Err(format!(
+                "{directive:?} is no level: use error, warn, info, debug or trace"
+            ));
+        }
+    }
+    EnvFilter::builder()
+        .parse(filter)
+        .map_err(|error| error.to_string())
 }
 
 /// `{"time":…,"level":…,"target":…,"message":…, fields…}`, time in seconds since 1970.
@@ -109,5 +134,27 @@ impl fmt::Display for Chain<'_> {
             source = error.source();
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_levels_or_name_a_part_of_the_program() {
+        for good in [
+            "info",
+            "WARN",
+            "off",
+            "3",
+            "ringside_backends::shell=debug",
+            "warn,ringside_backends::blk=trace",
+        ] {
+            assert_eq!(check(good).as_deref(), Ok(good));
+        }
+        for bad in ["", "debg", "info,loud", "a=b=c", "a=loud"] {
+            assert!(check(bad).is_err(), "{bad:?}");
+        }
     }
 }

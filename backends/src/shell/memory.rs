@@ -1,7 +1,7 @@
 //! Guest memory as the front-end describes it: checked, mapped, and searched by the front-end's addresses.
 //!
-//! A file that is too short is refused when it is mapped. A front-end that truncates it later ends this process by
-//! SIGBUS at the next access: it takes away its own device, and a supervisor starts the program again.
+//! A file that is too short is refused when it is mapped. A front-end that truncates it later loses its connection, and
+//! nobody else anything (`torn`).
 
 use std::fs::File;
 use std::io;
@@ -15,6 +15,7 @@ use vm_memory::{
     MmapRegion,
 };
 
+use super::torn::Guarded;
 use super::vring::Memory;
 
 /// How many regions a front-end can add (VHOST_USER_GET_MAX_MEM_SLOTS): as many as KVM has slots.
@@ -99,6 +100,8 @@ pub enum MemoryError {
 
 #[derive(Clone)]
 struct Mapped {
+    /// Before `region`, to be dropped first.
+    _guarded: Arc<Guarded>,
     region: Arc<GuestRegionMmap<()>>,
     guest: u64,
     /// Where the front-end has the region in its own address space.
@@ -221,9 +224,14 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Mapped, MemoryError
     }
     let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size)
         .map_err(|source| MemoryError::Map { guest, source })?;
+    let guarded = mapping
+        .file_offset()
+        .and_then(|offset| Guarded::new(mapping.as_ptr().addr(), size, offset.file()))
+        .ok_or(MemoryError::TooMany)?;
     let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or_else(range)?;
     debug_assert_eq!(region.len(), len);
     Ok(Mapped {
+        _guarded: Arc::new(guarded),
         region: Arc::new(region),
         guest,
         user,
@@ -231,7 +239,8 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Mapped, MemoryError
     })
 }
 
-fn page_size() -> i64 {
+/// Size of a page of memory in bytes.
+pub(super) fn page_size() -> i64 {
     nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)
         .ok()
         .flatten()

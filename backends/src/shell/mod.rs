@@ -12,6 +12,18 @@
 //!
 //! A ring that runs belongs to its worker. Whatever is to change about it (memory, addresses, call
 //! eventfd, enabled or not), the shell stops the ring, changes it and starts it again.
+//!
+//! What the other side can do, and what comes of it:
+//!
+//! | A guest or a front-end … | … and the back-end |
+//! | --- | --- |
+//! | breaks a ring | stops that ring and signals its error eventfd; the others go on |
+//! | sends a message that cannot be obeyed, and wants a reply | refuses it; the connection goes on |
+//! | sends one without wanting a reply, or garbage, or half a message | ends the connection; the next front-end is served |
+//! | leaves with requests in flight | waits for their end before guest memory is unmapped |
+//! | truncates the file of guest memory | goes on with zeroes there, and ends the connection (`torn`) |
+//! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
+//! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
 mod daemon;
 mod device;
@@ -22,10 +34,11 @@ mod memory;
 mod options;
 mod session;
 mod socket;
+mod torn;
 mod vring;
 
 pub use daemon::{ShellError, exit_code, run};
-pub use device::{Device, DeviceError};
+pub use device::{Device, DeviceError, config_range};
 pub use handler::HandlerError;
 pub use limit::LogLimit;
 pub use log::Chain;

@@ -9,6 +9,8 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
+use super::log;
+
 /// What a back-end program is, for `--print-capabilities` and for its log.
 #[derive(Debug, Clone, Copy, Serialize)]
 pub struct Program {
@@ -82,7 +84,7 @@ pub struct ShellArgs {
     /// What to log: error, warn, info, debug, trace, or a filter such as ringside_backends::shell=debug
     ///
     /// The environment variable RINGSIDE_LOG says the same when this option is not given. Default: info.
-    #[arg(long, value_name = "FILTER")]
+    #[arg(long, value_name = "FILTER", value_parser = log::check)]
     pub log_level: Option<String>,
 
     /// How log lines look; they go to standard error
@@ -93,10 +95,10 @@ pub struct ShellArgs {
 /// The end of each back-end's `--help`.
 pub const EXIT_STATUS_HELP: &str = "Signals:
   SIGTERM, SIGINT  finish requests in flight and end
-  SIGHUP           look at the device again (a disk's new size), and tell the guest
+  SIGHUP           look at the device again (a disk's new size), tell the guest
 
 Exit status:
-  0  ended by SIGTERM or SIGINT, or the front-end left and --exit-on-disconnect was given
+  0  ended by SIGTERM or SIGINT, or the front-end left (--exit-on-disconnect)
   1  something failed; the message says what
   2  the command line is wrong";
 

@@ -41,8 +41,13 @@ pub enum SessionError {
     /// The front-end began a message and did not finish it.
     #[error("the front-end stopped in the middle of a message")]
     Stalled,
+    /// Guest memory was taken away.
+    #[error(
+        "guest memory is gone: the front-end truncated its file while it was in use, or the host's memory failed"
+    )]
+    MemoryGone,
     /// A message broke the protocol.
-    #[error("message {request}: {source}")]
+    #[error("message {request}")]
     Protocol {
         /// Which message.
         request: String,
@@ -139,7 +144,10 @@ impl<D: Device> Session<D> {
                 Err(SessionError::Socket(e))
             }
             Err(source) if self.survives(header, &source) => {
-                warn!("message {} refused: {}", header.name(), Cause(&source));
+                if let Some(held_back) = self.lock().log().check() {
+                    let request = header.name();
+                    warn!(held_back, "message {request} refused: {}", Cause(&source));
+                }
                 Ok(Step::Served)
             }
             Err(source) => Err(SessionError::Protocol {
@@ -159,7 +167,10 @@ impl<D: Device> Session<D> {
         if matches!(cause, Some(HandlerError::WorkerLost { .. })) {
             return false;
         }
-        let told = header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
+        // The `vhost` crate acknowledges a message that failed, but sends nothing in place of an answer: a front-end that
+        // waits for one would wait for ever.
+        let answered = !header.is(FrontendReq::GET_VRING_BASE);
+        let told = answered && header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
         told || header.is(FrontendReq::SET_CONFIG)
     }
 

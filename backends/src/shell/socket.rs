@@ -43,7 +43,10 @@ pub enum SocketError {
         source: io::Error,
     },
     /// The socket cannot be created.
-    #[error("cannot listen on {path}")]
+    #[error(
+        "cannot listen on {path}; choose a --socket-path of less than 108 bytes in a directory that exists and that this \
+         user may write to"
+    )]
     Listen {
         /// The path.
         path: PathBuf,

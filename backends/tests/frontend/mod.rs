@@ -14,6 +14,7 @@
 
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -366,6 +367,23 @@ impl FrontEnd {
             this.start(index, 0);
         }
         this
+    }
+
+    /// Leaves, and comes back with the same guest, as a front-end does that is restarted. Returns where the rings, which
+    /// do not run yet, go on.
+    pub fn reconnect(&mut self, socket: &Path) -> Vec<u16> {
+        let bases = (0..self.queues.len())
+            .map(|index| self.messages.get_vring_base(index).unwrap() as u16)
+            .collect();
+        self.raw.0.shutdown(Shutdown::Both).unwrap();
+        self.raw = Raw::connect(socket);
+        let without = !self.features;
+        let (messages, features) = negotiate_on(self.raw.0.try_clone().unwrap(), without);
+        assert_eq!(features, self.features);
+        self.messages = messages;
+        let regions = self.guest.regions();
+        self.messages.set_mem_table(&regions).unwrap();
+        bases
     }
 
     /// Sends all that a ring needs to run, from `base` on.

@@ -15,7 +15,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::net::config::MacAddress;
 use crate::net::counters::Counters;
 use crate::net::filter::Filter;
-use crate::net::settings::{Settings, Shared};
+use crate::net::settings::{Pairs, Settings, Shared};
 use crate::net::tap::TapQueue;
 use crate::net::worker::PairWorker;
 use crate::shell::{Command, CommandSender, Memory, Vring, command_channel};
@@ -176,6 +176,19 @@ impl Queue {
         self.ring.outstanding()
     }
 
+    /// Sends a packet, and behind it one whose head is no descriptor.
+    pub(super) fn send_and_break(&mut self, packet: &[Segment]) {
+        let mut session = self.ring.session(self.memory.as_ref()).unwrap();
+        for _ in 0..2 {
+            session.add(packet, &[], packet.to_vec()).unwrap();
+        }
+        let second = GuestAddress(self.layout.avail_ring().0 + 6);
+        self.memory.write_obj(u16::MAX, second).unwrap();
+        if session.publish().unwrap() {
+            self.kick.write(1).unwrap();
+        }
+    }
+
     /// A driver out of its mind.
     pub(super) fn corrupt_avail_index(&self) {
         let idx = GuestAddress(self.layout.avail_ring().0 + 2);
@@ -197,7 +210,8 @@ pub(super) fn shared(workers: u16) -> Arc<Shared> {
         Shared::new(
             Settings {
                 filter,
-                pairs: None,
+                pairs: Pairs::Enabled,
+                announce: false,
             },
             workers,
         )

@@ -10,7 +10,8 @@ use ringside_rings::Segment;
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
-    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddress;
@@ -20,7 +21,7 @@ use crate::net::config::{MacAddress, NetConfig};
 use crate::net::control_worker::ControlWorker;
 use crate::net::device::{Interface, Net};
 use crate::net::features::{GUEST_OFFLOADS, bit};
-use crate::net::settings::Shared;
+use crate::net::settings::{Pairs, Shared};
 use crate::net::tap::{TapError, TapQueue};
 use crate::shell::{Command, Device, command_channel};
 
@@ -298,6 +299,16 @@ fn a_broken_ring_is_reported_and_the_other_goes_on() {
     pair.worker.give_back(1);
 }
 
+#[test]
+fn what_was_done_before_a_ring_broke_is_returned() {
+    let (socket, mut pair) = pair(ALL);
+    let segment = pair.guest.filled(&packet(60));
+    pair.tx.send_and_break(&[segment]);
+    assert!(pair.tx.wait_for_error());
+    assert_eq!(receive(&socket), packet(60));
+    assert_eq!(pair.tx.used(), (vec![segment], 0));
+}
+
 /// Remembers what it was asked for.
 #[derive(Debug, Default)]
 struct Recorder(Mutex<Vec<(&'static str, u32)>>);
@@ -320,6 +331,7 @@ const CONTROL: u64 = ALL
     | bit(VIRTIO_NET_F_CTRL_VLAN)
     | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
     | bit(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
+    | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
     | bit(VIRTIO_NET_F_MQ);
 
 fn command(guest: &mut Guest, queue: &mut Queue, bytes: &[u8]) -> u8 {
@@ -346,7 +358,7 @@ fn the_control_queue_sets_what_workers_go_by() {
     let thread = std::thread::spawn(move || worker.run());
     let mut guest = Guest::new();
     let mut queue = guest.queue(16);
-    assert_eq!(shared.get().pairs, None);
+    assert_eq!(shared.get().pairs, Pairs::Enabled);
     sender
         .send(Command::Start(queue.vring(4, CONTROL, true)))
         .unwrap();
@@ -355,9 +367,9 @@ fn the_control_queue_sets_what_workers_go_by() {
     let state = |shared: &Shared| shared.get();
     assert_eq!(run(&[0, 0, 0]), 0);
     assert!(!state(&shared).filter.promiscuous);
-    assert_eq!(state(&shared).pairs, Some(1));
+    assert_eq!(state(&shared).pairs, Pairs::First(1));
     assert_eq!(run(&[4, 0, 2, 0]), 0);
-    assert_eq!(state(&shared).pairs, Some(2));
+    assert_eq!(state(&shared).pairs, Pairs::First(2));
     assert_eq!(run(&[4, 0, 3, 0]), 1);
     assert_eq!(run(&[1, 1, 2, 7, 7, 7, 7, 7]), 0);
     assert_eq!(
@@ -372,6 +384,9 @@ fn the_control_queue_sets_what_workers_go_by() {
         *recorder.0.lock().unwrap(),
         [("offloads", libc::TUN_F_CSUM)]
     );
+    shared.change(|settings| settings.announce = true);
+    assert_eq!(run(&[3, 0]), 0);
+    assert!(!state(&shared).announce);
     // No room for the answer.
     let lonely = guest.filled(&[0, 0, 1]);
     queue.add(&[(&[lonely], &[])]);
@@ -381,7 +396,13 @@ fn the_control_queue_sets_what_workers_go_by() {
     let vring = give_back(&sender, 4);
     sender.send(Command::Start(vring)).unwrap();
     assert_eq!(command(&mut guest, &mut queue, &[2, 1, 5, 0]), 0);
-    assert_eq!(shared.get().pairs, Some(2));
+    assert_eq!(shared.get().pairs, Pairs::First(2));
+    // A queue that was served elsewhere before tells nothing of what was said there.
+    let vring = give_back(&sender, 4);
+    shared.change(|settings| settings.pairs = Pairs::Enabled);
+    sender.send(Command::Start(vring)).unwrap();
+    assert_eq!(command(&mut guest, &mut queue, &[2, 1, 5, 0]), 0);
+    assert_eq!(shared.get().pairs, Pairs::Fed);
     sender.send(Command::Exit).unwrap();
     thread.join().unwrap();
 }
@@ -402,8 +423,17 @@ fn the_device_maps_queues_and_follows_features() {
     assert_eq!((net.queue_count(), net.worker_count()), (5, 3));
     assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 1, 1, 2]);
     net.set_features(CONTROL & !bit(VIRTIO_NET_F_MQ));
-    assert_eq!([0, 1, 2].map(|q| net.worker_of(q)), [0, 0, 2]);
+    assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 2, 1, 1]);
+    // Announcements are asked of a driver that can answer, on its first transmit queue.
+    assert!(!net.resumed(1));
+    net.set_features(CONTROL | bit(VIRTIO_NET_F_STATUS));
+    assert!(!net.resumed(0) && !net.resumed(3));
+    assert_eq!(net.read_config(6, 2).unwrap(), [1, 0]);
+    assert!(net.resumed(1));
+    assert_eq!(net.read_config(6, 2).unwrap(), [3, 0]);
+    recorder.0.lock().unwrap().truncate(2);
     net.set_features(0);
+    assert_eq!(net.read_config(6, 2).unwrap(), [1, 0]);
     let asked = std::mem::take(&mut *recorder.0.lock().unwrap());
     assert_eq!(
         asked,

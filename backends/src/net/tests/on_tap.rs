@@ -17,8 +17,9 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::driver::{Guest, HEADER, MAC, Pair, Worker, shared};
 use crate::net::args::{Cidr, NetArgs, Offload};
 use crate::net::features::{GUEST_OFFLOADS, bit};
+use crate::net::settings::Pairs;
 use crate::net::tap::{Tap, TapError};
-use crate::shell::Device;
+use crate::shell::{Device, Vring};
 
 const FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_EVENT_IDX)
@@ -282,7 +283,7 @@ fn pairs_that_are_not_in_use_get_no_packets() {
     let version = shared.change(|s| {
         s.filter.promiscuous = false;
         s.filter.no_broadcast = true;
-        s.pairs = Some(1);
+        s.pairs = Pairs::First(1);
     });
     assert!(shared.wait(version));
     for (index, (ring, worker)) in rings.iter_mut().zip(&workers).enumerate() {
@@ -308,14 +309,29 @@ fn pairs_that_are_not_in_use_get_no_packets() {
         [received(0), received(1)]
     };
     assert_eq!(burst(40), [40, 0]);
-    let version = shared.change(|s| s.pairs = Some(2));
+    let version = shared.change(|s| s.pairs = Pairs::First(2));
     assert!(shared.wait(version));
     let [first, second] = burst(80);
     assert_eq!(first + second, 80);
     assert!(second > 0, "all went to the first pair");
-    let version = shared.change(|s| s.pairs = Some(1));
+    let version = shared.change(|s| s.pairs = Pairs::First(1));
     assert!(shared.wait(version));
     assert_eq!(burst(120), [first + 40, second]);
+    // Both had buffers when they were started last: both are in use. Then one that has none is not.
+    let restart = |workers: &[Worker], vring: Option<Box<Vring>>| {
+        let own = workers[1].give_back(2);
+        workers[1].own(vring.unwrap_or(own));
+        let version = shared.change(|s| s.pairs = Pairs::Fed);
+        assert!(shared.wait(version));
+    };
+    restart(&workers, None);
+    let [third, fourth] = burst(160);
+    assert_eq!(third + fourth, 160);
+    assert!(fourth > second, "all went to the first pair");
+    let empty = guest.queue(256);
+    let features = FEATURES & !GUEST_OFFLOADS | bit(VIRTIO_NET_F_MQ);
+    restart(&workers, Some(empty.vring(2, features, true)));
+    assert_eq!(burst(200), [third + 40, fourth]);
 }
 
 #[test]
