@@ -124,6 +124,9 @@ impl<'a> GuestBuilder<'a> {
             Vmm::Qemu11 => self.qemu(site, QemuVersion::V11),
         };
         command.args(&self.arguments);
+        if let Some(cpu) = site.guest_cpu() {
+            command = pinned(&command, cpu);
+        }
         let mut guest = Guest::start(site, command, root)?;
         guest.wait_for_agent(site.limit(self.boot_limit))?;
         Ok(guest)
@@ -569,6 +572,16 @@ impl Drop for Guest {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The same command on one CPU only.
+fn pinned(command: &Command, cpu: u32) -> Command {
+    let mut pinned = Command::new("taskset");
+    pinned
+        .args(["--cpu-list", &cpu.to_string()])
+        .arg(command.get_program())
+        .args(command.get_args());
+    pinned
 }
 
 fn read_console(mut output: impl Read, mut copy: File, console: &SharedConsole) {

@@ -105,8 +105,8 @@ impl Capture {
         command.arg(&file);
         let mut tcpdump = Daemon::start(site, "tcpdump", command)?;
         tcpdump.wait_until("it listens", site.limit(LISTEN_LIMIT), || {
-            // The file's header is written when the recording has begun.
-            std::fs::metadata(&file).is_ok_and(|metadata| metadata.len() > 0)
+            // It is created when the recording has begun.
+            file.exists()
         })?;
         Ok(Self { tcpdump, file })
     }
