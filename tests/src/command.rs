@@ -129,7 +129,7 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<String> {
 ///
 /// # Errors
 /// As [`run`].
-pub fn sh(line: &str) -> Result<String> {
+pub fn run_line(line: &str) -> Result<String> {
     let mut words = line.split_whitespace();
     let program = words.next().unwrap_or_default();
     run(Command::new(program).args(words), Duration::from_secs(60))

@@ -196,9 +196,9 @@ impl Net {
         self.arguments.push(format!("--queue-pairs={}", self.pairs));
         let backend = BackEnd::ours(site, Kind::Net, self.pairs, &self.arguments)?;
         if let Some(address) = &self.address {
-            command::sh(&format!("ip address add {address} dev {}", self.tap))?;
+            command::run_line(&format!("ip address add {address} dev {}", self.tap))?;
         }
-        command::sh(&format!("ip link set {} up", self.tap))?;
+        command::run_line(&format!("ip link set {} up", self.tap))?;
         Ok(backend)
     }
 }

@@ -36,11 +36,11 @@ impl Namespace {
             other.is_some() && other != own
         })?;
         let namespace = Self { holder };
-        command::sh(&format!(
+        command::run_line(&format!(
             "ip link add {name} type veth peer name eth0 netns {pid}"
         ))?;
-        command::sh(&format!("ip address add {near} dev {name}"))?;
-        command::sh(&format!("ip link set {name} up"))?;
+        command::run_line(&format!("ip address add {near} dev {name}"))?;
+        command::run_line(&format!("ip link set {name} up"))?;
         let gateway = near.split('/').next().unwrap_or(near);
         for line in [
             "ip link set lo up".to_owned(),
@@ -48,7 +48,7 @@ impl Namespace {
             "ip link set eth0 up".to_owned(),
             format!("ip route add default via {gateway}"),
         ] {
-            namespace.sh(&line)?;
+            namespace.run_line(&line)?;
         }
         Ok(namespace)
     }
@@ -58,7 +58,7 @@ impl Namespace {
     /// # Errors
     /// Fails if the kernel does not allow it.
     pub fn forward() -> Result<()> {
-        command::sh("sysctl -q -w net.ipv4.ip_forward=1").map(drop)
+        command::run_line("sysctl -q -w net.ipv4.ip_forward=1").map(drop)
     }
 
     /// A command that runs a program in the namespace.
@@ -71,12 +71,12 @@ impl Namespace {
         command
     }
 
-    /// As [`command::sh`], in the namespace.
+    /// As [`command::run_line`], in the namespace.
     ///
     /// # Errors
-    /// As [`command::sh`].
-    pub fn sh(&self, line: &str) -> Result<String> {
-        command::sh(&format!(
+    /// As [`command::run_line`].
+    pub fn run_line(&self, line: &str) -> Result<String> {
+        command::run_line(&format!(
             "nsenter --net=/proc/{}/ns/net {line}",
             self.holder.pid()
         ))

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -57,6 +58,8 @@ pub(super) const TESTS: &[Test] = &[
 ];
 
 const MIB: u64 = 1 << 20;
+/// For what takes no time.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// Size of the disk of [`exchange`].
 const EXCHANGED: u64 = 12 * MIB;
@@ -220,8 +223,9 @@ fn discard_punches_holes(site: &Site) -> Result<()> {
         after + 4 * MIB <= before,
         "the file had {before} bytes allocated before the discard, and {after} after it"
     );
-    guest
-        .run_ok("dd if=/dev/vdb bs=1M count=8 iflag=direct 2>/dev/null | cmp -n 8M - /dev/zero")?;
+    guest.run_ok(
+        "dd if=/dev/vdb bs=1M count=8 iflag=direct 2>/dev/null | cmp -n 8388608 - /dev/zero",
+    )?;
     ensure!(
         guest.run_ok(kept)? == tail,
         "what was not discarded has changed"
@@ -235,16 +239,22 @@ fn errors_reach_the_guest(site: &Site) -> Result<()> {
     let device = block_device(site)?;
     // In 512-byte sectors: 1 MiB that works, 4 KiB that does not, and again some that work.
     let table = format!(
-        "0 2048 linear {0} 0\\n2048 8 error\\n2056 2040 linear {0} 2056",
+        "0 2048 linear {0} 0\n2048 8 error\n2056 2040 linear {0} 2056\n",
         device.display()
     );
-    command::sh("modprobe dm-mod")?;
-    // There is no udev here to make the device's node.
-    command::sh(&format!(
-        "printf '{table}' | DM_DISABLE_UDEV=1 dmsetup create ringside-bad"
-    ))?;
-    let result = errors_of(site, Path::new("/dev/mapper/ringside-bad"));
-    let removed = command::sh("DM_DISABLE_UDEV=1 dmsetup remove --retry ringside-bad");
+    command::run_line("modprobe dm-mod")?;
+    let mut create = Command::new("dmsetup");
+    create.args(["create", "--noudevsync", "ringside-bad"]);
+    let created = command::output_with_input(&mut create, table.as_bytes(), LIMIT)?;
+    ensure!(
+        created.status.success(),
+        "dmsetup create: {}",
+        created.stderr
+    );
+    // Without udev there is only the kernel's own name for it.
+    let result = command::run_line("dmsetup info -c --noheadings -o blkdevname ringside-bad")
+        .and_then(|name| errors_of(site, &Path::new("/dev").join(name.trim())));
+    let removed = command::run_line("dmsetup remove --noudevsync --retry ringside-bad");
     result?;
     removed.map(drop)
 }
@@ -252,7 +262,7 @@ fn errors_reach_the_guest(site: &Site) -> Result<()> {
 fn errors_of(site: &Site, bad: &Path) -> Result<()> {
     let small = site.scratch.join("small");
     fs::create_dir_all(&small).doing(|| format!("create {}", small.display()))?;
-    command::sh(&format!(
+    command::run_line(&format!(
         "mount -t tmpfs -o size=4M tmpfs {}",
         small.display()
     ))?;

@@ -5,6 +5,7 @@ use std::process::Command;
 use super::Test;
 use super::blk::{arrived, exchange, random_file};
 use super::net::tcp_both_ways;
+use crate::command;
 use crate::ensure;
 use crate::error::Result;
 use crate::harness::{BackEnd, Blk, Guest, Kind, Net, Vmm, iperf3_server};
@@ -80,6 +81,8 @@ fn our_vmm(site: &Site) -> Result<()> {
             "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path=qsd.sock",
         );
     let storage = BackEnd::foreign(site, Kind::Blk, 1, "qsd.sock", storage)?;
+    // passt answers for the guest's gateway itself, and connects to this side's loopback.
+    command::run_line("ip link set lo up")?;
     let passt = BackEnd::foreign(site, Kind::Net, 1, "passt.sock", passt(site))?;
     let _server = iperf3_server(site, None)?;
     let mut guest = Guest::on(Vmm::Ringside)
@@ -88,7 +91,6 @@ fn our_vmm(site: &Site) -> Result<()> {
         .boot(site)?;
     let seen = exchange(&mut guest, "/dev/vdb", &disk)?;
     guest.network_up("10.79.0.2/24")?;
-    // passt answers for this address itself, and connects to this side's loopback.
     tcp_both_ways(&mut guest, "10.79.0.1", "")?;
     guest.shut_down()?;
     arrived(&disk, &seen)
