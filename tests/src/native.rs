@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
+use std::thread;
 
 use crate::command::describe;
 use crate::error::{Doing, LabError, Result};
@@ -51,7 +52,8 @@ fn must_succeed(command: &mut Command) -> Result<()> {
     }
 }
 
-/// Runs all native tests of the workspace and counts them. A test that writes `skipped: why` counts as skipped.
+/// Runs all native tests of the workspace and counts them. A test that writes a line `skipped: why`, or past the capture of its
+/// output `test NAME: skipped: why`, counts as skipped.
 ///
 /// # Errors
 /// Fails if cargo cannot be run, or the tests do not compile.
@@ -63,9 +65,20 @@ pub fn test(verbose: bool) -> Result<Tally> {
     eprintln!("lab: cargo test --workspace");
     let mut child = command
         .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
         .spawn()
         .doing(|| format!("run `{line}`"))?;
     let mut summary = Summary::default();
+    let past_capture = child.stderr.take().map(|stderr| {
+        thread::spawn(move || {
+            let mut skipped = 0;
+            for text in BufReader::new(stderr).lines().map_while(|line| line.ok()) {
+                skipped += u64::from(text.contains(": skipped: "));
+                eprintln!("{text}");
+            }
+            skipped
+        })
+    });
     if let Some(stdout) = child.stdout.take() {
         for text in BufReader::new(stdout).lines() {
             let text = text.doing(|| format!("read what `{line}` writes"))?;
@@ -76,6 +89,9 @@ pub fn test(verbose: bool) -> Result<Tally> {
         }
     }
     let status = child.wait().doing(|| format!("wait for `{line}`"))?;
+    summary.skipped += past_capture
+        .and_then(|thread| thread.join().ok())
+        .unwrap_or_default();
     let tally = summary.tally();
     if !status.success() && tally.failed == 0 {
         return Err(LabError::Command {
@@ -121,7 +137,7 @@ impl Summary {
         if line == "failures:" {
             self.in_failures = true;
         }
-        self.in_failures || line.ends_with("... FAILED")
+        self.in_failures || line.ends_with("... FAILED") || line.contains("... ignored")
     }
 
     fn tally(&self) -> Tally {
@@ -164,6 +180,7 @@ mod tests {
     fn failures_are_shown_and_passes_are_not() {
         let mut summary = Summary::default();
         assert!(!summary.take("test a ... ok"));
+        assert!(summary.take("test c ... ignored, needs a terminal"));
         assert!(summary.take("test b ... FAILED"));
         assert!(summary.take("failures:"));
         assert!(summary.take("thread panicked at"));

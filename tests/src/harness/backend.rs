@@ -69,12 +69,18 @@ impl BackEnd {
         Self::start(site, name, kind, queues, socket.into(), command)
     }
 
-    fn ours(site: &Site, kind: Kind, queues: u16, arguments: &[String]) -> Result<Self> {
+    fn ours(
+        site: &Site,
+        kind: Kind,
+        queues: u16,
+        socket: Option<String>,
+        arguments: &[String],
+    ) -> Result<Self> {
         let (program, stem) = match kind {
             Kind::Blk => ("ringside-blk", "blk"),
             Kind::Net => ("ringside-net", "net"),
         };
-        let socket = fresh_name(site, stem, "sock");
+        let socket = socket.unwrap_or_else(|| fresh_name(site, stem, "sock"));
         let mut command = site.program(program);
         command.arg("--socket-path").arg(&socket).args(arguments);
         Self::start(site, program, kind, queues, socket, command)
@@ -141,7 +147,7 @@ impl Blk {
         self.arguments
             .push(format!("--path={}", self.path.display()));
         self.arguments.push(format!("--queues={}", self.queues));
-        BackEnd::ours(site, Kind::Blk, self.queues, &self.arguments)
+        BackEnd::ours(site, Kind::Blk, self.queues, None, &self.arguments)
     }
 }
 
@@ -151,6 +157,7 @@ pub struct Net {
     tap: String,
     address: Option<String>,
     pairs: u16,
+    socket: Option<String>,
     arguments: Vec<String>,
 }
 
@@ -162,6 +169,7 @@ impl Net {
             tap: name.into(),
             address: None,
             pairs: 1,
+            socket: None,
             arguments: Vec::new(),
         }
     }
@@ -170,6 +178,13 @@ impl Net {
     #[must_use]
     pub fn address(mut self, address: &str) -> Self {
         self.address = Some(address.into());
+        self
+    }
+
+    /// The socket of one that is gone, to take its place.
+    #[must_use]
+    pub fn in_place_of(mut self, gone: &BackEnd) -> Self {
+        self.socket = Some(gone.socket.clone());
         self
     }
 
@@ -194,7 +209,13 @@ impl Net {
     pub fn start(mut self, site: &Site) -> Result<BackEnd> {
         self.arguments.push(format!("--tap={}", self.tap));
         self.arguments.push(format!("--queue-pairs={}", self.pairs));
-        let backend = BackEnd::ours(site, Kind::Net, self.pairs, &self.arguments)?;
+        let backend = BackEnd::ours(
+            site,
+            Kind::Net,
+            self.pairs,
+            self.socket.take(),
+            &self.arguments,
+        )?;
         if let Some(address) = &self.address {
             command::run_line(&format!("ip address add {address} dev {}", self.tap))?;
         }

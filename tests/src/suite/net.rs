@@ -1,5 +1,9 @@
 //! Network cards served by ringside-net.
 
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
 use super::Test;
 use crate::ensure;
 use crate::error::Result;
@@ -16,6 +20,11 @@ pub(super) const TESTS: &[Test] = &[
         name: "net::multiqueue",
         seconds: 120,
         run: multiqueue,
+    },
+    Test {
+        name: "net::back_end_is_replaced",
+        seconds: 90,
+        run: back_end_is_replaced,
     },
 ];
 
@@ -131,5 +140,35 @@ fn multiqueue(site: &Site) -> Result<()> {
     }
     guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
     guest.shut_down()?;
+    Ok(())
+}
+
+/// A card whose back-end is killed goes on with the next one that listens at its socket, and the guest does nothing for it.
+fn back_end_is_replaced(site: &Site) -> Result<()> {
+    let start = || Net::tap("tap0").address("10.77.0.1/24").queue_pairs(2);
+    let mut first = start().start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .cpus(2)
+        .diskless()
+        .device(&first)
+        .boot(site)?;
+    guest.network_up("10.77.0.2/24")?;
+    guest.run_ok("ping -c 3 -W 5 10.77.0.1")?;
+    first.daemon().signal(Signal::SIGKILL)?;
+    first.daemon().wait(site.limit(Duration::from_secs(5)))?;
+    let second = start().in_place_of(&first).start(site)?;
+    // A few packets are lost while the VMM finds the new one.
+    guest.run_ok_within(
+        "for i in $(seq 30); do ping -c 1 -W 1 10.77.0.1 && exit 0; done; exit 1",
+        Duration::from_secs(40),
+    )?;
+    guest.run_ok("ping -c 5 -W 5 10.77.0.1")?;
+    ensure!(
+        guest.vmm_log().contains(second.socket()),
+        "the VMM does not say that a back-end was lost:\n{}",
+        guest.vmm_log()
+    );
+    guest.shut_down()?;
+    second.stop(site)?;
     Ok(())
 }
