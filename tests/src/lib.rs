@@ -1,4 +1,4 @@
-//! The lab, the end-to-end tests and the benchmarks. May depend on every Ringside crate.
+//! The lab and the end-to-end tests. May depend on every Ringside crate; so far it meets them as programs only.
 //!
 //! ```text
 //! cargo lab ──── app ──── setup     Debian systems in the user's cache
@@ -10,7 +10,7 @@
 //!                  │ ───── demo
 //!                harness             back-ends, guests, networks, counters: what tests are written with
 //! ```
-#![deny(unsafe_code)]
+#![forbid(unsafe_code)]
 
 pub mod app;
 pub mod command;

@@ -46,9 +46,7 @@ pub struct GuestBuilder<'a> {
     memory: String,
     diskless: bool,
     pvh: bool,
-    cmdline: String,
     back_ends: Vec<&'a BackEnd>,
-    arguments: Vec<String>,
     boot_limit: Duration,
 }
 
@@ -81,24 +79,10 @@ impl<'a> GuestBuilder<'a> {
         self
     }
 
-    /// Words for the kernel's command line.
-    #[must_use]
-    pub fn cmdline(mut self, words: &str) -> Self {
-        self.cmdline = words.into();
-        self
-    }
-
     /// A device served by a back-end. Order is kept.
     #[must_use]
     pub fn device(mut self, back_end: &'a BackEnd) -> Self {
         self.back_ends.push(back_end);
-        self
-    }
-
-    /// One more argument for the VMM.
-    #[must_use]
-    pub fn arg(mut self, argument: &str) -> Self {
-        self.arguments.push(argument.into());
         self
     }
 
@@ -123,7 +107,6 @@ impl<'a> GuestBuilder<'a> {
             Vmm::Qemu10 => self.qemu(site, QemuVersion::V10),
             Vmm::Qemu11 => self.qemu(site, QemuVersion::V11),
         };
-        command.args(&self.arguments);
         if let Some(cpu) = site.guest_cpu() {
             command = pinned(&command, cpu);
         }
@@ -146,11 +129,7 @@ impl<'a> GuestBuilder<'a> {
         } else {
             " lab.root=/dev/vda"
         };
-        let extra = if self.cmdline.is_empty() { "" } else { " " };
-        format!(
-            "console=ttyS0 panic=-1 loglevel=5{root}{extra}{}",
-            self.cmdline
-        )
+        format!("console=ttyS0 panic=-1 loglevel=5{root}")
     }
 
     fn ringside(&self, site: &Site, root: Option<&BackEnd>) -> Command {
@@ -267,6 +246,8 @@ pub struct Guest {
     seen: usize,
     commands: u32,
     site: Site,
+    /// The VMM's command line.
+    line: String,
     /// File that takes what the VMM writes to standard error.
     log: PathBuf,
     /// Serves the Debian disk.
@@ -283,19 +264,15 @@ impl Guest {
             memory: "512M".into(),
             diskless: false,
             pvh: false,
-            cmdline: String::new(),
             back_ends: Vec::new(),
-            arguments: Vec::new(),
             boot_limit: BOOT_LIMIT,
         }
     }
 
     fn start(site: &Site, mut command: Command, root: Option<BackEnd>) -> Result<Self> {
         let line = describe(&command);
-        let log_name = fresh_name(site, "vmm", "log");
-        let log = site.scratch.join(&log_name);
-        let mut errors = File::create(&log).doing(|| format!("create {}", log.display()))?;
-        writeln!(errors, "{line}").doing(|| format!("write {}", log.display()))?;
+        let log = site.scratch.join(fresh_name(site, "vmm", "log"));
+        let errors = File::create(&log).doing(|| format!("create {}", log.display()))?;
         let console_log = site.scratch.join(fresh_name(site, "console", "log"));
         let copy =
             File::create(&console_log).doing(|| format!("create {}", console_log.display()))?;
@@ -319,6 +296,7 @@ impl Guest {
             seen: 0,
             commands: 0,
             site: site.clone(),
+            line,
             log,
             _root: root,
         })
@@ -411,7 +389,8 @@ impl Guest {
 
     fn tails(&self) -> String {
         let console = self.console();
-        let mut lines = last_lines(&console, 20);
+        let mut lines = vec![self.line.as_str()];
+        lines.extend(last_lines(&console, 20));
         let log = self.vmm_log();
         lines.extend(last_lines(&log, 10));
         lines.join("\n")

@@ -61,14 +61,15 @@ impl Namespace {
         command::run_line("sysctl -q -w net.ipv4.ip_forward=1").map(drop)
     }
 
-    /// A command that runs a program in the namespace.
+    /// A command that runs another in the namespace.
     #[must_use]
-    pub fn program(&self, name: &str) -> Command {
-        let mut command = Command::new("nsenter");
-        command
+    pub fn enter(&self, command: &Command) -> Command {
+        let mut entering = Command::new("nsenter");
+        entering
             .arg(format!("--net=/proc/{}/ns/net", self.holder.pid()))
-            .arg(name);
-        command
+            .arg(command.get_program())
+            .args(command.get_args());
+        entering
     }
 
     /// As [`command::run_line`], in the namespace.
@@ -145,11 +146,11 @@ impl Capture {
 /// # Errors
 /// Fails if it does not come to listen.
 pub fn iperf3_server(site: &Site, namespace: Option<&Namespace>) -> Result<Daemon> {
-    let mut command = match namespace {
-        Some(namespace) => namespace.program("iperf3"),
-        None => Command::new("iperf3"),
-    };
+    let mut command = site.root_program("usr/bin/iperf3");
     command.args(["--server", "--forceflush"]);
+    if let Some(namespace) = namespace {
+        command = namespace.enter(&command);
+    }
     let mut server = Daemon::start(site, "iperf3", command)?;
     let pid = server.pid();
     server.wait_until("it listens", site.limit(LISTEN_LIMIT), || {
