@@ -385,13 +385,9 @@ fn counts_per_request(site: &Site) -> Result<()> {
             per_read(interrupts, reads),
             per_read(counts.of(blk_pid, SYSTEM_CALL), requests),
         );
-        // Published figures: a doorbell, an interrupt, and at depth 1 the processor's sleep in between; one interrupt at
-        // most; submission, interrupt and sleep of the back-end.
+        // Published figures: one interrupt at most; submission, interrupt and sleep of the back-end. KVM exits have no bound
+        // here, as those of the timer grow with the time a read takes.
         let blk_calls = counts.of(blk_pid, SYSTEM_CALL);
-        ensure!(
-            counts.of(vmm_pid, KVM_EXIT) < 5 * requests,
-            "more than 5 KVM exits per read"
-        );
         ensure!(
             interrupts > 0 && interrupts * 100 <= reads * 105,
             "{interrupts} interrupts for {reads} reads"
