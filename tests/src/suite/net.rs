@@ -5,6 +5,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 
 use super::Test;
+use crate::command;
 use crate::ensure;
 use crate::error::Result;
 use crate::harness::{Capture, Guest, Net, Vmm, iperf3, iperf3_server, sum_interrupts};
@@ -99,6 +100,17 @@ fn tcp_with_and_without_offloads(site: &Site) -> Result<()> {
     ensure!(
         out == 0 && back == 0,
         "segments over 1500 bytes on the TAP with offloads off: {out} from the guest, {back} to it"
+    );
+
+    // The same over IPv6.
+    command::run_line("ip -6 address add fd00:77::1/64 dev tap0 nodad")?;
+    guest.run_ok("ip -6 address add fd00:77::2/64 dev eth0 nodad")?;
+    let capture = Capture::start(site, "tap0")?;
+    tcp_both_ways(&mut guest, "fd00:77::1", "IPv6, ")?;
+    let [_, _, out, back] = segments(site, capture, "fd00:77::2")?;
+    ensure!(
+        out > 0 && back > 0,
+        "no IPv6 segments over 1500 bytes on the TAP: {out} from the guest, {back} to it"
     );
 
     // The guest may also turn its own off while it runs.
