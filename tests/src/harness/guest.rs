@@ -563,6 +563,21 @@ fn pinned(command: &Command, cpu: u32) -> Command {
     pinned
 }
 
+/// What a person wants of a console: not the output of commands in base64.
+#[must_use]
+pub fn readable(console: &str) -> String {
+    let mut in_output = false;
+    let mut text = String::new();
+    for line in console.split_inclusive('\n') {
+        in_output &= !line.starts_with("@@ringside end");
+        if !in_output {
+            text.push_str(line);
+        }
+        in_output |= line.contains("@@ringside begin");
+    }
+    text
+}
+
 fn read_console(mut output: impl Read, mut copy: File, console: &SharedConsole) {
     let mut buffer = [0; 4096];
     loop {
@@ -574,12 +589,26 @@ fn read_console(mut output: impl Read, mut copy: File, console: &SharedConsole) 
         let bytes = buffer.get(..count).unwrap_or_default();
         // The copy is for people; the test goes on without it.
         let _ = copy.write_all(bytes);
-        let mut console_now = console.0.lock().unwrap_or_else(PoisonError::into_inner);
-        console_now.text.extend_from_slice(bytes);
-        console_now.ended = count == 0;
+        let mut now = console.0.lock().unwrap_or_else(PoisonError::into_inner);
+        now.text.extend_from_slice(bytes);
+        now.ended = count == 0;
         console.1.notify_all();
         if count == 0 {
             return;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn output_of_commands_is_left_out_of_what_people_read() {
+        let console = "boot\n@@ringside begin 1\naGkK\naGkK\n@@ringside end 1 0\npanic";
+        assert_eq!(
+            readable(console),
+            "boot\n@@ringside begin 1\n@@ringside end 1 0\npanic"
+        );
     }
 }

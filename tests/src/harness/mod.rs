@@ -11,5 +11,5 @@ pub use counters::{
     EventCounts, IOCTL, KVM_EXIT, SYSTEM_CALL, URING_REQUEST, flushes, sum_interrupts,
 };
 pub use daemon::Daemon;
-pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm};
+pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};
 pub use network::{Capture, Namespace, iperf3, iperf3_server};

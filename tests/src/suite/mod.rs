@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use crate::command::wait_for;
 use crate::error::{Doing, LabError, Result, last_lines};
+use crate::harness::readable;
 use crate::inside::Events;
 use crate::protocol::{Event, Outcome};
 use crate::setup::sorted_names;
@@ -159,7 +160,7 @@ fn failure(directory: &Path, why: &str) -> String {
             continue;
         }
         text.push_str(&format!("--- end of {name}\n"));
-        for line in last_lines(&text_of(&directory.join(&name)), 40) {
+        for line in last_lines(&readable(&text_of(&directory.join(&name))), 40) {
             text.push_str(line);
             text.push('\n');
         }
