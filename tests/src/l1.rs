@@ -126,6 +126,10 @@ fn machine(cache: &Cache, run: &Run, programs: &Path, cmdline: &str) -> Result<C
     qemu.arg("-m").arg(format!("{}M", memory_mib()?));
     qemu.args(["-nodefaults", "-no-reboot"]);
     qemu.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
+    // A network card with SR-IOV, on a cable that leads nowhere.
+    qemu.args(["-device", "pcie-root-port,id=rp1,slot=1"]);
+    qemu.args(["-netdev", "hubport,id=sriov,hubid=0"]);
+    qemu.args(["-device", "igb,bus=rp1,netdev=sriov"]);
     for (tag, path) in [
         ("root", root.as_path()),
         ("bin", programs),

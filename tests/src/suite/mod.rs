@@ -5,6 +5,7 @@ mod blk;
 mod boot;
 mod net;
 mod others;
+mod vfio;
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -35,9 +36,15 @@ pub struct Test {
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [boot::TESTS, blk::TESTS, net::TESTS, others::TESTS]
-        .into_iter()
-        .flatten()
+    [
+        boot::TESTS,
+        blk::TESTS,
+        net::TESTS,
+        others::TESTS,
+        vfio::TESTS,
+    ]
+    .into_iter()
+    .flatten()
 }
 
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.
