@@ -39,6 +39,8 @@ pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod terminal;
+#[cfg(test)]
+mod testing;
 pub mod vcpu;
 pub mod vhost_user;
 pub mod virtio;
