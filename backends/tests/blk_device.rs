@@ -11,13 +11,16 @@ mod frontend;
 use std::fs;
 use std::io::{Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::Command;
 use std::time::Instant;
 
-use frontend::{Daemon, EVENT_IDX, FrontEnd, PATIENCE, REGION, SECOND, Setup, readable};
+use frontend::{
+    Daemon, EVENT_IDX, FrontEnd, PATIENCE, REGION, SECOND, Setup, readable, skip, without_rights,
+};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::signal::Signal;
@@ -248,7 +251,10 @@ fn discard_punches_holes_and_zeroes_are_zeroes() {
 fn zeroes_are_written_where_the_file_system_cannot_make_them() {
     // tmpfs has no FALLOC_FL_ZERO_RANGE.
     let Ok(mut image) = tempfile::NamedTempFile::new_in("/dev/shm") else {
-        eprintln!("skipped: no /dev/shm");
+        skip(
+            "zeroes_are_written_where_the_file_system_cannot_make_them",
+            "no /dev/shm",
+        );
         return;
     };
     image.write_all(&vec![0xff; DISK as usize]).unwrap();
@@ -346,7 +352,7 @@ fn small_file_system(test: &str) -> Option<tempfile::TempDir> {
     match made {
         Ok(()) => Some(dir),
         Err(e) => {
-            let _ = writeln!(std::io::stderr(), "test {test}: skipped: no mount: {e}");
+            skip(test, format_args!("no mount: {e}"));
             None
         }
     }
@@ -453,7 +459,7 @@ impl Loop {
                 Some(Self(name.trim().to_owned()))
             }
             other => {
-                let _ = writeln!(std::io::stderr(), "test {test}: skipped: {other:?}");
+                skip(test, format_args!("losetup: {other:?}"));
                 None
             }
         }
@@ -509,7 +515,10 @@ fn direct_io_serves_unaligned_buffers_too() {
     std::thread::sleep(std::time::Duration::from_millis(100));
     if daemon.log().contains("does not support --direct") {
         assert_eq!(daemon.wait().code(), Some(1));
-        eprintln!("skipped: no O_DIRECT on {path}");
+        skip(
+            "direct_io_serves_unaligned_buffers_too",
+            format_args!("no O_DIRECT on {path}"),
+        );
         return;
     }
     daemon.wait_for_socket();
@@ -855,5 +864,40 @@ fn each_wrong_disk_has_its_message_and_status() {
     ] {
         let (code, log) = Daemon::spawn(BLK, args).outcome();
         assert_eq!(code, Some(2), "{log}");
+    }
+}
+
+#[test]
+fn a_disk_without_permission_is_refused() {
+    let test = "a_disk_without_permission_is_refused";
+    const NOBODY: u32 = 65534;
+    let dir = tempfile::tempdir().unwrap();
+    let allow = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    allow(dir.path(), 0o755);
+    let path = dir.path().join("disk");
+    fs::write(&path, [0; 512]).unwrap();
+    for (mode, args, what) in [
+        (
+            0o644,
+            &[][..],
+            "opened for writing; use --read-only, or change its permissions",
+        ),
+        (0o600, &["--read-only"], "opened"),
+    ] {
+        allow(&path, mode);
+        let mut command = Command::new(BLK);
+        command.uid(NOBODY).gid(NOBODY);
+        command.arg("--path").arg(&path).args(args);
+        let Some((code, log)) = without_rights(test, &mut command) else {
+            return;
+        };
+        assert_eq!(code, Some(1), "{log}");
+        let path = path.display();
+        let expected = format!(
+            "ringside-blk: disk {path} cannot be {what}: Permission denied (os error 13)\n"
+        );
+        assert_eq!(log, expected);
     }
 }

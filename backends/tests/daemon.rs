@@ -90,7 +90,13 @@ fn the_discovery_file_describes_the_program() {
 
 #[test]
 fn help_names_examples_and_exit_statuses() {
-    for program in [BLK, env!("CARGO_BIN_EXE_ringside-net")] {
+    for (program, hangup) in [
+        (BLK, "SIGHUP           look at the disk's size again"),
+        (
+            env!("CARGO_BIN_EXE_ringside-net"),
+            "SIGHUP           do nothing",
+        ),
+    ] {
         let output = Command::new(program).arg("--help").output().unwrap();
         let help = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success());
@@ -98,6 +104,7 @@ fn help_names_examples_and_exit_statuses() {
             "qemu-system-x86_64",
             "cloud-hypervisor",
             "ringside-vmm",
+            hangup,
             "Exit status:",
         ] {
             assert!(help.contains(word), "{word}");

@@ -10,16 +10,16 @@
 
 mod frontend;
 
-use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 use std::time::Duration;
 
-use frontend::{Daemon, FrontEnd, Setup, readable};
+use frontend::{Daemon, FrontEnd, Setup, own_network, readable, without_rights};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::net::if_::if_nametoindex;
-use nix::sched::{CloneFlags, unshare};
 use ringside_backends::net::Tap;
 use ringside_rings::Segment;
 use vhost::VhostBackend;
@@ -39,21 +39,6 @@ const TX: usize = 1;
 /// Answers to control commands (VIRTIO 1.3, 5.1.6.5).
 const OK: u8 = 0;
 const ERR: u8 = 1;
-
-/// Gives this thread, and the programs it starts, a network of its own. `false`, and a word on standard error, if
-/// that cannot be.
-fn own_network(test: &str) -> bool {
-    let why = match unshare(CloneFlags::CLONE_NEWNET) {
-        Err(e) => format!("no network namespace: {e}"),
-        Ok(()) => match File::options().read(true).write(true).open("/dev/net/tun") {
-            Ok(_) => return true,
-            Err(e) => format!("/dev/net/tun: {e}"),
-        },
-    };
-    // Past the capture of the test harness: a test that did not run must not look like one that did.
-    let _ = writeln!(io::stderr(), "test {test}: skipped: {why}");
-    false
-}
 
 fn serve(args: &[&str]) -> Daemon {
     let fixed = ["--mac", MAC_TEXT, "--tap-ip", "10.9.0.1/24"];
@@ -345,4 +330,34 @@ fn command_lines_that_cannot_be_served_end_with_a_reason() {
     assert_eq!(code, Some(1));
     assert!(log.contains("no open TAP queue"), "{log}");
     assert_eq!(outcome(&[]).0, Some(2));
+}
+
+#[test]
+#[allow(unsafe_code, reason = "a child gives up a capability before it runs")]
+fn without_the_capability_a_tap_cannot_be_made() {
+    let test = "without_the_capability_a_tap_cannot_be_made";
+    if !own_network(test) {
+        return;
+    }
+    let mut command = Command::new(NET);
+    command.args(["--tap", "ring0", "--queue-pairs", "2"]);
+    let give_up = || {
+        const CAP_NET_ADMIN: libc::c_ulong = 12;
+        // SAFETY: a system call that takes numbers only.
+        match unsafe { libc::prctl(libc::PR_CAPBSET_DROP, CAP_NET_ADMIN, 0, 0, 0) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    };
+    // SAFETY: the closure makes a system call, and allocates nothing.
+    unsafe { command.pre_exec(give_up) };
+    let Some((code, log)) = without_rights(test, &mut command) else {
+        return;
+    };
+    assert_eq!(code, Some(1), "{log}");
+    assert_eq!(
+        log,
+        "ringside-net: no permission for TAP \"ring0\": run with CAP_NET_ADMIN, or have it made for this user \
+         (ip tuntap add dev ring0 mode tap user USER vnet_hdr multi_queue)\n"
+    );
 }

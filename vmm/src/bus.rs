@@ -62,11 +62,6 @@ pub struct Bus {
 }
 
 impl Bus {
-    /// An empty address space.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
     /// Lets `device` answer for `size` addresses from `start`.
     pub fn insert(&self, start: u64, size: u64, device: SharedDevice) -> Result<(), Error> {
         let last = size
@@ -156,7 +151,7 @@ mod tests {
 
     #[test]
     fn accesses_reach_the_right_device_at_the_right_offset() {
-        let bus = Bus::new();
+        let bus = Bus::default();
         let (a, b) = (echo(0x10), echo(0x40));
         bus.insert(0x100, 8, a.clone()).unwrap();
         bus.insert(0x108, 8, b.clone()).unwrap();
@@ -170,7 +165,7 @@ mod tests {
 
     #[test]
     fn nobody_answers_as_all_ones() {
-        let bus = Bus::new();
+        let bus = Bus::default();
         bus.insert(0x100, 8, echo(0)).unwrap();
         for (address, len) in [(0xff, 1), (0xfe, 4), (0x108, 1), (0x106, 4), (u64::MAX, 2)] {
             let mut data = vec![0; len];
@@ -183,7 +178,7 @@ mod tests {
 
     #[test]
     fn overlaps_and_nonsense_are_refused() {
-        let bus = Bus::new();
+        let bus = Bus::default();
         bus.insert(0x100, 0x10, echo(0)).unwrap();
         for (start, size) in [
             (0x100, 0x10),
@@ -229,7 +224,7 @@ mod tests {
 
     #[test]
     fn a_device_may_change_the_map_while_it_is_written() {
-        let bus = Arc::new(Bus::new());
+        let bus = Arc::new(Bus::default());
         bus.insert(0x100, 1, Arc::new(Mutex::new(Mover(bus.clone()))))
             .unwrap();
         assert!(bus.write(0x100, &[0x20]));

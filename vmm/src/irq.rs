@@ -144,22 +144,6 @@ impl GsiRouter {
             })
     }
 
-    /// A level-triggered interrupt: a signal on `event` asserts `gsi`; when the guest acknowledges
-    /// it the kernel lowers it and signals `resample`.
-    pub fn register_irqfd_with_resample(
-        &self,
-        event: &EventFd,
-        resample: &EventFd,
-        gsi: u32,
-    ) -> Result<(), Error> {
-        self.vm
-            .register_irqfd_with_resample(event, resample, gsi)
-            .map_err(|e| Error::Irqfd {
-                gsi,
-                source: e.into(),
-            })
-    }
-
     /// Signals on `event` no longer reach `gsi`; they are kept in the eventfd's counter.
     pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
         self.vm
@@ -225,6 +209,7 @@ fn msi_route(gsi: u32, message: MsiMessage) -> kvm_irq_routing_entry {
 mod tests {
     use super::*;
     use crate::kvm::Vm;
+    use crate::testing::has_kvm;
 
     fn router() -> GsiRouter {
         GsiRouter::new(Arc::clone(Vm::new().unwrap().fd())).unwrap()
@@ -232,6 +217,9 @@ mod tests {
 
     #[test]
     fn gsis_are_handed_out_once_and_run_out() {
+        if !has_kvm("gsis_are_handed_out_once_and_run_out") {
+            return;
+        }
         let router = router();
         let mut all = Vec::new();
         let error = loop {
@@ -258,17 +246,17 @@ mod tests {
 
     #[test]
     fn irqfds_come_and_go() {
+        if !has_kvm("irqfds_come_and_go") {
+            return;
+        }
         let router = router();
-        let [event, resample] = [EventFd::new(0).unwrap(), EventFd::new(0).unwrap()];
+        let event = EventFd::new(0).unwrap();
         router.register_irqfd(&event, 5).unwrap();
         assert!(matches!(
             router.register_irqfd(&event, 5),
             Err(Error::Irqfd { gsi: 5, .. })
         ));
         router.unregister_irqfd(&event, 5).unwrap();
-        router
-            .register_irqfd_with_resample(&event, &resample, 10)
-            .unwrap();
-        router.unregister_irqfd(&event, 10).unwrap();
+        router.register_irqfd(&event, 5).unwrap();
     }
 }

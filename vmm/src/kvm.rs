@@ -1,8 +1,8 @@
 //! The virtual machine as KVM knows it: memory slots, in-kernel interrupt controllers and timer.
 //!
 //! Interrupt controllers and PIT are in the kernel (not split): level-triggered pins then need no
-//! exit at end of interrupt, which resample irqfds of passed-through devices rely on, and a guest
-//! that programs the PIT or the I/O APIC at boot does not wait for us.
+//! exit at end of interrupt, and a guest that programs the PIT or the I/O APIC at boot does not wait
+//! for us.
 #![allow(
     unsafe_code,
     reason = "handing memory to KVM as a slot is unsafe by nature"
@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, MmapRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
 use crate::memory::GuestRam;
@@ -52,10 +52,8 @@ pub enum Error {
 #[derive(Default)]
 struct Slots {
     next: u32,
-    free: Vec<u32>,
     /// Mappings that KVM holds addresses of. They live as long as the VM.
     held: Vec<GuestMemoryMmap>,
-    held_regions: Vec<(u32, Arc<MmapRegion>)>,
 }
 
 /// A KVM virtual machine without processors.
@@ -125,46 +123,17 @@ impl Vm {
     /// Makes `ram` the guest's RAM. The VM keeps its mapping alive.
     pub fn add_ram(&self, ram: &GuestRam) -> Result<(), Error> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        // First: a slot that was made is there also if the next one fails.
+        slots.held.push(ram.memory().clone());
         for region in ram.memory().iter() {
-            let slot = slots.free.pop().unwrap_or_else(|| {
-                slots.next += 1;
-                slots.next - 1
-            });
+            let slot = slots.next;
+            slots.next += 1;
             self.set_slot(
                 slot,
                 region.start_addr().0,
                 region.len(),
                 region.as_ptr() as u64,
             )?;
-        }
-        slots.held.push(ram.memory().clone());
-        Ok(())
-    }
-
-    /// Maps `memory` (a device's BAR) into the guest. The VM keeps the mapping alive until
-    /// [`Vm::unmap`] of the slot that this returns.
-    pub fn map(&self, start: u64, memory: Arc<MmapRegion>) -> Result<u32, Error> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let slot = slots.free.pop().unwrap_or_else(|| {
-            slots.next += 1;
-            slots.next - 1
-        });
-        let size = u64::try_from(memory.size()).unwrap_or(u64::MAX);
-        if let Err(error) = self.set_slot(slot, start, size, memory.as_ptr() as u64) {
-            slots.free.push(slot);
-            return Err(error);
-        }
-        slots.held_regions.push((slot, memory));
-        Ok(slot)
-    }
-
-    /// Takes away what [`Vm::map`] mapped.
-    pub fn unmap(&self, slot: u32) -> Result<(), Error> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        if slots.held_regions.iter().any(|(held, _)| *held == slot) {
-            self.set_slot(slot, 0, 0, 0)?;
-            slots.held_regions.retain(|(held, _)| *held != slot);
-            slots.free.push(slot);
         }
         Ok(())
     }
@@ -177,8 +146,8 @@ impl Vm {
             memory_size: size,
             userspace_addr: host,
         };
-        // SAFETY: both callers pass the address and length of a mapping that they store in `slots`
-        // and that is dropped only after the slot was removed or, with `self`, after the VM.
+        // SAFETY: the caller passes the address and length of a mapping that it has stored in `slots`,
+        // where it stays as long as `self`; nothing runs the VM longer than that.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(|e| Error::Slot {
             start,
             size,
@@ -190,25 +159,21 @@ impl Vm {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::{MIN_SIZE, Options, PageSize, Size};
+    use crate::testing::has_kvm;
 
     #[test]
-    fn slots_are_mapped_unmapped_and_reused() {
-        let vm = Vm::new().unwrap();
-        let memory = || Arc::new(MmapRegion::new(0x2000).unwrap());
-        let first = vm.map(0xc000_0000, memory()).unwrap();
-        let second = vm.map(0xc000_2000, memory()).unwrap();
-        assert_ne!(first, second);
-        // KVM refuses slots that overlap.
-        assert!(matches!(
-            vm.map(0xc000_1000, memory()),
-            Err(Error::Slot { .. })
-        ));
-        vm.unmap(first).unwrap();
-        let again = vm.map(0xc000_0000, memory()).unwrap();
-        assert!(vm.map(0xc000_1000, memory()).is_err());
-        vm.unmap(again).unwrap();
-        vm.unmap(again).unwrap();
-        vm.unmap(second).unwrap();
-        assert!(vm.slots.lock().unwrap().held_regions.is_empty());
+    fn ram_has_its_place_for_itself() {
+        if !has_kvm("ram_has_its_place_for_itself") {
+            return;
+        }
+        let ram = GuestRam::new(Options {
+            size: Size(MIN_SIZE),
+            pages: PageSize::Normal,
+            prefault: false,
+        });
+        let (vm, ram) = (Vm::new().unwrap(), ram.unwrap());
+        vm.add_ram(&ram).unwrap();
+        assert!(matches!(vm.add_ram(&ram), Err(Error::Slot { .. })));
     }
 }

@@ -69,10 +69,6 @@ pub const PCI_MMIO64_MAX_SIZE: u64 = 512 * GIB;
 pub const PCI_CONFIG_PORT: u64 = 0xcf8;
 /// Size of [`PCI_CONFIG_PORT`]'s range.
 pub const PCI_CONFIG_PORT_SIZE: u64 = 8;
-/// Start of the port window that BARs may be placed in.
-pub const PCI_IO_START: u64 = 0x1000;
-/// End (exclusive) of the port window that BARs may be placed in.
-pub const PCI_IO_END: u64 = 0x1_0000;
 
 /// The I/O APIC's registers (in the kernel).
 pub const IOAPIC: u64 = 0xFEC0_0000;
@@ -92,8 +88,6 @@ pub const SERIAL_PORT: u64 = 0x3f8;
 pub const SERIAL_IRQ: u32 = 4;
 /// Index and data port of the RTC and its CMOS memory.
 pub const RTC_PORT: u64 = 0x70;
-/// The keyboard controller's data port.
-pub const I8042_DATA_PORT: u64 = 0x60;
 /// The keyboard controller's command port.
 pub const I8042_COMMAND_PORT: u64 = 0x64;
 /// The reset control register, one byte inside the PCI configuration ports' range.

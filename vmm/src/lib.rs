@@ -1,5 +1,6 @@
-//! A minimal KVM virtual machine monitor. Depends on `ringside-rings` and `ringside-vfio`, never
-//! on the back-ends: it meets them over a Unix socket.
+//! A minimal KVM virtual machine monitor. Of the workspace's crates it may depend on `ringside-rings`
+//! and `ringside-vfio`, and so far needs neither; never on the back-ends: it meets them over a Unix
+//! socket.
 //!
 //! One file, or one folder, for each concern; each row builds on those above it:
 //!
@@ -39,6 +40,8 @@ pub mod machine;
 pub mod memory;
 pub mod pci;
 pub mod terminal;
+#[cfg(test)]
+mod testing;
 pub mod vcpu;
 pub mod vhost_user;
 pub mod virtio;

@@ -210,7 +210,6 @@ impl Options {
 /// Guest RAM, mapped into this process.
 pub struct GuestRam {
     memory: GuestMemoryMmap,
-    file: Arc<File>,
     size: u64,
 }
 
@@ -267,7 +266,6 @@ impl GuestRam {
         let memory = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(e.into()))?;
         Ok(Self {
             memory,
-            file,
             size: size.0,
         })
     }
@@ -275,11 +273,6 @@ impl GuestRam {
     /// The mapping; its regions know their file offsets.
     pub fn memory(&self) -> &GuestMemoryMmap {
         &self.memory
-    }
-
-    /// The memfd behind all regions.
-    pub fn file(&self) -> &Arc<File> {
-        &self.file
     }
 
     /// Size in bytes.
@@ -294,11 +287,6 @@ impl GuestRam {
             .map(|r| r.start_addr().0 + r.len())
             .max()
             .unwrap_or(0)
-    }
-
-    /// End of the RAM below the hole.
-    pub fn low_end(&self) -> u64 {
-        self.size.min(layout::LOW_RAM_END)
     }
 }
 
@@ -389,11 +377,16 @@ mod tests {
         assert!(GuestRam::new(options(1 << 50)).is_err());
     }
 
+    /// The file behind all regions.
+    fn file(ram: &GuestRam) -> &File {
+        let region = ram.memory().iter().next().unwrap();
+        region.file_offset().unwrap().file()
+    }
+
     #[test]
     fn ram_is_one_sealed_file_around_the_hole() {
         let ram = GuestRam::new(options(layout::LOW_RAM_END + (1 << 20))).unwrap();
         assert_eq!(ram.end(), layout::HIGH_RAM_START + (1 << 20));
-        assert_eq!(ram.low_end(), layout::LOW_RAM_END);
         let offsets: Vec<u64> = ram
             .memory()
             .iter()
@@ -410,11 +403,11 @@ mod tests {
             .unwrap();
         // Shared: what the guest writes is in the file.
         let mut byte = [0];
-        std::os::unix::fs::FileExt::read_exact_at(&**ram.file(), &mut byte, layout::LOW_RAM_END)
+        std::os::unix::fs::FileExt::read_exact_at(file(&ram), &mut byte, layout::LOW_RAM_END)
             .unwrap();
         assert_eq!(byte, [1]);
-        assert!(ram.file().set_len(4096).is_err());
-        assert!(ram.file().set_len(8 << 30).is_err());
+        assert!(file(&ram).set_len(4096).is_err());
+        assert!(file(&ram).set_len(8 << 30).is_err());
     }
 
     #[test]
@@ -448,7 +441,7 @@ mod tests {
             ..options(MIN_SIZE)
         })
         .unwrap();
-        let blocks = std::os::unix::fs::MetadataExt::blocks(&ram.file().metadata().unwrap());
+        let blocks = std::os::unix::fs::MetadataExt::blocks(&file(&ram).metadata().unwrap());
         assert_eq!(blocks * 512, MIN_SIZE);
     }
 }

@@ -117,7 +117,7 @@ mod tests {
         let pty = openpty(None, None).unwrap();
         let before = tcgetattr(&pty.slave).unwrap();
         let status = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "terminal::tests::enter_and", "--ignored"])
+            .args(["--exact", "terminal::tests::enter_and"])
             .env("RINGSIDE_TEST_END", how)
             .stdin(Stdio::from(pty.slave.try_clone().unwrap()))
             .stdout(Stdio::null())
@@ -128,18 +128,21 @@ mod tests {
         (before, tcgetattr(&pty.slave).unwrap())
     }
 
+    /// Run by the test below in a process of its own; otherwise it has nothing to do.
     #[test]
-    #[ignore = "run by the tests below in a process of its own"]
     fn enter_and() {
+        let Ok(how) = std::env::var("RINGSIDE_TEST_END") else {
+            return;
+        };
         let raw = RawMode::enter().unwrap().unwrap();
         let flags = tcgetattr(io::stdin()).unwrap().local_flags;
         if flags.intersects(LocalFlags::ICANON | LocalFlags::ECHO | LocalFlags::ISIG) {
             std::process::exit(0);
         }
-        match std::env::var("RINGSIDE_TEST_END").as_deref() {
-            Ok("return") => drop(raw),
-            Ok("panic") => panic!("on purpose"),
-            Ok("abort") => std::process::abort(),
+        match how.as_str() {
+            "return" => drop(raw),
+            "panic" => panic!("on purpose"),
+            "abort" => std::process::abort(),
             // SAFETY: raising a signal on ourselves is what this test is for.
             _ => drop(unsafe { libc::raise(libc::SIGSEGV) }),
         }

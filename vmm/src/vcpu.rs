@@ -329,6 +329,7 @@ mod tests {
     use crate::cpu::{CpuTemplate, write_tables};
     use crate::layout;
     use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize, Size};
+    use crate::testing::has_kvm;
     use std::sync::Mutex;
     use std::time::Instant;
     use vm_memory::{Bytes, GuestAddress};
@@ -424,6 +425,9 @@ mod tests {
 
     #[test]
     fn ports_are_read_and_written() {
+        if !has_kvm("ports_are_read_and_written") {
+            return;
+        }
         let mut code = vec![
             0x66, 0xba, 0x02, 0x01, // mov dx, 0x102
             0xec, // in al, dx
@@ -452,6 +456,9 @@ mod tests {
 
     #[test]
     fn a_string_instruction_is_several_accesses() {
+        if !has_kvm("a_string_instruction_is_several_accesses") {
+            return;
+        }
         let mut code = vec![
             0xbe, 0x00, 0x00, 0x20, 0x00, // mov esi, 0x200000
             0xb9, 0x03, 0x00, 0x00, 0x00, // mov ecx, 3
@@ -479,6 +486,9 @@ mod tests {
 
     #[test]
     fn mmio_is_read_and_written() {
+        if !has_kvm("mmio_is_read_and_written") {
+            return;
+        }
         let mut code = vec![
             0xb8, 0x00, 0x00, 0x00, 0xc0, // mov eax, 0xc0000000
             0x8b, 0x48, 0x08, // mov ecx, [rax + 8]
@@ -503,6 +513,9 @@ mod tests {
 
     #[test]
     fn a_triple_fault_ends_the_machine_with_the_registers() {
+        if !has_kvm("a_triple_fault_ends_the_machine_with_the_registers") {
+            return;
+        }
         // lidt of an empty table, then an invalid instruction.
         let code = [
             0x48, 0xb8, 0, 0, 0x20, 0, 0, 0, 0, 0, 0x0f, 0x01, 0x18, 0x0f, 0x0b,
@@ -517,6 +530,9 @@ mod tests {
 
     #[test]
     fn an_error_inside_kvm_ends_the_machine_with_the_registers() {
+        if !has_kvm("an_error_inside_kvm_ends_the_machine_with_the_registers") {
+            return;
+        }
         // mov eax, 0xc0000000; jmp rax: there is nothing to execute.
         let guest = Guest::new(&[0xb8, 0x00, 0x00, 0x00, 0xc0, 0xff, 0xe0]);
         let ExitReason::Crash(message) = guest.run() else {
@@ -528,6 +544,9 @@ mod tests {
 
     #[test]
     fn a_halted_or_spinning_processor_can_be_stopped() {
+        if !has_kvm("a_halted_or_spinning_processor_can_be_stopped") {
+            return;
+        }
         // cli; hlt and: jmp $
         for code in [&[0xfa, 0xf4][..], &[0xeb, 0xfe]] {
             let guest = Guest::new(code);
@@ -542,6 +561,9 @@ mod tests {
 
     #[test]
     fn a_doorbell_is_an_ioeventfd_and_makes_no_exit() {
+        if !has_kvm("a_doorbell_is_an_ioeventfd_and_makes_no_exit") {
+            return;
+        }
         use kvm_ioctls::{IoEventAddress, NoDatamatch};
         use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
         let mut code = vec![
@@ -571,6 +593,9 @@ mod tests {
 
     #[test]
     fn an_irqfd_wakes_a_halted_processor() {
+        if !has_kvm("an_irqfd_wakes_a_halted_processor") {
+            return;
+        }
         use crate::irq::{GsiRouter, MsiMessage};
         use vmm_sys_util::eventfd::EventFd;
         // Enables the local APIC (spurious vector 0xff), sets an IDT, halts with interrupts on; the

@@ -3,13 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringside_backends::blk::{ArgsError, Blk, BlkArgs};
-use ringside_backends::shell::{self, EXIT_STATUS_HELP, Program, ShellArgs};
+use ringside_backends::blk::{Blk, BlkArgs};
+use ringside_backends::shell::{self, Program, ShellArgs};
 
 const PROGRAM: Program = Program {
     name: "ringside-blk",
     kind: "block",
     features: &["read-only", "blk-file"],
+    hangup: "look at the disk's size again, and tell the guest",
 };
 
 // Lines of 78 characters at most: wrapped commands cannot be copied.
@@ -41,7 +42,7 @@ const EXAMPLES: &str = "Examples:
 /// The virtual machine monitor connects to a Unix socket and shares its guest's memory; requests are then taken from
 /// the guest's virtqueues and handed to the kernel by io_uring, without copying their data.
 #[derive(Parser)]
-#[command(name = PROGRAM.name, version, after_help = EXIT_STATUS_HELP, after_long_help = format!("{EXAMPLES}\n{EXIT_STATUS_HELP}"))]
+#[command(name = PROGRAM.name, version, after_help = PROGRAM.after_help(), after_long_help = format!("{EXAMPLES}\n{}", PROGRAM.after_help()))]
 struct Cli {
     #[command(flatten)]
     blk: BlkArgs,
@@ -50,19 +51,7 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match PROGRAM.print_capabilities_if_asked() {
-        Ok(false) => {}
-        asked => return shell::exit_code(&PROGRAM, asked.map(|_| ())),
-    }
-    let cli = Cli::parse();
-    let config = match cli.blk.open() {
-        Ok(config) => config,
-        Err(error) => {
-            let usage = error.is_usage();
-            let code = shell::exit_code::<ArgsError>(&PROGRAM, Err(error));
-            return if usage { ExitCode::from(2) } else { code };
-        }
-    };
-    let result = shell::run(&PROGRAM, Blk::new(config), &cli.shell);
-    shell::exit_code(&PROGRAM, result)
+    shell::main(&PROGRAM, |cli: Cli| {
+        (cli.blk.open().map(Blk::new), cli.shell)
+    })
 }

@@ -3,13 +3,14 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringside_backends::net::{ArgsError, NetArgs};
-use ringside_backends::shell::{self, EXIT_STATUS_HELP, Program, ShellArgs};
+use ringside_backends::net::NetArgs;
+use ringside_backends::shell::{self, Program, ShellArgs};
 
 const PROGRAM: Program = Program {
     name: "ringside-net",
     kind: "net",
     features: &[],
+    hangup: "do nothing",
 };
 
 // Lines of 78 characters at most: wrapped commands cannot be copied.
@@ -47,7 +48,7 @@ const EXAMPLES: &str = "Examples:
 /// guest's virtqueues to the TAP interface and back with one system call each and without being copied, segments of
 /// up to 64 KiB included.
 #[derive(Parser)]
-#[command(name = PROGRAM.name, version, after_help = EXIT_STATUS_HELP, after_long_help = format!("{EXAMPLES}\n{EXIT_STATUS_HELP}"))]
+#[command(name = PROGRAM.name, version, after_help = PROGRAM.after_help(), after_long_help = format!("{EXAMPLES}\n{}", PROGRAM.after_help()))]
 struct Cli {
     #[command(flatten)]
     net: NetArgs,
@@ -56,19 +57,5 @@ struct Cli {
 }
 
 fn main() -> ExitCode {
-    match PROGRAM.print_capabilities_if_asked() {
-        Ok(false) => {}
-        asked => return shell::exit_code(&PROGRAM, asked.map(|_| ())),
-    }
-    let cli = Cli::parse();
-    let net = match cli.net.open() {
-        Ok(net) => net,
-        Err(error) => {
-            let usage = error.is_usage();
-            let code = shell::exit_code::<ArgsError>(&PROGRAM, Err(error));
-            return if usage { ExitCode::from(2) } else { code };
-        }
-    };
-    let result = shell::run(&PROGRAM, net, &cli.shell);
-    shell::exit_code(&PROGRAM, result)
+    shell::main(&PROGRAM, |cli: Cli| (cli.net.open(), cli.shell))
 }

@@ -10,6 +10,7 @@ use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, SEG_MAX};
+use crate::shell::OpenError;
 
 /// Most bytes in one discard or write-zeroes request.
 const MAX_RANGE: u64 = 1 << 30;
@@ -131,10 +132,8 @@ pub enum ArgsError {
     },
 }
 
-impl ArgsError {
-    /// Whether the command line is wrong, and not the world.
-    #[must_use]
-    pub fn is_usage(&self) -> bool {
+impl OpenError for ArgsError {
+    fn is_usage(&self) -> bool {
         !matches!(self, Self::Disk(_))
     }
 }

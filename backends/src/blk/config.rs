@@ -5,31 +5,31 @@ use crate::shell::DeviceError;
 use super::request::SECTOR;
 
 /// Feature bits of a block device (VIRTIO 1.3, 5.2.3), of rings (6), and of the transport (6).
-pub mod feature {
+pub(super) mod feature {
     /// VIRTIO_BLK_F_SEG_MAX: seg_max is valid.
-    pub const SEG_MAX: u64 = 1 << 2;
+    pub(in crate::blk) const SEG_MAX: u64 = 1 << 2;
     /// VIRTIO_BLK_F_RO: the disk is read-only.
-    pub const RO: u64 = 1 << 5;
+    pub(in crate::blk) const RO: u64 = 1 << 5;
     /// VIRTIO_BLK_F_BLK_SIZE: blk_size is valid.
-    pub const BLK_SIZE: u64 = 1 << 6;
+    pub(in crate::blk) const BLK_SIZE: u64 = 1 << 6;
     /// VIRTIO_BLK_F_FLUSH: there is a cache that can be flushed.
-    pub const FLUSH: u64 = 1 << 9;
+    pub(in crate::blk) const FLUSH: u64 = 1 << 9;
     /// VIRTIO_BLK_F_TOPOLOGY: topology is valid.
-    pub const TOPOLOGY: u64 = 1 << 10;
+    pub(in crate::blk) const TOPOLOGY: u64 = 1 << 10;
     /// VIRTIO_BLK_F_CONFIG_WCE: the driver can switch the cache between writeback and writethrough.
-    pub const CONFIG_WCE: u64 = 1 << 11;
+    pub(in crate::blk) const CONFIG_WCE: u64 = 1 << 11;
     /// VIRTIO_BLK_F_MQ: num_queues is valid.
-    pub const MQ: u64 = 1 << 12;
+    pub(in crate::blk) const MQ: u64 = 1 << 12;
     /// VIRTIO_BLK_F_DISCARD: the discard command exists.
-    pub const DISCARD: u64 = 1 << 13;
+    pub(in crate::blk) const DISCARD: u64 = 1 << 13;
     /// VIRTIO_BLK_F_WRITE_ZEROES: the write zeroes command exists.
-    pub const WRITE_ZEROES: u64 = 1 << 14;
+    pub(in crate::blk) const WRITE_ZEROES: u64 = 1 << 14;
     /// VIRTIO_F_INDIRECT_DESC
-    pub const INDIRECT_DESC: u64 = 1 << 28;
+    pub(in crate::blk) const INDIRECT_DESC: u64 = 1 << 28;
     /// VIRTIO_F_EVENT_IDX
-    pub const EVENT_IDX: u64 = 1 << 29;
+    pub(in crate::blk) const EVENT_IDX: u64 = 1 << 29;
     /// VIRTIO_F_VERSION_1
-    pub const VERSION_1: u64 = 1 << 32;
+    pub(in crate::blk) const VERSION_1: u64 = 1 << 32;
 }
 
 /// Offset of `wce`, the only field that a driver writes.

@@ -24,9 +24,10 @@ use tracing::info;
 use crate::shell::{Commands, Device, DeviceError, config_range};
 
 pub use args::{ArgsError, BlkArgs};
-pub use config::{Geometry, feature};
+pub use config::Geometry;
 pub use disk::{Disk, DiskError, DiskOptions};
 
+use config::feature;
 use request::{ID_LEN, Limits};
 use worker::{Shared, Worker};
 

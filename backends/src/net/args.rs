@@ -14,6 +14,7 @@ use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
 use super::tap::{MAX_QUEUES, Tap, TapError};
+use crate::shell::OpenError;
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -145,10 +146,8 @@ pub enum ArgsError {
     System(#[source] io::Error),
 }
 
-impl ArgsError {
-    /// The command line itself is wrong, whatever the system.
-    #[must_use]
-    pub fn is_usage(&self) -> bool {
+impl OpenError for ArgsError {
+    fn is_usage(&self) -> bool {
         match self {
             Self::Offload(_) | Self::SameFd(_) | Self::TooManyFds(_) => true,
             Self::Tap(error) => matches!(error, TapError::Name { .. }),

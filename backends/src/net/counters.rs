@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A number that one thread increases and others may read.
 #[derive(Debug, Default)]
-pub struct Counter(AtomicU64);
+pub(super) struct Counter(AtomicU64);
 
 impl Counter {
     /// Adds to the number. Only the thread that owns the queue pair does so, hence no atomic addition.
@@ -17,40 +17,40 @@ impl Counter {
 
     /// The number.
     #[must_use]
-    pub fn get(&self) -> u64 {
+    pub(super) fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
 }
 
 /// Counters of one queue pair. Transmit and receive are the driver's words.
 #[derive(Debug, Default)]
-pub struct Counters {
+pub(super) struct Counters {
     /// Packets from the driver that the TAP took.
-    pub tx_packets: Counter,
+    pub(super) tx_packets: Counter,
     /// Bytes of those, headers included.
-    pub tx_bytes: Counter,
+    pub(super) tx_bytes: Counter,
     /// System calls that wrote to the TAP, successful or not.
-    pub tx_calls: Counter,
+    pub(super) tx_calls: Counter,
     /// Packets from the driver that were malformed, or that the kernel refused.
-    pub tx_dropped: Counter,
+    pub(super) tx_dropped: Counter,
     /// Times the TAP was full.
-    pub tx_full: Counter,
+    pub(super) tx_full: Counter,
     /// Packets that the driver got.
-    pub rx_packets: Counter,
+    pub(super) rx_packets: Counter,
     /// Bytes of those, headers included.
-    pub rx_bytes: Counter,
+    pub(super) rx_bytes: Counter,
     /// System calls that read from the TAP, successful or not.
-    pub rx_calls: Counter,
+    pub(super) rx_calls: Counter,
     /// Packets that did not pass the driver's filter.
-    pub rx_filtered: Counter,
+    pub(super) rx_filtered: Counter,
     /// Packets for which the driver's buffers were too small, or that it cannot read.
-    pub rx_dropped: Counter,
+    pub(super) rx_dropped: Counter,
     /// Times there was no buffer for a packet.
-    pub rx_starved: Counter,
+    pub(super) rx_starved: Counter,
     /// Interrupts sent, both queues.
-    pub interrupts: Counter,
+    pub(super) interrupts: Counter,
     /// Times the worker's loop woke up.
-    pub wakeups: Counter,
+    pub(super) wakeups: Counter,
 }
 
 impl fmt::Display for Counters {

@@ -10,7 +10,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
 };
 
-use super::config::{MacAddress, NetConfig};
+use super::config::NetConfig;
 use super::control_worker::ControlWorker;
 use super::counters::Counters;
 use super::features::{control_queue, guest_offloads, has, header_len, tun_offloads};
@@ -85,18 +85,6 @@ impl Net {
             interface,
             log: LogLimit::default(),
         })
-    }
-
-    /// The address of the device before a driver changes it.
-    #[must_use]
-    pub fn mac(&self) -> MacAddress {
-        self.config.mac
-    }
-
-    /// What the queue pairs have done, one each.
-    #[must_use]
-    pub fn counters(&self) -> &[Arc<Counters>] {
-        &self.counters
     }
 
     fn set_interface(&self) {

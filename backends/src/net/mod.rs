@@ -48,6 +48,5 @@ mod worker;
 
 pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
 pub use config::{MacAddress, MacError};
-pub use counters::{Counter, Counters};
 pub use device::Net;
-pub use tap::{MAX_QUEUES, Tap, TapError, TapQueue};
+pub use tap::{Tap, TapError, TapQueue};

@@ -19,7 +19,7 @@ use thiserror::Error;
 const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// Most queues of one interface (the kernel's MAX_TAP_QUEUES).
-pub const MAX_QUEUES: u16 = 256;
+pub(super) const MAX_QUEUES: u16 = 256;
 
 /// Why a TAP interface cannot be used.
 #[derive(Debug, Error)]

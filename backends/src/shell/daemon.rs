@@ -1,6 +1,5 @@
 //! The life of a back-end process: start, front-ends that come and go, end.
 
-use std::fmt;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -9,6 +8,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use clap::Parser;
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -18,7 +18,7 @@ use thiserror::Error;
 use tracing::{debug, error, info};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::device::Device;
+use super::device::{Device, OpenError};
 use super::handler::{Handler, HandlerError};
 use super::limit::LogLimit;
 use super::log::{self, Chain};
@@ -31,6 +31,11 @@ const SIGNALS: Token = Token(0);
 const LISTENER: Token = Token(1);
 const SESSION: Token = Token(2);
 const TORN: Token = Token(3);
+
+/// Exit status: something failed.
+const FAILURE: u8 = 1;
+/// Exit status: the command line is wrong. That of clap's own errors, too.
+const USAGE: u8 = 2;
 
 /// How long to wait before connecting again to a front-end that does not listen (yet).
 const RECONNECT: Duration = Duration::from_millis(200);
@@ -350,22 +355,33 @@ impl<'h, D: Device> Daemon<'h, D> {
     }
 }
 
-/// The exit status for the result of a back-end program, whose error goes to standard error.
+/// A back-end program, from its command line to its exit status: `open` makes of it the device, and what is for the
+/// shell. Errors go to standard error.
 #[must_use]
-pub fn exit_code<E: std::error::Error>(program: &Program, result: Result<(), E>) -> ExitCode {
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
+pub fn main<Cli: Parser, D: Device, E: OpenError>(
+    program: &Program,
+    open: impl FnOnce(Cli) -> (Result<D, E>, ShellArgs),
+) -> ExitCode {
+    match program.print_capabilities_if_asked() {
+        Ok(false) => {}
+        Ok(true) => return ExitCode::SUCCESS,
+        Err(error) => return fail(program, &error, FAILURE),
+    }
+    let (device, args) = open(Cli::parse());
+    let device = match device {
+        Ok(device) => device,
         Err(error) => {
-            eprintln!("{}: {}", program.name, Full(&error));
-            ExitCode::FAILURE
+            let status = if error.is_usage() { USAGE } else { FAILURE };
+            return fail(program, &error, status);
         }
+    };
+    match run(program, device, &args) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(program, &error, FAILURE),
     }
 }
 
-struct Full<'a>(&'a dyn std::error::Error);
-
-impl fmt::Display for Full<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        Chain(self.0).fmt(f)
-    }
+fn fail(program: &Program, error: &dyn std::error::Error, status: u8) -> ExitCode {
+    eprintln!("{}: {}", program.name, Chain(error));
+    ExitCode::from(status)
 }

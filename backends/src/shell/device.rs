@@ -42,6 +42,12 @@ pub enum DeviceError {
     },
 }
 
+/// Why the device that a command line asks for cannot be had.
+pub trait OpenError: StdError {
+    /// Whether the command line itself is wrong, whatever the system.
+    fn is_usage(&self) -> bool;
+}
+
 /// The most that front-ends of vhost-user ask for (VHOST_USER_MAX_CONFIG_SIZE).
 const CONFIG_SPACE: usize = 256;
 

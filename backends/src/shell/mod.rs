@@ -1,6 +1,6 @@
 //! The daemon shell of all back-ends: command line, socket, vhost-user messages, memory, signals, logs.
 //!
-//! A back-end implements [`Device`] and calls [`run`]. Two kinds of threads exist:
+//! A back-end implements [`Device`], and its program calls [`main`]. Two kinds of threads exist:
 //!
 //! ```text
 //!  control thread (the shell)                          worker threads (the device)
@@ -37,13 +37,13 @@ mod socket;
 mod torn;
 mod vring;
 
-pub use daemon::{ShellError, exit_code, run};
-pub use device::{Device, DeviceError, config_range};
+pub use daemon::{ShellError, main, run};
+pub use device::{Device, DeviceError, OpenError, config_range};
 pub use handler::HandlerError;
 pub use limit::LogLimit;
 pub use log::Chain;
 pub use memory::MemoryError;
-pub use options::{EXIT_STATUS_HELP, LogFormat, Program, ShellArgs};
+pub use options::{LogFormat, Program, ShellArgs};
 pub use session::SessionError;
 pub use socket::SocketError;
 pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel};

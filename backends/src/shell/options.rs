@@ -23,15 +23,31 @@ pub struct Program {
     /// Features of that type that the program's options can switch on.
     #[serde(skip_serializing_if = "<[_]>::is_empty")]
     pub features: &'static [&'static str],
+    /// What SIGHUP does, for `--help`: see [`Device::refresh`](super::Device::refresh).
+    #[serde(skip)]
+    pub hangup: &'static str,
 }
 
 impl Program {
+    /// The end of `--help`: signals and exit statuses.
+    #[must_use]
+    pub fn after_help(&self) -> String {
+        let hangup = self.hangup;
+        format!(
+            "Signals:
+  SIGTERM, SIGINT  finish requests in flight and end
+  SIGHUP           {hangup}
+
+{EXIT_STATUS_HELP}"
+        )
+    }
+
     /// Prints the capabilities and says so, if the command line asks for them. All other options are then
     /// ignored, right or wrong, as the convention demands; so this comes before any parsing.
     ///
     /// # Errors
     /// If standard output cannot be written.
-    pub fn print_capabilities_if_asked(&self) -> io::Result<bool> {
+    pub(super) fn print_capabilities_if_asked(&self) -> io::Result<bool> {
         let asked = std::env::args_os()
             .skip(1)
             .take_while(|arg| arg != OsStr::new("--"))
@@ -92,12 +108,8 @@ pub struct ShellArgs {
     pub log_format: LogFormat,
 }
 
-/// The end of each back-end's `--help`.
-pub const EXIT_STATUS_HELP: &str = "Signals:
-  SIGTERM, SIGINT  finish requests in flight and end
-  SIGHUP           look at the device again (a disk's new size), tell the guest
-
-Exit status:
+/// What all back-ends' `--help` ends with.
+const EXIT_STATUS_HELP: &str = "Exit status:
   0  ended by SIGTERM or SIGINT, or the front-end left (--exit-on-disconnect)
   1  something failed; the message says what
   2  the command line is wrong";
@@ -133,6 +145,7 @@ mod tests {
             name: "p",
             kind: "block",
             features: &["read-only"],
+            hangup: "",
         };
         assert_eq!(
             serde_json::to_string(&program).unwrap(),

@@ -12,8 +12,9 @@
     clippy::cast_possible_truncation
 )] // test support: a panic is how it fails
 
+use std::fmt::Display;
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -23,9 +24,10 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, geteuid};
 use ringside_rings::{DriverLayout, DriverRing, Segment};
 use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
@@ -40,6 +42,42 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_EVENT_IDX
 pub const EVENT_IDX: u64 = 1 << 29;
+
+/// Says why a test does not run. Past the capture of the test harness: it must not look like one that did.
+pub fn skip(test: &str, why: impl Display) {
+    let _ = writeln!(io::stderr(), "test {test}: skipped: {why}");
+}
+
+/// Gives this thread, and the programs it starts, a network of its own. `false`, and a word on standard error, if
+/// that cannot be.
+pub fn own_network(test: &str) -> bool {
+    match unshare(CloneFlags::CLONE_NEWNET) {
+        Err(e) => skip(test, format_args!("no network namespace: {e}")),
+        Ok(()) => match File::options().read(true).write(true).open("/dev/net/tun") {
+            Ok(_) => return true,
+            Err(e) => skip(test, format_args!("/dev/net/tun: {e}")),
+        },
+    }
+    false
+}
+
+/// Runs a command that takes some of root's rights away, and returns exit status and log of the program, which has to
+/// end by itself. `None`, and a word on standard error, if that cannot be.
+pub fn without_rights(test: &str, command: &mut Command) -> Option<(Option<i32>, String)> {
+    if !geteuid().is_root() {
+        skip(test, "only root can take rights away");
+        return None;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    command.arg("--socket-path").arg(dir.path().join("s"));
+    match Daemon::try_spawn(command, dir) {
+        Ok(daemon) => Some(daemon.outcome()),
+        Err(e) => {
+            skip(test, format_args!("{command:?}: {e}"));
+            None
+        }
+    }
+}
 
 /// A back-end program, ended when dropped.
 pub struct Daemon {
@@ -66,13 +104,13 @@ impl Daemon {
 
     /// Any command line, its standard error kept in `dir`.
     pub fn spawn_command(command: &mut Command, dir: tempfile::TempDir) -> Self {
-        let log = File::create(dir.path().join("log")).unwrap();
-        let child = command
-            .env_remove("RINGSIDE_LOG")
-            .stderr(log)
-            .spawn()
-            .unwrap();
-        Self { child, dir }
+        Self::try_spawn(command, dir).unwrap()
+    }
+
+    fn try_spawn(command: &mut Command, dir: tempfile::TempDir) -> io::Result<Self> {
+        let log = File::create(dir.path().join("log"))?;
+        let child = command.env_remove("RINGSIDE_LOG").stderr(log).spawn()?;
+        Ok(Self { child, dir })
     }
 
     pub fn wait_for_socket(&self) {
@@ -459,7 +497,7 @@ impl Raw {
         match self.0.read(&mut [0; 64]) {
             Ok(count) => count == 0,
             // Closed with bytes unread.
-            Err(e) => e.kind() == std::io::ErrorKind::ConnectionReset,
+            Err(e) => e.kind() == io::ErrorKind::ConnectionReset,
         }
     }
 }

@@ -466,7 +466,7 @@ mod tests {
     }
 
     fn machine() -> Machine {
-        let mmio = Arc::new(Bus::new());
+        let mmio = Arc::<Bus>::default();
         let root = Arc::new(Mutex::new(PciRoot::new(mmio.clone(), WINDOWS)));
         Machine {
             mmio,

@@ -15,7 +15,7 @@ pub mod msix;
 
 pub use config::ConfigSpace;
 pub use host::{PciRoot, Windows};
-pub use msix::{InterruptRouting, Msix};
+pub use msix::InterruptRouting;
 
 /// A function on the bus.
 ///

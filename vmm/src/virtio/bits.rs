@@ -1,17 +1,11 @@
 //! Numbers of VIRTIO 1.3 that a transport needs.
 
-/// Device status: the guest has noticed the device (2.1).
-pub const STATUS_ACKNOWLEDGE: u8 = 1;
-/// Device status: the guest has a driver for it.
-pub const STATUS_DRIVER: u8 = 2;
-/// Device status: the driver is ready.
+/// Device status: the driver is ready (2.1).
 pub const STATUS_DRIVER_OK: u8 = 4;
 /// Device status: features are agreed.
 pub const STATUS_FEATURES_OK: u8 = 8;
 /// Device status: the device cannot go on without a reset.
 pub const STATUS_NEEDS_RESET: u8 = 64;
-/// Device status: the driver gave up.
-pub const STATUS_FAILED: u8 = 128;
 
 /// Feature bit 28: indirect descriptors (6).
 pub const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -32,9 +26,7 @@ pub const PCI_DEVICE_BASE: u16 = 0x1040;
 /// No interrupt vector (4.1.5.1.2.1).
 pub const NO_VECTOR: u16 = 0xffff;
 
-/// Interrupt status: a queue has used buffers (4.1.4.5).
-pub const ISR_QUEUE: u8 = 1;
-/// Interrupt status: the configuration changed.
+/// Interrupt status: the configuration changed (4.1.4.5).
 pub const ISR_CONFIG: u8 = 2;
 
 /// Capability type: common configuration (4.1.4).
@@ -51,5 +43,3 @@ pub const CAP_PCI: u8 = 5;
 /// Queues of one device at most. The specification's limit is 65535; this many doorbells and
 /// vectors fit the BAR.
 pub const MAX_QUEUES: usize = 1024;
-/// Limit of a split queue's size (2.7).
-pub const MAX_QUEUE_SIZE: u16 = 32768;

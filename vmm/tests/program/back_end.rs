@@ -1,9 +1,10 @@
 //! A guest with a virtio disk, and a back-end that is played: what either of them learns when the
-//! other starts, resets, dies or hangs.
+//! other starts, resets, dies or hangs; and back-ends that no guest starts with.
 
 use std::collections::HashMap;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Child;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -14,6 +15,7 @@ use nix::sys::signal::Signal;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::guest::*;
+use super::testing::has_kvm;
 
 /// Where the guest puts the device's BAR, to reach it in 32-bit mode.
 const BAR: u32 = 0xc000_0000;
@@ -121,8 +123,29 @@ struct Backend {
     mute: Arc<AtomicBool>,
 }
 
+/// What a back-end is like.
+#[derive(Clone, Copy)]
+struct Manner {
+    features: u64,
+    /// The request at which it dies.
+    dies_at: Option<u32>,
+}
+
+impl Default for Manner {
+    fn default() -> Self {
+        Self {
+            features: FEATURES,
+            dies_at: None,
+        }
+    }
+}
+
 impl Backend {
     fn accept(listener: &UnixListener) -> Self {
+        Self::accept_as(listener, Manner::default())
+    }
+
+    fn accept_as(listener: &UnixListener, manner: Manner) -> Self {
         let (stream, _) = listener.accept().unwrap();
         let backend = Self {
             stream: stream.try_clone().unwrap(),
@@ -132,7 +155,7 @@ impl Backend {
         };
         let (seen, files) = (backend.seen.clone(), backend.files.clone());
         let mute = backend.mute.clone();
-        std::thread::spawn(move || answer(stream, &seen, &files, &mute));
+        std::thread::spawn(move || answer(stream, manner, &seen, &files, &mute));
         backend
     }
 
@@ -149,11 +172,11 @@ impl Backend {
 
     /// Dies as a crashed process does.
     fn crash(&self) {
-        self.stream.shutdown(std::net::Shutdown::Both).unwrap();
+        self.stream.shutdown(Shutdown::Both).unwrap();
     }
 }
 
-fn answer(mut stream: UnixStream, seen: &Seen, files: &Files, mute: &AtomicBool) {
+fn answer(mut stream: UnixStream, manner: Manner, seen: &Seen, files: &Files, mute: &AtomicBool) {
     loop {
         let mut header = [0; 12];
         let Ok((12, file)) = stream.recv_with_fd(&mut header) else {
@@ -167,8 +190,12 @@ fn answer(mut stream: UnixStream, seen: &Seen, files: &Files, mute: &AtomicBool)
             files.lock().unwrap().insert(request, file);
         }
         seen.lock().unwrap().push((request, body.clone()));
+        if manner.dies_at == Some(request) {
+            stream.shutdown(Shutdown::Both).unwrap();
+            return;
+        }
         let reply = match request {
-            GET_FEATURES => FEATURES.to_ne_bytes().to_vec(),
+            GET_FEATURES => manner.features.to_ne_bytes().to_vec(),
             GET_PROTOCOL_FEATURES => PROTOCOL.to_ne_bytes().to_vec(),
             GET_VRING_BASE | GET_CONFIG => body,
             _ if flags & 8 != 0 => vec![0; 8],
@@ -239,6 +266,9 @@ impl Setup {
 
 #[test]
 fn doorbells_reach_the_back_end_and_interrupts_the_guest_masked_or_not() {
+    if !has_kvm("doorbells_reach_the_back_end_and_interrupts_the_guest_masked_or_not") {
+        return;
+    }
     const VECTOR: u8 = 0x40;
     const IDT: u32 = 0x38_0000;
     const IDT_POINTER: u32 = 0x39_0000;
@@ -319,6 +349,9 @@ fn doorbells_reach_the_back_end_and_interrupts_the_guest_masked_or_not() {
 
 #[test]
 fn a_driver_that_resets_the_device_stops_its_rings_and_starts_it_again() {
+    if !has_kvm("a_driver_that_resets_the_device_stops_its_rings_and_starts_it_again") {
+        return;
+    }
     let code = [
         find(),
         start(),
@@ -345,6 +378,9 @@ fn a_driver_that_resets_the_device_stops_its_rings_and_starts_it_again() {
 
 #[test]
 fn a_back_end_gets_all_of_the_guests_memory() {
+    if !has_kvm("a_back_end_gets_all_of_the_guests_memory") {
+        return;
+    }
     const GIB: u64 = 1 << 30;
     let setup = Setup::with_memory("4G", &[find(), start(), POWER_OFF.to_vec()]);
     let output = finish(setup.child);
@@ -362,6 +398,9 @@ fn a_back_end_gets_all_of_the_guests_memory() {
 
 #[test]
 fn a_guest_learns_that_its_back_end_died_and_can_use_the_next_one() {
+    if !has_kvm("a_guest_learns_that_its_back_end_died_and_can_use_the_next_one") {
+        return;
+    }
     let code = [
         find(),
         start(),
@@ -392,6 +431,9 @@ fn a_guest_learns_that_its_back_end_died_and_can_use_the_next_one() {
 
 #[test]
 fn the_machine_ends_although_its_back_end_is_dead_or_hangs() {
+    if !has_kvm("the_machine_ends_although_its_back_end_is_dead_or_hangs") {
+        return;
+    }
     for hangs in [false, true] {
         let mut setup = Setup::new(&[find(), start(), SPIN.to_vec()]);
         setup.expect("S");
@@ -407,8 +449,80 @@ fn the_machine_ends_although_its_back_end_is_dead_or_hangs() {
     }
 }
 
+/// What the program says when the back-end of `option` is like this, behind `ringside-vmm: ` and with
+/// `SOCKET` for its path. It ends with status 1.
+fn refusal(option: &str, manner: Manner) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket");
+    let listener = UnixListener::bind(&path).unwrap();
+    let child = vmm()
+        .arg("--kernel")
+        .arg(kernel(dir.path(), &POWER_OFF))
+        .arg(option)
+        .arg(&path)
+        .spawn()
+        .unwrap();
+    let _backend = Backend::accept_as(&listener, manner);
+    let output = finish(child);
+    assert_eq!(status(&output), 1, "{output:?}");
+    assert!(output.stdout.is_empty(), "{output:?}");
+    let message = text(&output.stderr);
+    let message = message.strip_prefix("ringside-vmm: ").unwrap();
+    message.replace(path.to_str().unwrap(), "SOCKET")
+}
+
+#[test]
+fn a_socket_of_another_device_type_is_refused() {
+    if !has_kvm("a_socket_of_another_device_type_is_refused") {
+        return;
+    }
+    // VIRTIO_NET_F_MRG_RXBUF, _STATUS and _CTRL_VQ.
+    let card = FEATURES & !(1 << 9) | 0b111 << 15;
+    for (option, features, expected) in [
+        (
+            "--blk",
+            card,
+            "the back-end for device blk at SOCKET cannot be used: the back-end is not one of type blk: \
+             it offers features that no block device has; give the socket to the option of its own type\n",
+        ),
+        (
+            "--net",
+            FEATURES,
+            "the back-end for device net at SOCKET cannot be used: the back-end is not one of type net: \
+             it offers the features of a block device; give the socket to the option of its own type\n",
+        ),
+    ] {
+        let manner = Manner {
+            features,
+            ..Manner::default()
+        };
+        assert_eq!(refusal(option, manner), expected);
+    }
+}
+
+#[test]
+fn a_back_end_that_dies_before_the_guest_starts_is_reported() {
+    if !has_kvm("a_back_end_that_dies_before_the_guest_starts_is_reported") {
+        return;
+    }
+    for request in [GET_FEATURES, GET_PROTOCOL_FEATURES, GET_CONFIG] {
+        let manner = Manner {
+            dies_at: Some(request),
+            ..Manner::default()
+        };
+        let message = refusal("--blk", manner);
+        let expected = "the negotiation with the back-end for device blk at SOCKET failed: did it end, \
+                        or is it no vhost-user back-end?: ";
+        assert!(message.starts_with(expected), "{request}: {message}");
+        assert_eq!(message.lines().count(), 1, "{request}: {message}");
+    }
+}
+
 #[test]
 fn there_is_room_for_many_devices() {
+    if !has_kvm("there_is_room_for_many_devices") {
+        return;
+    }
     let dir = tempfile::tempdir().unwrap();
     // Function 1 of device 1 is the last of 32: its vendor must not read as nobody's.
     let code = [
