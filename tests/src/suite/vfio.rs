@@ -57,7 +57,7 @@ fn lists_virtual_functions(site: &Site) -> Result<()> {
     let groups: Vec<&Value> = after
         .iter()
         .filter(|device| device.get("kind") == Some(&"vf".into()))
-        .filter_map(|device| device.pointer("/group/members"))
+        .filter_map(|device| device.pointer("/iommu_group/members"))
         .collect();
     ensure!(
         before.len() == 1 && groups.len() == 2,
