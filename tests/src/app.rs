@@ -126,6 +126,9 @@ enum Action {
     /// The demonstration, in a process of its own
     #[command(hide = true)]
     RunDemo,
+    /// The probe of this machine's KVM, in a process of its own
+    #[command(hide = true)]
+    RunProbe,
     /// One test, in a process of its own
     #[command(hide = true)]
     RunTest {
@@ -180,6 +183,9 @@ fn run(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Inside { port: None } => {
+            // The program that started this one may be ended in the middle of a request.
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+                .doing(|| "bind this process to the one that started it".into())?;
             inside::serve(
                 std::io::stdin(),
                 Box::new(std::io::stdout()),
@@ -188,6 +194,13 @@ fn run(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::RunDemo => demo::run(&Site::current()?).map(|()| ExitCode::SUCCESS),
+        Action::RunProbe => Ok(match probe::boot(&Site::current()?) {
+            None => ExitCode::SUCCESS,
+            Some(obstacle) => {
+                println!("{obstacle}");
+                ExitCode::FAILURE
+            }
+        }),
         Action::RunTest { name } => suite::run_test(&name).map(exit_code),
     }
 }

@@ -1,5 +1,6 @@
 //! Programs that are run to their end within a time limit.
 
+use std::ffi::OsStr;
 use std::io::{Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
@@ -30,6 +31,17 @@ pub fn describe(command: &Command) -> String {
         text.push_str(&argument.to_string_lossy());
     }
     text
+}
+
+/// A command that runs a program which the kernel kills when the thread that starts it is gone, whatever ended that.
+///
+/// Some programs outlive their parent otherwise: `unshare --fork` ignores the signals of a terminal while it waits, and the
+/// first process of a process namespace ignores all it has no handler for.
+#[must_use]
+pub fn bound(program: impl AsRef<OsStr>) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
 }
 
 /// Waits for a process until the limit; `None` when it is still running then.
@@ -137,6 +149,8 @@ pub fn run_line(line: &str) -> Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::ExitStatusExt;
+
     use super::*;
 
     #[test]
@@ -157,6 +171,26 @@ mod tests {
         command.args(["-c", "echo because; exit 1"]);
         let error = run(&mut command, Duration::from_secs(10)).unwrap_err();
         assert!(error.to_string().contains("because"), "{error}");
+    }
+
+    #[test]
+    fn bound_program_dies_with_the_thread_that_started_it() {
+        let starter = thread::spawn(|| {
+            let mut command = bound("sh");
+            command.args(["-c", "echo up; exec sleep 60"]);
+            let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
+            // Before that the signal may not be asked for yet.
+            child
+                .stdout
+                .as_mut()
+                .unwrap()
+                .read_exact(&mut [0; 3])
+                .unwrap();
+            child
+        });
+        let mut child = starter.join().unwrap();
+        let status = wait_for(&mut child, Duration::from_secs(30)).unwrap();
+        assert_eq!(status.and_then(|status| status.signal()), Some(9));
     }
 
     #[test]

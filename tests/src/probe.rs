@@ -7,10 +7,15 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
+use crate::command;
 use crate::error::Result;
 use crate::harness::{Guest, Vmm};
 use crate::setup::Cache;
 use crate::site::Site;
+use crate::suite;
+
+/// Longer than the limits of all that a probe does.
+const PROBE_LIMIT: Duration = Duration::from_secs(120);
 
 /// What a probe found; good until the machine boots again.
 #[derive(Debug, Serialize, Deserialize)]
@@ -41,7 +46,7 @@ pub fn host_obstacle(cache: &Cache, site: &Site) -> Result<Option<String>> {
         return Ok(finding.obstacle);
     }
     eprintln!("lab: trying whether this machine's own KVM boots Linux");
-    let obstacle = boot(site);
+    let obstacle = try_in_process(site)?;
     let finding = Finding { boot_id, obstacle };
     if let Ok(text) = serde_json::to_string(&finding) {
         // If it cannot be remembered it is probed again.
@@ -54,8 +59,22 @@ fn remember(path: &Path) -> Option<Finding> {
     serde_json::from_str(&fs::read_to_string(path).ok()?).ok()
 }
 
+/// Boots a guest in a process of its own, in namespaces as those of a test; the reason if that fails.
+fn try_in_process(site: &Site) -> Result<Option<String>> {
+    let mut probe = suite::isolated(site, &site.scratch, &["run-probe"])?;
+    Ok(match command::output(&mut probe, PROBE_LIMIT) {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(
+            format!("{}{}", output.stdout, output.stderr)
+                .trim()
+                .to_owned(),
+        ),
+        Err(error) => Some(error.to_string()),
+    })
+}
+
 /// Boots a guest without a disk under stock QEMU; the reason if that fails.
-fn boot(site: &Site) -> Option<String> {
+pub fn boot(site: &Site) -> Option<String> {
     let limit = Duration::from_secs(15);
     let guest = Guest::on(Vmm::Qemu11)
         .diskless()

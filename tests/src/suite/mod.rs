@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use crate::command::wait_for;
+use crate::command::{bound, wait_for};
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::inside::Events;
 use crate::protocol::{Event, Outcome};
@@ -97,7 +97,7 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
     let limit = site.limit(Duration::from_secs(test.seconds));
     let status = wait_for(&mut child, limit)?;
     if status.is_none() {
-        // The kernel ends all in the process namespace with its first process.
+        // The kernel ends all in the process namespace with it.
         let _ = child.kill();
         let _ = child.wait();
     }
@@ -128,7 +128,8 @@ pub fn isolated(site: &Site, directory: &Path, arguments: &[&str]) -> Result<Com
         text: error.to_string(),
     })?;
     let program = std::env::current_exe().doing(|| "find this program".into())?;
-    let mut command = Command::new("unshare");
+    // All in the namespace ends with its first process, that one with unshare, and unshare with this program.
+    let mut command = bound("unshare");
     command
         .args([
             "--fork",
