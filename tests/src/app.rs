@@ -17,7 +17,7 @@ use crate::native;
 use crate::probe;
 use crate::programs;
 use crate::protocol::{Event, Outcome, Request, Tally};
-use crate::setup::{Cache, Wishes};
+use crate::setup::{Cache, Systems, Wishes};
 use crate::site::{Place, Site};
 use crate::suite;
 
@@ -153,7 +153,7 @@ pub fn main() -> ExitCode {
 fn run(action: Action) -> Result<ExitCode> {
     match action {
         Action::Demo { common } => {
-            let mut lab = Lab::start(&common)?;
+            let mut lab = Lab::start(systems(&common)?, common.place)?;
             let status = lab
                 .link
                 .request(&Request::Demo, SILENCE_LIMIT, |event| show(event, true))?;
@@ -167,12 +167,12 @@ fn run(action: Action) -> Result<ExitCode> {
         Action::Check => check(),
         Action::Shell { common, command } => shell(&common, &command),
         Action::Setup { common } => {
-            Cache::open()?.ensure(&wishes(&common))?;
+            systems(&common)?;
             println!("lab: ready");
             Ok(ExitCode::SUCCESS)
         }
         Action::Clean => {
-            let cache = Cache::open()?;
+            let cache = Cache::find()?;
             let path = cache.path().display().to_string();
             cache.remove()?;
             println!("lab: removed {path}");
@@ -209,11 +209,12 @@ fn exit_code(status: i32) -> ExitCode {
     ExitCode::from(u8::try_from(status).unwrap_or(1))
 }
 
-fn wishes(common: &Common) -> Wishes {
-    Wishes {
+/// The lab's systems, built if they are not there; asks first.
+fn systems(common: &Common) -> Result<Systems> {
+    Cache::find()?.ensure(&Wishes {
         yes: common.yes,
         mirror: common.mirror.clone(),
-    }
+    })
 }
 
 /// A connected lab.
@@ -221,21 +222,24 @@ struct Lab {
     // Fields are dropped in this order: the other side ends before its files go.
     link: Link,
     _run: Run,
+    _systems: Systems,
 }
 
 impl Lab {
-    fn start(common: &Common) -> Result<Self> {
-        let cache = Cache::open()?;
-        cache.ensure(&wishes(common))?;
+    fn start(systems: Systems, place: Where) -> Result<Self> {
         let programs = build_programs()?;
-        let run = Run::create(&cache)?;
+        let run = Run::create(&systems)?;
         let start = Instant::now();
-        let link = match place(common.place, &cache, &programs, &run)? {
-            Place::Host => host_link(&cache.host_site(&programs, run.path()), &programs, &run)?,
-            Place::Lab => l1::boot(&cache, &run, &programs)?,
+        let link = match choose(place, &systems, &programs, &run)? {
+            Place::Host => host_link(&systems.host_site(&programs, run.path()), &programs, &run)?,
+            Place::Lab => l1::boot(&systems, &run, &programs)?,
         };
         eprintln!("lab: ready after {:.1} s", start.elapsed().as_secs_f64());
-        Ok(Self { link, _run: run })
+        Ok(Self {
+            link,
+            _run: run,
+            _systems: systems,
+        })
     }
 }
 
@@ -257,12 +261,12 @@ fn host_link(site: &Site, programs: &Path, run: &Run) -> Result<Link> {
 }
 
 /// Decides where guests run, and says so.
-fn place(wanted: Where, cache: &Cache, programs: &Path, run: &Run) -> Result<Place> {
+fn choose(wanted: Where, systems: &Systems, programs: &Path, run: &Run) -> Result<Place> {
     if wanted == Where::Lab {
         eprintln!("lab: guests run in the lab VM");
         return Ok(Place::Lab);
     }
-    match probe::host_obstacle(cache, &cache.host_site(programs, run.path()))? {
+    match probe::host_obstacle(systems, &systems.host_site(programs, run.path()))? {
         None => {
             eprintln!("lab: guests run on this machine's own KVM");
             Ok(Place::Host)
@@ -279,11 +283,10 @@ fn place(wanted: Where, cache: &Cache, programs: &Path, run: &Run) -> Result<Pla
 
 fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
     if command.is_empty() && common.place != Where::Host {
-        let cache = Cache::open()?;
-        cache.ensure(&wishes(common))?;
+        let systems = systems(common)?;
         let programs = build_programs()?;
-        let run = Run::create(&cache)?;
-        l1::shell(&cache, &run, &programs)?;
+        let run = Run::create(&systems)?;
+        l1::shell(&systems, &run, &programs)?;
         return Ok(ExitCode::SUCCESS);
     }
     if command.is_empty() {
@@ -292,7 +295,7 @@ fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
                 .into(),
         ));
     }
-    let mut lab = Lab::start(common)?;
+    let mut lab = Lab::start(systems(common)?, common.place)?;
     let request = Request::Shell {
         command: command.join(" "),
     };
@@ -343,12 +346,14 @@ fn test_all(common: &Common, filters: &[String], tally: &mut Tally) -> Result<()
             filters.join(" or ")
         )));
     }
+    // What it asks comes before all that takes long.
+    let systems = systems(common)?;
     if filters.is_empty() {
         let native = native::test(common.verbose)?;
         println!("lab: native tests: {native}");
         tally.add(native);
     }
-    let mut lab = Lab::start(common)?;
+    let mut lab = Lab::start(systems, common.place)?;
     let mut outcomes = BTreeMap::new();
     let request = Request::Suite {
         filters: filters.to_vec(),

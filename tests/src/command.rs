@@ -1,10 +1,14 @@
 //! Programs that are run to their end within a time limit.
 
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::error::{Doing, LabError, Result};
 
@@ -59,6 +63,82 @@ pub fn wait_for(child: &mut Child, limit: Duration) -> Result<Option<ExitStatus>
         }
         thread::sleep(POLL);
     }
+}
+
+/// A process, told from a later one of the same number by when it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Process {
+    pid: i32,
+    started: u64,
+}
+
+/// The process and its parent's number, from a line of `/proc/PID/stat` (proc_pid_stat(5)); `None` for one that has ended.
+fn parse_stat(stat: &str) -> Option<(Process, i32)> {
+    let (pid, _) = stat.split_once(' ')?;
+    // The name, in brackets, may have blanks and brackets in it.
+    let (_, rest) = stat.rsplit_once(") ")?;
+    let mut fields = rest.split(' ');
+    if matches!(fields.next()?, "Z" | "X") {
+        return None;
+    }
+    let parent = fields.next()?.parse().ok()?;
+    // starttime is field 22, the parent is field 4.
+    let started = fields.nth(17)?.parse().ok()?;
+    let pid = pid.parse().ok()?;
+    Some((Process { pid, started }, parent))
+}
+
+/// A process and all that descend from it.
+fn tree(root: u32) -> Vec<Process> {
+    let all: Vec<(Process, i32)> = fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| fs::read_to_string(entry.ok()?.path().join("stat")).ok())
+        .filter_map(|stat| parse_stat(&stat))
+        .collect();
+    let mut found: Vec<Process> = all
+        .iter()
+        .filter(|(process, _)| u32::try_from(process.pid) == Ok(root))
+        .map(|(process, _)| *process)
+        .collect();
+    let mut next = 0;
+    while let Some(parent) = found.get(next).copied() {
+        let children = all.iter().filter(|(_, of)| *of == parent.pid);
+        found.extend(children.map(|(process, _)| *process));
+        next += 1;
+    }
+    found
+}
+
+fn runs(process: &Process) -> bool {
+    fs::read_to_string(format!("/proc/{}/stat", process.pid))
+        .is_ok_and(|stat| parse_stat(&stat).is_some_and(|(now, _)| now == *process))
+}
+
+/// Ends a process and all that descend from it: first by SIGTERM, and what is still there after `grace` by SIGKILL.
+///
+/// A process group of their own would do that too, but then what is typed at the terminal did not reach them.
+pub fn end_tree(child: &mut Child, grace: Duration) {
+    let mut processes = tree(child.id());
+    let signal_all = |processes: &[Process], signal: Signal| {
+        for process in processes.iter().filter(|process| runs(process)) {
+            // It may end in this moment.
+            let _ = kill(Pid::from_raw(process.pid), signal);
+        }
+    };
+    signal_all(&processes, Signal::SIGTERM);
+    let deadline = Instant::now() + grace;
+    while Instant::now() < deadline {
+        if matches!(child.try_wait(), Ok(Some(_))) && !processes.iter().any(runs) {
+            return;
+        }
+        thread::sleep(POLL);
+    }
+    if matches!(child.try_wait(), Ok(None)) {
+        processes.extend(tree(child.id()));
+    }
+    signal_all(&processes, Signal::SIGKILL);
+    let _ = child.wait();
 }
 
 /// Reads a stream to its end in a thread of its own.
@@ -191,6 +271,38 @@ mod tests {
         let mut child = starter.join().unwrap();
         let status = wait_for(&mut child, Duration::from_secs(30)).unwrap();
         assert_eq!(status.and_then(|status| status.signal()), Some(9));
+    }
+
+    #[test]
+    fn name_of_a_process_does_not_confuse() {
+        let stat = "7 (a) b (c) S 3 7 7 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 1 0 987 5 6";
+        let (process, parent) = parse_stat(stat).unwrap();
+        assert_eq!((process.pid, process.started, parent), (7, 987, 3));
+        assert_eq!(parse_stat(&stat.replace(" S ", " Z ")), None);
+    }
+
+    #[test]
+    fn tree_ends_by_sigterm_or_sigkill() {
+        // The shell ignores SIGTERM, and so does what it starts, but for the last.
+        let script = "trap '' TERM; sleep 61 & sh -c 'sleep 62 & wait' & echo up; wait; sleep 63";
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).stdout(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        child
+            .stdout
+            .as_mut()
+            .unwrap()
+            .read_exact(&mut [0; 3])
+            .unwrap();
+        let processes = tree(child.id());
+        assert!(processes.len() >= 3, "{processes:?}");
+        end_tree(&mut child, Duration::from_millis(100));
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while processes.iter().any(runs) && Instant::now() < deadline {
+            thread::sleep(POLL);
+        }
+        assert!(!processes.iter().any(runs));
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
     }
 
     #[test]

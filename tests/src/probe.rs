@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::command;
 use crate::error::Result;
 use crate::harness::{Guest, Vmm};
-use crate::setup::Cache;
+use crate::setup::Systems;
 use crate::site::Site;
 use crate::suite;
 
@@ -29,7 +29,7 @@ struct Finding {
 ///
 /// # Errors
 /// Fails only if the probe itself cannot be done.
-pub fn host_obstacle(cache: &Cache, site: &Site) -> Result<Option<String>> {
+pub fn host_obstacle(systems: &Systems, site: &Site) -> Result<Option<String>> {
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Ok(Some(format!("/dev/kvm cannot be opened: {error}")));
     }
@@ -39,7 +39,7 @@ pub fn host_obstacle(cache: &Cache, site: &Site) -> Result<Option<String>> {
         ));
     }
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let remembered = cache.path().join("host-kvm.json");
+    let remembered = systems.path().join("host-kvm.json");
     if let Some(finding) = remember(&remembered)
         && finding.boot_id == boot_id
     {
