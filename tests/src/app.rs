@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::command::quoted;
 use crate::demo;
 use crate::error::{Doing, LabError, Result};
 use crate::inside;
@@ -33,11 +34,18 @@ Examples:
   cargo lab test boot:: blk::  the tests whose names contain one of these
   cargo lab test --list        their names
   cargo lab shell              a shell in the lab VM, programs in /lab/bin
-  cargo lab shell -- uname -a  one command there
+  cargo lab shell -- uname -a  one command where guests run
+  cargo lab shell -- 'ls | wc' one line for the shell there
   cargo lab check              format, lints, native tests: before each commit
   cargo lab clean              removes the lab from the cache directory
 
-Where guests run:
+Options of demo, test, shell and setup:
+  --where auto|host|lab        where guests run; see below
+  --yes                        agree to what setup downloads and installs
+  --mirror URL                 Debian mirror, in place of that of apt
+  --verbose                    show everything that tests write
+
+Where guests run (--where):
   They need a KVM that boots Linux. Where this machine has one (tried by
   booting a small guest) and you are root, they run on it, in network
   namespaces of their own. Elsewhere they run in the lab VM: an emulated
@@ -101,11 +109,11 @@ enum Action {
     },
     /// Check format, lints and native tests of the whole workspace: for before each commit
     Check,
-    /// Open a shell where guests run, or run one command there
+    /// Open a shell in the lab VM, or run one command where guests run
     Shell {
         #[command(flatten)]
         common: Common,
-        /// The command, after `--`
+        /// The command, after `--`: a program and its arguments, or one word with a line for the shell
         #[arg(last = true)]
         command: Vec<String>,
     },
@@ -266,7 +274,8 @@ fn choose(wanted: Where, systems: &Systems, programs: &Path, run: &Run) -> Resul
         eprintln!("lab: guests run in the lab VM");
         return Ok(Place::Lab);
     }
-    match probe::host_obstacle(systems, &systems.host_site(programs, run.path()))? {
+    let site = systems.host_site(programs, run.path());
+    match probe::host_obstacle(systems, &site, wanted == Where::Host)? {
         None => {
             eprintln!("lab: guests run on this machine's own KVM");
             Ok(Place::Host)
@@ -291,18 +300,31 @@ fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
     }
     if command.is_empty() {
         return Err(LabError::Setup(
-            "a shell on this machine needs no lab; give a command after `--`, or --where lab"
+            "a shell opens in the lab VM only: this machine needs no lab for one; \
+             give a command after `--`, or leave --where host out"
                 .into(),
         ));
     }
     let mut lab = Lab::start(systems(common)?, common.place)?;
     let request = Request::Shell {
-        command: command.join(" "),
+        command: script(command),
     };
     let status = lab
         .link
         .request(&request, SILENCE_LIMIT, |event| show(event, true))?;
     Ok(exit_code(status))
+}
+
+/// The shell command that is meant: a single word is one already, several are a program and its arguments.
+fn script(words: &[String]) -> String {
+    match words {
+        [script] => script.clone(),
+        words => words
+            .iter()
+            .map(|word| quoted(word))
+            .collect::<Vec<_>>()
+            .join(" "),
+    }
 }
 
 fn check() -> Result<ExitCode> {
@@ -431,5 +453,29 @@ mod tests {
         };
         assert_eq!(command, ["ls", "-l"]);
         assert!(common.yes);
+    }
+
+    #[test]
+    fn several_words_stay_what_they_are() {
+        let script =
+            |words: &[&str]| script(&words.iter().map(|w| (*w).into()).collect::<Vec<_>>());
+        assert_eq!(script(&["ls | wc"]), "ls | wc");
+        assert_eq!(
+            script(&["echo", "a  b", "it's"]),
+            r"'echo' 'a  b' 'it'\''s'"
+        );
+    }
+
+    #[test]
+    fn help_names_the_options_of_the_commands() {
+        let help = Cli::command().render_help().to_string();
+        let command = Cli::command();
+        let demo = command.find_subcommand("demo").unwrap();
+        for option in demo
+            .get_arguments()
+            .filter_map(|argument| argument.get_long())
+        {
+            assert!(help.contains(&format!("--{option}")), "{option}");
+        }
     }
 }

@@ -37,6 +37,12 @@ pub fn describe(command: &Command) -> String {
     text
 }
 
+/// A text as one word of a shell command.
+#[must_use]
+pub fn quoted(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}
+
 /// A command that runs a program which the kernel kills when the thread that starts it is gone, whatever ended that.
 ///
 /// Some programs outlive their parent otherwise: `unshare --fork` ignores the signals of a terminal while it waits, and the
@@ -162,9 +168,15 @@ pub fn output_with_input(command: &mut Command, input: &[u8], limit: Duration) -
         .stdout(Stdio::piped())
         .stderr(Stdio::piped());
     let mut child = command.spawn().doing(|| format!("run `{name}`"))?;
-    if let Some(mut stdin) = child.stdin.take() {
-        // A program that does not want all its input may close it early.
-        let _ = stdin.write_all(input);
+    if let Some(mut stdin) = child.stdin.take()
+        && !input.is_empty()
+    {
+        let input = input.to_owned();
+        // Beside the readers: the program may write before it has read all.
+        thread::spawn(move || {
+            // A program that does not want all its input may close it early.
+            let _ = stdin.write_all(&input);
+        });
     }
     let stdout = child.stdout.take().map(read_all);
     let stderr = child.stderr.take().map(read_all);
@@ -246,6 +258,14 @@ mod tests {
     }
 
     #[test]
+    fn large_input_comes_back() {
+        let input = vec![b'x'; 4 << 20];
+        let limit = Duration::from_secs(60);
+        let output = output_with_input(&mut Command::new("cat"), &input, limit).unwrap();
+        assert_eq!(output.stdout.len(), input.len());
+    }
+
+    #[test]
     fn run_shows_the_output_of_a_failed_command() {
         let mut command = Command::new("sh");
         command.args(["-c", "echo because; exit 1"]);
@@ -303,6 +323,11 @@ mod tests {
         }
         assert!(!processes.iter().any(runs));
         assert_eq!(child.wait().unwrap().signal(), Some(9));
+    }
+
+    #[test]
+    fn quoted_is_one_word() {
+        assert_eq!(quoted("/a b/it's"), r"'/a b/it'\''s'");
     }
 
     #[test]

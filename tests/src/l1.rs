@@ -89,12 +89,18 @@ pub fn boot(systems: &Systems, run: &Run, programs: &Path) -> Result<Link> {
 /// Boots the lab VM with a shell on the terminal, and waits for its end.
 ///
 /// # Errors
-/// Fails if QEMU cannot be run.
+/// Fails if QEMU cannot be run, or ends with an error.
 pub fn shell(systems: &Systems, run: &Run, programs: &Path) -> Result<()> {
     let mut qemu = machine(systems, run, programs, "quiet lab.shell")?;
     qemu.args(["-display", "none", "-serial", "mon:stdio"]);
-    qemu.status().doing(|| "run the lab's QEMU".into())?;
-    Ok(())
+    let status = qemu.status().doing(|| "run the lab's QEMU".into())?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(LabError::Ended {
+        what: format!("the QEMU of the lab VM ended with {status}"),
+        output: String::new(),
+    })
 }
 
 fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Result<Command> {

@@ -25,11 +25,12 @@ struct Finding {
     obstacle: Option<String>,
 }
 
-/// Why guests cannot run on this machine's own KVM; `None` if they can. A real KVM answers in a second or two.
+/// Why guests cannot run on this machine's own KVM; `None` if they can. A real KVM answers in a second or two; what a probe
+/// found before holds unless it is to be tried `afresh`.
 ///
 /// # Errors
 /// Fails only if the probe itself cannot be done.
-pub fn host_obstacle(systems: &Systems, site: &Site) -> Result<Option<String>> {
+pub fn host_obstacle(systems: &Systems, site: &Site, afresh: bool) -> Result<Option<String>> {
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Ok(Some(format!("/dev/kvm cannot be opened: {error}")));
     }
@@ -40,10 +41,16 @@ pub fn host_obstacle(systems: &Systems, site: &Site) -> Result<Option<String>> {
     }
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     let remembered = systems.path().join("host-kvm.json");
-    if let Some(finding) = remember(&remembered)
+    if !afresh
+        && let Some(finding) = remember(&remembered)
         && finding.boot_id == boot_id
     {
-        return Ok(finding.obstacle);
+        // The machine may have been too busy for the probe, and may not be so now.
+        return Ok(finding.obstacle.map(|obstacle| {
+            format!(
+                "{obstacle} (found earlier; --where host tries again, and so does this after `cargo lab clean`)"
+            )
+        }));
     }
     eprintln!("lab: trying whether this machine's own KVM boots Linux");
     let obstacle = try_in_process(site)?;
