@@ -14,6 +14,8 @@ use crate::error::{Doing, LabError, Result};
 
 /// How often the end of a process is looked for.
 const POLL: Duration = Duration::from_millis(10);
+/// How long a process that is told to end may take for it.
+pub const GRACE: Duration = Duration::from_secs(5);
 
 /// What a program wrote, and how it ended.
 #[derive(Debug, Clone)]
@@ -145,6 +147,32 @@ pub fn end_tree(child: &mut Child, grace: Duration) {
     }
     signal_all(&processes, Signal::SIGKILL);
     let _ = child.wait();
+}
+
+/// Runs a program that has to succeed, on this process's own input and output.
+///
+/// # Errors
+/// Fails if it cannot be started, ends with another status than 0, or is still running at the limit (it is then ended, with
+/// all it started).
+pub fn succeed(command: &mut Command, limit: Duration) -> Result<()> {
+    let line = describe(command);
+    let mut child = command.spawn().doing(|| format!("run `{line}`"))?;
+    match wait_for(&mut child, limit)? {
+        Some(status) if status.success() => Ok(()),
+        Some(status) => Err(LabError::Command {
+            command: line,
+            status,
+            output: String::new(),
+        }),
+        None => {
+            end_tree(&mut child, GRACE);
+            Err(LabError::TimedOut {
+                what: format!("the end of `{line}`"),
+                limit,
+                output: String::new(),
+            })
+        }
+    }
 }
 
 /// Reads a stream to its end in a thread of its own.
