@@ -188,7 +188,7 @@ fn read_all(mut stream: impl Read + Send + 'static) -> thread::JoinHandle<String
 /// Runs a program with the given standard input, to its end, whatever its exit status.
 ///
 /// # Errors
-/// Fails if it cannot be started, or is still running at the limit (it is then killed).
+/// Fails if it cannot be started, or is still running at the limit (it is then ended, with all it started).
 pub fn output_with_input(command: &mut Command, input: &[u8], limit: Duration) -> Result<Output> {
     let name = describe(command);
     command
@@ -210,8 +210,7 @@ pub fn output_with_input(command: &mut Command, input: &[u8], limit: Duration) -
     let stderr = child.stderr.take().map(read_all);
     let status = wait_for(&mut child, limit)?;
     if status.is_none() {
-        let _ = child.kill();
-        let _ = child.wait();
+        end_tree(&mut child, GRACE);
     }
     let collect = |reader: Option<thread::JoinHandle<String>>| {
         reader
@@ -219,7 +218,7 @@ pub fn output_with_input(command: &mut Command, input: &[u8], limit: Duration) -
             .unwrap_or_default()
     };
     let Some(status) = status else {
-        // Grandchildren may hold the pipes open; the text is not worth waiting for.
+        // What left the tree before may hold the pipes open; the text is not worth waiting for.
         return Err(LabError::TimedOut {
             what: format!("the end of `{name}`"),
             limit,
