@@ -207,7 +207,9 @@ impl Cache {
         let runs: Vec<String> = sorted_names(&self.directory)
             .unwrap_or_default()
             .iter()
-            .filter_map(|name| name.strip_prefix("run-").map(str::to_owned))
+            .filter_map(|name| name.strip_prefix("run-"))
+            .filter(|pid| Path::new("/proc").join(pid).exists())
+            .map(str::to_owned)
             .collect();
         match access {
             Access::Change if !runs.is_empty() => format!(
@@ -337,7 +339,7 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Hash of a file's content, and how much it read for it: all, or samples of a large file.
+/// Hash of the content of a file of this size, or of samples of a large one.
 fn sha256_of(path: &Path, size: u64) -> Result<String> {
     let reading = || format!("read {}", path.display());
     let file = File::open(path).doing(reading)?;
