@@ -7,7 +7,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::command::describe;
 use crate::error::{Doing, LabError, Result};
@@ -17,7 +17,7 @@ use crate::suite;
 
 /// How often the end of a program is looked for.
 const POLL: Duration = Duration::from_millis(50);
-/// How long what a program wrote last may take to come after its end.
+/// How long, in all, is waited for what a program wrote last.
 const AFTERGLOW: Duration = Duration::from_secs(1);
 /// How much of what a program writes is passed on at once.
 const CHUNK: usize = 4096;
@@ -114,28 +114,31 @@ fn stream(command: &mut Command, events: &Events) -> Result<i32> {
         }
     });
     let mut unfinished = Vec::new();
-    // What the program starts and leaves behind may hold the pipe open, and write, for ever: after the program's end there is
-    // as much to come from itself as the pipe and the reader hold.
-    let mut left = None;
-    loop {
-        if left.is_none() && child.try_wait().doing(running)?.is_some() {
-            left = Some(PIPE_SIZE + CHUNK);
+    // What the program leaves behind may hold the pipe open, and write, for ever. After the program's end there is as much to
+    // come from itself as the pipe and the reader hold, and it comes without being waited for.
+    let mut left = PIPE_SIZE + CHUNK;
+    let mut patience = AFTERGLOW;
+    let mut ended = false;
+    while left > 0 && !patience.is_zero() {
+        ended = ended || child.try_wait().doing(running)?.is_some();
+        let start = Instant::now();
+        let next = chunks.recv_timeout(if ended { patience } else { POLL });
+        if ended {
+            patience = patience.saturating_sub(start.elapsed());
         }
-        match chunks.recv_timeout(if left.is_some() { AFTERGLOW } else { POLL }) {
+        match next {
             Ok(chunk) => {
                 unfinished.extend_from_slice(&chunk);
                 let text = take_text(&mut unfinished);
                 if !text.is_empty() {
                     events.tell(&Event::Output { text })?;
                 }
-                left = left.map(|left| left.saturating_sub(chunk.len()));
+                if ended {
+                    left = left.saturating_sub(chunk.len());
+                }
             }
-            Err(RecvTimeoutError::Timeout) if left.is_some() => break,
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
-        }
-        if left == Some(0) {
-            break;
         }
     }
     if !unfinished.is_empty() {
@@ -166,8 +169,6 @@ fn take_text(bytes: &mut Vec<u8>) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Instant;
-
     use super::*;
 
     #[test]
@@ -215,8 +216,9 @@ mod tests {
         let (status, told) = streamed("sleep 20 & echo hi");
         assert_eq!(status, 0);
         assert!(told.contains("hi"), "{told}");
-        // Nor does one that goes on to write.
+        // Nor does one that goes on to write, be it fast or slowly.
         assert_eq!(streamed("while echo y; do :; done & exit 3").0, 3);
+        assert_eq!(streamed("while echo y; do sleep 0.1; done & exit 3").0, 3);
         assert!(start.elapsed() < Duration::from_secs(15));
     }
 }
