@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::command::quoted;
 use crate::demo;
 use crate::error::{Doing, LabError, Result};
 use crate::inside;
@@ -17,7 +18,7 @@ use crate::native;
 use crate::probe;
 use crate::programs;
 use crate::protocol::{Event, Outcome, Request, Tally};
-use crate::setup::{Cache, Wishes};
+use crate::setup::{Cache, Systems, Wishes};
 use crate::site::{Place, Site};
 use crate::suite;
 
@@ -33,11 +34,18 @@ Examples:
   cargo lab test boot:: blk::  the tests whose names contain one of these
   cargo lab test --list        their names
   cargo lab shell              a shell in the lab VM, programs in /lab/bin
-  cargo lab shell -- uname -a  one command there
+  cargo lab shell -- uname -a  one command where guests run
+  cargo lab shell -- 'ls | wc' one line for the shell there
   cargo lab check              format, lints, native tests: before each commit
   cargo lab clean              removes the lab from the cache directory
 
-Where guests run:
+Options of demo, test, shell and setup:
+  --where auto|host|lab        where guests run; see below
+  --yes                        agree to what setup downloads and installs
+  --mirror URL                 Debian mirror, in place of that of apt
+  --verbose                    show everything that tests write
+
+Where guests run (--where):
   They need a KVM that boots Linux. Where this machine has one (tried by
   booting a small guest) and you are root, they run on it, in network
   namespaces of their own. Elsewhere they run in the lab VM: an emulated
@@ -100,12 +108,16 @@ enum Action {
         list: bool,
     },
     /// Check format, lints and native tests of the whole workspace: for before each commit
-    Check,
-    /// Open a shell where guests run, or run one command there
+    Check {
+        /// Leave the native tests out
+        #[arg(long)]
+        no_tests: bool,
+    },
+    /// Open a shell in the lab VM, or run one command where guests run
     Shell {
         #[command(flatten)]
         common: Common,
-        /// The command, after `--`
+        /// The command, after `--`: a program and its arguments, or one word with a line for the shell
         #[arg(last = true)]
         command: Vec<String>,
     },
@@ -126,6 +138,9 @@ enum Action {
     /// The demonstration, in a process of its own
     #[command(hide = true)]
     RunDemo,
+    /// The probe of this machine's KVM, in a process of its own
+    #[command(hide = true)]
+    RunProbe,
     /// One test, in a process of its own
     #[command(hide = true)]
     RunTest {
@@ -150,7 +165,7 @@ pub fn main() -> ExitCode {
 fn run(action: Action) -> Result<ExitCode> {
     match action {
         Action::Demo { common } => {
-            let mut lab = Lab::start(&common)?;
+            let mut lab = Lab::start(systems(&common)?, common.place)?;
             let status = lab
                 .link
                 .request(&Request::Demo, SILENCE_LIMIT, |event| show(event, true))?;
@@ -161,15 +176,15 @@ fn run(action: Action) -> Result<ExitCode> {
             filters,
             list,
         } => test(&common, &filters, list),
-        Action::Check => check(),
+        Action::Check { no_tests } => check(no_tests),
         Action::Shell { common, command } => shell(&common, &command),
         Action::Setup { common } => {
-            Cache::open()?.ensure(&wishes(&common))?;
+            systems(&common)?;
             println!("lab: ready");
             Ok(ExitCode::SUCCESS)
         }
         Action::Clean => {
-            let cache = Cache::open()?;
+            let cache = Cache::find()?;
             let path = cache.path().display().to_string();
             cache.remove()?;
             println!("lab: removed {path}");
@@ -180,6 +195,9 @@ fn run(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::Inside { port: None } => {
+            // The program that started this one may be ended in the middle of a request.
+            nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)
+                .doing(|| "bind this process to the one that started it".into())?;
             inside::serve(
                 std::io::stdin(),
                 Box::new(std::io::stdout()),
@@ -188,6 +206,13 @@ fn run(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::RunDemo => demo::run(&Site::current()?).map(|()| ExitCode::SUCCESS),
+        Action::RunProbe => Ok(match probe::boot(&Site::current()?) {
+            None => ExitCode::SUCCESS,
+            Some(obstacle) => {
+                println!("{obstacle}");
+                ExitCode::FAILURE
+            }
+        }),
         Action::RunTest { name } => suite::run_test(&name).map(exit_code),
     }
 }
@@ -196,11 +221,12 @@ fn exit_code(status: i32) -> ExitCode {
     ExitCode::from(u8::try_from(status).unwrap_or(1))
 }
 
-fn wishes(common: &Common) -> Wishes {
-    Wishes {
+/// The lab's systems, built if they are not there; asks first.
+fn systems(common: &Common) -> Result<Systems> {
+    Cache::find()?.ensure(&Wishes {
         yes: common.yes,
         mirror: common.mirror.clone(),
-    }
+    })
 }
 
 /// A connected lab.
@@ -208,21 +234,24 @@ struct Lab {
     // Fields are dropped in this order: the other side ends before its files go.
     link: Link,
     _run: Run,
+    _systems: Systems,
 }
 
 impl Lab {
-    fn start(common: &Common) -> Result<Self> {
-        let cache = Cache::open()?;
-        cache.ensure(&wishes(common))?;
+    fn start(systems: Systems, place: Where) -> Result<Self> {
         let programs = build_programs()?;
-        let run = Run::create(&cache)?;
+        let run = Run::create(&systems)?;
         let start = Instant::now();
-        let link = match place(common.place, &cache, &programs, &run)? {
-            Place::Host => host_link(&cache.host_site(&programs, run.path()), &programs, &run)?,
-            Place::Lab => l1::boot(&cache, &run, &programs)?,
+        let link = match choose(place, &systems, &programs, &run)? {
+            Place::Host => host_link(&systems.host_site(&programs, run.path()), &programs, &run)?,
+            Place::Lab => l1::boot(&systems, &run, &programs)?,
         };
         eprintln!("lab: ready after {:.1} s", start.elapsed().as_secs_f64());
-        Ok(Self { link, _run: run })
+        Ok(Self {
+            link,
+            _run: run,
+            _systems: systems,
+        })
     }
 }
 
@@ -244,12 +273,13 @@ fn host_link(site: &Site, programs: &Path, run: &Run) -> Result<Link> {
 }
 
 /// Decides where guests run, and says so.
-fn place(wanted: Where, cache: &Cache, programs: &Path, run: &Run) -> Result<Place> {
+fn choose(wanted: Where, systems: &Systems, programs: &Path, run: &Run) -> Result<Place> {
     if wanted == Where::Lab {
         eprintln!("lab: guests run in the lab VM");
         return Ok(Place::Lab);
     }
-    match probe::host_obstacle(cache, &cache.host_site(programs, run.path()))? {
+    let site = systems.host_site(programs, run.path());
+    match probe::host_obstacle(systems, &site, wanted == Where::Host)? {
         None => {
             eprintln!("lab: guests run on this machine's own KVM");
             Ok(Place::Host)
@@ -266,22 +296,22 @@ fn place(wanted: Where, cache: &Cache, programs: &Path, run: &Run) -> Result<Pla
 
 fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
     if command.is_empty() && common.place != Where::Host {
-        let cache = Cache::open()?;
-        cache.ensure(&wishes(common))?;
+        let systems = systems(common)?;
         let programs = build_programs()?;
-        let run = Run::create(&cache)?;
-        l1::shell(&cache, &run, &programs)?;
+        let run = Run::create(&systems)?;
+        l1::shell(&systems, &run, &programs)?;
         return Ok(ExitCode::SUCCESS);
     }
     if command.is_empty() {
         return Err(LabError::Setup(
-            "a shell on this machine needs no lab; give a command after `--`, or --where lab"
+            "a shell opens in the lab VM only: this machine needs no lab for one; \
+             give a command after `--`, or leave --where host out"
                 .into(),
         ));
     }
-    let mut lab = Lab::start(common)?;
+    let mut lab = Lab::start(systems(common)?, common.place)?;
     let request = Request::Shell {
-        command: command.join(" "),
+        command: script(command),
     };
     let status = lab
         .link
@@ -289,8 +319,23 @@ fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
     Ok(exit_code(status))
 }
 
-fn check() -> Result<ExitCode> {
+/// The shell command that is meant: a single word is one already, several are a program and its arguments.
+fn script(words: &[String]) -> String {
+    match words {
+        [script] => script.clone(),
+        words => words
+            .iter()
+            .map(|word| quoted(word))
+            .collect::<Vec<_>>()
+            .join(" "),
+    }
+}
+
+fn check(no_tests: bool) -> Result<ExitCode> {
     native::check()?;
+    if no_tests {
+        return Ok(ExitCode::SUCCESS);
+    }
     let tally = native::test(false)?;
     println!("{tally}");
     Ok(if tally.failed == 0 {
@@ -330,12 +375,14 @@ fn test_all(common: &Common, filters: &[String], tally: &mut Tally) -> Result<()
             filters.join(" or ")
         )));
     }
+    // What it asks comes before all that takes long.
+    let systems = systems(common)?;
     if filters.is_empty() {
         let native = native::test(common.verbose)?;
         println!("lab: native tests: {native}");
         tally.add(native);
     }
-    let mut lab = Lab::start(common)?;
+    let mut lab = Lab::start(systems, common.place)?;
     let mut outcomes = BTreeMap::new();
     let request = Request::Suite {
         filters: filters.to_vec(),
@@ -413,5 +460,29 @@ mod tests {
         };
         assert_eq!(command, ["ls", "-l"]);
         assert!(common.yes);
+    }
+
+    #[test]
+    fn several_words_stay_what_they_are() {
+        let script =
+            |words: &[&str]| script(&words.iter().map(|w| (*w).into()).collect::<Vec<_>>());
+        assert_eq!(script(&["ls | wc"]), "ls | wc");
+        assert_eq!(
+            script(&["echo", "a  b", "it's"]),
+            r"'echo' 'a  b' 'it'\''s'"
+        );
+    }
+
+    #[test]
+    fn help_names_the_options_of_the_commands() {
+        let help = Cli::command().render_help().to_string();
+        let command = Cli::command();
+        let demo = command.find_subcommand("demo").unwrap();
+        for option in demo
+            .get_arguments()
+            .filter_map(|argument| argument.get_long())
+        {
+            assert!(help.contains(&format!("--{option}")), "{option}");
+        }
     }
 }

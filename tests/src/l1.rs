@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::error::{Doing, LabError, Result};
 use crate::initramfs;
 use crate::link::Link;
-use crate::setup::Cache;
+use crate::setup::Systems;
 use crate::site::{QemuVersion, Site};
 
 /// What the interactive shell of the lab VM says first.
@@ -40,12 +40,12 @@ impl Run {
     ///
     /// # Errors
     /// Fails if it cannot be written.
-    pub fn create(cache: &Cache) -> Result<Self> {
-        let directory = cache.path().join(format!("run-{}", std::process::id()));
+    pub fn create(systems: &Systems) -> Result<Self> {
+        let directory = systems.path().join(format!("run-{}", std::process::id()));
         fs::create_dir_all(directory.join("scratch"))
             .doing(|| format!("create {}", directory.display()))?;
         let run = Self { directory };
-        initramfs::write_guest(&cache.system().join("root"), &run.path().join("guest.cpio"))?;
+        initramfs::write_guest(&systems.root(), &run.path().join("guest.cpio"))?;
         Ok(run)
     }
 
@@ -67,9 +67,9 @@ impl Drop for Run {
 ///
 /// # Errors
 /// Fails, with the console's tail, if it does not come up.
-pub fn boot(cache: &Cache, run: &Run, programs: &Path) -> Result<Link> {
+pub fn boot(systems: &Systems, run: &Run, programs: &Path) -> Result<Link> {
     let console = run.path().join("l1-console.log");
-    let mut qemu = machine(cache, run, programs, "quiet")?;
+    let mut qemu = machine(systems, run, programs, "quiet")?;
     qemu.args(["-display", "none", "-monitor", "none"]);
     qemu.arg("-serial")
         .arg(format!("file:{}", console.display()));
@@ -89,16 +89,22 @@ pub fn boot(cache: &Cache, run: &Run, programs: &Path) -> Result<Link> {
 /// Boots the lab VM with a shell on the terminal, and waits for its end.
 ///
 /// # Errors
-/// Fails if QEMU cannot be run.
-pub fn shell(cache: &Cache, run: &Run, programs: &Path) -> Result<()> {
-    let mut qemu = machine(cache, run, programs, "quiet lab.shell")?;
+/// Fails if QEMU cannot be run, or ends with an error.
+pub fn shell(systems: &Systems, run: &Run, programs: &Path) -> Result<()> {
+    let mut qemu = machine(systems, run, programs, "quiet lab.shell")?;
     qemu.args(["-display", "none", "-serial", "mon:stdio"]);
-    qemu.status().doing(|| "run the lab's QEMU".into())?;
-    Ok(())
+    let status = qemu.status().doing(|| "run the lab's QEMU".into())?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(LabError::Ended {
+        what: format!("the QEMU of the lab VM ended with {status}"),
+        output: String::new(),
+    })
 }
 
-fn machine(cache: &Cache, run: &Run, programs: &Path, cmdline: &str) -> Result<Command> {
-    let root = cache.system().join("root");
+fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Result<Command> {
+    let root = systems.root();
     let site = Site {
         root: root.clone(),
         ..Site::inside_lab()
@@ -143,7 +149,7 @@ fn machine(cache: &Cache, run: &Run, programs: &Path, cmdline: &str) -> Result<C
     // In this order they are vda, vdb and vdc.
     qemu.arg("-drive").arg(format!(
         "if=virtio,format=raw,readonly=on,cache=unsafe,file={}",
-        escaped(&cache.system().join("guest.ext4"))
+        escaped(&systems.guest_disk())
     ));
     for (name, size) in [("scratch.img", SCRATCH_SIZE), ("disk.img", RAW_DISK_SIZE)] {
         let path = run.path().join(name);

@@ -1,13 +1,18 @@
 //! The checks and tests that need no lab: cargo's own.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use crate::command::describe;
-use crate::error::{Doing, LabError, Result};
-use crate::programs::cargo;
+use crate::command::{self, GRACE, describe};
+use crate::error::{Doing, Result};
+use crate::programs::{BUILD_LIMIT, cargo};
 use crate::protocol::Tally;
+
+/// How long all native tests may take; they take a minute on a slow machine.
+const TEST_LIMIT: Duration = Duration::from_secs(20 * 60);
 
 /// Checks format and lints, and with cargo-deny, where it is installed, licences.
 ///
@@ -40,67 +45,97 @@ pub fn check() -> Result<()> {
 fn must_succeed(command: &mut Command) -> Result<()> {
     let line = describe(command);
     eprintln!("lab: {}", line.rsplit('/').next().unwrap_or(&line));
-    let status = command.status().doing(|| format!("run `{line}`"))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(LabError::Command {
-            command: line,
-            status,
-            output: String::new(),
-        })
-    }
+    command::succeed(command, BUILD_LIMIT)
 }
 
 /// Runs all native tests of the workspace and counts them. A test that writes a line `skipped: why`, or past the capture of its
-/// output `test NAME: skipped: why`, counts as skipped.
+/// output `test NAME: skipped: why`, counts as skipped; a time-out, and a test program that dies, as a failure.
 ///
 /// # Errors
 /// Fails if cargo cannot be run, or the tests do not compile.
 pub fn test(verbose: bool) -> Result<Tally> {
+    let all = ["test", "--workspace", "--locked", "--quiet"];
+    must_succeed(cargo().args(all).arg("--no-run"))?;
     let mut command = cargo();
-    command.args(["test", "--workspace", "--no-fail-fast", "--quiet", "--"]);
+    command.args(all).args(["--no-fail-fast", "--"]);
     command.args(["--show-output", "--format=pretty"]);
-    let line = describe(&command);
     eprintln!("lab: cargo test --workspace");
+    count(&mut command, verbose, TEST_LIMIT)
+}
+
+/// Runs a command that writes as `cargo test` does, and counts.
+fn count(command: &mut Command, verbose: bool, limit: Duration) -> Result<Tally> {
+    let line = describe(command);
     let mut child = command
+        .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .doing(|| format!("run `{line}`"))?;
-    let mut summary = Summary::default();
-    let past_capture = child.stderr.take().map(|stderr| {
-        thread::spawn(move || {
-            let mut skipped = 0;
-            for text in BufReader::new(stderr).lines().map_while(|line| line.ok()) {
-                skipped += u64::from(text.contains(": skipped: "));
-                eprintln!("{text}");
-            }
-            skipped
-        })
-    });
-    if let Some(stdout) = child.stdout.take() {
-        for text in BufReader::new(stdout).lines() {
-            let text = text.doing(|| format!("read what `{line}` writes"))?;
-            let shown = summary.take(&text);
-            if verbose || shown {
-                println!("{text}");
-            }
+    let summary = Arc::new(Mutex::new(Summary::default()));
+    let locked = |summary: &Mutex<Summary>, text: &str, past_capture: bool| {
+        let mut summary = summary.lock().unwrap_or_else(PoisonError::into_inner);
+        if past_capture {
+            summary.skipped += u64::from(text.contains(": skipped: "));
+            true
+        } else {
+            summary.take(text)
         }
+    };
+    let mut readers = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        let summary = Arc::clone(&summary);
+        readers.push(thread::spawn(move || {
+            each_line(stdout, |text| {
+                if locked(&summary, text, false) || verbose {
+                    println!("{text}");
+                }
+            });
+        }));
     }
-    let status = child.wait().doing(|| format!("wait for `{line}`"))?;
-    summary.skipped += past_capture
-        .and_then(|thread| thread.join().ok())
-        .unwrap_or_default();
-    let tally = summary.tally();
-    if !status.success() && tally.failed == 0 {
-        return Err(LabError::Command {
-            command: line,
-            status,
-            output: String::new(),
-        });
+    if let Some(stderr) = child.stderr.take() {
+        let summary = Arc::clone(&summary);
+        readers.push(thread::spawn(move || {
+            each_line(stderr, |text| {
+                locked(&summary, text, true);
+                eprintln!("{text}");
+            });
+        }));
+    }
+    let status = command::wait_for(&mut child, limit)?;
+    if status.is_none() {
+        command::end_tree(&mut child, GRACE);
+    }
+    // What a test left behind may hold the pipes open for ever.
+    let deadline = Instant::now() + GRACE;
+    while readers.iter().any(|reader| !reader.is_finished()) && Instant::now() < deadline {
+        thread::sleep(Duration::from_millis(10));
+    }
+    let mut tally = summary
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .tally();
+    match status {
+        None => {
+            let seconds = limit.as_secs();
+            eprintln!("lab: the native tests took longer than {seconds} s and were ended");
+            tally.failed += 1;
+        }
+        Some(status) if !status.success() && tally.failed == 0 => {
+            eprintln!("lab: `{line}` ended with {status}, and no test that failed");
+            tally.failed += 1;
+        }
+        Some(_) => {}
     }
     Ok(tally)
+}
+
+/// Calls `take` with each line of a stream, whatever bytes it has.
+fn each_line(stream: impl Read, mut take: impl FnMut(&str)) {
+    for line in BufReader::new(stream).split(b'\n') {
+        let Ok(line) = line else { return };
+        take(&String::from_utf8_lossy(&line));
+    }
 }
 
 /// What libtest's output says.
@@ -174,6 +209,32 @@ mod tests {
                 skipped: 2
             }
         );
+    }
+
+    fn counted(script: &str, limit: Duration) -> Tally {
+        let mut command = Command::new("sh");
+        count(command.args(["-c", script]), false, limit).unwrap()
+    }
+
+    #[test]
+    fn test_program_that_dies_is_a_failure() {
+        let script = "echo 'test result: ok. 2 passed; 0 failed; 0 ignored'
+            echo 'test a: skipped: no device' >&2; exit 101";
+        assert_eq!(
+            counted(script, Duration::from_secs(60)).to_string(),
+            "1 passed, 1 failed, 1 skipped"
+        );
+    }
+
+    #[test]
+    fn tests_that_do_not_end_are_a_failure() {
+        let start = Instant::now();
+        let script = "echo 'test result: ok. 2 passed; 0 failed; 0 ignored'; sleep 64 & sleep 64";
+        assert_eq!(
+            counted(script, Duration::from_millis(500)).to_string(),
+            "2 passed, 1 failed, 0 skipped"
+        );
+        assert!(start.elapsed() < Duration::from_secs(30));
     }
 
     #[test]

@@ -7,10 +7,15 @@ use std::time::Duration;
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
+use crate::command;
 use crate::error::Result;
 use crate::harness::{Guest, Vmm};
-use crate::setup::Cache;
+use crate::setup::Systems;
 use crate::site::Site;
+use crate::suite;
+
+/// Longer than the limits of all that a probe does.
+const PROBE_LIMIT: Duration = Duration::from_secs(120);
 
 /// What a probe found; good until the machine boots again.
 #[derive(Debug, Serialize, Deserialize)]
@@ -20,11 +25,12 @@ struct Finding {
     obstacle: Option<String>,
 }
 
-/// Why guests cannot run on this machine's own KVM; `None` if they can. A real KVM answers in a second or two.
+/// Why guests cannot run on this machine's own KVM; `None` if they can. A real KVM answers in a second or two; what a probe
+/// found before holds unless it is to be tried `afresh`.
 ///
 /// # Errors
 /// Fails only if the probe itself cannot be done.
-pub fn host_obstacle(cache: &Cache, site: &Site) -> Result<Option<String>> {
+pub fn host_obstacle(systems: &Systems, site: &Site, afresh: bool) -> Result<Option<String>> {
     if let Err(error) = fs::File::options().read(true).write(true).open("/dev/kvm") {
         return Ok(Some(format!("/dev/kvm cannot be opened: {error}")));
     }
@@ -34,14 +40,20 @@ pub fn host_obstacle(cache: &Cache, site: &Site) -> Result<Option<String>> {
         ));
     }
     let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
-    let remembered = cache.path().join("host-kvm.json");
-    if let Some(finding) = remember(&remembered)
+    let remembered = systems.path().join("host-kvm.json");
+    if !afresh
+        && let Some(finding) = remember(&remembered)
         && finding.boot_id == boot_id
     {
-        return Ok(finding.obstacle);
+        // The machine may have been too busy for the probe, and may not be so now.
+        return Ok(finding.obstacle.map(|obstacle| {
+            format!(
+                "{obstacle} (found earlier; --where host tries again, and so does this after `cargo lab clean`)"
+            )
+        }));
     }
     eprintln!("lab: trying whether this machine's own KVM boots Linux");
-    let obstacle = boot(site);
+    let obstacle = try_in_process(site)?;
     let finding = Finding { boot_id, obstacle };
     if let Ok(text) = serde_json::to_string(&finding) {
         // If it cannot be remembered it is probed again.
@@ -54,8 +66,22 @@ fn remember(path: &Path) -> Option<Finding> {
     serde_json::from_str(&fs::read_to_string(path).ok()?).ok()
 }
 
+/// Boots a guest in a process of its own, in namespaces as those of a test; the reason if that fails.
+fn try_in_process(site: &Site) -> Result<Option<String>> {
+    let mut probe = suite::isolated(site, &site.scratch, &["run-probe"])?;
+    Ok(match command::output(&mut probe, PROBE_LIMIT) {
+        Ok(output) if output.status.success() => None,
+        Ok(output) => Some(
+            format!("{}{}", output.stdout, output.stderr)
+                .trim()
+                .to_owned(),
+        ),
+        Err(error) => Some(error.to_string()),
+    })
+}
+
 /// Boots a guest without a disk under stock QEMU; the reason if that fails.
-fn boot(site: &Site) -> Option<String> {
+pub fn boot(site: &Site) -> Option<String> {
     let limit = Duration::from_secs(15);
     let guest = Guest::on(Vmm::Qemu11)
         .diskless()

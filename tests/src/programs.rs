@@ -2,12 +2,16 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
-use crate::command::describe;
-use crate::error::{Doing, LabError, Result};
+use crate::command;
+use crate::error::Result;
 
 /// Target triple of the lab.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// How long a build of everything may take on a slow machine.
+pub const BUILD_LIMIT: Duration = Duration::from_secs(3600);
 
 /// The workspace's directory.
 #[must_use]
@@ -35,6 +39,7 @@ pub fn build() -> Result<PathBuf> {
         .args([
             "build",
             "--release",
+            "--locked",
             "--workspace",
             "--bins",
             "--target",
@@ -44,14 +49,6 @@ pub fn build() -> Result<PathBuf> {
         .arg(&target_directory)
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
-    let line = describe(&command);
-    let status = command.status().doing(|| format!("run `{line}`"))?;
-    if !status.success() {
-        return Err(LabError::Command {
-            command: line,
-            status,
-            output: String::new(),
-        });
-    }
+    command::succeed(&mut command, BUILD_LIMIT)?;
     Ok(target_directory.join(TARGET).join("release"))
 }

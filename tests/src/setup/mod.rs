@@ -3,18 +3,20 @@
 //!
 //! ```text
 //! CACHE/system/          complete, or not there: it is built as CACHE/building and renamed
-//!   stamp.json           the recipe it was built by, and the files that are checked on each start
+//!   stamp.json           the recipe it was built by, and what is compared on each start
 //!   root/                Debian trixie; /opt/lab has what the two initramfs images are made of
 //!   guest.ext4           Debian trixie for guests
 //! CACHE/build.log        what the last build wrote
 //! CACHE/run-PID/         files of one run of `cargo lab`
+//! CACHE.lock             locked by all that use the systems, shared, and by what builds or removes them, alone
 //! ```
 
 mod mirror;
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, IsTerminal, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -48,6 +50,14 @@ const GUEST_DISK_SIZE: &str = "700M";
 const BUILD_REVISION: &str = "1";
 /// How long one step of the build may take on a slow line.
 const STEP_LIMIT: Duration = Duration::from_secs(1800);
+/// How long a step that is told to end may take to clean up.
+const CLEAN_UP_LIMIT: Duration = Duration::from_secs(30);
+/// A file up to this size is hashed whole on each start, a larger one in samples.
+const WHOLE_SIZE: u64 = 32 << 20;
+/// Size of a sample.
+const SAMPLE_SIZE: u64 = 64 << 10;
+/// Distance of samples.
+const SAMPLE_DISTANCE: u64 = 8 << 20;
 /// Disk space that a build needs while it runs.
 const SPACE_NEEDED_MIB: u64 = 3000;
 
@@ -60,10 +70,17 @@ pub struct Wishes {
     pub mirror: Option<String>,
 }
 
-/// The lab's cache directory, locked against a second setup while this is held for building.
+/// The lab's place in the user's cache directory, whatever is there.
 #[derive(Debug)]
 pub struct Cache {
     directory: PathBuf,
+}
+
+/// The lab's systems, whole. Nobody rebuilds or removes them while this lives.
+#[derive(Debug)]
+pub struct Systems {
+    directory: PathBuf,
+    _lock: Flock<File>,
 }
 
 /// One file of the finished system, for the check on each start.
@@ -71,23 +88,35 @@ pub struct Cache {
 struct Checked {
     path: PathBuf,
     size: u64,
-    /// Absent for files too large to read on each start.
-    sha256: Option<String>,
+    /// Of the content, or of samples of it.
+    sha256: String,
 }
 
 /// What a finished system says about itself.
 #[derive(Debug, Serialize, Deserialize)]
 struct Stamp {
     recipe: String,
+    /// Hash over what is in the root: names, kinds, sizes.
+    listing: String,
+    /// What the lab cannot start without.
     files: Vec<Checked>,
 }
 
+/// What a lock is taken for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Access {
+    /// To use the systems beside others.
+    Use,
+    /// To build or remove them, alone.
+    Change,
+}
+
 impl Cache {
-    /// Finds (and creates) the cache directory: `$XDG_CACHE_HOME/ringside`, or `~/.cache/ringside`.
+    /// Finds the place: `$XDG_CACHE_HOME/ringside/lab`, or `~/.cache/ringside/lab`.
     ///
     /// # Errors
-    /// Fails if there is no home directory, or it cannot be written.
-    pub fn open() -> Result<Self> {
+    /// Fails if there is no home directory.
+    pub fn find() -> Result<Self> {
         let base = std::env::var_os("XDG_CACHE_HOME")
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
@@ -95,9 +124,13 @@ impl Cache {
             .ok_or_else(|| {
                 LabError::Setup("set HOME or XDG_CACHE_HOME: no cache directory".into())
             })?;
-        let directory = base.join("ringside").join("lab");
-        fs::create_dir_all(&directory).doing(|| format!("create {}", directory.display()))?;
-        Ok(Self { directory })
+        Ok(Self::below(&base))
+    }
+
+    fn below(base: &Path) -> Self {
+        Self {
+            directory: base.join("ringside").join("lab"),
+        }
     }
 
     /// The directory.
@@ -106,51 +139,126 @@ impl Cache {
         &self.directory
     }
 
-    /// Directory of the finished system.
-    #[must_use]
-    pub fn system(&self) -> PathBuf {
+    fn system(&self) -> PathBuf {
         self.directory.join("system")
     }
 
-    /// Removes all of it.
+    /// Removes all of it, once nothing uses it any more.
     ///
     /// # Errors
     /// Fails if a file cannot be removed.
     pub fn remove(self) -> Result<()> {
-        let _lock = self.lock()?;
-        remove_tree(&self.directory)
+        let _lock = self.lock(Access::Change)?;
+        remove_tree(&self.directory)?;
+        // Whoever waits for the lock sees that it is another file by then, and takes that.
+        let lock = self.lock_path();
+        fs::remove_file(&lock).doing(|| format!("remove {}", lock.display()))?;
+        if let Some(parent) = self.directory.parent() {
+            // It stays if something else is in it.
+            let _ = fs::remove_dir(parent);
+        }
+        Ok(())
     }
 
-    fn lock(&self) -> Result<Flock<File>> {
-        let path = self.directory.join("lock");
-        let file = File::create(&path).doing(|| format!("create {}", path.display()))?;
-        match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-            Ok(lock) => Ok(lock),
-            Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
-                eprintln!("lab: another `cargo lab` sets the lab up; waiting for it");
-                Flock::lock(file, FlockArg::LockExclusive)
-                    .map_err(|(_, errno)| errno)
-                    .doing(|| format!("lock {}", path.display()))
+    fn lock_path(&self) -> PathBuf {
+        self.directory.with_extension("lock")
+    }
+
+    /// Takes the lock, and says so if that takes a while.
+    fn lock(&self, access: Access) -> Result<Flock<File>> {
+        let path = self.lock_path();
+        let doing = || format!("lock {}", path.display());
+        let (now, later) = match access {
+            Access::Use => (FlockArg::LockSharedNonblock, FlockArg::LockShared),
+            Access::Change => (FlockArg::LockExclusiveNonblock, FlockArg::LockExclusive),
+        };
+        loop {
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent).doing(|| format!("create {}", parent.display()))?;
             }
-            Err((_, errno)) => Err(errno).doing(|| format!("lock {}", path.display())),
+            let mut options = File::options();
+            let file = match options.read(true).write(true).create(true).open(&path) {
+                Ok(file) => file,
+                // The directory was removed in this moment.
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error).doing(doing),
+            };
+            let lock = match Flock::lock(file, now) {
+                Ok(lock) => lock,
+                Err((file, nix::errno::Errno::EWOULDBLOCK)) => {
+                    eprintln!("lab: {}", self.why_waiting(access));
+                    Flock::lock(file, later)
+                        .map_err(|(_, errno)| errno)
+                        .doing(doing)?
+                }
+                Err((_, errno)) => return Err(errno).doing(doing),
+            };
+            // Only who has locked the file alone removes it: one that is still there now stays.
+            let locked = lock.metadata().doing(doing)?;
+            if fs::metadata(&path)
+                .is_ok_and(|there| (there.dev(), there.ino()) == (locked.dev(), locked.ino()))
+            {
+                return Ok(lock);
+            }
         }
     }
 
-    /// Makes sure that the system is there, whole and built by the present recipe.
+    fn why_waiting(&self, access: Access) -> String {
+        let runs: Vec<String> = sorted_names(&self.directory)
+            .unwrap_or_default()
+            .iter()
+            .filter_map(|name| name.strip_prefix("run-"))
+            .filter(|pid| Path::new("/proc").join(pid).exists())
+            .map(str::to_owned)
+            .collect();
+        match access {
+            Access::Change if !runs.is_empty() => format!(
+                "waiting until no other `cargo lab` uses the lab (process {})",
+                runs.join(", ")
+            ),
+            Access::Change => "waiting until no other `cargo lab` uses the lab".into(),
+            Access::Use => "waiting for another `cargo lab` to set the lab up or remove it".into(),
+        }
+    }
+
+    /// Makes sure that the systems are there, whole and built by the present recipe, and that they stay.
     ///
     /// # Errors
-    /// Fails, with what to do, if it cannot be built.
-    pub fn ensure(&self, wishes: &Wishes) -> Result<()> {
-        let _lock = self.lock()?;
-        remove_stale_runs(&self.directory);
-        let system = self.system();
-        match check(&system) {
-            Ok(()) => return Ok(()),
-            Err(why) => eprintln!("lab: its systems have to be built: {why}"),
+    /// Fails, with what to do, if they cannot be built.
+    pub fn ensure(self, wishes: &Wishes) -> Result<Systems> {
+        loop {
+            let lock = self.lock(Access::Use)?;
+            self.create()?;
+            remove_stale_runs(&self.directory);
+            let Err(why) = check(&self.system()) else {
+                return Ok(Systems {
+                    directory: self.directory,
+                    _lock: lock,
+                });
+            };
+            drop(lock);
+            let _lock = self.lock(Access::Change)?;
+            self.create()?;
+            // Another may have built them in between.
+            if check(&self.system()).is_err() {
+                eprintln!("lab: its systems have to be built: {why}");
+                self.build(wishes)?;
+            }
         }
+    }
+
+    fn create(&self) -> Result<()> {
+        fs::create_dir_all(&self.directory).doing(|| format!("create {}", self.directory.display()))
+    }
+
+    /// Builds the systems; the lock is held for it.
+    fn build(&self, wishes: &Wishes) -> Result<()> {
+        let missing = missing_tools();
+        can_install(&missing, geteuid().is_root(), in_path("apt-get"))?;
         let mirror = mirror::find(wishes.mirror.as_deref())?;
-        announce(&self.directory, wishes)?;
-        install_tools()?;
+        announce(&self.directory, &missing, wishes)?;
+        install(&missing)?;
+        let system = self.system();
         let building = self.directory.join("building");
         remove_tree(&building)?;
         fs::create_dir_all(&building).doing(|| format!("create {}", building.display()))?;
@@ -173,17 +281,36 @@ impl Cache {
             .doing(|| format!("move the finished system to {}", system.display()))?;
         check(&system).map_err(|why| LabError::Setup(format!("the new lab is unusable: {why}")))
     }
+}
+
+impl Systems {
+    /// The directory they are in, with the files of each run.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.directory
+    }
+
+    /// The Debian root of the lab VM.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        self.directory.join("system").join("root")
+    }
+
+    /// The disk of a guest.
+    #[must_use]
+    pub fn guest_disk(&self) -> PathBuf {
+        self.directory.join("system").join("guest.ext4")
+    }
 
     /// The site of guests on this machine's own KVM.
     #[must_use]
     pub fn host_site(&self, programs: &Path, run: &Path) -> Site {
-        let system = self.system();
         Site {
             place: Place::Host,
-            root: system.join("root"),
+            root: self.root(),
             programs: programs.to_owned(),
             initramfs: run.join("guest.cpio"),
-            guest_disk: system.join("guest.ext4"),
+            guest_disk: self.guest_disk(),
             scratch: run.join("scratch"),
             block_device: None,
         }
@@ -212,29 +339,84 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn sha256_of(path: &Path) -> Result<String> {
-    let mut file = File::open(path).doing(|| format!("open {}", path.display()))?;
+/// Hash of the content of a file of this size, or of samples of a large one.
+fn sha256_of(path: &Path, size: u64) -> Result<String> {
+    let reading = || format!("read {}", path.display());
+    let file = File::open(path).doing(reading)?;
     let mut hash = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let count = file
-            .read(&mut buffer)
-            .doing(|| format!("read {}", path.display()))?;
-        if count == 0 {
-            return Ok(hex(&hash.finalize()));
-        }
-        hash.update(buffer.get(..count).unwrap_or_default());
+    let mut buffer = Vec::new();
+    for (start, length) in samples(size) {
+        buffer.resize(usize::try_from(length).unwrap_or(usize::MAX), 0);
+        file.read_exact_at(&mut buffer, start).doing(reading)?;
+        hash.update(&buffer);
     }
+    Ok(hex(&hash.finalize()))
+}
+
+/// The parts (start, length) of a file of this size that are hashed.
+fn samples(size: u64) -> Vec<(u64, u64)> {
+    let (distance, length) = if size <= WHOLE_SIZE {
+        (SAMPLE_DISTANCE, SAMPLE_DISTANCE)
+    } else {
+        (SAMPLE_DISTANCE, SAMPLE_SIZE)
+    };
+    let mut parts = Vec::new();
+    let mut start = 0;
+    while start < size {
+        parts.push((start, length.min(size - start)));
+        start += distance;
+    }
+    parts
+}
+
+/// Hash over all in a directory, as far as that is known without reading files: names, kinds, permissions, sizes and the
+/// targets of links.
+fn listing_of(directory: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    list(directory, &mut hash)?;
+    Ok(hex(&hash.finalize()))
+}
+
+fn list(directory: &Path, hash: &mut Sha256) -> Result<()> {
+    let reading = || format!("read the directory {}", directory.display());
+    let mut entries = fs::read_dir(directory)
+        .doing(reading)?
+        .collect::<Result<Vec<_>, _>>()
+        .doing(reading)?;
+    entries.sort_by_key(fs::DirEntry::file_name);
+    for entry in entries {
+        let metadata = entry.metadata().doing(reading)?;
+        hash.update(entry.file_name().as_bytes());
+        hash.update([0]);
+        hash.update(metadata.mode().to_le_bytes());
+        if metadata.is_dir() {
+            list(&entry.path(), hash)?;
+        } else {
+            // That of a link is the length of its target.
+            hash.update(metadata.len().to_le_bytes());
+        }
+        if metadata.is_symlink() {
+            let target = fs::read_link(entry.path()).doing(reading)?;
+            hash.update(target.as_os_str().as_bytes());
+        }
+    }
+    // The end of a directory, which no name is.
+    hash.update([0]);
+    Ok(())
 }
 
 /// Compares a system with its stamp; the error says what is wrong with it.
 fn check(system: &Path) -> Result<(), String> {
     let text = fs::read_to_string(system.join("stamp.json"))
         .map_err(|_| format!("there is no complete system in {}", system.display()))?;
-    let stamp: Stamp =
-        serde_json::from_str(&text).map_err(|error| format!("its stamp is broken: {error}"))?;
+    let stamp: Stamp = serde_json::from_str(&text)
+        .map_err(|error| format!("their stamp is broken, or of another version: {error}"))?;
     if stamp.recipe != recipe_hash() {
         return Err("the recipe has changed since they were built".into());
+    }
+    let root = system.join("root");
+    if listing_of(&root).map_err(|error| error.to_string())? != stamp.listing {
+        return Err(format!("what is in {} has changed", root.display()));
     }
     for file in &stamp.files {
         let path = system.join(&file.path);
@@ -244,9 +426,7 @@ fn check(system: &Path) -> Result<(), String> {
         if size != file.size {
             return Err(format!("{} has changed its size", path.display()));
         }
-        if let Some(expected) = &file.sha256
-            && sha256_of(&path).map_err(|error| error.to_string())? != *expected
-        {
+        if sha256_of(&path, size).map_err(|error| error.to_string())? != file.sha256 {
             return Err(format!("{} has changed", path.display()));
         }
     }
@@ -254,8 +434,7 @@ fn check(system: &Path) -> Result<(), String> {
 }
 
 /// Says what is going to happen, and asks unless told not to.
-fn announce(directory: &Path, wishes: &Wishes) -> Result<()> {
-    let missing = missing_tools();
+fn announce(directory: &Path, missing: &[&str], wishes: &Wishes) -> Result<()> {
     eprintln!("lab: this will, once:");
     if !missing.is_empty() {
         eprintln!(
@@ -321,23 +500,28 @@ fn missing_tools() -> Vec<&'static str> {
     missing
 }
 
-/// Installs the missing tools, or says how.
-fn install_tools() -> Result<()> {
-    let missing = missing_tools();
+/// Says how to install the missing tools, if this process cannot.
+fn can_install(missing: &[&str], root: bool, apt: bool) -> Result<()> {
+    let packages = missing.join(" ");
+    if missing.is_empty() || (root && apt) {
+        return Ok(());
+    }
+    Err(LabError::Setup(if apt {
+        format!(
+            "this machine lacks these Debian packages, and installing them needs root: {packages}; \
+             run `sudo apt-get install {packages}`, then this again"
+        )
+    } else {
+        format!("this machine has no apt-get; install these programs by its own means: {packages}")
+    }))
+}
+
+/// Installs the missing tools.
+fn install(missing: &[&str]) -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
     let packages = missing.join(" ");
-    if !in_path("apt-get") {
-        return Err(LabError::Setup(format!(
-            "this machine has no apt-get; install these programs by its own means: {packages}"
-        )));
-    }
-    if !geteuid().is_root() {
-        return Err(LabError::Setup(format!(
-            "installing packages needs root; run `sudo apt-get install {packages}`, then this again"
-        )));
-    }
     eprintln!("lab: installing {packages}");
     let install = |update: bool| {
         let mut command = Command::new("apt-get");
@@ -347,7 +531,7 @@ fn install_tools() -> Result<()> {
         } else {
             command
                 .args(["install", "-y", "--no-install-recommends"])
-                .args(&missing);
+                .args(missing);
         }
         command::run(&mut command, STEP_LIMIT)
     };
@@ -380,7 +564,10 @@ impl Build<'_> {
                 &root_tar,
                 &["trixie", "trixie-backports"],
                 &[
-                    format!("upload {} /tmp/lab-root.sh", quoted(&recipe)),
+                    format!(
+                        "upload {} /tmp/lab-root.sh",
+                        command::quoted(&recipe.display().to_string())
+                    ),
                     format!("chroot \"$1\" sh /tmp/lab-root.sh '{L1_MODULES}' '{GUEST_MODULES}'"),
                     "rm \"$1/tmp/lab-root.sh\"".into(),
                 ],
@@ -505,8 +692,8 @@ impl Build<'_> {
         });
         let status = command::wait_for(&mut child, STEP_LIMIT)?;
         if status.is_none() {
-            let _ = child.kill();
-            let _ = child.wait();
+            // mmdebstrap removes its temporary files when what it runs ends.
+            command::end_tree(&mut child, CLEAN_UP_LIMIT);
         } else {
             let _ = reader.join();
         }
@@ -535,38 +722,37 @@ impl Build<'_> {
 
     /// Writes what the check on each start compares with. Written last: a system with a stamp is complete.
     fn stamp(&self) -> Result<()> {
-        let checked = |path: &str, with_hash: bool| -> Result<Checked> {
+        let checked = |path: &str| -> Result<Checked> {
             let full = self.directory.join(path);
             let size = fs::metadata(&full)
                 .doing(|| format!("find {}", full.display()))?
                 .len();
-            let sha256 = if with_hash {
-                Some(sha256_of(&full)?)
-            } else {
-                None
-            };
             Ok(Checked {
                 path: path.into(),
                 size,
-                sha256,
+                sha256: sha256_of(&full, size)?,
             })
         };
-        let mut files = vec![
-            checked("root/opt/lab/vmlinuz", true)?,
-            checked("root/opt/lab/vmlinux", false)?,
-            checked("root/opt/lab/busybox", true)?,
-            checked("root/usr/bin/qemu-system-x86_64", true)?,
-            checked("root/opt/qemu-10/usr/bin/qemu-system-x86_64", false)?,
-            checked("root/lib64/ld-linux-x86-64.so.2", true)?,
-            checked("guest.ext4", false)?,
-        ];
+        let mut files = Vec::new();
+        for path in [
+            "root/opt/lab/vmlinuz",
+            "root/opt/lab/vmlinux",
+            "root/opt/lab/busybox",
+            "root/usr/bin/qemu-system-x86_64",
+            "root/opt/qemu-10/usr/bin/qemu-system-x86_64",
+            "root/lib64/ld-linux-x86-64.so.2",
+            "guest.ext4",
+        ] {
+            files.push(checked(path)?);
+        }
         for directory in ["root/opt/lab/l1-modules", "root/opt/lab/guest-modules"] {
             for name in sorted_names(&self.directory.join(directory))? {
-                files.push(checked(&format!("{directory}/{name}"), true)?);
+                files.push(checked(&format!("{directory}/{name}"))?);
             }
         }
         let stamp = Stamp {
             recipe: recipe_hash(),
+            listing: listing_of(&self.directory.join("root"))?,
             files,
         };
         let path = self.directory.join("stamp.json");
@@ -575,11 +761,6 @@ impl Build<'_> {
             .doing(|| "write the stamp".into())?;
         fs::write(&path, text).doing(|| format!("write {}", path.display()))
     }
-}
-
-/// A path as one word of a shell command.
-fn quoted(path: &Path) -> String {
-    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }
 
 /// Names in a directory, in order.
@@ -598,9 +779,13 @@ pub fn sorted_names(directory: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Removes a directory and all in it, if it is there.
+/// Removes a directory and all in it, or what is there in place of it.
 fn remove_tree(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
+    let removed = match fs::symlink_metadata(path) {
+        Ok(metadata) if !metadata.is_dir() => fs::remove_file(path),
+        _ => fs::remove_dir_all(path),
+    };
+    match removed {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error).doing(|| format!("remove {}", path.display())),
@@ -625,13 +810,18 @@ mod tests {
 
     fn system_with(content: &str) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
+        let root = directory.path().join("root");
+        fs::create_dir_all(root.join("etc/empty")).unwrap();
+        fs::write(root.join("etc/b"), "b").unwrap();
+        std::os::unix::fs::symlink("b", root.join("etc/link")).unwrap();
         fs::write(directory.path().join("a"), content).unwrap();
         let stamp = Stamp {
             recipe: recipe_hash(),
+            listing: listing_of(&root).unwrap(),
             files: vec![Checked {
                 path: "a".into(),
                 size: 3,
-                sha256: Some(sha256_of(&directory.path().join("a")).unwrap()),
+                sha256: sha256_of(&directory.path().join("a"), 3).unwrap(),
             }],
         };
         let text = serde_json::to_string(&stamp).unwrap();
@@ -662,6 +852,105 @@ mod tests {
     }
 
     #[test]
+    fn damage_anywhere_in_the_root_fails_the_check() {
+        let damages: [fn(&Path); 6] = [
+            |root| fs::write(root.join("etc/b"), "").unwrap(),
+            |root| fs::write(root.join("etc/c"), "").unwrap(),
+            |root| fs::remove_file(root.join("etc/link")).unwrap(),
+            |root| fs::rename(root.join("etc/empty"), root.join("empty")).unwrap(),
+            |root| {
+                let file = root.join("etc/b");
+                fs::set_permissions(file, fs::Permissions::from_mode(0o400)).unwrap();
+            },
+            |root| fs::remove_dir_all(root).unwrap(),
+        ];
+        for damage in damages {
+            let system = system_with("abc");
+            damage(&system.path().join("root"));
+            assert!(check(system.path()).unwrap_err().contains("root"));
+        }
+    }
+
+    #[test]
+    fn broken_stamp_fails_the_check() {
+        let system = system_with("abc");
+        fs::write(system.path().join("stamp.json"), "{}").unwrap();
+        assert!(check(system.path()).unwrap_err().contains("stamp"));
+    }
+
+    #[test]
+    fn large_files_are_sampled() {
+        assert_eq!(samples(0), []);
+        assert_eq!(samples(5), [(0, 5)]);
+        let whole: u64 = samples(WHOLE_SIZE).iter().map(|(_, length)| length).sum();
+        assert_eq!(whole, WHOLE_SIZE);
+        let large = samples(WHOLE_SIZE + 7);
+        assert_eq!(large.first(), Some(&(0, SAMPLE_SIZE)));
+        assert_eq!(large.last(), Some(&(WHOLE_SIZE, 7)));
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(WHOLE_SIZE + 7).unwrap();
+        let before = sha256_of(file.path(), WHOLE_SIZE + 7).unwrap();
+        file.as_file().write_all_at(b"x", SAMPLE_DISTANCE).unwrap();
+        assert_ne!(before, sha256_of(file.path(), WHOLE_SIZE + 7).unwrap());
+    }
+
+    #[test]
+    fn those_who_use_the_lab_keep_others_from_changing_it() {
+        let base = tempfile::tempdir().unwrap();
+        let cache = Cache::below(base.path());
+        let first = cache.lock(Access::Use).unwrap();
+        let second = cache.lock(Access::Use).unwrap();
+        let file = File::open(cache.lock_path()).unwrap();
+        let (file, errno) = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap_err();
+        assert_eq!(errno, nix::errno::Errno::EWOULDBLOCK);
+        drop((first, second));
+        assert!(Flock::lock(file, FlockArg::LockExclusiveNonblock).is_ok());
+    }
+
+    #[test]
+    fn lock_that_was_removed_while_it_was_waited_for_is_taken_anew() {
+        let base = tempfile::tempdir().unwrap();
+        let holder = Cache::below(base.path());
+        let held = holder.lock(Access::Change).unwrap();
+        let waiting = Cache::below(base.path());
+        let waiter = std::thread::spawn(move || waiting.lock(Access::Use).unwrap());
+        // If it has not come to wait yet it finds another file right away.
+        std::thread::sleep(Duration::from_millis(100));
+        fs::remove_file(holder.lock_path()).unwrap();
+        fs::remove_dir(base.path().join("ringside")).unwrap();
+        drop(held);
+        let taken = waiter.join().unwrap();
+        let there = fs::metadata(holder.lock_path()).unwrap();
+        assert_eq!(taken.metadata().unwrap().ino(), there.ino());
+    }
+
+    #[test]
+    fn removing_leaves_nothing_but_what_is_not_the_labs() {
+        let base = tempfile::tempdir().unwrap();
+        Cache::below(base.path()).create().unwrap();
+        Cache::below(base.path()).remove().unwrap();
+        assert!(!base.path().join("ringside").exists());
+        let cache = Cache::below(base.path());
+        cache.create().unwrap();
+        fs::write(base.path().join("ringside/other"), "").unwrap();
+        cache.remove().unwrap();
+        assert_eq!(
+            sorted_names(&base.path().join("ringside")).unwrap(),
+            ["other"]
+        );
+    }
+
+    #[test]
+    fn tools_that_cannot_be_installed_are_named() {
+        assert!(can_install(&[], false, false).is_ok());
+        assert!(can_install(&["uidmap"], true, true).is_ok());
+        for apt in [true, false] {
+            let error = can_install(&["uidmap"], false, apt).unwrap_err();
+            assert!(error.to_string().contains("uidmap"), "{error}");
+        }
+    }
+
+    #[test]
     fn recipe_change_fails_the_check() {
         let system = system_with("abc");
         let path = system.path().join("stamp.json");
@@ -682,10 +971,5 @@ mod tests {
         fs::create_dir(&stale).unwrap();
         remove_stale_runs(directory.path());
         assert!(mine.exists() && !stale.exists());
-    }
-
-    #[test]
-    fn quoted_is_one_word() {
-        assert_eq!(quoted(Path::new("/a b/it's")), r"'/a b/it'\''s'");
     }
 }

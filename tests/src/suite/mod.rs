@@ -10,9 +10,10 @@ mod vfio;
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::command::wait_for;
+use crate::command::{bound, wait_for};
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::harness::readable;
 use crate::inside::Events;
@@ -22,6 +23,9 @@ use crate::site::{SITE_VARIABLE, Site};
 
 /// Exit status of the process of a test that cannot run here.
 const SKIPPED_STATUS: i32 = 77;
+
+/// How long the directory of a test may resist.
+const REMOVAL_LIMIT: Duration = Duration::from_secs(5);
 
 /// One end-to-end test.
 #[derive(Debug)]
@@ -65,7 +69,7 @@ fn selected(filters: &[String]) -> impl Iterator<Item = &'static Test> {
 /// Runs the selected tests; the status is 1 when one failed.
 ///
 /// # Errors
-/// Fails if a test cannot be started, or nobody takes the events.
+/// Fails if nobody takes the events.
 pub fn run(site: &Site, filters: &[String], events: &Events) -> Result<i32> {
     let mut status = 0;
     for test in selected(filters) {
@@ -73,7 +77,8 @@ pub fn run(site: &Site, filters: &[String], events: &Events) -> Result<i32> {
             name: test.name.into(),
         })?;
         let start = Instant::now();
-        let (outcome, detail) = run_in_process(site, test)?;
+        let (outcome, detail) = run_in_process(site, test)
+            .unwrap_or_else(|error| (Outcome::Failed, format!("It cannot be run: {error}")));
         if outcome == Outcome::Failed {
             status = 1;
         }
@@ -105,11 +110,11 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
     let limit = site.limit(Duration::from_secs(test.seconds));
     let status = wait_for(&mut child, limit)?;
     if status.is_none() {
-        // The kernel ends all in the process namespace with its first process.
+        // The kernel ends all in the process namespace with it.
         let _ = child.kill();
         let _ = child.wait();
     }
-    let result = match status.map(|status| status.code()) {
+    let (outcome, mut detail) = match status.map(|status| status.code()) {
         Some(Some(0)) => (Outcome::Passed, text_of(&log_path)),
         Some(Some(SKIPPED_STATUS)) => (Outcome::Skipped, text_of(&log_path)),
         Some(_) => (Outcome::Failed, failure(&directory, "")),
@@ -118,8 +123,25 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
             (Outcome::Failed, failure(&directory, &why))
         }
     };
-    fs::remove_dir_all(&directory).doing(|| format!("remove {}", directory.display()))?;
-    Ok(result)
+    if let Err(error) = remove_soon(&directory) {
+        // It takes space, but is in no other test's way.
+        detail.push_str(&format!("\n{} stays: {error}", directory.display()));
+    }
+    Ok((outcome, detail))
+}
+
+/// Removes a directory in which the last processes of a test may still be at work: they end with their namespace.
+fn remove_soon(directory: &Path) -> std::io::Result<()> {
+    let deadline = Instant::now() + REMOVAL_LIMIT;
+    loop {
+        match fs::remove_dir_all(directory) {
+            Err(_) if directory.exists() && Instant::now() < deadline => {
+                thread::sleep(Duration::from_millis(50));
+            }
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => return Ok(()),
+        }
+    }
 }
 
 /// A command that runs this program with other arguments in namespaces and a directory of its own.
@@ -136,7 +158,8 @@ pub fn isolated(site: &Site, directory: &Path, arguments: &[&str]) -> Result<Com
         text: error.to_string(),
     })?;
     let program = std::env::current_exe().doing(|| "find this program".into())?;
-    let mut command = Command::new("unshare");
+    // All in the namespace ends with its first process, that one with unshare, and unshare with this program.
+    let mut command = bound("unshare");
     command
         .args([
             "--fork",
