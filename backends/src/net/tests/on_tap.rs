@@ -320,6 +320,15 @@ fn pair(test: &str, needed: u32) -> Option<(Tap, File, Pair)> {
     Some((tap, host, pair))
 }
 
+/// From now on the driver receives only what is for us, of all that the host sends by itself.
+fn only_ours(pair: &Pair) {
+    let version = pair.shared.change(|s| {
+        s.filter.promiscuous = false;
+        s.filter.no_broadcast = true;
+    });
+    assert!(pair.shared.wait(version));
+}
+
 fn frames_pass_both_ways(test: &str, kind: Kind) {
     let Some((_tap, mut host, mut pair)) = pair(test, libc::TUN_F_CSUM) else {
         return;
@@ -330,9 +339,7 @@ fn frames_pass_both_ways(test: &str, kind: Kind) {
     assert_eq!(next_of_ours(&mut host)[SOCKET_HEADER..], frame);
     pair.tx.used();
 
-    // Only what is for us, of all that the host sends by itself.
-    pair.shared.change(|s| s.filter.promiscuous = false);
-    pair.shared.change(|s| s.filter.no_broadcast = true);
+    only_ours(&pair);
     pair.post(60, 1536);
     let (header, frame) = segment(kind, MAC.octets(), PEER, 5001, 100);
     host.write_all(&[&header[..], &frame].concat()).unwrap();
@@ -361,11 +368,7 @@ fn a_segment_of_64_kib_takes_one_call_each_way(test: &str, kind: Kind) {
     assert_eq!(seen[..SOCKET_HEADER], header);
     assert_eq!(pair.worker.counters.tx_calls.get(), 1);
 
-    let version = pair.shared.change(|s| {
-        s.filter.promiscuous = false;
-        s.filter.no_broadcast = true;
-    });
-    assert!(pair.shared.wait(version));
+    only_ours(&pair);
     pair.post(60, 1536);
     let (header, frame) = segment(kind, MAC.octets(), PEER, 5001, LONGEST - headers);
     host.write_all(&[&header[..], &frame].concat()).unwrap();
@@ -458,8 +461,11 @@ fn pairs_that_are_not_in_use_get_no_packets() {
     let restart = |workers: &[Worker], vring: Option<Box<Vring>>| {
         let own = workers[1].give_back(2);
         workers[1].own(vring.unwrap_or(own));
-        let version = shared.change(|s| s.pairs = Pairs::Fed);
-        assert!(shared.wait(version));
+        // The worker may adopt a change before it obeys, but the second one only after it has.
+        for _ in 0..2 {
+            let version = shared.change(|s| s.pairs = Pairs::Fed);
+            assert!(shared.wait(version));
+        }
     };
     restart(&workers, None);
     let [third, fourth] = burst(160);
