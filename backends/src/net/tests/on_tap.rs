@@ -11,12 +11,15 @@ use nix::sys::socket::sockopt::ReceiveTimeout;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket};
 use nix::sys::time::{TimeVal, TimeValLike};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF};
+use virtio_bindings::virtio_net::{
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
+};
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::driver::{Guest, HEADER, MAC, Pair, Worker, shared};
 use crate::net::args::{Cidr, NetArgs, Offload};
-use crate::net::features::{GUEST_OFFLOADS, bit};
+use crate::net::features::{GUEST_OFFLOADS, Offloads, bit};
 use crate::net::settings::Pairs;
 use crate::net::tap::{Tap, TapError};
 use crate::shell::{Device, Vring};
@@ -28,9 +31,104 @@ const FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
 
 /// Bytes of the header on a packet socket: without `num_buffers`.
 const SOCKET_HEADER: usize = 10;
-/// Length of the Ethernet, IPv4 and TCP headers in these tests.
-const HEADERS: usize = 14 + 20 + 20;
+const ETHERNET: usize = 14;
 const PEER: [u8; 6] = [2, 0, 0, 0, 0, 9];
+/// Payload of the pieces that a segment is to be cut into.
+const PIECE: usize = 1448;
+/// The longest frame that Linux does not cut before an interface (GSO_MAX_SIZE).
+const LONGEST: usize = 65535;
+
+/// A kind of segment.
+#[derive(Clone, Copy)]
+struct Kind {
+    ip: Ip,
+    protocol: Protocol,
+    /// How the header calls it (VIRTIO 1.3, 5.1.6).
+    gso: u32,
+    /// The offload of the TAP that lets it pass whole.
+    offload: u32,
+}
+
+#[derive(Clone, Copy)]
+enum Ip {
+    V4,
+    V6,
+}
+
+#[derive(Clone, Copy)]
+enum Protocol {
+    Tcp = libc::IPPROTO_TCP as isize,
+    Udp = libc::IPPROTO_UDP as isize,
+}
+
+impl Kind {
+    /// Length of the Ethernet and IP headers.
+    const fn csum_start(self) -> usize {
+        ETHERNET
+            + match self.ip {
+                Ip::V4 => 20,
+                Ip::V6 => 40,
+            }
+    }
+
+    /// Where the checksum lies behind them.
+    const fn csum_offset(self) -> usize {
+        match self.protocol {
+            Protocol::Tcp => 16,
+            Protocol::Udp => 6,
+        }
+    }
+
+    /// Length of all headers.
+    const fn headers(self) -> usize {
+        self.csum_start()
+            + match self.protocol {
+                Protocol::Tcp => 20,
+                Protocol::Udp => 8,
+            }
+    }
+}
+
+/// The kinds of segment, and the tests that each of them has.
+macro_rules! kinds {
+    ($($name:ident: $ip:ident $protocol:ident $gso:ident $offload:ident,)*) => {$(
+        mod $name {
+            use super::*;
+
+            pub(super) const KIND: Kind = Kind {
+                ip: Ip::$ip,
+                protocol: Protocol::$protocol,
+                gso: $gso,
+                offload: libc::$offload,
+            };
+
+            kinds!(@tests $name
+                frames_pass_both_ways
+                a_segment_of_64_kib_takes_one_call_each_way
+                what_the_kernel_refuses_is_dropped_and_the_queue_goes_on
+            );
+        }
+    )*};
+    (@tests $name:ident $($test:ident)*) => {$(
+        #[test]
+        fn $test() {
+            super::$test(concat!(stringify!($name), "::", stringify!($test)), KIND);
+        }
+    )*};
+}
+
+kinds! {
+    tso4: V4 Tcp VIRTIO_NET_HDR_GSO_TCPV4 TUN_F_TSO4,
+    tso6: V6 Tcp VIRTIO_NET_HDR_GSO_TCPV6 TUN_F_TSO6,
+    uso4: V4 Udp VIRTIO_NET_HDR_GSO_UDP_L4 TUN_F_USO4,
+    uso6: V6 Udp VIRTIO_NET_HDR_GSO_UDP_L4 TUN_F_USO6,
+}
+
+/// Says on standard error that a test does not run.
+fn skipped(test: &str, why: &str) {
+    // Past the capture of the test harness: a test that did not run must not look like one that did.
+    let _ = writeln!(io::stderr(), "test {test}: skipped: {why}");
+}
 
 /// Gives this thread a network of its own. `false`, and a word on standard error, if that cannot be.
 fn own_network(test: &str) -> bool {
@@ -41,8 +139,7 @@ fn own_network(test: &str) -> bool {
             Err(e) => format!("/dev/net/tun: {e}"),
         },
     };
-    // Past the capture of the test harness: a test that did not run must not look like one that did.
-    let _ = writeln!(io::stderr(), "test {test}: skipped: {why}");
+    skipped(test, &why);
     false
 }
 
@@ -110,34 +207,62 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     sum as u16
 }
 
-/// An Ethernet frame with a TCP packet from `port`, and the fields of the header that let it be cut into pieces
-/// of 1448 bytes.
-fn segment(to: [u8; 6], from: [u8; 6], port: u16, payload: usize) -> (Vec<u8>, Vec<u8>) {
-    let mut ip = vec![0x45, 0];
-    ip.extend(((40 + payload) as u16).to_be_bytes());
-    ip.extend([0, 1, 0x40, 0, 64, 6, 0, 0, 10, 9, 9, 1, 10, 9, 9, 2]);
-    let sum = !checksum(&[&ip]);
-    ip[10..12].copy_from_slice(&sum.to_be_bytes());
-    let mut tcp = port.to_be_bytes().to_vec();
-    tcp.extend(5001_u16.to_be_bytes());
-    tcp.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
+/// An Ethernet frame with a packet from `port`, and the fields of the header that let it be cut into pieces.
+fn segment(
+    kind: Kind,
+    to: [u8; 6],
+    from: [u8; 6],
+    port: u16,
+    payload: usize,
+) -> (Vec<u8>, Vec<u8>) {
+    let protocol = kind.protocol as u8;
+    let length = ((kind.headers() - kind.csum_start() + payload) as u16).to_be_bytes();
+    let (ip, addresses) = match kind.ip {
+        Ip::V4 => {
+            let mut ip = vec![8, 0, 0x45, 0];
+            ip.extend(((kind.headers() - ETHERNET + payload) as u16).to_be_bytes());
+            ip.extend([0, 1, 0x40, 0, 64, protocol, 0, 0]);
+            let addresses = vec![10, 9, 9, 1, 10, 9, 9, 2];
+            let sum = !checksum(&[&ip[2..], &addresses]);
+            ip[12..14].copy_from_slice(&sum.to_be_bytes());
+            (ip, addresses)
+        }
+        Ip::V6 => {
+            let mut ip = vec![0x86, 0xdd, 0x60, 0, 0, 0];
+            ip.extend(length);
+            ip.extend([protocol, 64]);
+            let address = |last| [0xfd, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, last];
+            (ip, [address(1), address(2)].concat())
+        }
+    };
     // The checksum of the pseudo header; the rest is left to whoever cuts.
-    let length = ((20 + payload) as u16).to_be_bytes();
-    let pseudo = checksum(&[&ip[12..20], &[0, 6], &length]);
-    tcp[16..18].copy_from_slice(&pseudo.to_be_bytes());
+    let pseudo = checksum(&[&addresses, &[0, protocol], &length]).to_be_bytes();
+    let mut transport = port.to_be_bytes().to_vec();
+    transport.extend(5001_u16.to_be_bytes());
+    match kind.protocol {
+        Protocol::Tcp => {
+            transport.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]);
+        }
+        Protocol::Udp => transport.extend([length, [0, 0]].concat()),
+    }
+    transport[kind.csum_offset()..][..2].copy_from_slice(&pseudo);
     let mut frame = [to, from].concat();
-    frame.extend([8, 0]);
     frame.extend(ip);
-    frame.extend(tcp);
-    assert_eq!(frame.len(), HEADERS);
+    frame.extend(addresses);
+    assert_eq!(frame.len(), kind.csum_start());
+    frame.extend(transport);
+    assert_eq!(frame.len(), kind.headers());
     frame.extend((0..payload).map(|i| (i % 249) as u8));
 
-    let gso = u8::from(payload > 1448);
-    let mut header = vec![1, gso];
-    header.extend((HEADERS as u16).to_le_bytes());
-    header.extend((if gso == 1 { 1448_u16 } else { 0 }).to_le_bytes());
-    header.extend(34_u16.to_le_bytes());
-    header.extend(16_u16.to_le_bytes());
+    let (gso, piece) = if payload > PIECE {
+        (kind.gso, PIECE)
+    } else {
+        (VIRTIO_NET_HDR_GSO_NONE, 0)
+    };
+    let mut header = vec![VIRTIO_NET_HDR_F_NEEDS_CSUM as u8, gso as u8];
+    for field in [kind.headers(), piece, kind.csum_start(), kind.csum_offset()] {
+        header.extend((field as u16).to_le_bytes());
+    }
     assert_eq!(header.len(), SOCKET_HEADER);
     (header, frame)
 }
@@ -169,72 +294,87 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
     }
 }
 
-/// One queue pair on a new TAP that is up, and the host's end of it.
-fn pair(name: &str) -> (Tap, File, Pair) {
-    let (tap, mut queues) = Tap::open(name, 1).unwrap();
+/// In a network of this thread's own, one queue pair on a new TAP that is up, and the host's end of it. `None`, and
+/// a word on standard error, if that cannot be, or not with the offload that is needed.
+fn pair(test: &str, needed: u32) -> Option<(Tap, File, Pair)> {
+    if !own_network(test) {
+        return None;
+    }
+    let (tap, mut queues) = Tap::open("ring%d", 1).unwrap();
+    let all = Offloads {
+        csum: true,
+        tso: true,
+        ufo: true,
+        uso: true,
+    };
+    let offloads = tap.probe_offloads(&all.candidates());
+    if offloads & needed == 0 {
+        skipped(test, "the kernel has no such offload for a TAP");
+        return None;
+    }
     tap.set_header_len(HEADER as u8).unwrap();
-    tap.set_offloads(0x1f).unwrap();
+    tap.set_offloads(offloads).unwrap();
     tap.set_up().unwrap();
     let host = packet_socket(&tap);
     let pair = Pair::new(queues.remove(0), FEATURES);
-    (tap, host, pair)
+    Some((tap, host, pair))
 }
 
-#[test]
-fn frames_pass_both_ways() {
-    if !own_network("frames_pass_both_ways") {
-        return;
-    }
-    let (_tap, mut host, mut pair) = pair("ring%d");
-    let (header, frame) = segment(PEER, MAC.octets(), 1000, 100);
-    let whole = pair.guest.filled(&[&header[..], &[0, 0], &frame].concat());
-    pair.tx.send(&[whole]);
-    assert_eq!(next_of_ours(&mut host)[SOCKET_HEADER..], frame);
-    pair.tx.used();
-
-    // Only what is for us, of all that the host sends by itself.
-    pair.shared.change(|s| s.filter.promiscuous = false);
-    pair.shared.change(|s| s.filter.no_broadcast = true);
-    pair.post(60, 1536);
-    let (header, frame) = segment(MAC.octets(), PEER, 5001, 100);
-    host.write_all(&[header, frame.clone()].concat()).unwrap();
-    let received = pair.receive();
-    assert!(received[HEADER..] == frame, "another frame");
-    // The checksum was left to the driver, which accepted that.
-    assert_eq!(received[0], 1);
-}
-
-#[test]
-fn a_segment_of_64_kib_takes_one_call_each_way() {
-    if !own_network("a_segment_of_64_kib_takes_one_call_each_way") {
-        return;
-    }
-    let (_tap, mut host, mut pair) = pair("ring%d");
-    // The longest frame that Linux does not cut before an interface (GSO_MAX_SIZE).
-    let payload = 65535 - HEADERS;
-    let (header, frame) = segment(PEER, MAC.octets(), 1000, payload);
-    let parts = [
-        pair.guest.filled(&[&header[..], &[0, 0]].concat()),
-        pair.guest.filled(&frame[..HEADERS]),
-        pair.guest.filled(&frame[HEADERS..]),
-    ];
-    pair.tx.send(&parts);
-    let seen = next_of_ours(&mut host);
-    assert!(seen[SOCKET_HEADER..] == frame, "another frame");
-    assert_eq!(seen[1], 1, "it is still one segment to be cut");
-    assert_eq!(pair.worker.counters.tx_calls.get(), 1);
-
+/// From now on the driver receives only what is for us, of all that the host sends by itself.
+fn only_ours(pair: &Pair) {
     let version = pair.shared.change(|s| {
         s.filter.promiscuous = false;
         s.filter.no_broadcast = true;
     });
     assert!(pair.shared.wait(version));
+}
+
+fn frames_pass_both_ways(test: &str, kind: Kind) {
+    let Some((_tap, mut host, mut pair)) = pair(test, libc::TUN_F_CSUM) else {
+        return;
+    };
+    let (header, frame) = segment(kind, PEER, MAC.octets(), 1000, 100);
+    let whole = pair.guest.filled(&[&header[..], &[0, 0], &frame].concat());
+    pair.tx.send(&[whole]);
+    assert_eq!(next_of_ours(&mut host)[SOCKET_HEADER..], frame);
+    pair.tx.used();
+
+    only_ours(&pair);
     pair.post(60, 1536);
-    let (header, frame) = segment(MAC.octets(), PEER, 5001, payload);
-    host.write_all(&[header, frame.clone()].concat()).unwrap();
+    let (header, frame) = segment(kind, MAC.octets(), PEER, 5001, 100);
+    host.write_all(&[&header[..], &frame].concat()).unwrap();
     let received = pair.receive();
     assert!(received[HEADER..] == frame, "another frame");
-    assert_eq!(received[1], 1);
+    // The checksum was left to the driver, which accepted that.
+    assert_eq!(received[..2], header[..2]);
+    assert_eq!(received[6..10], header[6..]);
+}
+
+fn a_segment_of_64_kib_takes_one_call_each_way(test: &str, kind: Kind) {
+    let Some((_tap, mut host, mut pair)) = pair(test, kind.offload) else {
+        return;
+    };
+    let headers = kind.headers();
+    let (header, frame) = segment(kind, PEER, MAC.octets(), 1000, LONGEST - headers);
+    let parts = [
+        pair.guest.filled(&[&header[..], &[0, 0]].concat()),
+        pair.guest.filled(&frame[..headers]),
+        pair.guest.filled(&frame[headers..]),
+    ];
+    pair.tx.send(&parts);
+    let seen = next_of_ours(&mut host);
+    assert!(seen[SOCKET_HEADER..] == frame, "another frame");
+    // It is still one segment to be cut. Of a frame that fills pages the kernel keeps the length of the headers too.
+    assert_eq!(seen[..SOCKET_HEADER], header);
+    assert_eq!(pair.worker.counters.tx_calls.get(), 1);
+
+    only_ours(&pair);
+    pair.post(60, 1536);
+    let (header, frame) = segment(kind, MAC.octets(), PEER, 5001, LONGEST - headers);
+    host.write_all(&[&header[..], &frame].concat()).unwrap();
+    let received = pair.receive();
+    assert!(received[HEADER..] == frame, "another frame");
+    assert_eq!(received[..SOCKET_HEADER], header);
     assert_eq!(pair.worker.counters.rx_packets.get(), 1);
     // Each call gave a packet, or found that there was none.
     let counters = &pair.worker.counters;
@@ -242,13 +382,11 @@ fn a_segment_of_64_kib_takes_one_call_each_way() {
     assert!(counters.rx_calls.get() <= packets + counters.wakeups.get());
 }
 
-#[test]
-fn what_the_kernel_refuses_is_dropped_and_the_queue_goes_on() {
-    if !own_network("what_the_kernel_refuses_is_dropped_and_the_queue_goes_on") {
+fn what_the_kernel_refuses_is_dropped_and_the_queue_goes_on(test: &str, kind: Kind) {
+    let Some((_tap, mut host, mut pair)) = pair(test, kind.offload) else {
         return;
-    }
-    let (_tap, mut host, mut pair) = pair("ring%d");
-    let (mut header, frame) = segment(PEER, MAC.octets(), 1000, 3000);
+    };
+    let (mut header, frame) = segment(kind, PEER, MAC.octets(), 1000, 3000);
     header.extend([0, 0]);
     for (place, value) in [(1, 77), (6, 0xff)] {
         let mut bad = header.clone();
@@ -261,7 +399,9 @@ fn what_the_kernel_refuses_is_dropped_and_the_queue_goes_on() {
     assert_eq!(pair.worker.counters.tx_dropped.get(), 2);
     let whole = pair.guest.filled(&[&header[..], &frame].concat());
     pair.tx.send(&[whole]);
-    assert_eq!(next_of_ours(&mut host)[SOCKET_HEADER..], frame);
+    let seen = next_of_ours(&mut host);
+    assert_eq!(seen[SOCKET_HEADER..], frame);
+    assert_eq!(seen[..2], header[..2]);
 }
 
 #[test]
@@ -295,7 +435,7 @@ fn pairs_that_are_not_in_use_get_no_packets() {
     }
     let mut burst = |count: u64| {
         for port in 0..40 {
-            let (mut header, frame) = segment(MAC.octets(), PEER, 2000 + port, 100);
+            let (mut header, frame) = segment(tso4::KIND, MAC.octets(), PEER, 2000 + port, 100);
             header[0] = 0;
             host.write_all(&[header, frame].concat()).unwrap();
         }
@@ -321,8 +461,11 @@ fn pairs_that_are_not_in_use_get_no_packets() {
     let restart = |workers: &[Worker], vring: Option<Box<Vring>>| {
         let own = workers[1].give_back(2);
         workers[1].own(vring.unwrap_or(own));
-        let version = shared.change(|s| s.pairs = Pairs::Fed);
-        assert!(shared.wait(version));
+        // The worker may adopt a change before it obeys, but the second one only after it has.
+        for _ in 0..2 {
+            let version = shared.change(|s| s.pairs = Pairs::Fed);
+            assert!(shared.wait(version));
+        }
     };
     restart(&workers, None);
     let [third, fourth] = burst(160);
