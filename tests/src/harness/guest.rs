@@ -47,6 +47,7 @@ pub struct GuestBuilder<'a> {
     diskless: bool,
     pvh: bool,
     back_ends: Vec<&'a BackEnd>,
+    arguments: Vec<String>,
     boot_limit: Duration,
 }
 
@@ -86,6 +87,13 @@ impl<'a> GuestBuilder<'a> {
         self
     }
 
+    /// One more argument for the VMM.
+    #[must_use]
+    pub fn arg(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.into());
+        self
+    }
+
     /// How long it may take to come up, on plain hardware.
     #[must_use]
     pub fn boot_limit(mut self, limit: Duration) -> Self {
@@ -107,6 +115,7 @@ impl<'a> GuestBuilder<'a> {
             Vmm::Qemu10 => self.qemu(site, QemuVersion::V10),
             Vmm::Qemu11 => self.qemu(site, QemuVersion::V11),
         };
+        command.args(&self.arguments);
         if let Some(cpu) = site.guest_cpu() {
             command = pinned(&command, cpu);
         }
@@ -265,6 +274,7 @@ impl Guest {
             diskless: false,
             pvh: false,
             back_ends: Vec::new(),
+            arguments: Vec::new(),
             boot_limit: BOOT_LIMIT,
         }
     }

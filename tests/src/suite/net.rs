@@ -140,7 +140,7 @@ fn multiqueue(site: &Site) -> Result<()> {
     let _server = iperf3_server(site, None)?;
     let mut guest = Guest::on(Vmm::Ringside).cpus(4).device(&net).boot(site)?;
     guest.network_up("10.77.0.2/24")?;
-    for pairs in [1, 4, 2, 4] {
+    for pairs in [1, 4, 2] {
         guest.run_ok(&format!("ethtool -L eth0 combined {pairs}"))?;
         let shown = guest.run_ok("ethtool -l eth0 | grep Combined: | tail -n 1")?;
         ensure!(

@@ -1,5 +1,6 @@
 //! Our back-ends under other people's VMMs, and our VMM with other people's back-ends.
 
+use std::path::Path;
 use std::process::Command;
 
 use super::Test;
@@ -69,31 +70,60 @@ fn our_back_ends(site: &Site, vmm: Vmm) -> Result<()> {
     arrived(&disk, &seen)
 }
 
-/// A disk of qemu-storage-daemon and a card of passt.
+/// A disk of qemu-storage-daemon, another that the VMM knows nothing of but its type, and a card of passt.
 fn our_vmm(site: &Site) -> Result<()> {
-    let disk = random_file(site, "disk.img")?;
-    let mut storage = site.root_program("usr/bin/qemu-storage-daemon");
-    storage
-        .arg("--blockdev")
-        .arg(format!("file,node-name=disk,filename={}", disk.display()))
-        .arg("--export")
-        .arg(
-            "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path=qsd.sock",
-        );
-    let storage = BackEnd::foreign(site, Kind::Blk, 1, "qsd.sock", storage)?;
+    let disks = [
+        random_file(site, "disk-1.img")?,
+        random_file(site, "disk-2.img")?,
+    ];
+    let known = BackEnd::foreign(
+        site,
+        Kind::Blk,
+        1,
+        "known.sock",
+        storage_daemon(site, &disks[0], "known.sock"),
+    )?;
+    let generic = BackEnd::foreign(
+        site,
+        Kind::Blk,
+        1,
+        "generic.sock",
+        storage_daemon(site, &disks[1], "generic.sock"),
+    )?;
     // passt answers for the guest's gateway itself, and connects to this side's loopback.
     command::run_line("ip link set lo up")?;
     let passt = BackEnd::foreign(site, Kind::Net, 1, "passt.sock", passt(site))?;
     let _server = iperf3_server(site, None)?;
     let mut guest = Guest::on(Vmm::Ringside)
-        .device(&storage)
+        .device(&known)
         .device(&passt)
+        .arg(&format!(
+            "--vhost-user=type=blk,socket={},num-queues=1,config-size=60",
+            generic.socket()
+        ))
         .boot(site)?;
-    let seen = exchange(&mut guest, "/dev/vdb", &disk)?;
+    let seen = [
+        exchange(&mut guest, "/dev/vdb", &disks[0])?,
+        exchange(&mut guest, "/dev/vdc", &disks[1])?,
+    ];
     guest.network_up("10.79.0.2/24")?;
     tcp_both_ways(&mut guest, "10.79.0.1", "")?;
     guest.shut_down()?;
-    arrived(&disk, &seen)
+    for (disk, seen) in disks.iter().zip(&seen) {
+        arrived(disk, seen)?;
+    }
+    Ok(())
+}
+
+fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Command {
+    let mut storage = site.root_program("usr/bin/qemu-storage-daemon");
+    storage
+        .arg("--blockdev")
+        .arg(format!("file,node-name=disk,filename={}", disk.display()));
+    storage.arg("--export").arg(format!(
+        "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={socket}"
+    ));
+    storage
 }
 
 fn passt(site: &Site) -> Command {
