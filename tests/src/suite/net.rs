@@ -8,7 +8,7 @@ use super::Test;
 use crate::command;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{Capture, Guest, Net, Vmm, iperf3, iperf3_server, sum_interrupts};
+use crate::harness::{BackEnd, Capture, Guest, Net, Vmm, iperf3, iperf3_server, sum_interrupts};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -174,8 +174,14 @@ fn multiqueue(site: &Site) -> Result<()> {
 
 /// A card whose back-end is killed goes on with the next one that listens at its socket, and the guest does nothing for it.
 fn back_end_is_replaced(site: &Site) -> Result<()> {
-    let start = || Net::tap("tap0").address("10.77.0.1/24").queue_pairs(2);
-    let mut first = start().start(site)?;
+    let start = |net: Net| -> Result<BackEnd> {
+        let net = net.address("10.77.0.1/24").queue_pairs(2).start(site)?;
+        // The TAP goes with its back-end. The next must have the same address, or the guest talks to the first one for as
+        // long as it believes its ARP cache.
+        command::run_line("ip link set tap0 address 02:00:00:00:77:01")?;
+        Ok(net)
+    };
+    let mut first = start(Net::tap("tap0"))?;
     let mut guest = Guest::on(Vmm::Ringside)
         .cpus(2)
         .diskless()
@@ -185,7 +191,7 @@ fn back_end_is_replaced(site: &Site) -> Result<()> {
     guest.run_ok("ping -c 3 -W 5 10.77.0.1")?;
     first.daemon().signal(Signal::SIGKILL)?;
     first.daemon().wait(site.limit(Duration::from_secs(5)))?;
-    let second = start().in_place_of(&first).start(site)?;
+    let second = start(Net::tap("tap0").in_place_of(&first))?;
     // A few packets are lost while the VMM finds the new one.
     guest.run_ok_within(
         "for i in $(seq 30); do ping -c 1 -W 1 10.77.0.1 && exit 0; done; exit 1",
