@@ -300,6 +300,12 @@ mod tests {
         assert!(error.to_string().contains("because"), "{error}");
     }
 
+    /// Until it has written `up`.
+    fn wait_until_up(child: &mut Child) {
+        let output = child.stdout.as_mut().unwrap();
+        output.read_exact(&mut [0; 3]).unwrap();
+    }
+
     #[test]
     fn bound_program_dies_with_the_thread_that_started_it() {
         let starter = thread::spawn(|| {
@@ -307,12 +313,7 @@ mod tests {
             command.args(["-c", "echo up; exec sleep 60"]);
             let mut child = command.stdout(Stdio::piped()).spawn().unwrap();
             // Before that the signal may not be asked for yet.
-            child
-                .stdout
-                .as_mut()
-                .unwrap()
-                .read_exact(&mut [0; 3])
-                .unwrap();
+            wait_until_up(&mut child);
             child
         });
         let mut child = starter.join().unwrap();
@@ -335,12 +336,7 @@ mod tests {
         let mut command = Command::new("sh");
         command.args(["-c", script]).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        child
-            .stdout
-            .as_mut()
-            .unwrap()
-            .read_exact(&mut [0; 3])
-            .unwrap();
+        wait_until_up(&mut child);
         let processes = tree(child.id());
         assert!(processes.len() >= 3, "{processes:?}");
         end_tree(&mut child, Duration::from_millis(100));

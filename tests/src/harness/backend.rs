@@ -1,11 +1,12 @@
 //! The project's back-ends as processes.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitStatus};
+use std::process::Command;
 use std::time::Duration;
 
 use super::daemon::{Daemon, fresh_name, is_socket};
 use crate::command;
+use crate::ensure;
 use crate::error::Result;
 use crate::site::Site;
 
@@ -45,12 +46,18 @@ impl BackEnd {
         &self.socket
     }
 
-    /// Asks it to end and gives its exit status.
+    /// Asks it to end, by SIGTERM.
     ///
     /// # Errors
-    /// Fails if it does not end promptly.
-    pub fn stop(mut self, site: &Site) -> Result<ExitStatus> {
-        self.daemon.stop(site)
+    /// Fails if it does not end promptly, or not with success.
+    pub fn stop(mut self, site: &Site) -> Result<()> {
+        let status = self.daemon.stop(site)?;
+        ensure!(
+            status.success(),
+            "the back-end at {} ended with {status} on SIGTERM",
+            self.socket
+        );
+        Ok(())
     }
 
     /// Starts somebody else's back-end: `command` is what makes it listen at `socket`, and `queues` are its queues or queue pairs.

@@ -124,11 +124,7 @@ fn contents_both_ways(site: &Site) -> Result<()> {
     );
     let seen = exchange(&mut guest, "/dev/vda", &disk)?;
     guest.shut_down()?;
-    let status = blk.stop(site)?;
-    ensure!(
-        status.success(),
-        "ringside-blk ended with {status} on SIGTERM"
-    );
+    blk.stop(site)?;
     arrived(&disk, &seen)
 }
 
@@ -298,11 +294,8 @@ fn errors_of(site: &Site, bad: &Path) -> Result<()> {
          dd if=/dev/vdc of=/dev/null bs=1M iflag=direct 2>/dev/null",
     )?;
     guest.shut_down()?;
-    for backend in [bad, full] {
-        let status = backend.stop(site)?;
-        ensure!(status.success(), "ringside-blk ended with {status}");
-    }
-    Ok(())
+    bad.stop(site)?;
+    full.stop(site)
 }
 
 /// A back-end that is killed under load: the VMM says so, the guest goes on with its other disk, and ends in order.

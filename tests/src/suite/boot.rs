@@ -212,9 +212,6 @@ fn ten_reboots_and_a_panic(site: &Site) -> Result<()> {
             "ringside-vmm ended with {status} after `{command}`"
         );
     }
-    for backend in [blk, net] {
-        let status = backend.stop(site)?;
-        ensure!(status.success(), "a back-end ended with {status}");
-    }
-    Ok(())
+    blk.stop(site)?;
+    net.stop(site)
 }

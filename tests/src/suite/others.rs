@@ -60,13 +60,8 @@ fn our_back_ends(site: &Site, vmm: Vmm) -> Result<()> {
     tcp_both_ways(&mut guest, "10.77.0.1", "")?;
     let status = guest.shut_down()?;
     ensure!(status.success(), "QEMU ended with {status}");
-    for backend in [blk, net] {
-        let status = backend.stop(site)?;
-        ensure!(
-            status.success(),
-            "a back-end ended with {status} on SIGTERM"
-        );
-    }
+    blk.stop(site)?;
+    net.stop(site)?;
     arrived(&disk, &seen)
 }
 
@@ -76,20 +71,8 @@ fn our_vmm(site: &Site) -> Result<()> {
         random_file(site, "disk-1.img")?,
         random_file(site, "disk-2.img")?,
     ];
-    let known = BackEnd::foreign(
-        site,
-        Kind::Blk,
-        1,
-        "known.sock",
-        storage_daemon(site, &disks[0], "known.sock"),
-    )?;
-    let generic = BackEnd::foreign(
-        site,
-        Kind::Blk,
-        1,
-        "generic.sock",
-        storage_daemon(site, &disks[1], "generic.sock"),
-    )?;
+    let known = storage_daemon(site, &disks[0], "known.sock")?;
+    let generic = storage_daemon(site, &disks[1], "generic.sock")?;
     // passt answers for the guest's gateway itself, and connects to this side's loopback.
     command::run_line("ip link set lo up")?;
     let passt = BackEnd::foreign(site, Kind::Net, 1, "passt.sock", passt(site))?;
@@ -115,7 +98,7 @@ fn our_vmm(site: &Site) -> Result<()> {
     Ok(())
 }
 
-fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Command {
+fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Result<BackEnd> {
     let mut storage = site.root_program("usr/bin/qemu-storage-daemon");
     storage
         .arg("--blockdev")
@@ -123,7 +106,7 @@ fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Command {
     storage.arg("--export").arg(format!(
         "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={socket}"
     ));
-    storage
+    BackEnd::foreign(site, Kind::Blk, 1, socket, storage)
 }
 
 fn passt(site: &Site) -> Command {
