@@ -29,10 +29,16 @@ pub const HEADER_MULTI_FUNCTION: u8 = 1 << 7;
 pub const BAR0: usize = 0x10;
 /// Number of base address registers of a type 0 header.
 pub const BAR_COUNT: usize = 6;
+/// Where the expansion ROM's register is counted among the BARs.
+pub const ROM_BAR: usize = BAR_COUNT;
+/// Number of registers that say where a function answers: the BARs and the expansion ROM's.
+pub const DECODER_COUNT: usize = BAR_COUNT + 1;
 /// Subsystem vendor ID.
 pub const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
 /// Subsystem ID.
 pub const SUBSYSTEM_ID: usize = 0x2e;
+/// Expansion ROM base address.
+pub const ROM_ADDRESS: usize = 0x30;
 /// Offset of the first capability.
 pub const CAPABILITIES_POINTER: usize = 0x34;
 /// Interrupt line, a scratch register for software.
@@ -49,6 +55,10 @@ pub const STATUS_CAPABILITIES: u16 = 1 << 4;
 
 /// BAR: a 64-bit memory BAR, which takes up two registers (PCI Express 5.0, 7.5.1.2.1).
 pub const BAR_MEMORY_64: u32 = 0b100;
+/// Expansion ROM: it answers (PCI Express 5.0, 7.5.1.2.4).
+pub const ROM_ENABLE: u32 = 1 << 0;
+/// Expansion ROM: the bits that are address.
+pub const ROM_ADDRESS_MASK: u32 = 0xffff_f800;
 /// BAR: reads have no side effects.
 pub const BAR_PREFETCHABLE: u32 = 1 << 3;
 /// BAR: the bits of a memory BAR that are not address.

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::PciFunction;
 use super::bits::*;
-use super::config::{ConfigSpace, Identity};
+use super::config::{Bar, BarKind, ConfigSpace, Identity};
 use crate::bus::{Bus, BusDevice};
 use crate::layout::Range;
 
@@ -56,21 +56,24 @@ impl Windows {
     }
 }
 
+/// BARs do not share pages: one that is mapped into the guest takes whole pages.
+const PAGE: u64 = 4096;
+
 type SharedFunction = Arc<Mutex<dyn PciFunction>>;
 
 struct Slot {
     function: SharedFunction,
-    mapped: [Option<u64>; BAR_COUNT],
+    mapped: [Option<u64>; DECODER_COUNT],
     /// BARs that are decoded where another one is mapped.
-    waiting: [bool; BAR_COUNT],
+    waiting: [bool; DECODER_COUNT],
 }
 
 impl Slot {
     fn new(function: SharedFunction) -> Self {
         Self {
             function,
-            mapped: [None; BAR_COUNT],
-            waiting: [false; BAR_COUNT],
+            mapped: [None; DECODER_COUNT],
+            waiting: [false; DECODER_COUNT],
         }
     }
 }
@@ -124,9 +127,9 @@ impl PciRoot {
             .ok_or(Error::NoSlot)?;
         {
             let mut function = lock(&function);
-            for bar in 0..BAR_COUNT {
-                if let Some(size) = function.config().bar_size(bar) {
-                    let address = self.place(size)?;
+            for bar in 0..DECODER_COUNT {
+                if let Some(wanted) = function.config().bar(bar) {
+                    let address = self.place(wanted)?;
                     function.config_mut().place_bar(bar, address);
                 }
             }
@@ -154,13 +157,14 @@ impl PciRoot {
         }
     }
 
-    fn place(&mut self, size: u64) -> Result<u64, Error> {
-        let windows = self.windows;
+    fn place(&mut self, bar: Bar) -> Result<u64, Error> {
+        let (size, windows) = (bar.size, self.windows);
         let fit = |next: u64, window: Range| {
-            let start = next.checked_next_multiple_of(size)?;
+            let start = next.checked_next_multiple_of(size.max(PAGE))?;
             (start.checked_add(size)? <= window.end()).then_some(start)
         };
-        if let Some(start) = fit(self.next_high, windows.high) {
+        let wide = matches!(bar.kind, BarKind::Memory64 { .. });
+        if let Some(start) = fit(self.next_high, windows.high).filter(|_| wide) {
             self.next_high = start + size;
             return Ok(start);
         }
@@ -184,14 +188,14 @@ impl PciRoot {
         let Some(slot) = self.slots.get_mut(&place) else {
             return;
         };
-        for bar in 0..BAR_COUNT {
+        for bar in 0..DECODER_COUNT {
             slot.unmap_if_moved(bar, &self.mmio);
         }
-        for bar in 0..BAR_COUNT {
+        for bar in 0..DECODER_COUNT {
             slot.map(bar, &self.mmio, &self.windows);
         }
         for slot in self.slots.values_mut() {
-            for bar in 0..BAR_COUNT {
+            for bar in 0..DECODER_COUNT {
                 if slot.waiting.get(bar) == Some(&true) {
                     slot.map(bar, &self.mmio, &self.windows);
                 }
@@ -224,7 +228,7 @@ impl Slot {
         };
         *waiting = false;
         let mut function = lock(&self.function);
-        let size = function.config().bar_size(bar);
+        let size = function.config().bar(bar).map(|bar| bar.size);
         let wanted = function.config().decoded_bar(bar);
         let (None, Some(to), Some(size)) = (*mapped, wanted, size) else {
             return;
@@ -283,7 +287,7 @@ fn write(root: &SharedRoot, address: Address, data: &[u8]) {
     }
 }
 
-fn decoded(config: &ConfigSpace) -> [Option<u64>; BAR_COUNT] {
+fn decoded(config: &ConfigSpace) -> [Option<u64>; DECODER_COUNT] {
     std::array::from_fn(|bar| config.decoded_bar(bar))
 }
 
@@ -450,7 +454,9 @@ mod tests {
             subsystem_vendor: 0,
             subsystem: 0,
         });
-        config.add_bar(0, size, true).unwrap();
+        config
+            .add_bar(0, size, BarKind::Memory64 { prefetchable: true })
+            .unwrap();
         Arc::new(Mutex::new(Function {
             config,
             tag,
