@@ -44,6 +44,13 @@ pub const CAPABILITIES_POINTER: usize = 0x34;
 /// Interrupt line, a scratch register for software.
 pub const INTERRUPT_LINE: usize = 0x3c;
 
+/// Interrupt pin: 0 for none, 1 to 4 for INTA to INTD (PCI Express 5.0, 7.5.1.1.13).
+pub const INTERRUPT_PIN: usize = 0x3d;
+/// Built-in self test.
+pub const BIST: usize = 0x0f;
+
+/// Command: answers to I/O accesses (PCI Express 5.0, 7.5.1.1.3).
+pub const COMMAND_IO: u16 = 1 << 0;
 /// Command: answers to memory accesses (PCI Express 5.0, 7.5.1.1.3).
 pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// Command: may access memory and send interrupts itself.
@@ -64,12 +71,59 @@ pub const BAR_PREFETCHABLE: u32 = 1 << 3;
 /// BAR: the bits of a memory BAR that are not address.
 pub const BAR_MEMORY_FLAGS: u64 = 0xf;
 
+/// Capability ID: power management (PCI Code and ID Assignment, 2).
+pub const CAP_POWER_MANAGEMENT: u8 = 0x01;
+/// Capability ID: vital product data.
+pub const CAP_VITAL_PRODUCT_DATA: u8 = 0x03;
+/// Capability ID: MSI.
+pub const CAP_MSI: u8 = 0x05;
+/// Capability ID: SATA index and data registers.
+pub const CAP_SATA: u8 = 0x12;
+/// Capability ID: advanced features of conventional PCI, such as function-level reset.
+pub const CAP_ADVANCED_FEATURES: u8 = 0x13;
 /// Capability ID: vendor-specific (PCI Code and ID Assignment, 2).
 pub const CAP_VENDOR: u8 = 0x09;
 /// Capability ID: PCI Express.
 pub const CAP_EXPRESS: u8 = 0x10;
 /// Capability ID: MSI-X.
 pub const CAP_MSIX: u8 = 0x11;
+
+/// Power management capabilities: the version (PCI Express 5.0, 7.5.2.1).
+pub const PM_CAP_VERSION: u16 = 0b111;
+/// Power management control/status: the power state, D0 to D3hot (PCI Express 5.0, 7.5.2.2).
+pub const PM_POWER_STATE: u16 = 0b11;
+/// Power management control/status: going from D3hot to D0 resets nothing.
+pub const PM_NO_SOFT_RESET: u16 = 1 << 3;
+
+/// Message control of MSI: in use (PCI Express 5.0, 7.7.1.2).
+pub const MSI_ENABLE: u16 = 1 << 0;
+/// Message control of MSI: logarithm of the number of vectors that the function has.
+pub const MSI_CAPABLE: u16 = 0b111 << 1;
+/// Message control of MSI: logarithm of the number of vectors that it may use.
+pub const MSI_ENABLED: u16 = 0b111 << 4;
+/// Message control of MSI: addresses have 64 bits.
+pub const MSI_64_BIT: u16 = 1 << 7;
+/// Message control of MSI: vectors can be masked.
+pub const MSI_MASKABLE: u16 = 1 << 8;
+/// Logarithm of the number of vectors that MSI has at most.
+pub const MSI_MAX_LOG: u16 = 5;
+
+/// Start of the extended capabilities (PCI Express 5.0, 7.6.1).
+pub const EXTENDED_START: usize = 0x100;
+/// Extended capability ID: none; the rest of the header counts (PCI Express 5.0, 7.9.28).
+pub const EXT_CAP_NULL: u16 = 0x0000;
+/// Extended capability ID: advanced error reporting (PCI Code and ID Assignment, 3).
+pub const EXT_CAP_AER: u16 = 0x0001;
+/// Extended capability ID: virtual channels.
+pub const EXT_CAP_VC: u16 = 0x0002;
+/// Extended capability ID: device serial number.
+pub const EXT_CAP_SERIAL_NUMBER: u16 = 0x0003;
+/// Extended capability ID: power budgeting.
+pub const EXT_CAP_POWER_BUDGETING: u16 = 0x0004;
+/// Extended capability ID: vendor-specific.
+pub const EXT_CAP_VENDOR: u16 = 0x000b;
+/// Extended capability ID: designated vendor-specific.
+pub const EXT_CAP_DESIGNATED_VENDOR: u16 = 0x0023;
 
 /// Size of the PCI Express capability, version 2, with its ID and next pointer.
 pub const EXPRESS_SIZE: usize = 0x3c;

@@ -85,13 +85,7 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     /// A function without BARs and capabilities.
     pub fn new(identity: Identity) -> Self {
-        let mut space = Self {
-            bytes: vec![0; CONFIG_SIZE],
-            writable: vec![0; CONFIG_SIZE],
-            bars: [None; DECODER_COUNT],
-            link: CAPABILITIES_POINTER,
-            free: HEADER_SIZE,
-        };
+        let mut space = Self::with_registers(&[]);
         space.set(VENDOR_ID, &identity.vendor.to_le_bytes());
         space.set(DEVICE_ID, &identity.device.to_le_bytes());
         space.set(REVISION_ID, &[identity.revision]);
@@ -104,6 +98,19 @@ impl ConfigSpace {
         space.set(SUBSYSTEM_ID, &identity.subsystem.to_le_bytes());
         space.set_writable(COMMAND, &COMMAND_WRITABLE.to_le_bytes());
         space.set_writable(INTERRUPT_LINE, &[0xff]);
+        space
+    }
+
+    /// A function that shows `registers`, none of which software can change so far, and that has no BARs.
+    pub fn with_registers(registers: &[u8]) -> Self {
+        let mut space = Self {
+            bytes: vec![0; CONFIG_SIZE],
+            writable: vec![0; CONFIG_SIZE],
+            bars: [None; DECODER_COUNT],
+            link: CAPABILITIES_POINTER,
+            free: HEADER_SIZE,
+        };
+        space.set(0, registers);
         space
     }
 
@@ -210,7 +217,8 @@ impl ConfigSpace {
         put(&mut self.bytes, offset, data);
     }
 
-    fn set_writable(&mut self, offset: usize, mask: &[u8]) {
+    /// Says which bits software can change.
+    pub fn set_writable(&mut self, offset: usize, mask: &[u8]) {
         put(&mut self.writable, offset, mask);
     }
 

@@ -7,10 +7,12 @@
 //! | [`config`] | one function's configuration space |
 //! | [`host`] | bus 0: configuration accesses, placing of BARs |
 //! | [`msix`] | message-signalled interrupts |
+//! | [`msi`] | their older form, in configuration space |
 
 pub mod bits;
 pub mod config;
 pub mod host;
+pub mod msi;
 pub mod msix;
 
 pub use config::ConfigSpace;
@@ -42,6 +44,11 @@ pub trait PciFunction: Send {
 
     /// Writes inside a BAR.
     fn write_bar(&mut self, bar: usize, offset: u64, data: &[u8]);
+
+    /// The function was put on a bus; its pins A to D lead to these GSIs.
+    fn plugged(&mut self, intx_gsis: [u32; 4]) {
+        let _ = intx_gsis;
+    }
 
     /// The BAR is now at another address, or nowhere.
     fn bar_moved(&mut self, bar: usize, from: Option<u64>, to: Option<u64>) {
