@@ -11,10 +11,13 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use ringside_vfio::address::PciAddress;
 use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
+
+use uuid::Uuid;
 
 use crate::memory::{self, PageSize, Size};
 
@@ -59,6 +62,12 @@ pub enum Error {
     /// Two devices cannot share a back-end.
     #[error("two devices have the socket {}: a back-end serves one device", .0.display())]
     SameSocket(PathBuf),
+    /// A function can be given once.
+    #[error("{0} is given to the guest twice")]
+    SameFunction(PciAddress),
+    /// Names tell devices apart.
+    #[error("two devices have the id `{0}`: give each its own")]
+    SameId(String),
     /// Not the syntax of TOML, or a key that does not exist.
     #[error("the configuration file is wrong: {0}")]
     File(String),
@@ -108,6 +117,17 @@ pub struct Cli {
     #[arg(long, value_name = "type=ID,socket=PATH,...", value_parser = parse::<VhostUserOptions>)]
     pub vhost_user: Vec<VhostUserOptions>,
 
+    /// A PCI function of the host, bound to vfio-pci; repeat for more. Its address alone, or keys: host=ADDRESS,
+    /// id=NAME for the control socket [default: the address], vf-token=UUID if its physical function is bound to vfio-pci,
+    /// too. `ringside-vfio create` makes virtual functions and binds them.
+    #[arg(long, value_name = "ADDRESS | KEY=VALUE,...", value_parser = parse::<VfioOptions>)]
+    pub vfio: Vec<VfioOptions>,
+
+    /// How VFIO confines those functions: group (a container with a type 1 IOMMU), iommufd, or auto (iommufd where the
+    /// kernel has it) [default: auto].
+    #[arg(long, value_name = "INTERFACE")]
+    pub vfio_interface: Option<VfioInterface>,
+
     /// Where the guest's first serial port leads: stdio, file=PATH, socket=PATH (listens for one
     /// client at a time), or null [default: stdio].
     #[arg(long, value_name = "WHERE")]
@@ -140,7 +160,7 @@ Console, with --serial stdio on a terminal:
 
 Example:
   ringside-vmm --kernel /boot/vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0' \\
-    --cpus 2 --memory 1G --blk socket=/run/disk.sock --net socket=/run/net.sock
+    --cpus 2 --memory 1G --blk socket=/run/disk.sock --net socket=/run/net.sock --vfio 0000:01:10.0
 
 The same as a file for --config:
   kernel = \"/boot/vmlinuz\"
@@ -151,7 +171,9 @@ The same as a file for --config:
   socket = \"/run/disk.sock\"
   [[net]]
   socket = \"/run/net.sock\"
-  mac = \"52:54:00:12:34:56\"";
+  mac = \"52:54:00:12:34:56\"
+  [[vfio]]
+  host = \"0000:01:10.0\"";
 
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
@@ -165,6 +187,8 @@ pub struct FileOptions {
     blk: Vec<TextOr<BlkOptions>>,
     net: Vec<TextOr<NetOptions>>,
     vhost_user: Vec<TextOr<VhostUserOptions>>,
+    vfio: Vec<TextOr<VfioOptions>>,
+    vfio_interface: Option<VfioInterface>,
     serial: Option<String>,
     log_level: Option<String>,
 }
@@ -240,6 +264,31 @@ pub struct VhostUserOptions {
     config_size: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
+}
+
+/// `--vfio`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct VfioOptions {
+    #[serde(deserialize_with = "by_from_str")]
+    host: PciAddress,
+    #[serde(default, deserialize_with = "some")]
+    id: Option<String>,
+    #[serde(default, deserialize_with = "optional_by_from_str")]
+    vf_token: Option<Uuid>,
+}
+
+/// `--vfio-interface`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum VfioInterface {
+    /// iommufd where the kernel has it, else groups.
+    #[default]
+    Auto,
+    /// A group in a container.
+    Group,
+    /// A device file, and iommufd.
+    Iommufd,
 }
 
 /// Where the serial port leads.
@@ -391,6 +440,10 @@ pub struct Config {
     pub memory: memory::Options,
     /// Devices in the order they are put on the PCI bus: disks, network cards, others.
     pub devices: Vec<DeviceConfig>,
+    /// Functions of the host's PCI bus.
+    pub vfio: Vec<VfioConfig>,
+    /// How VFIO confines them.
+    pub vfio_interface: VfioInterface,
     /// The serial port.
     pub serial: SerialTarget,
     /// Filter of the log.
@@ -419,6 +472,17 @@ pub struct DeviceConfig {
     pub reconnect_timeout: Duration,
 }
 
+/// A function of the host's PCI bus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VfioConfig {
+    /// Its address on the host.
+    pub host: PciAddress,
+    /// Its name in this VMM.
+    pub id: String,
+    /// What shows its physical function's owner that we may have it.
+    pub token: Option<Uuid>,
+}
+
 const DEFAULT_QUEUE_SIZE: u16 = 256;
 const DEFAULT_RECONNECT_SECONDS: u32 = 10;
 const DEFAULT_MEMORY: Size = Size(512 << 20);
@@ -436,6 +500,8 @@ impl Config {
             blk,
             net,
             vhost_user,
+            vfio,
+            vfio_interface,
             serial,
             config: _,
             log_level,
@@ -459,6 +525,17 @@ impl Config {
         if let Some(twice) = devices.iter().find(|d| !sockets.insert(&d.socket)) {
             return Err(Error::SameSocket(twice.socket.clone()));
         }
+        let vfio = file.vfio.into_iter().map(|v| v.0).chain(vfio);
+        let vfio: Vec<_> = vfio.map(VfioOptions::resolve).collect();
+        let (mut hosts, mut ids) = (HashSet::new(), HashSet::new());
+        for device in &vfio {
+            if !hosts.insert(device.host) {
+                return Err(Error::SameFunction(device.host));
+            }
+            if !ids.insert(&device.id) {
+                return Err(Error::SameId(device.id.clone()));
+            }
+        }
         let serial = match serial {
             Some(serial) => serial,
             None => file
@@ -477,6 +554,8 @@ impl Config {
             cpus,
             memory,
             devices,
+            vfio,
+            vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
             serial,
             log_level: log_level
                 .or(file.log_level)
@@ -581,6 +660,17 @@ impl VhostUserOptions {
     }
 }
 
+impl VfioOptions {
+    /// With the defaults in place of what was left out.
+    pub fn resolve(self) -> VfioConfig {
+        VfioConfig {
+            id: self.id.unwrap_or_else(|| self.host.to_string()),
+            host: self.host,
+            token: self.vf_token,
+        }
+    }
+}
+
 /// Reads `key=value,key=value`; a first item without `=` is the value of the type's main key.
 fn parse<T: DeserializeOwned + MainKey>(text: &str) -> Result<T, String> {
     let mut pairs = Vec::new();
@@ -629,6 +719,9 @@ impl MainKey for BlkOptions {
 }
 impl MainKey for NetOptions {
     const MAIN_KEY: &'static str = "socket";
+}
+impl MainKey for VfioOptions {
+    const MAIN_KEY: &'static str = "host";
 }
 impl MainKey for VhostUserOptions {
     const MAIN_KEY: &'static str = "type";
@@ -772,16 +865,33 @@ impl<'de> Deserialize<'de> for HugepagesValue {
     }
 }
 
+fn by_from_str<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: fmt::Display>,
+{
+    let text = match Scalar::deserialize(deserializer)? {
+        Scalar::Text(text) => text,
+        Scalar::Number(number) => number.to_string(),
+        Scalar::Bool(value) => value.to_string(),
+    };
+    text.parse().map_err(D::Error::custom)
+}
+
+/// As [`some`], for types that are read from text.
+fn optional_by_from_str<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: fmt::Display>,
+{
+    by_from_str(deserializer).map(Some)
+}
+
 macro_rules! deserialize_by_from_str {
     ($($type:ty),*) => {$(
         impl<'de> Deserialize<'de> for $type {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = match Scalar::deserialize(deserializer)? {
-                    Scalar::Text(text) => text,
-                    Scalar::Number(number) => number.to_string(),
-                    Scalar::Bool(value) => value.to_string(),
-                };
-                text.parse().map_err(D::Error::custom)
+                by_from_str(deserializer)
             }
         }
     )*};
@@ -883,6 +993,23 @@ mod tests {
     }
 
     #[test]
+    fn functions_of_the_host_have_names() {
+        let token = "6eb7ba36-1b9a-4f8e-b4b6-0c6c4b6f5e0a";
+        let option = format!("--vfio=host=0000:01:10.2,id=nic,vf-token={token}");
+        let args = [
+            "--kernel=k",
+            "--vfio=01:10.0",
+            &option,
+            "--vfio-interface=group",
+        ];
+        let config = config(&args, "vfio = [{ host = '01:00.0' }]").unwrap();
+        let ids: Vec<_> = config.vfio.iter().map(|v| v.id.as_str()).collect();
+        assert_eq!(ids, ["0000:01:00.0", "0000:01:10.0", "nic"]);
+        assert_eq!(config.vfio[2].token, Some(token.parse().unwrap()));
+        assert_eq!(config.vfio_interface, VfioInterface::Group);
+    }
+
+    #[test]
     fn texts_are_allowed_in_the_file() {
         let config = config(
             &[],
@@ -919,6 +1046,10 @@ mod tests {
                 &["--vhost-user=type=disk,socket=/a"],
                 "neither a virtio device ID",
             ),
+            (&["--vfio=nic0"], "`nic0` is not a PCI address"),
+            (&["--vfio=id=a"], "missing field `host`"),
+            (&["--vfio=01:10.0,vf-token=7"], "invalid"),
+            (&["--vfio-interface=type1"], "possible values"),
             (&["--serial=tty"], "none of stdio"),
         ] {
             let error = cli(args).unwrap_err();
@@ -937,6 +1068,20 @@ mod tests {
         assert_eq!(
             config(&["--kernel=k", "--blk=/a", "--net=/b"], "blk=['/b']"),
             Err(Error::SameSocket("/b".into()))
+        );
+        assert_eq!(
+            config(
+                &["--kernel=k", "--vfio=01:10.0", "--vfio=0000:01:10.0,id=a"],
+                ""
+            ),
+            Err(Error::SameFunction("01:10.0".parse().unwrap()))
+        );
+        assert_eq!(
+            config(
+                &["--kernel=k", "--vfio=1:1.0,id=a", "--vfio=1:1.1,id=a"],
+                ""
+            ),
+            Err(Error::SameId("a".into()))
         );
         for args in [
             "--memory=0",

@@ -41,6 +41,7 @@ use crate::memory::{self, GuestRam};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
 use crate::vcpu::{self, Context, Vcpus};
+use crate::vfio::{self, Passthrough};
 use crate::vhost_user::{self, VhostUserDevice};
 use crate::virtio::{self, VirtioPci};
 
@@ -106,6 +107,9 @@ pub enum Error {
     /// A back-end.
     #[error(transparent)]
     VhostUser(#[from] vhost_user::Error),
+    /// A function of the host's PCI bus.
+    #[error(transparent)]
+    Vfio(#[from] vfio::Error),
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -237,6 +241,15 @@ impl Machine {
             pci_mmio64,
         };
         let pci = add_pci_devices(&resources, &config.devices)?;
+        if !config.vfio.is_empty() {
+            let passthrough = Passthrough::new(&resources, config.vfio_interface)?;
+            for device in &config.vfio {
+                let function = Arc::new(Mutex::new(passthrough.open(device)?));
+                pci.lock()
+                    .unwrap_or_else(PoisonError::into_inner)
+                    .add(function)?;
+            }
+        }
 
         let mut processors = Vec::new();
         for cpu in 0..cpus {

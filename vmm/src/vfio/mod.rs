@@ -5,6 +5,7 @@
 //! | [`config`] | which registers of configuration space are the device's, and which are emulated |
 //! | [`bars`] | which parts of a BAR the guest reaches without an exit |
 //! | [`interrupts`] | pin, MSI and MSI-X by irqfd |
+//! | [`passthrough`] | all functions of a guest |
 //!
 //! ```text
 //! guest's driver ──▶ BARs: KVM memory slots ─────────────▶ device
@@ -19,6 +20,7 @@
 pub mod bars;
 pub mod config;
 pub mod interrupts;
+mod passthrough;
 
 use std::fmt::Display;
 use std::io;
@@ -30,6 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::config::{MsixInfo, VirtualConfig};
 use self::interrupts::{Interrupts, Routing};
+pub use self::passthrough::Passthrough;
 use crate::complaints::Complaints;
 use crate::kvm::{self, SlotId, Vm};
 use crate::pci::bits::*;
@@ -72,9 +75,12 @@ pub enum Error {
         #[source]
         source: interrupts::Error,
     },
-    /// Its memory.
+    /// VFIO.
     #[error(transparent)]
     Device(#[from] device::Error),
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
 }
 
 /// A piece of a BAR that the guest reaches without an exit.
