@@ -71,7 +71,7 @@ enum Backing {
 
 /// Names a piece of device memory in the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct SlotId(u32);
+pub struct SlotId(pub(crate) u32);
 
 type Slots = BTreeMap<u32, Backing>;
 

@@ -21,6 +21,8 @@ pub mod bars;
 pub mod config;
 pub mod interrupts;
 mod passthrough;
+#[cfg(test)]
+mod tests;
 
 use std::fmt::Display;
 use std::io;
