@@ -16,6 +16,8 @@
 //! | [`irq`] | GSIs, MSI routes and irqfds |
 //! | [`bus`] | which device answers a port or MMIO access |
 //! | [`devices`] | serial port, RTC, power, reset, panic |
+//! | `listener` | Unix sockets that the VMM listens on |
+//! | [`api`] | the control socket |
 //! | [`console`], [`terminal`] | the host's end of the serial port |
 //! | [`pci`] | host bridge, configuration space, BARs, MSI-X |
 //! | [`virtio`] | the virtio PCI transport |
@@ -27,6 +29,7 @@
 #![deny(unsafe_code)]
 
 pub mod acpi;
+pub mod api;
 pub mod boot;
 pub mod bus;
 pub mod complaints;
@@ -39,6 +42,7 @@ pub mod exit;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
+mod listener;
 pub mod machine;
 pub mod memory;
 pub mod pci;

@@ -246,6 +246,12 @@ impl PciRoot {
         Ok(())
     }
 
+    /// Whether the guest was asked to let go of the function in a slot.
+    pub fn removal_asked(&self, id: PortId) -> bool {
+        let port = self.ports.get(&id);
+        port.is_some_and(|port| lock(&port.port).removal_asked())
+    }
+
     fn free_place(&self) -> Result<Place, Error> {
         (0..8)
             .flat_map(|function| (1..32).map(move |device| (device, function)))
