@@ -1009,10 +1009,11 @@ mod tests {
         };
         plug(&s).unwrap();
         assert!(matches!(plug(&s), Err(Error::NoFreePort)));
-        assert_eq!(s.status(), SLOT_PRESENT | SLOT_PRESENCE_CHANGED);
+        let events = SLOT_PRESENCE_CHANGED | SLOT_BUTTON_PUSHED;
+        assert_eq!(s.status(), SLOT_PRESENT | events);
         assert_eq!(s.interrupts(), 1);
         assert_eq!(s.id_on(1), u32::MAX, "its power is off");
-        s.set(EXPRESS + SLOT_STATUS as u64, SLOT_PRESENCE_CHANGED);
+        s.set(EXPRESS + SLOT_STATUS as u64, events);
         s.control(LISTEN);
         assert!(s.link_is_active());
         assert_eq!(s.status(), SLOT_PRESENT | SLOT_LINK_CHANGED);

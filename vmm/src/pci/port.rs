@@ -10,7 +10,8 @@
 //!     └── asked for ────┘ ◀────────────────────────────────────┘
 //! ```
 //!
-//! - Plugging tells the guest by *presence detect changed*; its driver then turns the power on.
+//! - Plugging tells the guest by *presence detect changed*, and by the attention button, as Linux listens for that alone where there
+//!   is one; its driver then turns the power on.
 //! - Removal is asked for by the attention button. The guest's driver lets go of the device (Linux waits five seconds for a
 //!   second push, which would cancel it), turns the power off, and the function leaves.
 //! - Without such a request a function whose power was turned off stays, and answers again when it is turned on.
@@ -172,7 +173,7 @@ impl RootPort {
         self.present = true;
         self.removal_asked = false;
         let link = if self.is_on() { SLOT_LINK_CHANGED } else { 0 };
-        self.show(SLOT_PRESENCE_CHANGED | link);
+        self.show(SLOT_PRESENCE_CHANGED | SLOT_BUTTON_PUSHED | link);
     }
 
     /// Pushes the attention button: the guest is to let go of the function.
