@@ -42,8 +42,10 @@ fn lists_virtual_functions(site: &Site) -> Result<()> {
             })
     };
     let before = devices(&list(&["--json"])?)?;
+    // The NVMe controller has SR-IOV too.
     let pf = before
-        .first()
+        .iter()
+        .find(|device| device.get("driver") == Some(&"igb".into()))
         .and_then(|device| device.get("address")?.as_str())
         .ok_or_else(|| LabError::Check("the lab's network card is not listed".into()))?;
     let switch = format!("/sys/bus/pci/devices/{pf}/sriov_numvfs");
@@ -60,7 +62,7 @@ fn lists_virtual_functions(site: &Site) -> Result<()> {
         .filter_map(|device| device.pointer("/iommu_group/members"))
         .collect();
     ensure!(
-        before.len() == 1 && groups.len() == 2,
+        after.len() == before.len() + 2 && groups.len() == 2,
         "{} devices before and {} virtual functions after 2 were made:\n{table}",
         before.len(),
         groups.len()
