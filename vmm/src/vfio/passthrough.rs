@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use ringside_vfio::device::{AddressSpace, Interface, Irq};
+use ringside_vfio::device::{AddressSpace, Interface, Irq, assignable};
 use ringside_vfio::host::Host;
 use serde_json::{Value, json};
 use vfio_ioctls::VfioDeviceFd;
@@ -85,6 +85,8 @@ impl Passthrough {
 
     fn open(&self, config: &VfioConfig) -> Result<VfioPci, Error> {
         let host = Host::new("/");
+        // What is wrong with the device is of more use than that this machine has no VFIO.
+        assignable(&host, config.host)?;
         let device = self
             .space()?
             .open(&host, config.host, config.token.as_ref())?;
