@@ -10,6 +10,10 @@ use uuid::Uuid;
 
 use crate::address::PciAddress;
 use crate::host::Host;
+use crate::network::Links;
+use crate::network::rtnetlink::Rtnetlink;
+use crate::nvme::admin::Admin;
+use crate::nvme::passthrough::Passthrough;
 use crate::token::{self, TokenError};
 
 /// What changes the host. Each method makes one change, wholly or not at all; paths are complete.
@@ -43,6 +47,18 @@ pub trait Kernel: Debug + Send + Sync {
     /// # Errors
     /// [`TokenError`], if it cannot be opened.
     fn set_vf_token(&self, host: &Host, pf: PciAddress, token: &Uuid) -> Result<(), TokenError>;
+
+    /// The network configuration of the host whose files are below `root`.
+    ///
+    /// # Errors
+    /// What the kernel answers, or that `root` is another host's.
+    fn links(&self, root: &Path) -> io::Result<Box<dyn Links>>;
+
+    /// The controller of an NVMe device file.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    fn nvme(&self, path: &Path) -> io::Result<Box<dyn Admin>>;
 }
 
 /// The kernel this process runs on.
@@ -93,5 +109,18 @@ impl Kernel for LiveKernel {
 
     fn set_vf_token(&self, host: &Host, pf: PciAddress, token: &Uuid) -> Result<(), TokenError> {
         token::set(host, pf, token)
+    }
+
+    fn links(&self, root: &Path) -> io::Result<Box<dyn Links>> {
+        if root != Path::new("/") {
+            return Err(io::Error::other(
+                "the network of this machine is not that of the files below --root",
+            ));
+        }
+        Ok(Box::new(Rtnetlink::open()?))
+    }
+
+    fn nvme(&self, path: &Path) -> io::Result<Box<dyn Admin>> {
+        Ok(Box::new(Passthrough::open(path)?))
     }
 }

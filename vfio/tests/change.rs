@@ -6,93 +6,13 @@ mod machine;
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::sync::Arc;
 
 use clap::Parser;
 use machine::Machine;
 use machine::kernel::{FakeKernel, Trouble};
-use ringside_vfio::cli::{Cli, run_on};
-use ringside_vfio::host::Host;
+use machine::run::{DISK, PF, machine, run, run_in};
+use ringside_vfio::cli::Cli;
 use serde_json::Value;
-
-const PF: &str = "0000:01:00.0";
-const DISK: &str = "0000:02:00.0";
-
-/// What a command printed and did.
-struct Done {
-    error: Option<String>,
-    out: String,
-    remarks: String,
-    changes: Vec<String>,
-}
-
-impl Done {
-    #[track_caller]
-    fn well(self) -> Self {
-        assert_eq!(self.error, None, "{}{:#?}", self.remarks, self.changes);
-        self
-    }
-
-    #[track_caller]
-    fn badly(self) -> String {
-        self.error.unwrap()
-    }
-
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.out).unwrap()
-    }
-}
-
-fn run_in(machine: &Machine, line: &str, trouble: Trouble) -> Done {
-    let kernel = Arc::new(FakeKernel::new(machine.root(), trouble));
-    let host = Host::with_kernel(machine.root(), kernel.clone());
-    let words = ["ringside-vfio"].into_iter().chain(line.split(' '));
-    let cli = Cli::try_parse_from(words).unwrap();
-    let (mut out, mut remarks) = (Vec::new(), Vec::new());
-    let result = run_on(&host, &cli.command, &mut out, &mut remarks);
-    let changes = kernel.log.lock().unwrap().clone();
-    Done {
-        error: result.err().map(|error| {
-            let mut text = error.to_string();
-            let mut error: &dyn std::error::Error = &error;
-            while let Some(source) = error.source() {
-                text = format!("{text}: {source}");
-                error = source;
-            }
-            text
-        }),
-        out: String::from_utf8(out).unwrap(),
-        remarks: String::from_utf8(remarks).unwrap(),
-        changes,
-    }
-}
-
-fn run(machine: &Machine, line: &str) -> Done {
-    run_in(machine, line, Trouble::Nothing)
-}
-
-/// A network card without virtual functions, and a disk controller; vfio-pci is a module.
-fn machine() -> Machine {
-    let machine = Machine::new();
-    for driver in ["igb", "igbvf", "nvme", "pcieport"] {
-        machine.driver_exists(driver);
-    }
-    machine.put("lib/modules/vfio-pci", "");
-    machine.device("0000:00:03.0", "1b36:000c", "060400");
-    machine.driver("0000:00:03.0", "pcieport");
-    machine.group("0000:00:03.0", 3);
-    for (device, class, group, driver) in [(PF, "020000", 4, "igb"), (DISK, "010802", 9, "nvme")] {
-        machine.device(device, "8086:10c9", class);
-        machine.attribute(device, "made_for", driver);
-        machine.attribute(device, "driver_override", "(null)\n");
-        machine.driver(device, driver);
-        machine.group(device, group);
-    }
-    machine.attribute(PF, "sriov_totalvfs", "7\n");
-    machine.attribute(PF, "sriov_numvfs", "0\n");
-    machine.attribute(PF, "sriov_drivers_autoprobe", "1\n");
-    machine
-}
 
 /// Who has which device, and the switches of SR-IOV.
 fn snapshot(machine: &Machine) -> BTreeMap<String, String> {

@@ -2,7 +2,9 @@
 // Each test program uses its part of this.
 #![allow(dead_code)]
 
+pub(crate) mod controller;
 pub(crate) mod kernel;
+pub(crate) mod run;
 
 use std::fs;
 use std::os::unix::fs::symlink;
