@@ -5,12 +5,15 @@
 mod machine;
 
 use std::collections::BTreeMap;
-use std::fs;
+use std::fs::{self, File};
+use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
 use machine::Machine;
 use machine::kernel::{FakeKernel, Trouble};
 use machine::run::{DISK, PF, machine, run, run_in};
+use nix::fcntl::{Flock, FlockArg};
 use ringside_vfio::cli::Cli;
 use serde_json::Value;
 
@@ -770,4 +773,121 @@ fn names_of_drivers() {
         assert!(Cli::try_parse_from(words).is_err(), "{name}");
     }
     assert!(Cli::try_parse_from(["ringside-vfio", "create", "01:00.0", "0"]).is_err());
+}
+
+#[test]
+fn one_run_at_a_time() {
+    let machine = machine();
+    run(&machine, "unbind 02:00.0").well();
+    let file = File::open(machine.path("run/ringside-vfio/lock")).unwrap();
+    let lock = Flock::lock(file, FlockArg::LockExclusive).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| run(&machine, "bind 02:00.0"));
+        thread::sleep(Duration::from_millis(100));
+        assert!(!waiting.is_finished());
+        assert_eq!(snapshot(&machine)["0000:02:00.0 driver"], "nvme");
+        drop(lock);
+        let done = waiting.join().unwrap().well();
+        assert_eq!(
+            done.remarks,
+            "ringside-vfio: waiting for another ringside-vfio\n"
+        );
+    });
+    assert_eq!(snapshot(&machine)["0000:02:00.0 driver"], "vfio-pci");
+}
+
+/// The program itself, on a tree behind which there is no kernel.
+#[test]
+fn exit_statuses() {
+    let machine = machine();
+    let status = |args: &[&str]| {
+        let output = machine.command(args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code().unwrap(), text)
+    };
+    assert_eq!(status(&["destroy", "01:00.0"]), (0, String::new()));
+    assert_eq!(status(&["unbind", "02:00.0"]), (0, String::new()));
+    let (code, text) = status(&["bind", "02:00.0"]);
+    assert_eq!(code, 1);
+    assert!(
+        text.starts_with("ringside-vfio: there is no driver vfio-pci, and loading a module"),
+        "{text}"
+    );
+    // What is written to drivers_probe here has no effect.
+    machine.driver_exists("vfio-pci");
+    machine.put("sys/bus/pci/drivers_probe", "");
+    fs::remove_file(machine.path(&format!("sys/bus/pci/devices/{PF}/driver"))).unwrap();
+    let (code, text) = status(&["bind", "01:00.0"]);
+    assert_eq!(code, 1);
+    assert!(
+        text.contains("vfio-pci did not take 0000:01:00.0; the kernel's log"),
+        "{text}"
+    );
+    assert!(records(&machine).is_empty());
+    assert_eq!(snapshot(&machine)["0000:01:00.0 driver_override"], "");
+    let (code, text) = status(&["set", "01:00.0", "0", "--rate", "1"]);
+    assert_eq!(code, 1, "{text}");
+    let (code, text) = status(&["check", "02:00.0"]);
+    assert_eq!(
+        (code, text.contains("cannot be given to a guest")),
+        (1, true)
+    );
+    for usage in [
+        &["create", "01:00.0"][..],
+        &["bind"],
+        &["set", "01:00.0", "0"],
+        &["nvme", "01:00.0", "0"],
+        &["check", "x"],
+    ] {
+        assert_eq!(status(usage).0, 2, "{usage:?}");
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let machine = Machine::new();
+    for (command, parts) in [
+        (
+            "create",
+            &[
+                "--vf-token <UUID>",
+                "[default: vfio-pci]",
+                "VF token",
+                "Examples:",
+                "`devices`",
+            ][..],
+        ),
+        ("destroy", &["--force", "swap space", "`devices`"]),
+        (
+            "bind",
+            &["[default: vfio-pci]", "Examples:", "LVM", "`changed`"],
+        ),
+        ("unbind", &["driver_override", "`changed`"]),
+        (
+            "check",
+            &["--memory <SIZE>", "exit status is 1", "`findings`"],
+        ),
+        (
+            "set",
+            &["--vlan <ID[:QOS]>", "enable", "Examples:", "`attempts`"],
+        ),
+        (
+            "nvme",
+            &[
+                "--interrupts <N>",
+                "admin queue",
+                "Examples:",
+                "`secondaries`",
+            ],
+        ),
+    ] {
+        let output = machine.command(&[command, "--help"]);
+        assert!(output.status.success());
+        let help = String::from_utf8(output.stdout).unwrap();
+        let words: Vec<_> = help.split_whitespace().collect();
+        let text = words.join(" ");
+        for part in parts {
+            assert!(text.contains(part), "{part} in {help}");
+        }
+    }
 }

@@ -12,12 +12,12 @@ use crate::host::Host;
 use crate::report;
 
 pub(super) const BIND_HELP: &str = "\
-Refuses bridges, physical functions whose virtual ones are enabled, and, without --force, whatever carries a
-mounted file system, swap space or a default route, be it through LVM, RAID, bonds, bridges or VLANs, and
-whatever shares an IOMMU group with it.
+Refuses bridges, physical functions whose virtual ones are enabled, and, without --force,
+whatever carries a mounted file system, swap space or a default route, be it through LVM, RAID,
+bonds, bridges or VLANs, and whatever shares an IOMMU group with it.
 
-Either all the devices are bound or none. The other devices of an IOMMU group have to be bound too, or
-be without a driver: `ringside-vfio list` shows them.
+Either all the devices are bound or none. The other devices of an IOMMU group have to be bound
+too, or be without a driver: `ringside-vfio list` shows them.
 
 Examples:
   ringside-vfio bind 02:00.0
@@ -26,8 +26,9 @@ Examples:
 JSON is one object with the list `devices`; `changed` is false for what was bound before.";
 
 pub(super) const UNBIND_HELP: &str = "\
-The former driver and driver_override are those from before `bind`. A device that was bound by another program
-goes to whichever driver of the host takes it. Refuses while a process uses the device.
+The former driver and driver_override are those from before `bind`. A device that was bound by
+another program goes to whichever driver of the host takes it. Refuses while a process uses the
+device.
 
 JSON is one object with the list `devices`; `changed` is false for what was not bound.";
 

@@ -13,16 +13,17 @@ use crate::host::Host;
 use crate::report;
 
 pub(super) const CHECK_HELP: &str = "\
-Each line is a finding: ok; warn, if a guest can have the device with a flaw or on a condition; fail, if it
-cannot. Below it stands how to mend it. The exit status is 1 if there is a fail.
+Each line is a finding: ok; warn, if a guest can have the device with a flaw or on a condition;
+fail, if it cannot. Below it stands how to mend it. The exit status is 1 if there is a fail.
 
-Run it as the user that the guest is to run as: permissions and limits are those of this process.
+Run it as the user that the guest is to run as: permissions and limits are those of this
+process.
 
 Example:
   ringside-vfio check 01:10.0 --memory 16G
 
-JSON is one object with `address`, `usable` and the list `findings`, each with a `code` that does not change,
-`level`, `message` and, if there is something to mend, `remedy`.";
+JSON is one object with `address`, `usable` and the list `findings`, each with a `code` that
+does not change, `level`, `message` and, if there is something to mend, `remedy`.";
 
 /// Options of `check`.
 #[derive(Debug, Args)]

@@ -12,14 +12,15 @@ use crate::host::Host;
 use crate::report;
 
 pub(super) const CREATE_HELP: &str = "\
-The host's drivers are kept off the new functions: they are made with sriov_drivers_autoprobe off, and
-each is given to its driver by driver_override. If one of the steps fails, the steps before it are undone.
+The host's drivers are kept off the new functions: they are made with sriov_drivers_autoprobe
+off, and each is given to its driver by driver_override. If one of the steps fails, the steps
+before it are undone.
 
-A function that has as many virtual functions already keeps them; those that are not with DRIVER are given
-to it. To change their number, destroy them first: the kernel wants it so.
+A function that has as many virtual functions already keeps them; those that are not with DRIVER
+are given to it. To change their number, destroy them first: the kernel wants it so.
 
-When vfio-pci drives the physical function itself (its parameter enable_sriov is Y), whoever uses
-a virtual one has to know the VF token that is set here: under QEMU vfio-pci,vf-token=UUID.
+When vfio-pci drives the physical function itself (its parameter enable_sriov is Y), whoever
+uses a virtual one has to know the VF token that is set here: under QEMU vfio-pci,vf-token=UUID.
 
 Examples:
   ringside-vfio create 01:00.0 4                  four, for guests
@@ -29,8 +30,8 @@ Examples:
 JSON is one object with the list `devices` and, if a token was set, `vf_token`.";
 
 pub(super) const DESTROY_HELP: &str = "\
-Refuses while a process has the VFIO file of a virtual function open, or the host itself needs one for a
-file system, swap space or its default route.
+Refuses while a process has the VFIO file of a virtual function open, or the host itself needs
+one for a file system, swap space or its default route.
 
 JSON is one object with the list `devices`: those that were removed.";
 

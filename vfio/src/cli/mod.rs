@@ -36,8 +36,8 @@ const VFIO_PCI: &str = "vfio-pci";
 const AFTER_HELP: &str = "\
 Exit status: 0 when it is done, 1 when it failed, 2 when the command line is wrong.
 
-Devices are written as 0000:01:10.0, or 01:10.0 in domain 0. What is needed to put devices back is in
-/run/ringside-vfio; a run that was killed is completed by the next.
+Devices are written as 0000:01:10.0, or 01:10.0 in domain 0. What is needed to put devices back
+is in /run/ringside-vfio; a run that was killed is completed by the next.
 
 Examples:
   ringside-vfio list                   SR-IOV devices, and whether a guest can have them

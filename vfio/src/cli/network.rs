@@ -12,18 +12,18 @@ use crate::report;
 use crate::vf::VfName;
 
 pub(super) const SET_HELP: &str = "\
-The settings are made by the driver of the physical function, for the card that the guest then sees. Each is
-made by itself: one that the driver cannot do, or refuses, does not keep the others from being made, and the exit
-status is 1. A rate that is not given stays as it is. A virtual function that is in use takes a new
-address at its next reset.
+The settings are made by the driver of the physical function, for the card that the guest then
+sees. Each is made by itself: one that the driver cannot do, or refuses, does not keep the
+others from being made, and the exit status is 1. A rate that is not given stays as it is. A
+virtual function that is in use takes a new address at its next reset.
 
 Examples:
   ringside-vfio set 01:00.0 0 --mac 52:54:00:00:00:01 --spoofchk on
   ringside-vfio set 01:00.0 01:10.2 --vlan 100:3 --rate 1000
   ringside-vfio set 01:00.0 0 --vlan 0 --rate 0        neither of them any more
 
-JSON is one object: `attempts` lists each setting with its `error` or null, `settings` is what the driver tells
-afterwards, as in the list of `ringside-vfio list --json`.";
+JSON is one object: `attempts` lists each setting with its `error` or null, `settings` is what
+the driver tells afterwards, as in the list of `ringside-vfio list --json`.";
 
 /// On or off.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -13,19 +13,21 @@ use crate::report;
 use crate::vf::VfName;
 
 pub(super) const NVME_HELP: &str = "\
-A virtual function of an NVMe controller is a secondary controller. It works once it has queues and interrupts of
-those that are flexible, is online and has a namespace attached. Two queues are one for admin commands and one
-for reads and writes. The physical function has to be driven by nvme.
+A virtual function of an NVMe controller is a secondary controller. It works once it has queues
+and interrupts of those that are flexible, is online and has a namespace attached. Two queues
+are one for admin commands and one for reads and writes. The physical function has to be driven
+by nvme.
 
-With VF, its controller goes offline, gets what is asked for, and goes online. If that fails it gets back what it had.
+With VF, its controller goes offline, gets what is asked for, and goes online. If that fails it
+gets back what it had.
 
 Examples:
   ringside-vfio nvme 01:00.0                                     what there is, and who has it
   ringside-vfio create 01:00.0 1                                 first of all: a virtual function
   ringside-vfio nvme 01:00.0 0 --queues 2 --interrupts 2 --attach 2
 
-JSON of the list is one object with `primary` and the list `secondaries`, otherwise the one secondary
-controller. `vf` counts from 1 there, as the controller does.";
+JSON of the list is one object with `primary` and the list `secondaries`, otherwise the one
+secondary controller. `vf` counts from 1 there, as the controller does.";
 
 /// Options of `nvme`.
 #[derive(Debug, Args)]

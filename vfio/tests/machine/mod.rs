@@ -22,7 +22,14 @@ pub(crate) struct Machine(TempDir);
 
 impl Machine {
     pub(crate) fn without_sysfs() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        // In memory if possible: some tests make hundreds of machines.
+        let memory = Path::new("/dev/shm");
+        let directory = if memory.is_dir() {
+            tempfile::tempdir_in(memory)
+        } else {
+            tempfile::tempdir()
+        };
+        Self(directory.unwrap())
     }
 
     /// A machine with a PCI bus that has nothing on it.
@@ -117,12 +124,13 @@ impl Machine {
     }
 
     pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.command(&[&["list"], args].concat())
+    }
+
+    /// What the program says to any command.
+    pub(crate) fn command(&self, args: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ringside-vfio"));
-        command
-            .arg("--root")
-            .arg(self.0.path())
-            .arg("list")
-            .args(args);
+        command.arg("--root").arg(self.0.path()).args(args);
         command.stdin(Stdio::null()).output().unwrap()
     }
 
