@@ -622,7 +622,38 @@ fn device_that_the_host_needs() {
             &[("proc/self/mountinfo", ROOT.to_owned())],
             "the file system mounted at / (dm-0)",
         ),
-        // A disk with several paths, below none of its controllers.
+        // A disk with several possible paths, of which one is through this controller.
+        (
+            &[
+                (
+                    "sys/dev/block/259:0",
+                    "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1".to_owned(),
+                ),
+                (
+                    "sys/class/block/nvme0n1",
+                    "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1".to_owned(),
+                ),
+                (
+                    "sys/class/block/nvme0c1n1",
+                    "../../devices/pci0000:00/0000:02:00.0/nvme/nvme1/nvme0c1n1".to_owned(),
+                ),
+                // Another namespace, through the other device.
+                (
+                    "sys/class/block/nvme0c0n2",
+                    "../../devices/pci0000:00/0000:01:00.0/nvme/nvme0/nvme0c0n2".to_owned(),
+                ),
+                (
+                    "sys/class/nvme-subsystem/nvme-subsys0/nvme0",
+                    "../../../pci0000:00/0000:01:00.0/nvme/nvme0".to_owned(),
+                ),
+            ],
+            &[(
+                "proc/self/mountinfo",
+                "21 1 259:0 / / rw - ext4 /dev/nvme0n1 rw\n".to_owned(),
+            )],
+            "the file system mounted at / (nvme0n1)",
+        ),
+        // The same on a kernel that does not show the paths.
         (
             &[
                 (
