@@ -22,7 +22,7 @@ const CAP_IPC_LOCK: u32 = 14;
 
 /// Mappings that a guest needs at most if it has no IOMMU of its own: a few for its RAM, one for each BAR of
 /// other devices that it may write to by DMA.
-const FEW_MAPPINGS: u64 = 1024;
+const FEW_MAPPINGS: u32 = 1024;
 
 /// The parameters of VFIO containers.
 const TYPE1: &str = "sys/module/vfio_iommu_type1/parameters";
@@ -349,7 +349,7 @@ fn mappings(host: &Host) -> Result<Option<Finding>, HostError> {
     let limit = host.number::<u32>(file, "a number of mappings")?;
     Ok(limit.map(|limit| {
         let message = format!("a container can have {limit} DMA mappings");
-        if u64::from(limit) < FEW_MAPPINGS {
+        if limit < FEW_MAPPINGS {
             warn(
                 code,
                 message,

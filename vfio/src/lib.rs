@@ -12,6 +12,7 @@
 //! | [`mod@check`] | says what could keep a guest from using a device |
 //! | [`network`] | settings of virtual functions that are network cards |
 //! | [`nvme`] | queues, interrupts and namespaces of virtual functions that are NVMe controllers |
+//! | [`device`] | opens a device for a guest |
 //! | [`token`] | sets VF tokens, and opens devices with one |
 #![deny(unsafe_code)]
 
@@ -19,6 +20,7 @@ pub mod address;
 pub mod binding;
 pub mod check;
 pub mod cli;
+pub mod device;
 pub mod functions;
 pub mod host;
 pub mod ids;

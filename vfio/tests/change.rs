@@ -406,6 +406,11 @@ fn create_refuses() {
     };
     let error = refusal(&no_driver, "create 01:00.0 1");
     assert!(error.contains("0000:01:00.0 has no driver"), "{error}");
+    let no_iommu = |machine: &Machine| {
+        fs::remove_file(machine.path(&format!("sys/bus/pci/devices/{PF}/iommu_group"))).unwrap();
+    };
+    let error = refusal(&no_iommu, "create 01:00.0 1");
+    assert!(error.contains("0000:01:00.0 has no IOMMU group"), "{error}");
     let fewer = |machine: &Machine| machine.attribute(PF, "makes_only", "1");
     let error = refusal(&fewer, "create 01:00.0 2");
     assert!(
@@ -921,4 +926,35 @@ fn help_teaches() {
             assert!(text.contains(part), "{part} in {help}");
         }
     }
+}
+
+/// The kernel refuses the undoing as well: what to do is said, and the record is kept for it.
+#[test]
+fn undoing_that_fails() {
+    let machine = machine();
+    machine.driver_exists("vfio-pci");
+    for driver in ["vfio-pci", "nvme"] {
+        machine.put(
+            &format!("sys/bus/pci/drivers/{driver}/refuses"),
+            "0000:02:00.0",
+        );
+    }
+    let done = run(&machine, "bind 02:00.0");
+    assert!(
+        done.remarks.contains(
+            "0000:02:00.0 could not be put back, run `ringside-vfio unbind 0000:02:00.0`"
+        ),
+        "{}",
+        done.remarks
+    );
+    assert!(done.badly().contains("vfio-pci did not take 0000:02:00.0"));
+    assert_eq!(
+        records(&machine)["0000:02:00.0"]["binding"]["driver"],
+        "nvme"
+    );
+    fs::remove_file(machine.path("sys/bus/pci/drivers/nvme/refuses")).unwrap();
+    run(&machine, "unbind 02:00.0").well();
+    assert_eq!(snapshot(&machine)["0000:02:00.0 driver"], "nvme");
+    assert_eq!(snapshot(&machine)["0000:02:00.0 driver_override"], "(null)");
+    assert!(records(&machine).is_empty());
 }
