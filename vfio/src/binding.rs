@@ -1,7 +1,7 @@
 //! Gives devices to a driver, such as vfio-pci, and puts them back.
 //!
 //! A device changes hands in steps: `driver_override` names the driver that may have it, the old driver lets go of
-//! it, the kernel looks for a driver again. Each step leaves a state from which [`arrange`] gets to any other,
+//! it, the kernel looks for a driver again. Each step leaves a state from which `arrange` gets to any other,
 //! so undoing, and mending what a killed run left, is arranging again. What a device is to be put back to is
 //! in its [record](crate::state::Record) before the first step.
 
