@@ -1,7 +1,7 @@
 //! Gives devices to a driver, such as vfio-pci, and puts them back.
 //!
 //! A device changes hands in steps: `driver_override` names the driver that may have it, the old driver lets go of
-//! it, the kernel looks for a driver again. Each step leaves a state from which [`arrange`] gets to any other,
+//! it, the kernel looks for a driver again. Each step leaves a state from which `arrange` gets to any other,
 //! so undoing, and mending what a killed run left, is arranging again. What a device is to be put back to is
 //! in its [record](crate::state::Record) before the first step.
 
@@ -246,6 +246,22 @@ pub(crate) fn require_driver(host: &Host, driver: &str) -> Result<(), BindError>
     }
 }
 
+/// Makes sure that an IOMMU translates a device's DMA, if that is what the driver wants.
+///
+/// # Errors
+/// [`BindError::NoIommu`] if none does.
+pub(crate) fn require_iommu(
+    host: &Host,
+    device: &PciDevice,
+    driver: &str,
+) -> Result<(), BindError> {
+    let needed = is_vfio(driver) && device.iommu_group.is_none();
+    if needed && host.text(NO_IOMMU_MODE)?.as_deref() != Some("Y") {
+        return Err(BindError::NoIommu(device.address));
+    }
+    Ok(())
+}
+
 /// The other devices of a device's IOMMU group that can be given away with it. The host keeps the bridges.
 pub(crate) fn others_of(
     device: &PciDevice,
@@ -347,7 +363,7 @@ impl<'a> Changes<'a> {
                 // A remark that nobody can read does not stop the rest.
                 Err(error) => drop(writeln!(
                     remarks,
-                    "ringside-vfio: {address} could not be put back: {error}"
+                    "ringside-vfio: {address} could not be put back, run `ringside-vfio unbind {address}`: {error}"
                 )),
             }
         }
@@ -400,13 +416,7 @@ pub fn bind(
             continue;
         }
         refuse_virtual_functions(device)?;
-        let no_iommu_mode = || host.text(NO_IOMMU_MODE);
-        if is_vfio(driver)
-            && device.iommu_group.is_none()
-            && no_iommu_mode()?.as_deref() != Some("Y")
-        {
-            return Err(BindError::NoIommu(*address));
-        }
+        require_iommu(host, device, driver)?;
         if !force {
             guard(*address, others_of(device, &inventory), &occupancy)?;
             guard_users(host, device, FORCE_ADVICE)?;

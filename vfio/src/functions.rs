@@ -16,7 +16,7 @@ use uuid::Uuid;
 use crate::address::PciAddress;
 use crate::binding::{
     BindError, Binding, Changes, FORCE_ADVICE, Outcome, arrange, guard, guard_users, others_of,
-    probe, require_driver,
+    probe, require_driver, require_iommu,
 };
 use crate::host::{Host, HostError};
 use crate::ids::PciIds;
@@ -370,6 +370,8 @@ pub fn create(
         token => token,
     };
     if let Owner::Driver(driver) = &wish.owner {
+        // Where there is none for the physical function there is none for its virtual ones.
+        require_iommu(host, pf.device, driver)?;
         require_driver(host, driver)?;
     }
     let mut mend = Vec::new();

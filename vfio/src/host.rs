@@ -12,6 +12,8 @@ use uuid::Uuid;
 
 use crate::address::PciAddress;
 use crate::kernel::{Kernel, LiveKernel};
+use crate::network::Links;
+use crate::nvme::admin::Admin;
 use crate::token::TokenError;
 
 /// Reading or changing the host's files failed.
@@ -94,12 +96,6 @@ impl Host {
             root: root.into(),
             kernel,
         }
-    }
-
-    /// Whether the tree is this machine's own, so that what it says holds for system calls too.
-    #[must_use]
-    pub fn is_own(&self) -> bool {
-        self.root == Path::new("/")
     }
 
     /// Where `path` lies, given from the tree's root on, with or without a leading slash.
@@ -283,6 +279,22 @@ impl Host {
     /// [`TokenError`], if it cannot be opened through VFIO.
     pub fn set_vf_token(&self, pf: PciAddress, token: &Uuid) -> Result<(), TokenError> {
         self.kernel.set_vf_token(self, pf, token)
+    }
+
+    /// The network configuration that belongs to the tree.
+    ///
+    /// # Errors
+    /// What the kernel said, or that the tree is another host's.
+    pub fn links(&self) -> io::Result<Box<dyn Links>> {
+        self.kernel.links(&self.root)
+    }
+
+    /// The controller of an NVMe device file.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn nvme(&self, path: impl AsRef<Path>) -> io::Result<Box<dyn Admin>> {
+        self.kernel.nvme(&self.path(path))
     }
 
     /// An error about what a file holds.

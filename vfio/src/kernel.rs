@@ -10,6 +10,10 @@ use uuid::Uuid;
 
 use crate::address::PciAddress;
 use crate::host::Host;
+use crate::network::Links;
+use crate::network::rtnetlink::Rtnetlink;
+use crate::nvme::admin::Admin;
+use crate::nvme::passthrough::Passthrough;
 use crate::token::{self, TokenError};
 
 /// What changes the host. Each method makes one change, wholly or not at all; paths are complete.
@@ -43,6 +47,18 @@ pub trait Kernel: Debug + Send + Sync {
     /// # Errors
     /// [`TokenError`], if it cannot be opened.
     fn set_vf_token(&self, host: &Host, pf: PciAddress, token: &Uuid) -> Result<(), TokenError>;
+
+    /// The network configuration of the host whose files are below `root`.
+    ///
+    /// # Errors
+    /// What the kernel answers, or that `root` is another host's.
+    fn links(&self, root: &Path) -> io::Result<Box<dyn Links>>;
+
+    /// The controller of an NVMe device file.
+    ///
+    /// # Errors
+    /// What the kernel answers.
+    fn nvme(&self, path: &Path) -> io::Result<Box<dyn Admin>>;
 }
 
 /// The kernel this process runs on.
@@ -51,9 +67,10 @@ pub struct LiveKernel;
 
 impl Kernel for LiveKernel {
     fn write(&self, path: &Path, text: &str) -> io::Result<()> {
-        // No other flag: an attribute is not created, and it takes its text in one write.
+        // An attribute is not created, and it takes its text in one write.
         OpenOptions::new()
             .write(true)
+            .truncate(true)
             .open(path)?
             .write_all(text.as_bytes())
     }
@@ -93,5 +110,46 @@ impl Kernel for LiveKernel {
 
     fn set_vf_token(&self, host: &Host, pf: PciAddress, token: &Uuid) -> Result<(), TokenError> {
         token::set(host, pf, token)
+    }
+
+    fn links(&self, root: &Path) -> io::Result<Box<dyn Links>> {
+        if root != Path::new("/") {
+            return Err(io::Error::other(
+                "the network of this machine is not that of the files below --root",
+            ));
+        }
+        Ok(Box::new(Rtnetlink::open()?))
+    }
+
+    fn nvme(&self, path: &Path) -> io::Result<Box<dyn Admin>> {
+        Ok(Box::new(Passthrough::open(path)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attributes_are_not_made_and_files_are_whole() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("0000:01:00.0.json");
+        let error = LiveKernel.write(&file, "x").unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+        LiveKernel.replace(&file, "first").unwrap();
+        // What a killed run left does not matter.
+        fs::write(directory.path().join("0000:01:00.0.new"), "half").unwrap();
+        LiveKernel.replace(&file, "second").unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "second");
+        assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
+        LiveKernel.remove(&file).unwrap();
+        assert!(!file.exists());
+    }
+
+    #[test]
+    fn other_hosts_have_another_network() {
+        assert!(LiveKernel.links(Path::new("/")).is_ok());
+        let error = LiveKernel.links(Path::new("/host")).err().unwrap();
+        assert!(error.to_string().contains("--root"), "{error}");
     }
 }

@@ -9,12 +9,16 @@
 //! | [`occupancy`] | finds what the host needs a device for, and which processes use it |
 //! | [`binding`] | gives devices to a driver and puts them back; [`state`] keeps what is needed for that |
 //! | [`functions`] | makes and removes virtual functions |
+//! | [`mod@check`] | says what could keep a guest from using a device |
+//! | [`network`] | settings of virtual functions that are network cards |
+//! | [`nvme`] | queues, interrupts and namespaces of virtual functions that are NVMe controllers |
 //! | [`device`] | opens a device for a guest |
 //! | [`token`] | sets VF tokens, and opens devices with one |
 #![deny(unsafe_code)]
 
 pub mod address;
 pub mod binding;
+pub mod check;
 pub mod cli;
 pub mod device;
 pub mod functions;
@@ -22,8 +26,11 @@ pub mod host;
 pub mod ids;
 pub mod inventory;
 pub mod kernel;
+pub mod network;
+pub mod nvme;
 pub mod occupancy;
 pub mod report;
 pub mod state;
 pub mod token;
+pub mod vf;
 pub mod viability;

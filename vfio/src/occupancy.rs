@@ -2,7 +2,7 @@
 //! through it; and which processes use it through VFIO.
 //!
 //! A block device or a network interface is followed down to PCI: through `slaves` (device mapper, md) and
-//! the controllers of an NVMe subsystem, and through `lower_*` (bond, bridge, VLAN). Every PCI function on the
+//! the paths of an NVMe namespace, and through `lower_*` (bond, bridge, VLAN). Every PCI function on the
 //! way counts, so that a RAID controller counts as well as the disk behind it. A ZFS pool does not show its
 //! disks in sysfs: they are not found.
 
@@ -132,17 +132,8 @@ fn behind_disk(host: &Host, disk: &str) -> Result<BTreeSet<PciAddress>, HostErro
         };
         found.extend(functions_in(&target));
         for part in names_in(&target) {
-            // A disk that several controllers of an NVMe subsystem give lies below none of them.
             if part.starts_with("nvme-subsys") {
-                let subsystem = format!("sys/class/nvme-subsystem/{part}");
-                for entry in host.names(&subsystem)?.unwrap_or_default() {
-                    let controller = host.target(format!("{subsystem}/{entry}"));
-                    if entry.starts_with("nvme")
-                        && let Ok(Some(controller)) = controller
-                    {
-                        found.extend(functions_in(&controller));
-                    }
-                }
+                found.extend(behind_paths(host, &target, part)?);
             }
             // A partition is below its disk.
             if host.has(format!("sys/class/block/{part}")) {
@@ -150,6 +141,40 @@ fn behind_disk(host: &Host, disk: &str) -> Result<BTreeSet<PciAddress>, HostErro
             }
         }
         next.extend(host.names(format!("{place}/slaves"))?.unwrap_or_default());
+    }
+    Ok(found)
+}
+
+/// The PCI functions of a disk that several controllers of an NVMe subsystem can give, and which is below none of
+/// them: namespace `nvme0n1` has a path `nvme0c2n1` through each controller that it is attached to.
+fn behind_paths(host: &Host, disk: &Path, subsystem: &str) -> Result<Vec<PciAddress>, HostError> {
+    let is_path = |name: &&String| {
+        names_in(disk).any(|disk| {
+            let namespace = disk.rsplit_once('n');
+            let path = name.rsplit_once('n');
+            namespace.zip(path).is_some_and(|(namespace, path)| {
+                let controller = path.0.strip_prefix(namespace.0);
+                path.1 == namespace.1
+                    && controller.is_some_and(|controller| controller.starts_with('c'))
+            })
+        })
+    };
+    let blocks = host.names("sys/class/block")?.unwrap_or_default();
+    let mut found = Vec::new();
+    for name in blocks.iter().filter(is_path) {
+        if let Some(target) = host.target(format!("sys/class/block/{name}"))? {
+            found.extend(functions_in(&target));
+        }
+    }
+    if found.is_empty() {
+        // Then any controller of the subsystem may be the one.
+        let place = format!("sys/class/nvme-subsystem/{subsystem}");
+        for entry in host.names(&place)?.unwrap_or_default() {
+            // Namespaces are beside the controllers, as directories.
+            if let Ok(Some(target)) = host.target(format!("{place}/{entry}")) {
+                found.extend(functions_in(&target));
+            }
+        }
     }
     Ok(found)
 }

@@ -1,19 +1,24 @@
 //! What `ringside-vfio` prints: tables for people, JSON for programs.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use serde::Serialize;
 
+use crate::address::PciAddress;
 use crate::binding::Outcome;
 use crate::inventory::{Inventory, PciDevice, Role};
+use crate::network::VfSettings;
 use crate::viability::{Viability, judge};
 
-/// A function and the judgement on it.
+/// A function, the judgement on it, and its settings if it is a virtual one of a network card.
 #[derive(Debug, Serialize)]
 struct Entry<'a> {
     #[serde(flatten)]
     device: &'a PciDevice,
     viability: Viability,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settings: Option<&'a VfSettings>,
 }
 
 /// The whole answer. Fields are added, never renamed or removed.
@@ -26,13 +31,19 @@ struct Answer<'a> {
 ///
 /// # Errors
 /// Only when `out` cannot be written.
-pub fn json(out: &mut impl Write, inventory: &Inventory, devices: &[&PciDevice]) -> io::Result<()> {
-    let entry = |device| Entry {
+pub fn json(
+    out: &mut impl Write,
+    inventory: &Inventory,
+    devices: &[&PciDevice],
+    settings: &BTreeMap<PciAddress, VfSettings>,
+) -> io::Result<()> {
+    let entries = devices.iter().map(|device| Entry {
         device,
         viability: judge(device, inventory),
-    };
+        settings: settings.get(&device.address),
+    });
     let answer = Answer {
-        devices: devices.iter().copied().map(entry).collect(),
+        devices: entries.collect(),
     };
     self::answer(out, &answer)
 }

@@ -5,94 +5,17 @@
 mod machine;
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::sync::Arc;
+use std::fs::{self, File};
+use std::thread;
+use std::time::Duration;
 
 use clap::Parser;
 use machine::Machine;
 use machine::kernel::{FakeKernel, Trouble};
-use ringside_vfio::cli::{Cli, run_on};
-use ringside_vfio::host::Host;
+use machine::run::{DISK, PF, machine, run, run_in};
+use nix::fcntl::{Flock, FlockArg};
+use ringside_vfio::cli::Cli;
 use serde_json::Value;
-
-const PF: &str = "0000:01:00.0";
-const DISK: &str = "0000:02:00.0";
-
-/// What a command printed and did.
-struct Done {
-    error: Option<String>,
-    out: String,
-    remarks: String,
-    changes: Vec<String>,
-}
-
-impl Done {
-    #[track_caller]
-    fn well(self) -> Self {
-        assert_eq!(self.error, None, "{}{:#?}", self.remarks, self.changes);
-        self
-    }
-
-    #[track_caller]
-    fn badly(self) -> String {
-        self.error.unwrap()
-    }
-
-    fn json(&self) -> Value {
-        serde_json::from_str(&self.out).unwrap()
-    }
-}
-
-fn run_in(machine: &Machine, line: &str, trouble: Trouble) -> Done {
-    let kernel = Arc::new(FakeKernel::new(machine.root(), trouble));
-    let host = Host::with_kernel(machine.root(), kernel.clone());
-    let words = ["ringside-vfio"].into_iter().chain(line.split(' '));
-    let cli = Cli::try_parse_from(words).unwrap();
-    let (mut out, mut remarks) = (Vec::new(), Vec::new());
-    let result = run_on(&host, &cli.command, &mut out, &mut remarks);
-    let changes = kernel.log.lock().unwrap().clone();
-    Done {
-        error: result.err().map(|error| {
-            let mut text = error.to_string();
-            let mut error: &dyn std::error::Error = &error;
-            while let Some(source) = error.source() {
-                text = format!("{text}: {source}");
-                error = source;
-            }
-            text
-        }),
-        out: String::from_utf8(out).unwrap(),
-        remarks: String::from_utf8(remarks).unwrap(),
-        changes,
-    }
-}
-
-fn run(machine: &Machine, line: &str) -> Done {
-    run_in(machine, line, Trouble::Nothing)
-}
-
-/// A network card without virtual functions, and a disk controller; vfio-pci is a module.
-fn machine() -> Machine {
-    let machine = Machine::new();
-    for driver in ["igb", "igbvf", "nvme", "pcieport"] {
-        machine.driver_exists(driver);
-    }
-    machine.put("lib/modules/vfio-pci", "");
-    machine.device("0000:00:03.0", "1b36:000c", "060400");
-    machine.driver("0000:00:03.0", "pcieport");
-    machine.group("0000:00:03.0", 3);
-    for (device, class, group, driver) in [(PF, "020000", 4, "igb"), (DISK, "010802", 9, "nvme")] {
-        machine.device(device, "8086:10c9", class);
-        machine.attribute(device, "made_for", driver);
-        machine.attribute(device, "driver_override", "(null)\n");
-        machine.driver(device, driver);
-        machine.group(device, group);
-    }
-    machine.attribute(PF, "sriov_totalvfs", "7\n");
-    machine.attribute(PF, "sriov_numvfs", "0\n");
-    machine.attribute(PF, "sriov_drivers_autoprobe", "1\n");
-    machine
-}
 
 /// Who has which device, and the switches of SR-IOV.
 fn snapshot(machine: &Machine) -> BTreeMap<String, String> {
@@ -483,6 +406,11 @@ fn create_refuses() {
     };
     let error = refusal(&no_driver, "create 01:00.0 1");
     assert!(error.contains("0000:01:00.0 has no driver"), "{error}");
+    let no_iommu = |machine: &Machine| {
+        fs::remove_file(machine.path(&format!("sys/bus/pci/devices/{PF}/iommu_group"))).unwrap();
+    };
+    let error = refusal(&no_iommu, "create 01:00.0 1");
+    assert!(error.contains("0000:01:00.0 has no IOMMU group"), "{error}");
     let fewer = |machine: &Machine| machine.attribute(PF, "makes_only", "1");
     let error = refusal(&fewer, "create 01:00.0 2");
     assert!(
@@ -699,7 +627,38 @@ fn device_that_the_host_needs() {
             &[("proc/self/mountinfo", ROOT.to_owned())],
             "the file system mounted at / (dm-0)",
         ),
-        // A disk with several paths, below none of its controllers.
+        // A disk with several possible paths, of which one is through this controller.
+        (
+            &[
+                (
+                    "sys/dev/block/259:0",
+                    "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1".to_owned(),
+                ),
+                (
+                    "sys/class/block/nvme0n1",
+                    "../../devices/virtual/nvme-subsystem/nvme-subsys0/nvme0n1".to_owned(),
+                ),
+                (
+                    "sys/class/block/nvme0c1n1",
+                    "../../devices/pci0000:00/0000:02:00.0/nvme/nvme1/nvme0c1n1".to_owned(),
+                ),
+                // Another namespace, through the other device.
+                (
+                    "sys/class/block/nvme0c0n2",
+                    "../../devices/pci0000:00/0000:01:00.0/nvme/nvme0/nvme0c0n2".to_owned(),
+                ),
+                (
+                    "sys/class/nvme-subsystem/nvme-subsys0/nvme0",
+                    "../../../pci0000:00/0000:01:00.0/nvme/nvme0".to_owned(),
+                ),
+            ],
+            &[(
+                "proc/self/mountinfo",
+                "21 1 259:0 / / rw - ext4 /dev/nvme0n1 rw\n".to_owned(),
+            )],
+            "the file system mounted at / (nvme0n1)",
+        ),
+        // The same on a kernel that does not show the paths.
         (
             &[
                 (
@@ -850,4 +809,152 @@ fn names_of_drivers() {
         assert!(Cli::try_parse_from(words).is_err(), "{name}");
     }
     assert!(Cli::try_parse_from(["ringside-vfio", "create", "01:00.0", "0"]).is_err());
+}
+
+#[test]
+fn one_run_at_a_time() {
+    let machine = machine();
+    run(&machine, "unbind 02:00.0").well();
+    let file = File::open(machine.path("run/ringside-vfio/lock")).unwrap();
+    let lock = Flock::lock(file, FlockArg::LockExclusive).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| run(&machine, "bind 02:00.0"));
+        thread::sleep(Duration::from_millis(100));
+        assert!(!waiting.is_finished());
+        assert_eq!(snapshot(&machine)["0000:02:00.0 driver"], "nvme");
+        drop(lock);
+        let done = waiting.join().unwrap().well();
+        assert_eq!(
+            done.remarks,
+            "ringside-vfio: waiting for another ringside-vfio\n"
+        );
+    });
+    assert_eq!(snapshot(&machine)["0000:02:00.0 driver"], "vfio-pci");
+}
+
+/// The program itself, on a tree behind which there is no kernel.
+#[test]
+fn exit_statuses() {
+    let machine = machine();
+    let status = |args: &[&str]| {
+        let output = machine.command(args);
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        (output.status.code().unwrap(), text)
+    };
+    assert_eq!(status(&["destroy", "01:00.0"]), (0, String::new()));
+    assert_eq!(status(&["unbind", "02:00.0"]), (0, String::new()));
+    let (code, text) = status(&["bind", "02:00.0"]);
+    assert_eq!(code, 1);
+    assert!(
+        text.starts_with("ringside-vfio: there is no driver vfio-pci, and loading a module"),
+        "{text}"
+    );
+    // What is written to drivers_probe here has no effect.
+    machine.driver_exists("vfio-pci");
+    machine.put("sys/bus/pci/drivers_probe", "");
+    fs::remove_file(machine.path(&format!("sys/bus/pci/devices/{PF}/driver"))).unwrap();
+    let (code, text) = status(&["bind", "01:00.0"]);
+    assert_eq!(code, 1);
+    assert!(
+        text.contains("vfio-pci did not take 0000:01:00.0; the kernel's log"),
+        "{text}"
+    );
+    assert!(records(&machine).is_empty());
+    assert_eq!(snapshot(&machine)["0000:01:00.0 driver_override"], "");
+    let (code, text) = status(&["set", "01:00.0", "0", "--rate", "1"]);
+    assert_eq!(code, 1, "{text}");
+    let (code, text) = status(&["check", "02:00.0"]);
+    assert_eq!(
+        (code, text.contains("cannot be given to a guest")),
+        (1, true)
+    );
+    for usage in [
+        &["create", "01:00.0"][..],
+        &["bind"],
+        &["set", "01:00.0", "0"],
+        &["nvme", "01:00.0", "0"],
+        &["check", "x"],
+    ] {
+        assert_eq!(status(usage).0, 2, "{usage:?}");
+    }
+}
+
+#[test]
+fn help_teaches() {
+    let machine = Machine::new();
+    for (command, parts) in [
+        (
+            "create",
+            &[
+                "--vf-token <UUID>",
+                "[default: vfio-pci]",
+                "VF token",
+                "Examples:",
+                "`devices`",
+            ][..],
+        ),
+        ("destroy", &["--force", "swap space", "`devices`"]),
+        (
+            "bind",
+            &["[default: vfio-pci]", "Examples:", "LVM", "`changed`"],
+        ),
+        ("unbind", &["driver_override", "`changed`"]),
+        (
+            "check",
+            &["--memory <SIZE>", "exit status is 1", "`findings`"],
+        ),
+        (
+            "set",
+            &["--vlan <ID[:QOS]>", "enable", "Examples:", "`attempts`"],
+        ),
+        (
+            "nvme",
+            &[
+                "--interrupts <N>",
+                "admin queue",
+                "Examples:",
+                "`secondaries`",
+            ],
+        ),
+    ] {
+        let output = machine.command(&[command, "--help"]);
+        assert!(output.status.success());
+        let help = String::from_utf8(output.stdout).unwrap();
+        let words: Vec<_> = help.split_whitespace().collect();
+        let text = words.join(" ");
+        for part in parts {
+            assert!(text.contains(part), "{part} in {help}");
+        }
+    }
+}
+
+/// The kernel refuses the undoing as well: what to do is said, and the record is kept for it.
+#[test]
+fn undoing_that_fails() {
+    let machine = machine();
+    machine.driver_exists("vfio-pci");
+    for driver in ["vfio-pci", "nvme"] {
+        machine.put(
+            &format!("sys/bus/pci/drivers/{driver}/refuses"),
+            "0000:02:00.0",
+        );
+    }
+    let done = run(&machine, "bind 02:00.0");
+    assert!(
+        done.remarks.contains(
+            "0000:02:00.0 could not be put back, run `ringside-vfio unbind 0000:02:00.0`"
+        ),
+        "{}",
+        done.remarks
+    );
+    assert!(done.badly().contains("vfio-pci did not take 0000:02:00.0"));
+    assert_eq!(
+        records(&machine)["0000:02:00.0"]["binding"]["driver"],
+        "nvme"
+    );
+    fs::remove_file(machine.path("sys/bus/pci/drivers/nvme/refuses")).unwrap();
+    run(&machine, "unbind 02:00.0").well();
+    assert_eq!(snapshot(&machine)["0000:02:00.0 driver"], "nvme");
+    assert_eq!(snapshot(&machine)["0000:02:00.0 driver_override"], "(null)");
+    assert!(records(&machine).is_empty());
 }

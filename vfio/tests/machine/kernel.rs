@@ -4,14 +4,18 @@ use std::fs;
 use std::io::{self, Error, ErrorKind};
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 use nix::errno::Errno;
 use ringside_vfio::address::PciAddress;
 use ringside_vfio::host::Host;
 use ringside_vfio::kernel::Kernel;
+use ringside_vfio::network::{Links, Setting, VfSettings};
+use ringside_vfio::nvme::admin::{Admin, AdminError, Command, Data};
 use ringside_vfio::token::TokenError;
 use uuid::Uuid;
+
+use super::controller::FakeController;
 
 /// What goes wrong, and at which change, counted from 0.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,6 +33,12 @@ pub(crate) enum Trouble {
 pub(crate) struct FakeKernel {
     root: PathBuf,
     trouble: Trouble,
+    /// Settings of the virtual functions of the interface with number 7.
+    pub(crate) functions: Arc<Mutex<Vec<VfSettings>>>,
+    /// Settings that its driver refuses, and with which error.
+    pub(crate) refused: Arc<Mutex<Vec<(&'static str, Errno)>>>,
+    /// The controller at /dev/nvme0.
+    pub(crate) controller: Arc<Mutex<FakeController>>,
     /// Changes asked for, in order.
     pub(crate) log: Mutex<Vec<String>>,
 }
@@ -46,6 +56,9 @@ impl FakeKernel {
         Self {
             root: root.to_owned(),
             trouble,
+            functions: Arc::default(),
+            refused: Arc::default(),
+            controller: Arc::default(),
             log: Mutex::new(Vec::new()),
         }
     }
@@ -197,5 +210,62 @@ impl Kernel for FakeKernel {
                 address: pf,
                 source,
             })
+    }
+
+    fn links(&self, _: &Path) -> io::Result<Box<dyn Links>> {
+        Ok(Box::new(FakeLinks {
+            functions: Arc::clone(&self.functions),
+            refused: Arc::clone(&self.refused),
+        }))
+    }
+
+    fn nvme(&self, path: &Path) -> io::Result<Box<dyn Admin>> {
+        if !path.exists() {
+            return Err(Error::from(ErrorKind::NotFound));
+        }
+        Ok(Box::new(FakeAdmin(Arc::clone(&self.controller))))
+    }
+}
+
+struct FakeLinks {
+    functions: Arc<Mutex<Vec<VfSettings>>>,
+    refused: Arc<Mutex<Vec<(&'static str, Errno)>>>,
+}
+
+impl Links for FakeLinks {
+    fn settings(&mut self, interface: u32) -> io::Result<Vec<(u16, VfSettings)>> {
+        if interface != 7 {
+            return Err(errno(Errno::ENODEV));
+        }
+        Ok((0..).zip(self.functions.lock().unwrap().clone()).collect())
+    }
+
+    fn set(&mut self, interface: u32, vf: u16, setting: &Setting) -> io::Result<()> {
+        assert_eq!(interface, 7);
+        let refused = self.refused.lock().unwrap();
+        if let Some((_, error)) = refused.iter().find(|(name, _)| *name == setting.name()) {
+            return Err(errno(*error));
+        }
+        let mut functions = self.functions.lock().unwrap();
+        let function = &mut functions[usize::from(vf)];
+        match *setting {
+            Setting::Mac(mac) => function.mac = Some(mac),
+            Setting::Vlan(vlan) => function.vlan = Some(vlan),
+            Setting::Rate { min, max } => {
+                (function.min_rate, function.max_rate) = (Some(min), Some(max));
+            }
+            Setting::Trust(on) => function.trust = Some(on),
+            Setting::SpoofCheck(on) => function.spoofchk = Some(on),
+            Setting::LinkState(state) => function.link_state = Some(state),
+        }
+        Ok(())
+    }
+}
+
+struct FakeAdmin(Arc<Mutex<FakeController>>);
+
+impl Admin for FakeAdmin {
+    fn submit(&mut self, command: &Command, data: Data<'_>) -> Result<u32, AdminError> {
+        self.0.lock().unwrap().submit(command, data)
     }
 }

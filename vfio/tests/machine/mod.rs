@@ -2,7 +2,9 @@
 // Each test program uses its part of this.
 #![allow(dead_code)]
 
+pub(crate) mod controller;
 pub(crate) mod kernel;
+pub(crate) mod run;
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -20,7 +22,14 @@ pub(crate) struct Machine(TempDir);
 
 impl Machine {
     pub(crate) fn without_sysfs() -> Self {
-        Self(tempfile::tempdir().unwrap())
+        // In memory if possible: some tests make hundreds of machines.
+        let memory = Path::new("/dev/shm");
+        let directory = if memory.is_dir() {
+            tempfile::tempdir_in(memory)
+        } else {
+            tempfile::tempdir()
+        };
+        Self(directory.unwrap())
     }
 
     /// A machine with a PCI bus that has nothing on it.
@@ -115,12 +124,13 @@ impl Machine {
     }
 
     pub(crate) fn run(&self, args: &[&str]) -> Output {
+        self.command(&[&["list"], args].concat())
+    }
+
+    /// What the program says to any command.
+    pub(crate) fn command(&self, args: &[&str]) -> Output {
         let mut command = Command::new(env!("CARGO_BIN_EXE_ringside-vfio"));
-        command
-            .arg("--root")
-            .arg(self.0.path())
-            .arg("list")
-            .args(args);
+        command.arg("--root").arg(self.0.path()).args(args);
         command.stdin(Stdio::null()).output().unwrap()
     }
 
