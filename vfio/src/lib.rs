@@ -13,7 +13,7 @@
 //! | [`network`] | settings of virtual functions that are network cards |
 //! | [`nvme`] | queues, interrupts and namespaces of virtual functions that are NVMe controllers |
 //! | [`device`] | opens a device for a guest |
-//! | [`token`] | sets VF tokens, and opens devices with one |
+//! | [`token`] | sets the VF tokens of physical functions |
 #![deny(unsafe_code)]
 
 pub mod address;

@@ -34,6 +34,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use address_space::{AddressSpace, Interface, assignable};
 pub use error::Error;
 pub use mapping::Mapping;
+pub(crate) use name::DeviceName;
 
 use crate::address::PciAddress;
 

@@ -206,10 +206,7 @@ impl Kernel for FakeKernel {
 
     fn set_vf_token(&self, _: &Host, pf: PciAddress, token: &Uuid) -> Result<(), TokenError> {
         self.change(format!("token {pf} {token}"), || Ok(()))
-            .map_err(|source| TokenError::Path {
-                address: pf,
-                source,
-            })
+            .map_err(TokenError::Name)
     }
 
     fn links(&self, _: &Path) -> io::Result<Box<dyn Links>> {
