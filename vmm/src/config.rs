@@ -11,15 +11,20 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
+use ringside_vfio::address::PciAddress;
 use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
 use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
+
+use uuid::Uuid;
 
 use crate::memory::{self, PageSize, Size};
 
 /// Most processors a guest can have: 8-bit local APIC IDs, of which 255 means all of them.
 pub const MAX_CPUS: u32 = 254;
+/// Most hot-plug slots: each takes 2 MiB of the guest's address space below 4 GiB, and a place on the bus.
+pub const MAX_HOTPLUG_PORTS: u8 = 64;
 /// Largest size of a split virtqueue (VIRTIO 1.3, 2.7).
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// Most queues of a device: each needs an MSI-X vector, of which a function has at most 2048, and
@@ -59,6 +64,15 @@ pub enum Error {
     /// Two devices cannot share a back-end.
     #[error("two devices have the socket {}: a back-end serves one device", .0.display())]
     SameSocket(PathBuf),
+    /// More slots than there is room for.
+    #[error("{0} hot-plug slots are too many: give --hotplug-ports 0 to {MAX_HOTPLUG_PORTS}")]
+    HotplugPorts(u8),
+    /// A function can be given once.
+    #[error("{0} is given to the guest twice")]
+    SameFunction(PciAddress),
+    /// Names tell devices apart.
+    #[error("two devices have the id `{0}`: give each its own")]
+    SameId(String),
     /// Not the syntax of TOML, or a key that does not exist.
     #[error("the configuration file is wrong: {0}")]
     File(String),
@@ -108,6 +122,25 @@ pub struct Cli {
     #[arg(long, value_name = "type=ID,socket=PATH,...", value_parser = parse::<VhostUserOptions>)]
     pub vhost_user: Vec<VhostUserOptions>,
 
+    /// A PCI function of the host, bound to vfio-pci; repeat for more. Its address alone, or keys: host=ADDRESS,
+    /// id=NAME for the control socket [default: the address], vf-token=UUID if its physical function is bound to vfio-pci,
+    /// too. `ringside-vfio create` makes virtual functions and binds them.
+    #[arg(long, value_name = "ADDRESS | KEY=VALUE,...", value_parser = parse::<VfioOptions>)]
+    pub vfio: Vec<VfioOptions>,
+
+    /// How VFIO confines those functions: group (a container with a type 1 IOMMU), iommufd, or auto (iommufd where the
+    /// kernel has it) [default: auto].
+    #[arg(long, value_name = "INTERFACE")]
+    pub vfio_interface: Option<VfioInterface>,
+
+    /// Listens for requests at this Unix socket: plugging devices in and out, state, the end. `ringside-ctl` speaks with it.
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
+
+    /// Empty slots for functions that are plugged in later [default: 2 with --api-socket, else none].
+    #[arg(long, value_name = "N")]
+    pub hotplug_ports: Option<u8>,
+
     /// Where the guest's first serial port leads: stdio, file=PATH, socket=PATH (listens for one
     /// client at a time), or null [default: stdio].
     #[arg(long, value_name = "WHERE")]
@@ -140,7 +173,7 @@ Console, with --serial stdio on a terminal:
 
 Example:
   ringside-vmm --kernel /boot/vmlinuz --initramfs initrd.img --cmdline 'console=ttyS0' \\
-    --cpus 2 --memory 1G --blk socket=/run/disk.sock --net socket=/run/net.sock
+    --cpus 2 --memory 1G --blk socket=/run/disk.sock --net socket=/run/net.sock --vfio 0000:01:10.0
 
 The same as a file for --config:
   kernel = \"/boot/vmlinuz\"
@@ -151,7 +184,9 @@ The same as a file for --config:
   socket = \"/run/disk.sock\"
   [[net]]
   socket = \"/run/net.sock\"
-  mac = \"52:54:00:12:34:56\"";
+  mac = \"52:54:00:12:34:56\"
+  [[vfio]]
+  host = \"0000:01:10.0\"";
 
 /// The configuration file.
 #[derive(Debug, Default, Deserialize)]
@@ -165,6 +200,10 @@ pub struct FileOptions {
     blk: Vec<TextOr<BlkOptions>>,
     net: Vec<TextOr<NetOptions>>,
     vhost_user: Vec<TextOr<VhostUserOptions>>,
+    vfio: Vec<TextOr<VfioOptions>>,
+    vfio_interface: Option<VfioInterface>,
+    api_socket: Option<PathBuf>,
+    hotplug_ports: Option<u8>,
     serial: Option<String>,
     log_level: Option<String>,
 }
@@ -240,6 +279,31 @@ pub struct VhostUserOptions {
     config_size: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
+}
+
+/// `--vfio`.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct VfioOptions {
+    #[serde(deserialize_with = "by_from_str")]
+    host: PciAddress,
+    #[serde(default, deserialize_with = "some")]
+    id: Option<String>,
+    #[serde(default, deserialize_with = "optional_by_from_str")]
+    vf_token: Option<Uuid>,
+}
+
+/// `--vfio-interface`.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum VfioInterface {
+    /// iommufd where the kernel has it, else groups.
+    #[default]
+    Auto,
+    /// A group in a container.
+    Group,
+    /// A device file, and iommufd.
+    Iommufd,
 }
 
 /// Where the serial port leads.
@@ -391,6 +455,14 @@ pub struct Config {
     pub memory: memory::Options,
     /// Devices in the order they are put on the PCI bus: disks, network cards, others.
     pub devices: Vec<DeviceConfig>,
+    /// Functions of the host's PCI bus.
+    pub vfio: Vec<VfioConfig>,
+    /// How VFIO confines them.
+    pub vfio_interface: VfioInterface,
+    /// Where the control socket is to listen.
+    pub api_socket: Option<PathBuf>,
+    /// Number of empty slots, at most [`MAX_HOTPLUG_PORTS`].
+    pub hotplug_ports: u8,
     /// The serial port.
     pub serial: SerialTarget,
     /// Filter of the log.
@@ -419,6 +491,17 @@ pub struct DeviceConfig {
     pub reconnect_timeout: Duration,
 }
 
+/// A function of the host's PCI bus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VfioConfig {
+    /// Its address on the host.
+    pub host: PciAddress,
+    /// Its name in this VMM.
+    pub id: String,
+    /// What shows its physical function's owner that we may have it.
+    pub token: Option<Uuid>,
+}
+
 const DEFAULT_QUEUE_SIZE: u16 = 256;
 const DEFAULT_RECONNECT_SECONDS: u32 = 10;
 const DEFAULT_MEMORY: Size = Size(512 << 20);
@@ -436,6 +519,10 @@ impl Config {
             blk,
             net,
             vhost_user,
+            vfio,
+            vfio_interface,
+            api_socket,
+            hotplug_ports,
             serial,
             config: _,
             log_level,
@@ -459,6 +546,25 @@ impl Config {
         if let Some(twice) = devices.iter().find(|d| !sockets.insert(&d.socket)) {
             return Err(Error::SameSocket(twice.socket.clone()));
         }
+        let api_socket = api_socket.or(file.api_socket);
+        let default_ports = if api_socket.is_some() { 2 } else { 0 };
+        let hotplug_ports = hotplug_ports
+            .or(file.hotplug_ports)
+            .unwrap_or(default_ports);
+        if hotplug_ports > MAX_HOTPLUG_PORTS {
+            return Err(Error::HotplugPorts(hotplug_ports));
+        }
+        let vfio = file.vfio.into_iter().map(|v| v.0).chain(vfio);
+        let vfio: Vec<_> = vfio.map(VfioOptions::resolve).collect();
+        let (mut hosts, mut ids) = (HashSet::new(), HashSet::new());
+        for device in &vfio {
+            if !hosts.insert(device.host) {
+                return Err(Error::SameFunction(device.host));
+            }
+            if !ids.insert(&device.id) {
+                return Err(Error::SameId(device.id.clone()));
+            }
+        }
         let serial = match serial {
             Some(serial) => serial,
             None => file
@@ -477,6 +583,10 @@ impl Config {
             cpus,
             memory,
             devices,
+            vfio,
+            vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
+            api_socket,
+            hotplug_ports,
             serial,
             log_level: log_level
                 .or(file.log_level)
@@ -581,6 +691,17 @@ impl VhostUserOptions {
     }
 }
 
+impl VfioOptions {
+    /// With the defaults in place of what was left out.
+    pub fn resolve(self) -> VfioConfig {
+        VfioConfig {
+            id: self.id.unwrap_or_else(|| self.host.to_string()),
+            host: self.host,
+            token: self.vf_token,
+        }
+    }
+}
+
 /// Reads `key=value,key=value`; a first item without `=` is the value of the type's main key.
 fn parse<T: DeserializeOwned + MainKey>(text: &str) -> Result<T, String> {
     let mut pairs = Vec::new();
@@ -629,6 +750,9 @@ impl MainKey for BlkOptions {
 }
 impl MainKey for NetOptions {
     const MAIN_KEY: &'static str = "socket";
+}
+impl MainKey for VfioOptions {
+    const MAIN_KEY: &'static str = "host";
 }
 impl MainKey for VhostUserOptions {
     const MAIN_KEY: &'static str = "type";
@@ -772,16 +896,33 @@ impl<'de> Deserialize<'de> for HugepagesValue {
     }
 }
 
+fn by_from_str<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: fmt::Display>,
+{
+    let text = match Scalar::deserialize(deserializer)? {
+        Scalar::Text(text) => text,
+        Scalar::Number(number) => number.to_string(),
+        Scalar::Bool(value) => value.to_string(),
+    };
+    text.parse().map_err(D::Error::custom)
+}
+
+/// As [`some`], for types that are read from text.
+fn optional_by_from_str<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err: fmt::Display>,
+{
+    by_from_str(deserializer).map(Some)
+}
+
 macro_rules! deserialize_by_from_str {
     ($($type:ty),*) => {$(
         impl<'de> Deserialize<'de> for $type {
             fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-                let text = match Scalar::deserialize(deserializer)? {
-                    Scalar::Text(text) => text,
-                    Scalar::Number(number) => number.to_string(),
-                    Scalar::Bool(value) => value.to_string(),
-                };
-                text.parse().map_err(D::Error::custom)
+                by_from_str(deserializer)
             }
         }
     )*};
@@ -883,6 +1024,38 @@ mod tests {
     }
 
     #[test]
+    fn functions_of_the_host_have_names() {
+        let token = "6eb7ba36-1b9a-4f8e-b4b6-0c6c4b6f5e0a";
+        let option = format!("--vfio=host=0000:01:10.2,id=nic,vf-token={token}");
+        let args = [
+            "--kernel=k",
+            "--vfio=01:10.0",
+            &option,
+            "--vfio-interface=group",
+        ];
+        let config = config(&args, "vfio = [{ host = '01:00.0' }]").unwrap();
+        let ids: Vec<_> = config.vfio.iter().map(|v| v.id.as_str()).collect();
+        assert_eq!(ids, ["0000:01:00.0", "0000:01:10.0", "nic"]);
+        assert_eq!(config.vfio[2].token, Some(token.parse().unwrap()));
+        assert_eq!(config.vfio_interface, VfioInterface::Group);
+        assert_eq!(config.hotplug_ports, 0);
+    }
+
+    #[test]
+    fn there_are_slots_for_what_is_plugged_in_later() {
+        let ports = |args: &[&str], file| config(args, file).map(|c| c.hotplug_ports);
+        assert_eq!(ports(&["--kernel=k", "--api-socket=/s"], ""), Ok(2));
+        assert_eq!(
+            ports(&["--kernel=k"], "api-socket='/s'\nhotplug-ports=4"),
+            Ok(4)
+        );
+        assert_eq!(
+            ports(&["--kernel=k", "--hotplug-ports=65"], ""),
+            Err(Error::HotplugPorts(65))
+        );
+    }
+
+    #[test]
     fn texts_are_allowed_in_the_file() {
         let config = config(
             &[],
@@ -919,6 +1092,10 @@ mod tests {
                 &["--vhost-user=type=disk,socket=/a"],
                 "neither a virtio device ID",
             ),
+            (&["--vfio=nic0"], "`nic0` is not a PCI address"),
+            (&["--vfio=id=a"], "missing field `host`"),
+            (&["--vfio=01:10.0,vf-token=7"], "invalid"),
+            (&["--vfio-interface=type1"], "possible values"),
             (&["--serial=tty"], "none of stdio"),
         ] {
             let error = cli(args).unwrap_err();
@@ -937,6 +1114,20 @@ mod tests {
         assert_eq!(
             config(&["--kernel=k", "--blk=/a", "--net=/b"], "blk=['/b']"),
             Err(Error::SameSocket("/b".into()))
+        );
+        assert_eq!(
+            config(
+                &["--kernel=k", "--vfio=01:10.0", "--vfio=0000:01:10.0,id=a"],
+                ""
+            ),
+            Err(Error::SameFunction("01:10.0".parse().unwrap()))
+        );
+        assert_eq!(
+            config(
+                &["--kernel=k", "--vfio=1:1.0,id=a", "--vfio=1:1.1,id=a"],
+                ""
+            ),
+            Err(Error::SameId("a".into()))
         );
         for args in [
             "--memory=0",

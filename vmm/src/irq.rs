@@ -144,6 +144,21 @@ impl GsiRouter {
             })
     }
 
+    /// The same for a level-triggered pin: the kernel signals `resample` when the guest has dealt with the interrupt.
+    pub fn register_level_irqfd(
+        &self,
+        event: &EventFd,
+        resample: &EventFd,
+        gsi: u32,
+    ) -> Result<(), Error> {
+        self.vm
+            .register_irqfd_with_resample(event, resample, gsi)
+            .map_err(|e| Error::Irqfd {
+                gsi,
+                source: e.into(),
+            })
+    }
+
     /// Signals on `event` no longer reach `gsi`; they are kept in the eventfd's counter.
     pub fn unregister_irqfd(&self, event: &EventFd, gsi: u32) -> Result<(), Error> {
         self.vm

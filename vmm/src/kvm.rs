@@ -8,11 +8,16 @@
     reason = "handing memory to KVM as a slot is unsafe by nature"
 )]
 
+use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvm_bindings::{KVM_PIT_SPEAKER_DUMMY, kvm_pit_config, kvm_userspace_memory_region};
-use kvm_ioctls::{Cap, Kvm, VmFd};
+use kvm_bindings::{
+    KVM_PIT_SPEAKER_DUMMY, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_pit_config,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
+use ringside_vfio::device::Mapping;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
@@ -49,12 +54,26 @@ pub enum Error {
     },
 }
 
-#[derive(Default)]
-struct Slots {
-    next: u32,
-    /// Mappings that KVM holds addresses of. They live as long as the VM.
-    held: Vec<GuestMemoryMmap>,
+/// What is behind a slot. KVM holds its address.
+#[derive(Clone)]
+enum Backing {
+    /// RAM stays as long as the VM.
+    Ram {
+        /// Only held.
+        _memory: GuestMemoryMmap,
+    },
+    /// Device memory comes and goes.
+    Device {
+        /// Only held.
+        _mapping: Arc<Mapping>,
+    },
 }
+
+/// Names a piece of device memory in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct SlotId(pub(crate) u32);
+
+type Slots = BTreeMap<u32, Backing>;
 
 /// A KVM virtual machine without processors.
 pub struct Vm {
@@ -120,22 +139,73 @@ impl Vm {
         &self.fd
     }
 
+    /// KVM's own VFIO device, which is told of each device that the guest gets.
+    pub fn create_vfio_device(&self) -> Result<DeviceFd, Error> {
+        let mut device = kvm_create_device {
+            type_: kvm_device_type_KVM_DEV_TYPE_VFIO,
+            ..Default::default()
+        };
+        self.fd
+            .create_device(&mut device)
+            .map_err(|e| Error::Create {
+                action: "create its VFIO device (is the module kvm-vfio part of this kernel?)",
+                source: e.into(),
+            })
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Slots> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Makes `ram` the guest's RAM. The VM keeps its mapping alive.
     pub fn add_ram(&self, ram: &GuestRam) -> Result<(), Error> {
-        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        // First: a slot that was made is there also if the next one fails.
-        slots.held.push(ram.memory().clone());
+        let mut slots = self.slots();
         for region in ram.memory().iter() {
-            let slot = slots.next;
-            slots.next += 1;
-            self.set_slot(
-                slot,
-                region.start_addr().0,
-                region.len(),
-                region.as_ptr() as u64,
-            )?;
+            let backing = Backing::Ram {
+                _memory: ram.memory().clone(),
+            };
+            let (start, size) = (region.start_addr().0, region.len());
+            self.add_slot(&mut slots, start, size, region.as_ptr() as u64, backing)?;
         }
         Ok(())
+    }
+
+    /// Lets the guest reach device memory at `start` without an exit.
+    pub fn map(&self, start: u64, mapping: &Arc<Mapping>) -> Result<SlotId, Error> {
+        let backing = Backing::Device {
+            _mapping: Arc::clone(mapping),
+        };
+        let (size, host) = (mapping.size(), mapping.address());
+        self.add_slot(&mut self.slots(), start, size, host, backing)
+    }
+
+    /// Undoes [`Vm::map`].
+    pub fn unmap(&self, slot: SlotId) {
+        let mut slots = self.slots();
+        if !matches!(slots.get(&slot.0), Some(Backing::Device { .. })) {
+            return;
+        }
+        // A slot of size 0 goes (KVM_SET_USER_MEMORY_REGION).
+        match self.set_slot(slot.0, 0, 0, 0) {
+            Ok(()) => drop(slots.remove(&slot.0)),
+            Err(error) => tracing::error!(%error, "device memory stays in the guest"),
+        }
+    }
+
+    fn add_slot(
+        &self,
+        slots: &mut Slots,
+        start: u64,
+        size: u64,
+        host: u64,
+        backing: Backing,
+    ) -> Result<SlotId, Error> {
+        let slot = (0..u32::MAX)
+            .find(|slot| !slots.contains_key(slot))
+            .unwrap_or(u32::MAX);
+        self.set_slot(slot, start, size, host)?;
+        slots.insert(slot, backing);
+        Ok(SlotId(slot))
     }
 
     fn set_slot(&self, slot: u32, start: u64, size: u64, host: u64) -> Result<(), Error> {
@@ -146,8 +216,8 @@ impl Vm {
             memory_size: size,
             userspace_addr: host,
         };
-        // SAFETY: the caller passes the address and length of a mapping that it has stored in `slots`,
-        // where it stays as long as `self`; nothing runs the VM longer than that.
+        // SAFETY: the caller passes the address and length of a mapping that it holds and keeps in `slots` as long as KVM
+        // has the slot; nothing runs the VM longer than `self` lives.
         unsafe { self.fd.set_user_memory_region(region) }.map_err(|e| Error::Slot {
             start,
             size,
@@ -175,5 +245,28 @@ mod tests {
         let (vm, ram) = (Vm::new().unwrap(), ram.unwrap());
         vm.add_ram(&ram).unwrap();
         assert!(matches!(vm.add_ram(&ram), Err(Error::Slot { .. })));
+    }
+
+    #[test]
+    fn device_memory_comes_and_goes() {
+        if !has_kvm("device_memory_comes_and_goes") {
+            return;
+        }
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8192).unwrap();
+        let mapping = Arc::new(Mapping::new(&file, 0, 8192).unwrap());
+        let vm = Vm::new().unwrap();
+        let start = 0xc000_0000;
+        let slot = vm.map(start, &mapping).unwrap();
+        assert!(matches!(
+            vm.map(start + 4096, &mapping),
+            Err(Error::Slot { .. })
+        ));
+        vm.unmap(slot);
+        let again = vm.map(start + 4096, &mapping).unwrap();
+        assert_eq!(again, slot, "slots are used again");
+        vm.unmap(again);
+        vm.unmap(again);
+        assert_eq!(Arc::strong_count(&mapping), 1);
     }
 }

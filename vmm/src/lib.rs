@@ -1,5 +1,5 @@
 //! A minimal KVM virtual machine monitor. Of the workspace's crates it may depend on `ringside-rings`
-//! and `ringside-vfio`, and so far needs neither; never on the back-ends: it meets them over a Unix
+//! (which it does not need so far) and `ringside-vfio`; never on the back-ends: it meets them over a Unix
 //! socket.
 //!
 //! One file, or one folder, for each concern; each row builds on those above it:
@@ -9,24 +9,30 @@
 //! | [`config`] | command line and configuration file, merged and checked |
 //! | [`layout`] | where everything is in the guest's address spaces |
 //! | [`exit`] | why the virtual machine ends |
+//! | [`complaints`] | a limit on what a guest can make us log |
 //! | [`event_loop`] | the control thread: signals, and whatever devices wait for |
 //! | [`memory`] | guest RAM, one sealed memfd that peers can map |
 //! | [`kvm`] | the VM: its memory slots, in-kernel interrupt controllers and timer |
 //! | [`irq`] | GSIs, MSI routes and irqfds |
 //! | [`bus`] | which device answers a port or MMIO access |
 //! | [`devices`] | serial port, RTC, power, reset, panic |
+//! | `listener` | Unix sockets that the VMM listens on |
+//! | [`api`] | the control socket |
 //! | [`console`], [`terminal`] | the host's end of the serial port |
 //! | [`pci`] | host bridge, configuration space, BARs, MSI-X |
 //! | [`virtio`] | the virtio PCI transport |
 //! | [`vhost_user`] | the front-end of the vhost-user protocol: devices served by other processes |
+//! | [`vfio`] | functions of the host's PCI bus in the hands of the guest |
 //! | [`acpi`], [`boot`] | what the guest finds in its memory when it starts |
 //! | [`cpu`], [`vcpu`] | processors: their first state, their threads and exits |
 //! | [`machine`] | all of it put together |
 #![deny(unsafe_code)]
 
 pub mod acpi;
+pub mod api;
 pub mod boot;
 pub mod bus;
+pub mod complaints;
 pub mod config;
 pub mod console;
 pub mod cpu;
@@ -36,6 +42,7 @@ pub mod exit;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
+mod listener;
 pub mod machine;
 pub mod memory;
 pub mod pci;
@@ -43,5 +50,6 @@ pub mod terminal;
 #[cfg(test)]
 mod testing;
 pub mod vcpu;
+pub mod vfio;
 pub mod vhost_user;
 pub mod virtio;

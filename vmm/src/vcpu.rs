@@ -330,6 +330,8 @@ mod tests {
     use crate::layout;
     use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize, Size};
     use crate::testing::has_kvm;
+    use ringside_vfio::device::Mapping;
+    use std::os::unix::fs::FileExt;
     use std::sync::Mutex;
     use std::time::Instant;
     use vm_memory::{Bytes, GuestAddress};
@@ -482,6 +484,39 @@ mod tests {
         assert_eq!(guest.run(), ExitReason::PowerOff);
         let expected = [b"ab", b"cd", b"ef"].map(|pair| (0, pair.to_vec()));
         assert_eq!(device.lock().unwrap().0, expected);
+    }
+
+    /// A BAR of which one page is mapped and the next one is not: only the latter is answered here.
+    #[test]
+    fn mapped_device_memory_does_not_leave_the_guest() {
+        if !has_kvm("mapped_device_memory_does_not_leave_the_guest") {
+            return;
+        }
+        let mut code = vec![
+            0xb8, 0x00, 0x00, 0x00, 0xc0, // mov eax, 0xc0000000
+            0x8b, 0x48, 0x08, // mov ecx, [rax + 8]
+            0x89, 0x48, 0x10, // mov [rax + 16], ecx
+            0x89, 0x88, 0x00, 0x10, 0x00, 0x00, // mov [rax + 0x1000], ecx
+        ];
+        code.extend(POWER_OFF);
+        let guest = Guest::new(&code);
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        file.write_all_at(b"data", 8).unwrap();
+        let mapping = Arc::new(Mapping::new(&file, 0, 4096).unwrap());
+        guest.context.vm.map(0xc000_0000, &mapping).unwrap();
+        let device = recorder();
+        let bar = guest
+            .context
+            .mmio
+            .insert(0xc000_0000, 0x2000, device.clone());
+        bar.unwrap();
+        with_power(&guest);
+        assert_eq!(guest.run(), ExitReason::PowerOff);
+        assert_eq!(device.lock().unwrap().0, [(0x1000, b"data".to_vec())]);
+        let mut written = [0; 4];
+        file.read_exact_at(&mut written, 16).unwrap();
+        assert_eq!(&written, b"data");
     }
 
     #[test]

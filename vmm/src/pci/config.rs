@@ -6,7 +6,8 @@ use super::bits::*;
 /// Why a function cannot be built like that.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
-    /// Sizes of BARs are powers of two from 16 bytes on.
+    /// Sizes of BARs are powers of two: from 16 bytes on, from 2 KiB on for a ROM, and below 4 GiB unless the
+    /// address has 64 bits.
     #[error("a BAR of {size:#x} bytes is impossible")]
     BarSize {
         /// The size in bytes.
@@ -43,13 +44,39 @@ pub struct Identity {
     pub subsystem: u16,
 }
 
+/// What a base address register looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BarKind {
+    /// Memory below 4 GiB; one register.
+    Memory32 {
+        /// Reads have no side effects.
+        prefetchable: bool,
+    },
+    /// Memory anywhere; two registers.
+    Memory64 {
+        /// Reads have no side effects.
+        prefetchable: bool,
+    },
+    /// The expansion ROM, register [`ROM_BAR`]; it has an enable bit of its own.
+    Rom,
+}
+
+/// One base address register, or two.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bar {
+    /// Size in bytes.
+    pub size: u64,
+    /// What it looks like.
+    pub kind: BarKind,
+}
+
 /// The configuration space of a function. All accesses are safe for any offset and width.
 #[derive(Clone, Debug)]
 pub struct ConfigSpace {
     bytes: Vec<u8>,
     /// The bits of `bytes` that software can change.
     writable: Vec<u8>,
-    bars: [Option<u64>; BAR_COUNT],
+    bars: [Option<Bar>; DECODER_COUNT],
     /// Where the offset of the next capability is to be stored.
     link: usize,
     free: usize,
@@ -58,13 +85,7 @@ pub struct ConfigSpace {
 impl ConfigSpace {
     /// A function without BARs and capabilities.
     pub fn new(identity: Identity) -> Self {
-        let mut space = Self {
-            bytes: vec![0; CONFIG_SIZE],
-            writable: vec![0; CONFIG_SIZE],
-            bars: [None; BAR_COUNT],
-            link: CAPABILITIES_POINTER,
-            free: HEADER_SIZE,
-        };
+        let mut space = Self::with_registers(&[]);
         space.set(VENDOR_ID, &identity.vendor.to_le_bytes());
         space.set(DEVICE_ID, &identity.device.to_le_bytes());
         space.set(REVISION_ID, &[identity.revision]);
@@ -80,27 +101,63 @@ impl ConfigSpace {
         space
     }
 
-    /// Adds a 64-bit memory BAR in the registers `index` and `index + 1`.
-    pub fn add_bar(&mut self, index: usize, size: u64, prefetchable: bool) -> Result<(), Error> {
-        if !size.is_power_of_two() || size < 16 {
+    /// A function that shows `registers`, none of which software can change so far, and that has no BARs.
+    pub fn with_registers(registers: &[u8]) -> Self {
+        let mut space = Self {
+            bytes: vec![0; CONFIG_SIZE],
+            writable: vec![0; CONFIG_SIZE],
+            bars: [None; DECODER_COUNT],
+            link: CAPABILITIES_POINTER,
+            free: HEADER_SIZE,
+        };
+        space.set(0, registers);
+        space
+    }
+
+    /// Adds a BAR at register `index`; a 64-bit one takes the next register, too, and a ROM is at [`ROM_BAR`].
+    pub fn add_bar(&mut self, index: usize, size: u64, kind: BarKind) -> Result<(), Error> {
+        let least = if kind == BarKind::Rom { 2048 } else { 16 };
+        let narrow = !matches!(kind, BarKind::Memory64 { .. });
+        if !size.is_power_of_two() || size < least || (narrow && size > 1 << 31) {
             return Err(Error::BarSize { size });
         }
-        let taken = |i: usize| self.bars.get(i).is_none_or(Option::is_some);
+        let taken = |i: usize| i >= BAR_COUNT || self.bars.get(i).is_none_or(Option::is_some);
         let upper_half = index
             .checked_sub(1)
-            .is_some_and(|i| taken(i) && i < BAR_COUNT);
-        if taken(index) || taken(index + 1) || upper_half {
+            .and_then(|i| self.bars.get(i).copied().flatten())
+            .is_some_and(|bar| matches!(bar.kind, BarKind::Memory64 { .. }));
+        let possible = match kind {
+            BarKind::Rom => index == ROM_BAR && self.bar(ROM_BAR).is_none(),
+            BarKind::Memory32 { .. } => !taken(index) && !upper_half,
+            BarKind::Memory64 { .. } => !taken(index) && !taken(index + 1) && !upper_half,
+        };
+        if !possible {
             return Err(Error::BarIndex { index });
         }
         if let Some(bar) = self.bars.get_mut(index) {
-            *bar = Some(size);
+            *bar = Some(Bar { size, kind });
         }
-        let flags = BAR_MEMORY_64 | if prefetchable { BAR_PREFETCHABLE } else { 0 };
-        let register = BAR0 + 4 * index;
-        self.set(register, &u64::from(flags).to_le_bytes());
         // Sizing (PCI Express 5.0, 7.5.1.2.1) follows: address bits below the size read as zero.
-        let mask = !(size - 1) & !BAR_MEMORY_FLAGS;
-        self.set_writable(register, &mask.to_le_bytes());
+        let [.., low] = halves(!(size - 1));
+        let flags = |prefetchable| if prefetchable { BAR_PREFETCHABLE } else { 0 };
+        match kind {
+            BarKind::Memory64 { prefetchable } => {
+                let register = BAR0 + 4 * index;
+                let flags = u64::from(BAR_MEMORY_64 | flags(prefetchable));
+                self.set(register, &flags.to_le_bytes());
+                let mask = !(size - 1) & !BAR_MEMORY_FLAGS;
+                self.set_writable(register, &mask.to_le_bytes());
+            }
+            BarKind::Memory32 { prefetchable } => {
+                let register = BAR0 + 4 * index;
+                self.set(register, &flags(prefetchable).to_le_bytes());
+                self.set_writable(register, &low.to_le_bytes());
+            }
+            BarKind::Rom => {
+                self.set(ROM_ADDRESS, &[0; 4]);
+                self.set_writable(ROM_ADDRESS, &(low | ROM_ENABLE).to_le_bytes());
+            }
+        }
         Ok(())
     }
 
@@ -160,7 +217,8 @@ impl ConfigSpace {
         put(&mut self.bytes, offset, data);
     }
 
-    fn set_writable(&mut self, offset: usize, mask: &[u8]) {
+    /// Says which bits software can change.
+    pub fn set_writable(&mut self, offset: usize, mask: &[u8]) {
         put(&mut self.writable, offset, mask);
     }
 
@@ -178,31 +236,51 @@ impl ConfigSpace {
         u32::from_le_bytes(data)
     }
 
-    /// Size in bytes of the BAR that starts at register `index`, if there is one.
-    pub fn bar_size(&self, index: usize) -> Option<u64> {
+    /// The BAR that starts at register `index`, if there is one.
+    pub fn bar(&self, index: usize) -> Option<Bar> {
         self.bars.get(index).copied().flatten()
     }
 
     /// The address in a BAR, whether or not it is decoded.
     pub fn bar_address(&self, index: usize) -> Option<u64> {
-        self.bar_size(index)?;
-        let mut data = [0; 8];
-        self.read(BAR0 + 4 * index, &mut data);
-        Some(u64::from_le_bytes(data) & !BAR_MEMORY_FLAGS)
+        let register = BAR0 + 4 * index;
+        match self.bar(index)?.kind {
+            BarKind::Memory64 { .. } => {
+                let [low, high] = [self.u32(register), self.u32(register + 4)].map(u64::from);
+                Some((high << 32 | low) & !BAR_MEMORY_FLAGS)
+            }
+            BarKind::Memory32 { .. } => Some(u64::from(self.u32(register)) & !BAR_MEMORY_FLAGS),
+            BarKind::Rom => Some((self.u32(ROM_ADDRESS) & ROM_ADDRESS_MASK).into()),
+        }
     }
 
     /// The address that the function answers at for a BAR, if memory accesses are on.
     pub fn decoded_bar(&self, index: usize) -> Option<u64> {
-        let enabled = self.u16(COMMAND) & COMMAND_MEMORY != 0;
+        let enabled = self.u16(COMMAND) & COMMAND_MEMORY != 0
+            && (index != ROM_BAR || self.u32(ROM_ADDRESS) & ROM_ENABLE != 0);
         self.bar_address(index).filter(|_| enabled)
     }
 
     /// Puts a BAR somewhere, as firmware does.
     pub fn place_bar(&mut self, index: usize, address: u64) {
-        if self.bar_size(index).is_some() {
-            self.write(BAR0 + 4 * index, &address.to_le_bytes());
+        let [high, low] = halves(address);
+        let register = BAR0 + 4 * index;
+        match self.bar(index).map(|bar| bar.kind) {
+            Some(BarKind::Memory64 { .. }) => {
+                self.write(register, &low.to_le_bytes());
+                self.write(register + 4, &high.to_le_bytes());
+            }
+            Some(BarKind::Memory32 { .. }) => self.write(register, &low.to_le_bytes()),
+            Some(BarKind::Rom) => self.write(ROM_ADDRESS, &low.to_le_bytes()),
+            None => {}
         }
     }
+}
+
+/// The upper and the lower 32 bits.
+fn halves(value: u64) -> [u32; 2] {
+    let [a, b, c, d, e, f, g, h] = value.to_be_bytes();
+    [[a, b, c, d], [e, f, g, h]].map(u32::from_be_bytes)
 }
 
 fn put(bytes: &mut [u8], offset: usize, data: &[u8]) {
@@ -216,6 +294,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    const WIDE: BarKind = BarKind::Memory64 { prefetchable: true };
+    const NARROW: BarKind = BarKind::Memory32 {
+        prefetchable: false,
+    };
+
     fn space() -> ConfigSpace {
         let mut space = ConfigSpace::new(Identity {
             vendor: 0x1af4,
@@ -225,7 +308,7 @@ mod tests {
             subsystem_vendor: 0x1af4,
             subsystem: 0x42,
         });
-        space.add_bar(0, 0x1_0000, true).unwrap();
+        space.add_bar(0, 0x1_0000, WIDE).unwrap();
         space.add_express_capability().unwrap();
         space
             .add_capability(CAP_MSIX, &[0; 10], &[0, 0xc0])
@@ -261,18 +344,55 @@ mod tests {
     }
 
     #[test]
+    fn narrow_bars_and_roms_are_sized_and_moved() {
+        let mut space = space();
+        space.add_bar(2, 0x100, NARROW).unwrap();
+        space.add_bar(ROM_BAR, 0x1_0000, BarKind::Rom).unwrap();
+        space.write(BAR0 + 8, &[0xff; 4]);
+        space.write(ROM_ADDRESS, &[0xff; 4]);
+        assert_eq!(space.u32(BAR0 + 8), 0xffff_ff00);
+        assert_eq!(space.u32(BAR0 + 12), 0);
+        assert_eq!(space.u32(ROM_ADDRESS), 0xffff_0001);
+        space.write(COMMAND, &COMMAND_MEMORY.to_le_bytes());
+        space.place_bar(2, 0xc000_0100);
+        space.place_bar(ROM_BAR, 0xc001_0000);
+        assert_eq!(space.decoded_bar(2), Some(0xc000_0100));
+        assert_eq!(space.bar_address(ROM_BAR), Some(0xc001_0000));
+        assert_eq!(space.decoded_bar(ROM_BAR), None, "not enabled");
+        space.write(ROM_ADDRESS, &0xc001_0001_u32.to_le_bytes());
+        assert_eq!(space.decoded_bar(ROM_BAR), Some(0xc001_0000));
+    }
+
+    #[test]
     fn impossible_bars_are_refused() {
         let mut space = space();
-        for size in [0, 1, 8, 24] {
-            assert_eq!(space.add_bar(2, size, false), Err(Error::BarSize { size }));
+        for (size, kind) in [
+            (0, WIDE),
+            (1, WIDE),
+            (8, NARROW),
+            (24, WIDE),
+            (1 << 32, NARROW),
+            (1024, BarKind::Rom),
+        ] {
+            let error = Err(Error::BarSize { size });
+            assert_eq!(space.add_bar(2, size, kind), error);
         }
-        for index in [0, 1, 5, 6, usize::MAX - 1] {
-            assert_eq!(
-                space.add_bar(index, 16, false),
-                Err(Error::BarIndex { index })
-            );
+        for (index, kind) in [
+            (0, WIDE),
+            (1, WIDE),
+            (1, NARROW),
+            (5, WIDE),
+            (6, NARROW),
+            (5, BarKind::Rom),
+            (usize::MAX - 1, WIDE),
+        ] {
+            let error = Err(Error::BarIndex { index });
+            assert_eq!(space.add_bar(index, 4096, kind), error);
         }
-        space.add_bar(4, 16, false).unwrap();
+        space.add_bar(4, 16, WIDE).unwrap();
+        assert!(space.add_bar(5, 16, NARROW).is_err());
+        space.add_bar(2, 16, NARROW).unwrap();
+        space.add_bar(3, 16, NARROW).unwrap();
     }
 
     #[test]

@@ -1,20 +1,24 @@
-//! PCI Express: a host bridge with its configuration mechanisms, what a function must implement to
-//! sit on bus 0, and MSI-X.
+//! PCI Express: a host bridge with its configuration mechanisms, root ports with hot-plug slots, what a
+//! function must implement to sit on a bus, and message-signalled interrupts.
 //!
 //! | module | concern |
 //! | --- | --- |
 //! | [`bits`] | numbers of the specifications |
 //! | [`config`] | one function's configuration space |
-//! | [`host`] | bus 0: configuration accesses, placing of BARs |
+//! | [`host`] | bus 0 and those behind its ports: configuration accesses, placing of BARs |
+//! | [`port`] | a root port with a slot |
 //! | [`msix`] | message-signalled interrupts |
+//! | [`msi`] | their older form, in configuration space |
 
 pub mod bits;
 pub mod config;
 pub mod host;
+pub mod msi;
 pub mod msix;
+pub mod port;
 
 pub use config::ConfigSpace;
-pub use host::{PciRoot, Windows};
+pub use host::{PciRoot, PortId, SharedFunction, SharedRoot, Windows};
 pub use msix::InterruptRouting;
 
 /// A function on the bus.
@@ -42,6 +46,11 @@ pub trait PciFunction: Send {
 
     /// Writes inside a BAR.
     fn write_bar(&mut self, bar: usize, offset: u64, data: &[u8]);
+
+    /// The function was put on a bus; its pins A to D lead to these GSIs.
+    fn plugged(&mut self, intx_gsis: [u32; 4]) {
+        let _ = intx_gsis;
+    }
 
     /// The BAR is now at another address, or nowhere.
     fn bar_moved(&mut self, bar: usize, from: Option<u64>, to: Option<u64>) {

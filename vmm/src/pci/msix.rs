@@ -176,6 +176,11 @@ impl Msix {
         self.sources.get(source).map(|s| &s.event)
     }
 
+    /// The eventfds of all sources, in order.
+    pub fn events(&self) -> Vec<&EventFd> {
+        self.sources.iter().map(|source| &source.event).collect()
+    }
+
     /// Assigns a source to a vector, or to none. Returns whether there is such a vector.
     pub fn assign(&mut self, source: usize, vector: Option<u16>) -> bool {
         if vector.is_some_and(|v| v >= self.vector_count()) {
@@ -206,6 +211,15 @@ impl Msix {
                 }
                 _ => {}
             }
+        }
+    }
+
+    /// Sets a vector's message and mask, as writes to the table would.
+    pub fn program(&mut self, vector: u16, message: MsiMessage, masked: bool) {
+        if let Some(entry) = self.vectors.get_mut(usize::from(vector)) {
+            entry.message = message;
+            entry.control = if masked { MSIX_VECTOR_MASKED } else { 0 };
+            self.update_vector(vector.into());
         }
     }
 
@@ -262,6 +276,10 @@ impl Msix {
                 return;
             }
         }
+        self.update_vector(vector);
+    }
+
+    fn update_vector(&mut self, vector: usize) {
         for source in 0..self.sources.len() {
             if self.assigned(source).map(usize::from) == Some(vector) {
                 self.update(source);
@@ -453,7 +471,7 @@ pub(crate) mod tests {
         }
     }
 
-    fn program(msix: &mut Msix, vector: u64, data: u32) {
+    pub(crate) fn program(msix: &mut Msix, vector: u64, data: u32) {
         msix.write_table(vector * 16, &0xfee0_1000_u32.to_le_bytes());
         msix.write_table(vector * 16 + 4, &0u32.to_le_bytes());
         msix.write_table(vector * 16 + 8, &data.to_le_bytes());

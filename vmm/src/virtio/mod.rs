@@ -27,6 +27,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use pci::VirtioPci;
 
+use crate::complaints::Complaints;
+
 /// A queue as the driver set it up. Addresses are guest-physical and not checked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Queue {
@@ -88,7 +90,7 @@ pub struct Notifier {
     /// Bits of the status register that the device sets itself.
     status: AtomicU8,
     isr: AtomicU8,
-    complaints: AtomicU8,
+    complaints: Complaints,
     event: Mutex<Option<EventFd>>,
 }
 
@@ -113,14 +115,9 @@ impl Notifier {
         }
     }
 
-    /// Whether to log another trouble of this device. A guest that provokes them for ever must not
-    /// fill the disk with logs.
+    /// Whether to log another trouble of this device.
     pub fn may_complain(&self) -> bool {
-        const LIMIT: u8 = 20;
-        let next = |n: u8| (n < LIMIT).then_some(n + 1);
-        self.complaints
-            .fetch_update(Ordering::SeqCst, Ordering::SeqCst, next)
-            .is_ok()
+        self.complaints.may_complain()
     }
 
     /// Takes NEEDS_RESET back, when the device was reset.

@@ -23,7 +23,7 @@ use super::bits::*;
 use super::common::{self, Action, CommonConfig, External};
 use super::{Activation, ActiveQueue, Notifier, VirtioDevice};
 use crate::pci::bits::{CAP_VENDOR, COMMAND, COMMAND_BUS_MASTER, CONFIG_SIZE};
-use crate::pci::config::{self, ConfigSpace, Identity};
+use crate::pci::config::{self, BarKind, ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, new_event};
 use crate::pci::{InterruptRouting, PciFunction};
 
@@ -121,7 +121,7 @@ impl VirtioPci {
             subsystem_vendor: PCI_VENDOR,
             subsystem: 0x40u16.saturating_add(kind),
         });
-        config.add_bar(BAR, BAR_SIZE, true)?;
+        config.add_bar(BAR, BAR_SIZE, BarKind::Memory64 { prefetchable: true })?;
         config.add_express_capability()?;
         let msix = Msix::new(routing, vectors, queues + 1)?;
         let msix_capability =
