@@ -174,6 +174,16 @@ fn parse_packets(table: &str, interface: &str) -> Option<Packets> {
 /// Sum of the interrupts in a guest's `/proc/interrupts` whose line contains `part` (such as `virtio1-`).
 #[must_use]
 pub fn sum_interrupts(table: &str, part: &str) -> u64 {
+    sum_lines(table, |line| line.contains(part))
+}
+
+/// As [`sum_interrupts`], of one kind only: `IO-APIC` (which INTx comes by), `PCI-MSI-` or `PCI-MSIX-`.
+#[must_use]
+pub fn sum_interrupts_by(table: &str, kind: &str, part: &str) -> u64 {
+    sum_lines(table, |line| line.contains(kind) && line.contains(part))
+}
+
+fn sum_lines(table: &str, counts: impl Fn(&str) -> bool) -> u64 {
     let cpus = table
         .lines()
         .next()
@@ -181,7 +191,7 @@ pub fn sum_interrupts(table: &str, part: &str) -> u64 {
     table
         .lines()
         .skip(1)
-        .filter(|line| line.contains(part))
+        .filter(|line| counts(line))
         .flat_map(|line| line.split_whitespace().skip(1).take(cpus))
         .filter_map(|word| word.parse::<u64>().ok())
         .sum()
@@ -221,5 +231,7 @@ mod tests {
                      25:   1   0   PCI-MSIX-0000:00:03.0   1-edge   virtio2-req.0\n";
         assert_eq!(sum_interrupts(table, "virtio1-"), 12);
         assert_eq!(sum_interrupts(table, "virtio"), 13);
+        assert_eq!(sum_interrupts_by(table, "PCI-MSIX-", "virtio2-"), 1);
+        assert_eq!(sum_interrupts_by(table, "PCI-MSI-", "virtio"), 0);
     }
 }

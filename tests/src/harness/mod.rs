@@ -13,7 +13,7 @@ mod sriov;
 pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
 pub use counters::{
     EventCounts, IOCTL, KVM_EXIT, KVM_MMIO, KVM_PIO, KVM_USERSPACE_EXIT, Packets, SYSTEM_CALL,
-    URING_REQUEST, flushes, packets, sum_interrupts,
+    URING_REQUEST, flushes, packets, sum_interrupts, sum_interrupts_by,
 };
 pub use daemon::Daemon;
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};

@@ -3,7 +3,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use serde_json::Value;
 
 use crate::command;
 use crate::error::{Doing, LabError, Result};
+use crate::setup::sorted_names;
 use crate::site::{Place, Site};
 
 /// Where sysfs has the PCI functions.
@@ -19,7 +19,7 @@ const DEVICES: &str = "/sys/bus/pci/devices";
 const COMMAND_LIMIT: Duration = Duration::from_secs(10);
 /// How long a driver may take to show its device, on plain hardware.
 const DRIVER_LIMIT: Duration = Duration::from_secs(5);
-/// How often it is looked for.
+/// How often something is looked for.
 const POLL: Duration = Duration::from_millis(50);
 
 /// A device of the lab VM.
@@ -236,16 +236,28 @@ pub fn ringside_vfio(site: &Site, arguments: &[&str]) -> Result<String> {
 /// The names in a directory of a PCI function, such as `net`, once there are any.
 pub(super) fn wait_for_names(site: &Site, address: &str, directory: &str) -> Result<Vec<String>> {
     let path: PathBuf = [DEVICES, address, directory].iter().collect();
-    let limit = site.limit(DRIVER_LIMIT);
+    let what = format!("an entry in {}", path.display());
+    wait_until(site, DRIVER_LIMIT, &what, || {
+        sorted_names(&path).ok().filter(|names| !names.is_empty())
+    })
+}
+
+/// Waits until `look` finds something; the limit is for plain hardware.
+pub(super) fn wait_until<T>(
+    site: &Site,
+    limit: Duration,
+    what: &str,
+    mut look: impl FnMut() -> Option<T>,
+) -> Result<T> {
+    let limit = site.limit(limit);
     let deadline = Instant::now() + limit;
     loop {
-        let names = crate::setup::sorted_names(&path).unwrap_or_default();
-        if !names.is_empty() {
-            return Ok(names);
+        if let Some(value) = look() {
+            return Ok(value);
         }
         if Instant::now() > deadline {
             return Err(LabError::TimedOut {
-                what: format!("an entry in {}", path.display()),
+                what: what.into(),
                 limit,
                 output: String::new(),
             });
@@ -256,11 +268,7 @@ pub(super) fn wait_for_names(site: &Site, address: &str, directory: &str) -> Res
 
 /// Loads a module of the kernel.
 pub(super) fn load(module: &str) -> Result<()> {
-    command::run(
-        Command::new("modprobe").arg(module),
-        Duration::from_secs(60),
-    )
-    .map(drop)
+    command::run_line(&format!("modprobe {module}")).map(drop)
 }
 
 #[cfg(test)]

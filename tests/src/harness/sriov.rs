@@ -2,13 +2,13 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use super::passthrough::{Device, VirtualFunctions, load, ringside_vfio, wait_for_names};
+use super::passthrough::{
+    Device, VirtualFunctions, load, ringside_vfio, wait_for_names, wait_until,
+};
 use crate::command;
-use crate::error::{LabError, Result};
+use crate::error::Result;
 use crate::setup::sorted_names;
 use crate::site::Site;
 
@@ -23,8 +23,6 @@ const BELOW_SYS: [(&str, &str); 2] = [
 const LINK_LIMIT: Duration = Duration::from_secs(10);
 /// How long a disk may take to come and go, on plain hardware.
 const DISK_LIMIT: Duration = Duration::from_secs(5);
-/// How often either is looked for.
-const POLL: Duration = Duration::from_millis(50);
 
 /// The network card with SR-IOV. Its interface is in the test's own namespace, and goes back to the lab VM's own when that ends.
 /// The card switches between the physical function, the virtual ones and the cable.
@@ -197,7 +195,7 @@ impl NvmePf {
         if let Some(disk) = self.disk_of_spare() {
             return Ok(self.host_namespace(disk));
         }
-        self.attach("attach-ns")?;
+        change_attachment(&self.controller(), "attach-ns")?;
         let disk = wait_until(
             &self.site,
             DISK_LIMIT,
@@ -212,10 +210,6 @@ impl NvmePf {
             disk,
             controller: self.controller(),
         }
-    }
-
-    fn attach(&self, verb: &str) -> Result<()> {
-        change_attachment(&self.controller(), verb)
     }
 
     /// The block device of the spare namespace, if the host has it.
@@ -256,33 +250,10 @@ impl Drop for HostNamespace {
 
 /// Attaches the spare namespace to the physical function's controller, which is number 0 of the subsystem, or detaches it.
 fn change_attachment(controller: &Path, verb: &str) -> Result<()> {
-    let mut nvme = Command::new("nvme");
-    nvme.arg(verb)
-        .arg(controller)
-        .args(["--controllers", "0", "--namespace-id"]);
-    nvme.arg(NvmePf::SPARE_NAMESPACE.to_string());
-    command::run(&mut nvme, Duration::from_secs(60)).map(drop)
-}
-
-fn wait_until<T>(
-    site: &Site,
-    limit: Duration,
-    what: &str,
-    mut look: impl FnMut() -> Option<T>,
-) -> Result<T> {
-    let limit = site.limit(limit);
-    let deadline = Instant::now() + limit;
-    loop {
-        if let Some(value) = look() {
-            return Ok(value);
-        }
-        if Instant::now() > deadline {
-            return Err(LabError::TimedOut {
-                what: what.into(),
-                limit,
-                output: String::new(),
-            });
-        }
-        thread::sleep(POLL);
-    }
+    command::run_line(&format!(
+        "nvme {verb} {} --namespace-id={} --controllers=0",
+        controller.display(),
+        NvmePf::SPARE_NAMESPACE
+    ))
+    .map(drop)
 }

@@ -1,6 +1,5 @@
 //! Devices that are passed through to a guest: made ready by ringside-vfio, and under stock QEMU as the reference.
 
-use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
@@ -9,12 +8,12 @@ use serde_json::Value;
 use super::Test;
 use crate::command;
 use crate::ensure;
-use crate::error::{Doing, LabError, Result};
+use crate::error::{LabError, Result};
 use crate::harness::{
     Assigned, Device, Guest, Igb, KernelLog, NvmePf, PciId, Registers, Transfer, Vmm, dma_fault,
-    edu_transfer, igbvf_transmit_from, packets, sum_interrupts,
+    edu_transfer, igbvf_transmit_from, packets, ringside_vfio, sum_interrupts_by,
 };
-use crate::site::{Place, Site};
+use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
     Test {
@@ -50,42 +49,12 @@ const HOST_LIMIT: Duration = Duration::from_secs(60);
 
 /// Two virtual functions of the lab's network card, each in an IOMMU group of its own, so that a guest could have them.
 fn lists_virtual_functions(site: &Site) -> Result<()> {
-    if site.place != Place::Lab {
-        return Err(LabError::Skipped(
-            "a machine's own SR-IOV devices are left alone".into(),
-        ));
-    }
-    command::run_line("modprobe igb")?;
-    let list = |arguments: &[&str]| -> Result<String> {
-        let mut program = site.program("ringside-vfio");
-        command::run(
-            program.arg("list").args(arguments),
-            site.limit(Duration::from_secs(5)),
-        )
-    };
-    let devices = |text: &str| -> Result<Vec<Value>> {
-        serde_json::from_str::<Value>(text)
-            .ok()
-            .and_then(|answer| answer.get("devices")?.as_array().cloned())
-            .ok_or_else(|| LabError::Protocol {
-                from: "ringside-vfio",
-                text: text.into(),
-            })
-    };
-    let before = devices(&list(&["--json"])?)?;
-    // The NVMe controller has SR-IOV too.
-    let pf = before
-        .iter()
-        .find(|device| device.get("driver") == Some(&"igb".into()))
-        .and_then(|device| device.get("address")?.as_str())
-        .ok_or_else(|| LabError::Check("the lab's network card is not listed".into()))?;
-    let switch = format!("/sys/bus/pci/devices/{pf}/sriov_numvfs");
-    fs::write(&switch, "2").doing(|| format!("write {switch}"))?;
-    let table = list(&[]);
-    let text = list(&["--json"]);
-    fs::write(&switch, "0").doing(|| format!("write {switch}"))?;
-    let after = devices(&text?)?;
-    let table = table?;
+    let igb = Igb::take(site)?;
+    let before = listed(site)?;
+    let functions = igb.create::<2>(&["--driver", "none"])?;
+    let table = ringside_vfio(site, &["list"])?;
+    let after = listed(site)?;
+    functions.destroy()?;
     print!("{table}");
     let groups: Vec<&Value> = after
         .iter()
@@ -105,6 +74,18 @@ fn lists_virtual_functions(site: &Site) -> Result<()> {
         "a virtual function shares its IOMMU group:\n{table}"
     );
     Ok(())
+}
+
+/// The devices with SR-IOV.
+fn listed(site: &Site) -> Result<Vec<Value>> {
+    let text = ringside_vfio(site, &["list", "--json"])?;
+    serde_json::from_str::<Value>(&text)
+        .ok()
+        .and_then(|answer| answer.get("devices")?.as_array().cloned())
+        .ok_or(LabError::Protocol {
+            from: "ringside-vfio",
+            text,
+        })
 }
 
 /// A virtual function of the network card: the MAC address that the host gave it, packets both ways, MSI-X; and a transmit ring
@@ -133,7 +114,7 @@ fn network_function(site: &Site, vmm: Vmm) -> Result<()> {
     );
     let table = guest.run_ok("cat /proc/interrupts")?;
     ensure!(
-        sum_interrupts(&table, &format!("{card}-rx")) > 0 && table.contains("MSIX"),
+        sum_interrupts_by(&table, "PCI-MSIX-", &format!("{card}-rx")) > 0,
         "no interrupts of the card:\n{table}"
     );
     let registers = Registers::take(&mut guest, PciId::IGBVF)?;
@@ -179,7 +160,7 @@ fn disk_function(site: &Site, vmm: Vmm) -> Result<()> {
     ))?;
     let table = guest.run_ok("cat /proc/interrupts")?;
     ensure!(
-        sum_interrupts(&table, "nvme0q1") > 0 && table.contains("MSIX"),
+        sum_interrupts_by(&table, "PCI-MSIX-", "nvme0q1") > 0,
         "no interrupts of the disk:\n{table}"
     );
     guest.shut_down()?;
@@ -216,16 +197,10 @@ fn intx_msi_and_dma(site: &Site, vmm: Vmm) -> Result<()> {
          dd if=/dev/sda bs=64k count=32 iflag=direct 2>/dev/null | cmp - /tmp/random",
     )?;
     let table = guest.run_ok("cat /proc/interrupts")?;
-    let raised = |kind: &str, name: &str| {
-        table.lines().any(|line| {
-            line.contains(kind)
-                && line.contains(name)
-                && sum_interrupts(&format!("CPU0\n{line}"), name) > 0
-        })
-    };
     ensure!(
-        raised("IO-APIC", "eth0") && raised("PCI-MSI-", "ahci"),
-        "the card has not interrupted by INTx or the disk not by MSI:\n{table}"
+        sum_interrupts_by(&table, "IO-APIC", "eth0") > 0
+            && sum_interrupts_by(&table, "PCI-MSI-", "ahci") > 0,
+        "the card has not interrupted by INTx, or the disk not by MSI:\n{table}"
     );
     let registers = Registers::take(&mut guest, Device::Edu.id())?;
     // The first page of the BIOS's area is RAM or ROM to every guest.
