@@ -157,18 +157,22 @@ pub const EXPRESS_SLOT_IMPLEMENTED: u16 = 1 << 8;
 
 /// Link capabilities.
 pub const LINK_CAPABILITIES: usize = 0x0c;
-/// Link capabilities: 16 GT/s, 16 lanes. Nothing has such a speed here; drivers warn about slow links.
-pub const LINK_SPEED_AND_WIDTH: u32 = 4 | 16 << 4;
+/// The link's speed: 16 GT/s. Nothing has such a speed here; drivers warn about slow links.
+pub const LINK_SPEED: u16 = 4;
+/// Link capabilities: 16 GT/s, 16 lanes.
+pub const LINK_SPEED_AND_WIDTH: u32 = LINK_SPEED as u32 | 16 << 4;
 /// Link capabilities: link status says whether the link is active.
 pub const LINK_ACTIVE_REPORTING: u32 = 1 << 20;
 /// Link control.
 pub const LINK_CONTROL: usize = 0x10;
-/// Link control bits that software can change: ASPM, link disable, common clock and the like.
-pub const LINK_CONTROL_WRITABLE: u16 = 0x01fb;
+/// Link control bits that software can change: ASPM, link disable, common clock, extended synch, clock power management.
+pub const LINK_CONTROL_WRITABLE: u16 = 0x01d3;
+/// Link control: the link is down for as long as this is set (PCI Express 5.0, 7.5.3.7).
+pub const LINK_DISABLE: u16 = 1 << 4;
 /// Link status.
 pub const LINK_STATUS: usize = 0x12;
 /// Link status: 16 GT/s, 16 lanes.
-pub const LINK_STATUS_SPEED_AND_WIDTH: u16 = 4 | 16 << 4;
+pub const LINK_STATUS_SPEED_AND_WIDTH: u16 = LINK_SPEED | 16 << 4;
 /// Link status: the link is active.
 pub const LINK_ACTIVE: u16 = 1 << 13;
 /// Slot capabilities (PCI Express 5.0, 7.5.3.9).
@@ -184,7 +188,13 @@ pub const SLOT_CONTROL_WRITABLE: u16 = 0x17ff;
 /// Slot control: events interrupt.
 pub const SLOT_INTERRUPT_ENABLE: u16 = 1 << 5;
 /// Slot control: both indicators are off.
-pub const SLOT_INDICATORS_OFF: u16 = 0b11 << 6 | 0b11 << 8;
+pub const SLOT_INDICATORS_OFF: u16 = 0b11 << 6 | SLOT_POWER_INDICATOR;
+/// Slot control: the power indicator; all ones are off.
+pub const SLOT_POWER_INDICATOR: u16 = 0b11 << 8;
+/// Slot control: the power indicator is on.
+pub const SLOT_POWER_INDICATOR_ON: u16 = 0b01 << 8;
+/// Slot control: the power indicator blinks, which it does while the guest gets ready for a change (PCI Express 5.0, 6.7.1.1.2).
+pub const SLOT_POWER_INDICATOR_BLINKS: u16 = 0b10 << 8;
 /// Slot control: the power is off.
 pub const SLOT_POWER_OFF: u16 = 1 << 10;
 /// Slot control: a change of the link interrupts.
@@ -203,6 +213,12 @@ pub const SLOT_LINK_CHANGED: u16 = 1 << 8;
 pub const SLOT_EVENTS: u16 = 0x011f;
 /// Root control.
 pub const ROOT_CONTROL: usize = 0x1c;
+/// Link capabilities 2 (PCI Express 5.0, 7.5.3.18).
+pub const LINK_CAPABILITIES_2: usize = 0x2c;
+/// Link capabilities 2: all speeds up to [`LINK_SPEED`].
+pub const LINK_SPEEDS: u32 = 0b1111 << 1;
+/// Link control 2 (PCI Express 5.0, 7.5.3.19): the target speed.
+pub const LINK_CONTROL_2: usize = 0x30;
 
 /// Device capabilities: role-based error reporting, required (PCI Express 5.0, 7.5.3.3).
 pub const EXPRESS_DEVCAP_RBER: u32 = 1 << 15;

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::bits::*;
 use super::config::{Bar, BarKind, ConfigSpace, Identity};
-use super::port::{self, Change, Forwarded, RootPort};
+use super::port::{self, Forwarded, RootPort};
 use super::{InterruptRouting, PciFunction};
 use crate::bus::{Bus, BusDevice};
 use crate::layout::{FIRST_PCI_GSI, PCI_GSIS, Range};
@@ -41,7 +41,9 @@ pub enum Error {
     #[error("the slot is empty")]
     Empty,
     /// The guest was asked before.
-    #[error("the guest was already asked to let go of the device, and has not done so yet")]
+    #[error(
+        "the guest was already asked to let go of the device, and has not done so yet: wait, or take it away by force"
+    )]
     AskedBefore,
     /// The windows are too small.
     #[error("no room for a BAR of {size:#x} bytes in the guest's PCI memory windows")]
@@ -60,15 +62,31 @@ pub struct Windows {
     pub high: Range,
 }
 
-impl Windows {
-    fn contain(&self, address: u64, size: u64) -> bool {
-        let inside = |window: &Range| {
-            address >= window.start
-                && address
-                    .checked_add(size)
-                    .is_some_and(|end| end <= window.end())
-        };
-        inside(&self.low) || inside(&self.high)
+/// Whether a range is inside a window.
+fn inside(window: Range, address: u64, size: u64) -> bool {
+    let end = address.checked_add(size);
+    address >= window.start && end.is_some_and(|end| end <= window.end())
+}
+
+/// The addresses that reach a function.
+#[derive(Clone, Copy)]
+struct Reach {
+    windows: Windows,
+    /// What the port before it forwards, if there is one.
+    forwarded: Option<Forwarded>,
+}
+
+impl Reach {
+    fn contains(&self, address: u64, size: u64) -> bool {
+        let [low, high] = [self.windows.low, self.windows.high];
+        let in_windows = inside(low, address, size) || inside(high, address, size);
+        in_windows
+            && self.forwarded.is_none_or(|forwarded| {
+                [forwarded.low, forwarded.prefetchable]
+                    .into_iter()
+                    .flatten()
+                    .any(|window| inside(window, address, size))
+            })
     }
 }
 
@@ -228,21 +246,6 @@ impl PciRoot {
         let port = self.ports.get(&id).ok_or(Error::Empty)?;
         lock(&port.port).plug();
         self.update(Where::Behind(id));
-        Ok(())
-    }
-
-    /// Asks the guest to let go of the function in a slot. It leaves when the guest has turned the slot's power off. A guest
-    /// that is slow, or has no driver for the slot, can take as long as it likes.
-    pub fn request_unplug(&mut self, id: PortId) -> Result<(), Error> {
-        if !self.slots.contains_key(&Where::Behind(id)) {
-            return Err(Error::Empty);
-        }
-        let port = self.ports.get(&id).ok_or(Error::Empty)?;
-        let mut port = lock(&port.port);
-        if port.removal_asked() {
-            return Err(Error::AskedBefore);
-        }
-        port.ask_for_removal();
         Ok(())
     }
 
@@ -418,27 +421,38 @@ impl PciRoot {
     /// nowhere. Functions that have no BAR to move are left alone: one of them may be waiting for
     /// its back-end.
     fn update(&mut self, at: Where) {
-        let powered = match at {
-            Where::Root(_) => true,
-            Where::Behind(id) => self.ports.get(&id).is_some_and(|p| lock(&p.port).is_on()),
-        };
+        let reach = self.reach(at);
         let Some(slot) = self.slots.get_mut(&at) else {
             return;
         };
         for bar in 0..DECODER_COUNT {
-            slot.unmap_if_moved(bar, &self.mmio, powered);
+            slot.unmap_if_moved(bar, &self.mmio, Some(&reach));
         }
-        if powered {
-            for bar in 0..DECODER_COUNT {
-                slot.map(bar, &self.mmio, &self.windows);
-            }
+        for bar in 0..DECODER_COUNT {
+            slot.map(bar, &self.mmio, &reach);
         }
-        for slot in self.slots.values_mut() {
+        let waiting = |(at, slot): (&Where, &Slot)| slot.waiting.contains(&true).then_some(*at);
+        for at in self.slots.iter().filter_map(waiting).collect::<Vec<_>>() {
+            let reach = self.reach(at);
+            let Some(slot) = self.slots.get_mut(&at) else {
+                continue;
+            };
             for bar in 0..DECODER_COUNT {
                 if slot.waiting.get(bar) == Some(&true) {
-                    slot.map(bar, &self.mmio, &self.windows);
+                    slot.map(bar, &self.mmio, &reach);
                 }
             }
+        }
+    }
+
+    fn reach(&self, at: Where) -> Reach {
+        let forwarded = match at {
+            Where::Root(_) => None,
+            Where::Behind(id) => self.ports.get(&id).map(|p| lock(&p.port).forwarded()),
+        };
+        Reach {
+            windows: self.windows,
+            forwarded,
         }
     }
 
@@ -446,7 +460,7 @@ impl PciRoot {
     fn take(&mut self, id: PortId) -> Option<SharedFunction> {
         let mut slot = self.slots.remove(&Where::Behind(id))?;
         for bar in 0..DECODER_COUNT {
-            slot.unmap_if_moved(bar, &self.mmio, false);
+            slot.unmap_if_moved(bar, &self.mmio, None);
         }
         if let Some(port) = self.ports.get(&id) {
             lock(&port.port).unplug();
@@ -455,11 +469,47 @@ impl PciRoot {
     }
 }
 
+/// Asks the guest to let go of the function in a slot. It leaves when the guest has turned the slot's power off, at once if it
+/// is off. A guest that is slow, or has no driver for the slot, can take as long as it likes; it is asked again only if it has
+/// seen the request and does nothing about it.
+pub fn request_unplug(root: &SharedRoot, id: PortId) -> Result<(), Error> {
+    {
+        let root = lock(root);
+        let port = root.ports.get(&id).ok_or(Error::Empty)?;
+        if !root.slots.contains_key(&Where::Behind(id)) {
+            return Err(Error::Empty);
+        }
+        let mut port = lock(&port.port);
+        if port.removal_is_under_way() {
+            return Err(Error::AskedBefore);
+        }
+        port.ask_for_removal();
+    }
+    slot_changed(root, id);
+    Ok(())
+}
+
 /// Takes a function out of its slot without asking the guest, which is told that it is gone.
 pub fn surprise_remove(root: &SharedRoot, id: PortId) {
     let (function, departure) = {
         let mut root = lock(root);
         (root.take(id), root.departure.clone())
+    };
+    depart(id, function, departure);
+}
+
+/// Does what a port's registers say about the function in its slot.
+fn slot_changed(root: &SharedRoot, id: PortId) {
+    let (function, departure) = {
+        let mut root = lock(root);
+        let port = root.ports.get(&id);
+        let function = if port.is_some_and(|port| lock(&port.port).lets_go()) {
+            root.take(id)
+        } else {
+            root.update(Where::Behind(id));
+            None
+        };
+        (function, root.departure.clone())
     };
     depart(id, function, departure);
 }
@@ -498,17 +548,18 @@ fn aligned(next: u64, size: u64, alignment: u64, window: Range) -> Option<u64> {
 }
 
 impl Slot {
-    fn unmap_if_moved(&mut self, bar: usize, mmio: &Bus, powered: bool) {
-        if let Some(waiting) = self.waiting.get_mut(bar) {
-            *waiting &= powered;
-        }
+    /// `reach` is `None` for a function that leaves.
+    fn unmap_if_moved(&mut self, bar: usize, mmio: &Bus, reach: Option<&Reach>) {
         let Some(mapped) = self.mapped.get_mut(bar) else {
             return;
         };
         let mut function = lock(&self.function);
-        if let Some(from) = *mapped
-            && (!powered || function.config().decoded_bar(bar) != Some(from))
-        {
+        let size = function.config().bar(bar).map_or(0, |bar| bar.size);
+        let stays = |from| {
+            function.config().decoded_bar(bar) == Some(from)
+                && reach.is_some_and(|reach| reach.contains(from, size))
+        };
+        if let Some(from) = mapped.filter(|from| !stays(*from)) {
             if let Err(error) = mmio.remove(from) {
                 tracing::error!(%error, "cannot unmap a BAR");
             }
@@ -517,7 +568,7 @@ impl Slot {
         }
     }
 
-    fn map(&mut self, bar: usize, mmio: &Bus, windows: &Windows) {
+    fn map(&mut self, bar: usize, mmio: &Bus, reach: &Reach) {
         let (Some(mapped), Some(waiting)) = (self.mapped.get_mut(bar), self.waiting.get_mut(bar))
         else {
             return;
@@ -529,10 +580,10 @@ impl Slot {
         let (None, Some(to), Some(size)) = (*mapped, wanted, size) else {
             return;
         };
-        if !windows.contain(to, size) {
+        if !reach.contains(to, size) {
             tracing::debug!(
                 address = format_args!("{to:#x}"),
-                "BAR is outside the PCI windows"
+                "BAR is where no window leads to it"
             );
             return;
         }
@@ -579,9 +630,9 @@ fn write(root: &SharedRoot, address: Address, data: &[u8]) {
     };
     if let (Some(port), Where::Root(place)) = (port, at) {
         // Its own statement: the port is not locked any more when the bridge is.
-        let change = lock(&port).write(address.register, data);
-        if let Some(change) = change {
-            slot_changed(root, PortId(place), change);
+        let changed = lock(&port).write(address.register, data);
+        if changed {
+            slot_changed(root, PortId(place));
         }
         return;
     }
@@ -594,14 +645,6 @@ fn write(root: &SharedRoot, address: Address, data: &[u8]) {
     };
     if moved {
         lock(root).update(at);
-    }
-}
-
-/// The guest has switched a slot.
-fn slot_changed(root: &SharedRoot, id: PortId, change: Change) {
-    match change {
-        Change::On | Change::Off => lock(root).update(Where::Behind(id)),
-        Change::Leave => surprise_remove(root, id),
     }
 }
 
@@ -951,6 +994,18 @@ mod tests {
             self.set(msi + 2, MSI_64_BIT | MSI_ENABLE);
             self.control(LISTEN | power);
         }
+        /// Turns memory decoding of the function on; gives its BAR's address.
+        fn decode(&mut self, function: &Mutex<Function>) -> u64 {
+            let at = (1 << 20) + COMMAND as u64;
+            self.machine.ecam.write(at, &COMMAND_MEMORY.to_le_bytes());
+            function.lock().unwrap().config.bar_address(0).unwrap()
+        }
+        fn ask(&self) -> Result<(), Error> {
+            request_unplug(&self.machine.root, self.id)
+        }
+        fn departed(&self) -> usize {
+            self.departed.lock().unwrap().len()
+        }
         fn interrupts(&self) -> usize {
             // The port writes to its eventfd; in KVM an irqfd would take it.
             let port = lock(&self.machine.root).ports[&self.id].port.clone();
@@ -960,10 +1015,8 @@ mod tests {
         }
     }
 
-    const LISTEN: u16 = SLOT_BUTTON_PUSHED
-        | SLOT_PRESENCE_CHANGED
-        | SLOT_INTERRUPT_ENABLE
-        | SLOT_LINK_CHANGED_ENABLE;
+    /// As Linux has it where there is a button: presence does not interrupt.
+    const LISTEN: u16 = SLOT_BUTTON_PUSHED | SLOT_INTERRUPT_ENABLE | SLOT_LINK_CHANGED_ENABLE;
 
     #[test]
     fn a_function_plugged_before_the_start_answers_behind_its_port() {
@@ -1019,24 +1072,22 @@ mod tests {
         assert_eq!(s.status(), SLOT_PRESENT | SLOT_LINK_CHANGED);
         s.set(EXPRESS + SLOT_STATUS as u64, SLOT_LINK_CHANGED);
         assert_eq!(s.id_on(1), 0x1007_1af4);
-        s.machine.ecam.write((1 << 20) + COMMAND as u64, &[2, 0]);
-        let at = f.lock().unwrap().config.bar_address(0).unwrap();
+        let at = s.decode(&f);
         assert_eq!(s.machine.read(at), 7);
         s.interrupts();
 
-        let ask = |s: &Slotted| s.machine.root.lock().unwrap().request_unplug(s.id);
-        ask(&s).unwrap();
-        assert!(matches!(ask(&s), Err(Error::AskedBefore)));
+        s.ask().unwrap();
+        assert!(matches!(s.ask(), Err(Error::AskedBefore)));
         assert_eq!(s.status(), SLOT_PRESENT | SLOT_BUTTON_PUSHED);
         assert_eq!(s.interrupts(), 1);
         s.set(EXPRESS + SLOT_STATUS as u64, SLOT_BUTTON_PUSHED);
         assert_eq!(s.machine.read(at), 7, "until the guest lets go");
         s.control(LISTEN | SLOT_POWER_OFF);
-        assert_eq!(s.departed.lock().unwrap().len(), 1);
+        assert_eq!(s.departed(), 1);
         assert_eq!(s.machine.read(at), 0xff);
         assert_eq!(s.status() & SLOT_PRESENT, 0);
         assert_eq!(f.lock().unwrap().moves.last(), Some(&(Some(at), None)));
-        assert!(matches!(ask(&s), Err(Error::Empty)));
+        assert!(matches!(s.ask(), Err(Error::Empty)));
         // The slot is free for the next one.
         plug(&s).unwrap();
         s.control(LISTEN);
@@ -1047,8 +1098,7 @@ mod tests {
     fn a_function_that_was_only_switched_off_can_be_switched_on_again() {
         let f = function(7, 0x1000);
         let mut s = slotted(Some(f.clone()));
-        s.machine.ecam.write((1 << 20) + COMMAND as u64, &[2, 0]);
-        let at = f.lock().unwrap().config.bar_address(0).unwrap();
+        let at = s.decode(&f);
         s.listen(SLOT_POWER_OFF);
         assert_eq!((s.id_on(1), s.machine.read(at)), (u32::MAX, 0xff));
         assert!(s.departed.lock().unwrap().is_empty());
@@ -1057,12 +1107,109 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_that_ignores_the_button_is_asked_again() {
+        let mut s = slotted(Some(function(7, 0x1000)));
+        s.listen(0);
+        s.ask().unwrap();
+        assert!(matches!(s.ask(), Err(Error::AskedBefore)), "not seen yet");
+        s.control(LISTEN | SLOT_POWER_INDICATOR_BLINKS);
+        s.set(EXPRESS + SLOT_STATUS as u64, SLOT_BUTTON_PUSHED);
+        assert!(
+            matches!(s.ask(), Err(Error::AskedBefore)),
+            "a second push would cancel it"
+        );
+        s.control(LISTEN | SLOT_POWER_INDICATOR_ON);
+        assert_eq!(s.interrupts(), 1);
+        s.ask().unwrap();
+        assert_eq!(s.interrupts(), 1);
+        assert_eq!(s.departed(), 0);
+        s.control(LISTEN | SLOT_POWER_OFF);
+        assert_eq!(s.departed(), 1);
+    }
+
+    #[test]
+    fn a_function_leaves_a_slot_without_power_at_once() {
+        let mut s = slotted(None);
+        let plug = |s: &Slotted| {
+            let mut root = s.machine.root.lock().unwrap();
+            root.plug(s.id, function(7, 0x1000))
+        };
+        // A guest without a driver for slots has not even seen it.
+        plug(&s).unwrap();
+        s.ask().unwrap();
+        assert_eq!((s.departed(), s.status() & SLOT_PRESENT), (1, 0));
+        plug(&s).unwrap();
+        s.listen(0);
+        s.listen(SLOT_POWER_OFF);
+        assert_eq!(s.departed(), 1, "nobody has asked");
+        s.ask().unwrap();
+        assert_eq!(s.departed(), 2);
+    }
+
+    #[test]
+    fn events_from_before_interrupt_when_they_are_enabled() {
+        let mut s = slotted(None);
+        let plugged = s
+            .machine
+            .root
+            .lock()
+            .unwrap()
+            .plug(s.id, function(7, 0x1000));
+        plugged.unwrap();
+        assert_eq!(s.interrupts(), 0);
+        s.listen(SLOT_POWER_OFF);
+        assert_eq!(s.interrupts(), 1);
+        s.control(LISTEN | SLOT_POWER_OFF);
+        assert_eq!(s.interrupts(), 0, "once");
+        s.set(EXPRESS + SLOT_STATUS as u64, SLOT_EVENTS);
+        s.control(LISTEN);
+        assert_eq!(s.interrupts(), 1, "the link came up");
+    }
+
+    #[test]
+    fn a_port_forwards_what_its_windows_say() {
+        let f = function(7, 0x1000);
+        let mut s = slotted(Some(f.clone()));
+        let at = s.decode(&f);
+        let answers = |s: &Slotted| s.machine.read(at) == 7;
+        assert!(answers(&s));
+        s.set(COMMAND as u64, 0);
+        assert!(!answers(&s));
+        s.set(COMMAND as u64, COMMAND_MEMORY);
+        assert!(answers(&s));
+        let limit = PREFETCHABLE_BASE as u64 + 2;
+        let before = [0, 6].map(|half| s.u16(limit + half));
+        // A limit below the base forwards nothing.
+        s.set(limit + 6, 0);
+        assert!(!answers(&s));
+        s.set(limit + 6, before[1]);
+        assert!(answers(&s));
+        // The other window may lead below 4 GiB, to where the BAR is moved.
+        s.set(limit + 6, 0);
+        let low = 0xc100_0000_u64;
+        for (register, word) in [(BAR0, 0xc100_0000_u32), (BAR0 + 4, 0)] {
+            let register = (1 << 20) + register as u64;
+            s.machine.ecam.write(register, &word.to_le_bytes());
+        }
+        assert_eq!(s.machine.read(low), 0xff);
+        s.set(MEMORY_BASE as u64, 0xc100);
+        s.set(MEMORY_BASE as u64 + 2, 0xc100);
+        assert_eq!(s.machine.read(low), 7);
+        // A link that is disabled leads nowhere.
+        s.set(EXPRESS + LINK_CONTROL as u64, LINK_DISABLE);
+        assert!(!s.link_is_active());
+        assert_eq!((s.machine.read(low), s.id_on(1)), (0xff, u32::MAX));
+        s.set(EXPRESS + LINK_CONTROL as u64, 0);
+        assert_eq!((s.machine.read(low), s.id_on(1)), (7, 0x1007_1af4));
+    }
+
+    #[test]
     fn a_function_can_vanish() {
         let mut s = slotted(Some(function(7, 0x1000)));
         s.listen(0);
         surprise_remove(&s.machine.root, s.id);
         surprise_remove(&s.machine.root, s.id);
-        assert_eq!(s.departed.lock().unwrap().len(), 1);
+        assert_eq!(s.departed(), 1);
         assert_eq!(s.status(), SLOT_PRESENCE_CHANGED | SLOT_LINK_CHANGED);
         assert!(!s.link_is_active());
         assert_eq!(s.interrupts(), 1);
@@ -1170,12 +1317,11 @@ mod tests {
                         s.machine.ecam.write((bus << 20) + register, &data);
                     }
                     _ => {
-                        let mut root = s.machine.root.lock().unwrap();
-                        let _ = root.request_unplug(s.id);
+                        let _ = s.ask();
                     }
                 }
             }
-            let gone = s.departed.lock().unwrap().len();
+            let gone = s.departed();
             prop_assert!(gone <= 1);
             let (mut at, f) = (None, f.lock().unwrap());
             for (from, to) in &f.moves {
@@ -1185,6 +1331,8 @@ mod tests {
             prop_assert!(gone == 0 || at.is_none());
             if let Some(at) = at {
                 prop_assert_eq!(f.config.decoded_bar(0), Some(at));
+                let root = s.machine.root.lock().unwrap();
+                prop_assert!(root.reach(Where::Behind(s.id)).contains(at, 0x1000));
             }
         }
 

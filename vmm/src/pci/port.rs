@@ -10,13 +10,15 @@
 //!     └── asked for ────┘ ◀────────────────────────────────────┘
 //! ```
 //!
-//! - Plugging tells the guest by *presence detect changed*, and by the attention button, as Linux listens for that alone where there
-//!   is one; its driver then turns the power on.
+//! - Plugging shows as *presence detect changed*, and the attention button is pushed with it: Linux waits for the button where
+//!   there is one. The guest's driver then turns the power on.
 //! - Removal is asked for by the attention button. The guest's driver lets go of the device (Linux waits five seconds for a
-//!   second push, which would cancel it), turns the power off, and the function leaves.
+//!   second push, which would cancel it), turns the power off, and the function leaves. From a slot whose power is off it
+//!   leaves at once.
 //! - Without such a request a function whose power was turned off stays, and answers again when it is turned on.
 //!
-//! Slot commands take effect at once, so there is no *command completed*. Events interrupt by MSI.
+//! Slot commands take effect at once, so there is no *command completed*. Events interrupt by MSI. What the port forwards is
+//! what the guest has set its windows to.
 
 use std::sync::Arc;
 
@@ -38,17 +40,6 @@ pub enum Error {
     Msi(#[from] msix::Error),
 }
 
-/// What the guest has done to the slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// The function answers now.
-    On,
-    /// It does not.
-    Off,
-    /// It does not, and is to leave as asked.
-    Leave,
-}
-
 /// The port.
 pub struct RootPort {
     config: ConfigSpace,
@@ -57,6 +48,8 @@ pub struct RootPort {
     express: usize,
     present: bool,
     removal_asked: bool,
+    /// There is an event that interrupts.
+    interrupting: bool,
 }
 
 /// The memory that a port forwards to its bus.
@@ -111,6 +104,8 @@ impl RootPort {
             &SLOT_CONTROL_WRITABLE.to_le_bytes(),
         );
         put(ROOT_CONTROL, &[0; 2], &[0x1f, 0]);
+        put(LINK_CAPABILITIES_2, &LINK_SPEEDS.to_le_bytes(), &[]);
+        put(LINK_CONTROL_2, &LINK_SPEED.to_le_bytes(), &[0x0f]);
         let express = config.add_capability(CAP_EXPRESS, &body, &writable)?;
 
         let control = MSI_64_BIT;
@@ -130,6 +125,7 @@ impl RootPort {
             express,
             present: false,
             removal_asked: false,
+            interrupting: false,
         })
     }
 
@@ -139,14 +135,44 @@ impl RootPort {
         secondary
     }
 
-    /// Whether the function in the slot answers.
+    /// Whether the function in the slot answers: its link is active.
     pub fn is_on(&self) -> bool {
-        self.present && !self.power_is_off()
+        let link = self.config.u16(self.express + LINK_CONTROL);
+        self.present && !self.power_is_off() && link & LINK_DISABLE == 0
+    }
+
+    /// The memory that the port forwards now.
+    pub fn forwarded(&self) -> Forwarded {
+        if !self.is_on() || self.config.u16(COMMAND) & COMMAND_MEMORY == 0 {
+            return Forwarded::default();
+        }
+        // Base and limit hold address bits from 20 on.
+        let lower = |at: usize| u64::from(self.config.u16(at) & 0xfff0) << 16;
+        let upper = |at: usize| u64::from(self.config.u32(at)) << 32;
+        let window = |base: u64, limit: u64| {
+            let size = (limit | 0xf_ffff).checked_sub(base)?.checked_add(1)?;
+            Some(Range { start: base, size })
+        };
+        let (low, high) = (MEMORY_BASE, PREFETCHABLE_BASE);
+        Forwarded {
+            low: window(lower(low), lower(low + 2)),
+            prefetchable: window(
+                upper(high + 4) | lower(high),
+                upper(high + 8) | lower(high + 2),
+            ),
+        }
     }
 
     /// Whether the guest was asked to let go of the function.
     pub fn removal_asked(&self) -> bool {
         self.removal_asked
+    }
+
+    /// Whether it was asked, and has yet to see that or is about to do it. A guest that is neither may be asked again.
+    pub fn removal_is_under_way(&self) -> bool {
+        let unseen = self.config.u16(self.express + SLOT_STATUS) & SLOT_BUTTON_PUSHED != 0;
+        let indicator = self.config.u16(self.express + SLOT_CONTROL) & SLOT_POWER_INDICATOR;
+        self.removal_asked && (unseen || indicator == SLOT_POWER_INDICATOR_BLINKS)
     }
 
     /// What the port interrupts with.
@@ -162,7 +188,8 @@ impl RootPort {
     /// A function is in the slot before the guest starts, with its power on.
     pub fn plug_cold(&mut self) {
         let control = self.express + SLOT_CONTROL;
-        let on = self.config.u16(control) & !SLOT_POWER_OFF;
+        let others = self.config.u16(control) & !(SLOT_POWER_OFF | SLOT_POWER_INDICATOR);
+        let on = others | SLOT_POWER_INDICATOR_ON;
         self.config.set(control, &on.to_le_bytes());
         self.present = true;
         self.show(0);
@@ -172,14 +199,27 @@ impl RootPort {
     pub fn plug(&mut self) {
         self.present = true;
         self.removal_asked = false;
+        // Where the power is on, the button would ask for removal.
+        let how = if self.power_is_off() {
+            SLOT_BUTTON_PUSHED
+        } else {
+            0
+        };
         let link = if self.is_on() { SLOT_LINK_CHANGED } else { 0 };
-        self.show(SLOT_PRESENCE_CHANGED | SLOT_BUTTON_PUSHED | link);
+        self.show(SLOT_PRESENCE_CHANGED | how | link);
     }
 
-    /// Pushes the attention button: the guest is to let go of the function.
+    /// Pushes the attention button: the guest is to let go of the function. Where the power is off there is nothing to let go of.
     pub fn ask_for_removal(&mut self) {
         self.removal_asked = true;
-        self.show(SLOT_BUTTON_PUSHED);
+        if !self.power_is_off() {
+            self.show(SLOT_BUTTON_PUSHED);
+        }
+    }
+
+    /// Whether the function is to leave now: that was asked for, and the guest does not use it.
+    pub fn lets_go(&self) -> bool {
+        self.present && self.removal_asked && self.power_is_off()
     }
 
     /// The function is gone.
@@ -190,7 +230,7 @@ impl RootPort {
         self.show(SLOT_PRESENCE_CHANGED | link);
     }
 
-    /// Shows presence and link, and notes events, which interrupt if they are enabled.
+    /// Shows presence and link, and notes events.
     fn show(&mut self, events: u16) {
         let (link, status) = (self.express + LINK_STATUS, self.express + SLOT_STATUS);
         let active = if self.is_on() {
@@ -203,28 +243,37 @@ impl RootPort {
         let presence = if self.present { SLOT_PRESENT } else { 0 };
         let after = (before & !SLOT_PRESENT) | presence | events;
         self.config.set(status, &after.to_le_bytes());
-        // Each event has its enable bit at the place of its status bit, but for the link's.
+        self.interrupt();
+    }
+
+    /// Sends a message when there is an event that interrupts and was none before (PCI Express 5.0, 6.7.3.4).
+    fn interrupt(&mut self) {
+        let status = self.config.u16(self.express + SLOT_STATUS);
         let control = self.config.u16(self.express + SLOT_CONTROL);
+        // Each event has its enable bit at the place of its status bit, but for the link's.
         let link_enabled = if control & SLOT_LINK_CHANGED_ENABLE != 0 {
             SLOT_LINK_CHANGED
         } else {
             0
         };
         let enabled = (control & (SLOT_BUTTON_PUSHED | SLOT_PRESENCE_CHANGED)) | link_enabled;
-        if events & enabled != 0 && control & SLOT_INTERRUPT_ENABLE != 0 {
+        let interrupting = status & enabled != 0
+            && control & SLOT_INTERRUPT_ENABLE != 0
+            && self.msi.is_enabled(&self.config);
+        if interrupting && !self.interrupting {
             for event in self.msi.events() {
                 if let Err(error) = event.write(1) {
                     tracing::debug!(%error, "a slot's interrupt is pending already");
                 }
             }
         }
+        self.interrupting = interrupting;
     }
 
-    /// Writes configuration registers; says what became of the slot because of it.
-    pub fn write(&mut self, offset: usize, data: &[u8]) -> Option<Change> {
+    /// Writes configuration registers. Returns whether the function in the slot answers elsewhere now, or is to leave.
+    pub fn write(&mut self, offset: usize, data: &[u8]) -> bool {
         let status = self.express + SLOT_STATUS;
-        let was_on = self.is_on();
-        let was_off = self.power_is_off();
+        let (was_on, forwarded) = (self.is_on(), self.forwarded());
         self.config.write(offset, data);
         // Events are cleared by writing ones.
         for (at, byte) in (offset..).zip(data) {
@@ -235,20 +284,9 @@ impl RootPort {
             }
         }
         self.msi.update(&self.config);
-        if was_on != self.is_on() {
-            self.show(SLOT_LINK_CHANGED);
-        }
-        if self.is_on() && !was_on {
-            return Some(Change::On);
-        }
-        if self.present && self.power_is_off() && !was_off {
-            return Some(if self.removal_asked {
-                Change::Leave
-            } else {
-                Change::Off
-            });
-        }
-        None
+        let changed = was_on != self.is_on();
+        self.show(if changed { SLOT_LINK_CHANGED } else { 0 });
+        self.lets_go() || self.forwarded() != forwarded
     }
 }
 
@@ -269,6 +307,8 @@ impl PciFunction for RootPort {
 /// Header of type 1 (PCI Express 5.0, 7.5.1.3), with the numbers and windows that firmware would give it.
 fn bridge_header(config: &mut ConfigSpace, bus: u8, forwarded: Forwarded) {
     config.set(HEADER_TYPE, &[HEADER_BRIDGE]);
+    let command = COMMAND_MEMORY | COMMAND_BUS_MASTER;
+    config.set(COMMAND, &command.to_le_bytes());
     // Where type 0 has a subsystem's ID, the prefetchable window is.
     config.set(SUBSYSTEM_VENDOR_ID, &[0; 4]);
     config.set(PRIMARY_BUS, &[0, bus, bus]);

@@ -21,7 +21,7 @@ use super::{Error, VfioPci};
 use crate::config::{VfioConfig, VfioInterface};
 use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::machine::Resources;
-use crate::pci::host::surprise_remove;
+use crate::pci::host::{request_unplug, surprise_remove};
 use crate::pci::msix::new_event;
 use crate::pci::{PortId, SharedFunction, SharedRoot};
 
@@ -179,7 +179,7 @@ impl Passthrough {
                 .map(|entry| entry.port)
                 .ok_or(Error::Unknown { id: id.to_owned() })?
         };
-        Ok(lock(&self.root).request_unplug(port)?)
+        Ok(request_unplug(&self.root, port)?)
     }
 
     /// The functions, for the control socket.
@@ -234,7 +234,7 @@ fn notified(weak: &Weak<Passthrough>, id: &str, port: PortId, irq: Irq, count: u
                     id,
                     "the host wants a device back: the guest is asked to let go of it"
                 );
-                if let Err(error) = lock(&passthrough.root).request_unplug(port) {
+                if let Err(error) = request_unplug(&passthrough.root, port) {
                     tracing::debug!(%error, id, "the guest knows already");
                 }
             }
