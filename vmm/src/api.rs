@@ -17,8 +17,8 @@ use std::fmt;
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -31,6 +31,8 @@ use crate::listener::SocketFile;
 const MAX_CLIENTS: usize = 16;
 /// Bytes in a request, with the end of its line.
 const MAX_LINE: usize = 64 * 1024;
+/// How long the end waits for answers under way.
+const END_LIMIT: Duration = Duration::from_secs(1);
 /// How long a client may leave its socket full.
 const WRITE_LIMIT: Duration = Duration::from_secs(5);
 
@@ -67,10 +69,13 @@ pub enum Command {
     DeviceList,
     /// Plugs a function of the host in; the keys of `--vfio`.
     DeviceAdd(VfioOptions),
-    /// Asks the guest to let go of a function.
+    /// Asks the guest to let go of a function, or takes it away.
     DeviceRemove {
         /// Its id.
         id: String,
+        /// The guest is not asked: for one that does not answer.
+        #[serde(default)]
+        force: bool,
     },
     /// Ends the machine in order.
     PowerOff,
@@ -97,6 +102,8 @@ pub enum ErrorCode {
     Conflict,
     /// It was tried, and failed.
     Failed,
+    /// Not now; later, perhaps.
+    Busy,
 }
 
 impl ApiError {
@@ -118,10 +125,34 @@ pub trait Service: Send + Sync {
     fn call(&self, command: Command) -> Result<Value, ApiError>;
 }
 
-/// The control socket; gone when dropped.
+/// The control socket; gone when dropped, after requests under way have been answered, or could have been.
 #[derive(Debug)]
 pub struct ControlSocket {
     _file: SocketFile,
+    answering: Arc<Answering>,
+}
+
+/// Counts the requests under way.
+#[derive(Debug, Default)]
+struct Answering {
+    count: Mutex<usize>,
+    fewer: Condvar,
+}
+
+impl Answering {
+    fn count(&self, change: isize) {
+        let mut count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = count.saturating_add_signed(change);
+        self.fewer.notify_all();
+    }
+
+    fn wait_for_none(&self, limit: Duration) {
+        let count = self.count.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(
+            self.fewer
+                .wait_timeout_while(count, limit, |count| *count > 0),
+        );
+    }
 }
 
 impl ControlSocket {
@@ -131,11 +162,23 @@ impl ControlSocket {
             path: path.to_owned(),
             source,
         })?;
+        let answering = Arc::<Answering>::default();
+        let shared = Arc::clone(&answering);
         std::thread::Builder::new()
             .name("api".into())
-            .spawn(move || accept(&listener, &service))
+            .spawn(move || accept(&listener, &service, &shared))
             .map_err(Error::Thread)?;
-        Ok(Self { _file: file })
+        Ok(Self {
+            _file: file,
+            answering,
+        })
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        // Whoever asked for the end is to hear that it comes.
+        self.answering.wait_for_none(END_LIMIT);
     }
 }
 
@@ -148,7 +191,7 @@ impl Drop for Client {
     }
 }
 
-fn accept(listener: &UnixListener, service: &Arc<dyn Service>) {
+fn accept(listener: &UnixListener, service: &Arc<dyn Service>, answering: &Arc<Answering>) {
     let clients = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -163,15 +206,21 @@ fn accept(listener: &UnixListener, service: &Arc<dyn Service>) {
         let before = clients.fetch_add(1, Ordering::SeqCst);
         let client = Client(Arc::clone(&clients));
         if before >= MAX_CLIENTS {
-            tracing::warn!("too many clients of the control socket: {MAX_CLIENTS} at most");
+            let message = format!(
+                "the control socket has {MAX_CLIENTS} clients, and no room for another: end one of them"
+            );
+            tracing::warn!("{message}");
+            let code = ErrorCode::Busy;
+            // Cannot wait: nothing was sent before.
+            let _ = write(&stream, &answer(None, Err(ApiError { code, message })));
             continue;
         }
-        let service = Arc::clone(service);
+        let (service, answering) = (Arc::clone(service), Arc::clone(answering));
         let spawned = std::thread::Builder::new()
             .name("api client".into())
             .spawn(move || {
                 let _client = client;
-                if let Err(error) = serve(&stream, service.as_ref()) {
+                if let Err(error) = serve(&stream, service.as_ref(), &answering) {
                     tracing::debug!(%error, "a client of the control socket is dropped");
                 }
             });
@@ -182,7 +231,7 @@ fn accept(listener: &UnixListener, service: &Arc<dyn Service>) {
 }
 
 /// Serves one client until it leaves.
-fn serve(stream: &UnixStream, service: &dyn Service) -> io::Result<()> {
+fn serve(stream: &UnixStream, service: &dyn Service, answering: &Answering) -> io::Result<()> {
     stream.set_write_timeout(Some(WRITE_LIMIT))?;
     let mut reader = BufReader::new(stream);
     let mut line = Vec::new();
@@ -199,7 +248,10 @@ fn serve(stream: &UnixStream, service: &dyn Service) -> io::Result<()> {
             return Ok(());
         }
         if !line.trim_ascii().is_empty() {
-            write(stream, &respond(&line, service))?;
+            answering.count(1);
+            let written = write(stream, &respond(&line, service));
+            answering.count(-1);
+            written?;
         }
     }
 }
@@ -247,7 +299,6 @@ fn answer(id: Option<Value>, result: Result<Value, ApiError>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Mutex;
 
     /// Notes commands, and grants all but removals.
     #[derive(Default)]
@@ -323,13 +374,19 @@ mod tests {
             ask(&stream, line),
             json!({"id": 2, "error": {"code": "not-found", "message": "no"}})
         );
+        let line = r#"{"command":"device-remove","arguments":{"id":"a","force":true}}"#;
+        ask(&stream, line);
         ask(&stream, r#"{"command":"power-off"}"#);
         let commands = f.recorder.0.lock().unwrap();
         assert_eq!(commands[0], Command::Status);
         assert!(matches!(&commands[1], Command::DeviceAdd(options)
             if options.clone().resolve().id == "a"));
-        assert_eq!(commands[2], Command::DeviceRemove { id: "a".into() });
-        assert_eq!(commands[3], Command::PowerOff);
+        let removal = |force| Command::DeviceRemove {
+            id: "a".into(),
+            force,
+        };
+        assert_eq!(commands[2..4], [removal(false), removal(true)]);
+        assert_eq!(commands[4], Command::PowerOff);
     }
 
     #[test]
@@ -384,19 +441,44 @@ mod tests {
         for client in &clients {
             ask(client, r#"{"command":"status"}"#);
         }
-        let mut late = f.connect();
-        assert_eq!(late.read(&mut [0]).unwrap(), 0, "closed at once");
+        let late = f.connect();
+        let mut text = String::new();
+        (&late).read_to_string(&mut text).unwrap();
+        assert!(text.contains(r#""code":"busy""#), "{text}");
         drop(clients);
         // Their threads see that soon.
         let again = || {
             let mut stream = f.connect();
-            let sent = stream.write_all(b"{\"command\":\"status\"}\n");
-            sent.and_then(|()| stream.read(&mut [0])).unwrap_or(0)
+            let _ = stream.write_all(b"{\"command\":\"status\"}\n");
+            next(&stream)["result"].is_object()
         };
         assert!((0..200).any(|_| {
             std::thread::sleep(Duration::from_millis(10));
-            again() == 1
+            again()
         }));
+    }
+
+    #[test]
+    fn what_was_asked_before_the_end_is_answered() {
+        /// Takes its time.
+        struct Slow(std::sync::mpsc::Sender<()>);
+        impl Service for Slow {
+            fn call(&self, _: Command) -> Result<Value, ApiError> {
+                self.0.send(()).unwrap();
+                std::thread::sleep(Duration::from_millis(100));
+                Ok(json!({}))
+            }
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("api");
+        let (send, called) = std::sync::mpsc::channel();
+        let socket = ControlSocket::start(&path, Arc::new(Slow(send))).unwrap();
+        let mut stream = UnixStream::connect(&path).unwrap();
+        stream.write_all(b"{\"command\":\"power-off\"}\n").unwrap();
+        called.recv_timeout(Duration::from_secs(20)).unwrap();
+        drop(socket);
+        stream.set_nonblocking(true).unwrap();
+        assert_eq!(next(&stream), json!({"result": {}}));
     }
 
     #[test]

@@ -702,16 +702,23 @@ impl VfioOptions {
     }
 }
 
-/// Reads `key=value,key=value`; a first item without `=` is the value of the type's main key.
-fn parse<T: DeserializeOwned + MainKey>(text: &str) -> Result<T, String> {
+/// Splits `key=value,key=value`, as options have it, into keys and values; a first item without `=` is the value of `main_key`.
+/// Fails if an item is neither.
+pub fn keys_and_values(text: &str, main_key: &str) -> Result<Vec<(String, String)>, String> {
     let mut pairs = Vec::new();
     for (i, item) in split_items(text).into_iter().enumerate() {
         match item.split_once('=') {
             Some((key, value)) => pairs.push((key.to_owned(), value.to_owned())),
-            None if i == 0 && !item.is_empty() => pairs.push((T::MAIN_KEY.to_owned(), item)),
+            None if i == 0 && !item.is_empty() => pairs.push((main_key.to_owned(), item)),
             None => return Err(format!("`{item}` is not KEY=VALUE")),
         }
     }
+    Ok(pairs)
+}
+
+/// Reads `key=value,key=value`; a first item without `=` is the value of the type's main key.
+fn parse<T: DeserializeOwned + MainKey>(text: &str) -> Result<T, String> {
+    let pairs = keys_and_values(text, T::MAIN_KEY)?;
     let map: MapDeserializer<'_, _, serde::de::value::Error> =
         MapDeserializer::new(pairs.into_iter());
     T::deserialize(map).map_err(|e| e.to_string())

@@ -252,8 +252,8 @@ impl Service for Control {
                 self.passthrough.add(&config).map_err(failed)?;
                 Ok(json!({ "id": config.id }))
             }
-            Command::DeviceRemove { id } => {
-                self.passthrough.remove(&id).map_err(failed)?;
+            Command::DeviceRemove { id, force } => {
+                self.passthrough.remove(&id, force).map_err(failed)?;
                 Ok(json!({ "id": id }))
             }
             Command::PowerOff => {

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
+use ringside_vmm::config::keys_and_values;
 use serde_json::{Map, Value, json};
 
 const AFTER_HELP: &str = "\
@@ -14,8 +15,10 @@ Exit status: 0 when the request was granted, 1 when it was not, 2 when the comma
 
 Examples, for `ringside-vmm --api-socket /run/vm.sock`:
   ringside-ctl --socket /run/vm.sock device-add 0000:01:10.0
-  ringside-ctl --socket /run/vm.sock device-remove 0000:01:10.0
+  ringside-ctl --socket /run/vm.sock device-add 0000:01:10.2,id=nic
   ringside-ctl --socket /run/vm.sock device-list
+  ringside-ctl --socket /run/vm.sock device-remove nic
+  ringside-ctl --socket /run/vm.sock device-remove nic --force    the guest did not let go of it
 
 The protocol is one JSON object in each line, both ways:
   {\"id\": 1, \"command\": \"device-add\", \"arguments\": {\"host\": \"0000:01:10.0\"}}
@@ -48,16 +51,33 @@ enum Request {
     /// Plugs in a PCI function of the host that is bound to vfio-pci.
     DeviceAdd {
         /// As for ringside-vmm --vfio: the address alone, or keys host=, id=, vf-token=.
-        #[arg(value_name = "ADDRESS | KEY=VALUE,...")]
-        device: String,
+        #[arg(value_name = "ADDRESS | KEY=VALUE,...", value_parser = arguments)]
+        device: Arguments,
     },
-    /// Asks the guest to let go of a function; it leaves when the guest has done so.
+    /// Asks the guest to let go of a function; it leaves when the guest has done so. `device-list` shows whether it has.
     DeviceRemove {
         /// Its id.
         id: String,
+        /// Takes it away, as if it was torn out of its slot, without asking the guest.
+        #[arg(long)]
+        force: bool,
     },
     /// Ends the machine, as a power cut would for the guest.
     PowerOff,
+}
+
+/// A command's arguments.
+type Arguments = Map<String, Value>;
+
+fn arguments(text: &str) -> Result<Arguments, String> {
+    let mut arguments = Arguments::new();
+    for (key, value) in keys_and_values(text, "host")? {
+        if arguments.contains_key(&key) {
+            return Err(format!("`{key}` is there twice"));
+        }
+        arguments.insert(key, value.into());
+    }
+    Ok(arguments)
 }
 
 impl Request {
@@ -65,15 +85,9 @@ impl Request {
         match self {
             Self::Status => json!({"command": "status"}),
             Self::DeviceList => json!({"command": "device-list"}),
-            Self::DeviceAdd { device } => {
-                let pairs = device.split(',').map(|item| {
-                    let (key, value) = item.split_once('=').unwrap_or(("host", item));
-                    (key.to_owned(), Value::from(value))
-                });
-                json!({"command": "device-add", "arguments": pairs.collect::<Map<_, _>>()})
-            }
-            Self::DeviceRemove { id } => {
-                json!({"command": "device-remove", "arguments": {"id": id}})
+            Self::DeviceAdd { device } => json!({"command": "device-add", "arguments": device}),
+            Self::DeviceRemove { id, force } => {
+                json!({"command": "device-remove", "arguments": {"id": id, "force": force}})
             }
             Self::PowerOff => json!({"command": "power-off"}),
         }
@@ -161,16 +175,15 @@ mod tests {
 
     #[test]
     fn a_device_is_written_as_on_the_vmms_command_line() {
-        let request = |device: &str| {
-            Request::DeviceAdd {
-                device: device.into(),
-            }
-            .to_json()
-        };
-        let arguments = &request("01:10.0,id=nic")["arguments"];
-        assert_eq!(*arguments, json!({"host": "01:10.0", "id": "nic"}));
-        let arguments = &request("host=01:10.0")["arguments"];
-        assert_eq!(*arguments, json!({"host": "01:10.0"}));
+        let read = |text: &str| arguments(text).map(Value::from);
+        assert_eq!(
+            read("01:10.0,id=a,,b"),
+            Ok(json!({"host": "01:10.0", "id": "a,b"}))
+        );
+        assert_eq!(read("host=01:10.0"), Ok(json!({"host": "01:10.0"})));
+        for wrong in ["", "01:10.0,nic", "01:10.0,host=01:10.2"] {
+            assert!(arguments(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

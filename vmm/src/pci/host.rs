@@ -42,7 +42,7 @@ pub enum Error {
     Empty,
     /// The guest was asked before.
     #[error(
-        "the guest was already asked to let go of the device, and has not done so yet: wait, or take it away by force"
+        "the guest was already asked to let go of the device, and has not done so yet: wait, or remove it by force"
     )]
     AskedBefore,
     /// The windows are too small.

@@ -170,8 +170,8 @@ impl Passthrough {
         Ok(())
     }
 
-    /// Asks the guest to let go of a function.
-    pub fn remove(&self, id: &str) -> Result<(), Error> {
+    /// Asks the guest to let go of a function, or takes it away by force.
+    pub fn remove(&self, id: &str, force: bool) -> Result<(), Error> {
         let port = {
             let devices = self.devices();
             let entry = devices.get(id);
@@ -179,6 +179,10 @@ impl Passthrough {
                 .map(|entry| entry.port)
                 .ok_or(Error::Unknown { id: id.to_owned() })?
         };
+        if force {
+            surprise_remove(&self.root, port);
+            return Ok(());
+        }
         Ok(request_unplug(&self.root, port)?)
     }
 
