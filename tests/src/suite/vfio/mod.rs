@@ -15,11 +15,37 @@ use crate::harness::{
 };
 use crate::site::Site;
 
-pub(super) const TESTS: &[Test] = &[
+mod counts;
+mod life;
+mod mistakes;
+
+/// All tests with devices that are passed through.
+pub(super) fn tests() -> impl Iterator<Item = &'static Test> {
+    [TESTS, life::TESTS, counts::TESTS, mistakes::TESTS]
+        .into_iter()
+        .flatten()
+}
+
+const TESTS: &[Test] = &[
     Test {
         name: "vfio::lists_virtual_functions",
         seconds: 30,
         run: lists_virtual_functions,
+    },
+    Test {
+        name: "vfio::network_function",
+        seconds: 90,
+        run: |site| network_function(site, Vmm::Ringside),
+    },
+    Test {
+        name: "vfio::disk_function",
+        seconds: 90,
+        run: |site| disk_function(site, Vmm::Ringside),
+    },
+    Test {
+        name: "vfio::intx_msi_and_dma",
+        seconds: 90,
+        run: |site| intx_msi_and_dma(site, Vmm::Ringside),
     },
     Test {
         name: "vfio::network_function_under_qemu",
