@@ -21,6 +21,7 @@
 //! what the guest has set its windows to.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::bits::*;
 use super::config::{self, ConfigSpace, Identity};
@@ -28,6 +29,9 @@ use super::msi::Msi;
 use super::msix;
 use super::{InterruptRouting, PciFunction};
 use crate::layout::Range;
+
+/// How long a guest may think about a push of the button before it is pushed again.
+const REACTION: Duration = Duration::from_secs(15);
 
 /// Why there is no port.
 #[derive(Debug, thiserror::Error)]
@@ -47,9 +51,17 @@ pub struct RootPort {
     /// Offset of the PCI Express capability.
     express: usize,
     present: bool,
-    removal_asked: bool,
+    removal: Option<Removal>,
     /// There is an event that interrupts.
     interrupting: bool,
+}
+
+/// The guest was asked to let go of the function.
+#[derive(Clone, Copy)]
+struct Removal {
+    asked: Instant,
+    /// The power indicator has blinked since.
+    answered: bool,
 }
 
 /// The memory that a port forwards to its bus.
@@ -124,7 +136,7 @@ impl RootPort {
             msi,
             express,
             present: false,
-            removal_asked: false,
+            removal: None,
             interrupting: false,
         })
     }
@@ -165,14 +177,23 @@ impl RootPort {
 
     /// Whether the guest was asked to let go of the function.
     pub fn removal_asked(&self) -> bool {
-        self.removal_asked
+        self.removal.is_some()
     }
 
-    /// Whether it was asked, and has yet to see that or is about to do it. A guest that is neither may be asked again.
-    pub fn removal_is_under_way(&self) -> bool {
+    /// Whether it was asked, and has yet to see that, to react, or is about to do it: another push of the button would cancel
+    /// it (PCI Express 5.0, 6.7.1.5). A guest that has decided otherwise, or does not react, may be asked again.
+    pub fn removal_is_under_way(&self, now: Instant) -> bool {
+        let Some(removal) = self.removal else {
+            return false;
+        };
         let unseen = self.config.u16(self.express + SLOT_STATUS) & SLOT_BUTTON_PUSHED != 0;
-        let indicator = self.config.u16(self.express + SLOT_CONTROL) & SLOT_POWER_INDICATOR;
-        self.removal_asked && (unseen || indicator == SLOT_POWER_INDICATOR_BLINKS)
+        let thinking = !removal.answered && now.saturating_duration_since(removal.asked) < REACTION;
+        unseen || thinking || self.power_indicator_blinks()
+    }
+
+    fn power_indicator_blinks(&self) -> bool {
+        let control = self.config.u16(self.express + SLOT_CONTROL);
+        control & SLOT_POWER_INDICATOR == SLOT_POWER_INDICATOR_BLINKS
     }
 
     /// What the port interrupts with.
@@ -198,7 +219,7 @@ impl RootPort {
     /// A function was put into the slot.
     pub fn plug(&mut self) {
         self.present = true;
-        self.removal_asked = false;
+        self.removal = None;
         // Where the power is on, the button would ask for removal.
         let how = if self.power_is_off() {
             SLOT_BUTTON_PUSHED
@@ -211,7 +232,10 @@ impl RootPort {
 
     /// Pushes the attention button: the guest is to let go of the function. Where the power is off there is nothing to let go of.
     pub fn ask_for_removal(&mut self) {
-        self.removal_asked = true;
+        self.removal = Some(Removal {
+            asked: Instant::now(),
+            answered: false,
+        });
         if !self.power_is_off() {
             self.show(SLOT_BUTTON_PUSHED);
         }
@@ -219,14 +243,14 @@ impl RootPort {
 
     /// Whether the function is to leave now: that was asked for, and the guest does not use it.
     pub fn lets_go(&self) -> bool {
-        self.present && self.removal_asked && self.power_is_off()
+        self.present && self.removal.is_some() && self.power_is_off()
     }
 
     /// The function is gone.
     pub fn unplug(&mut self) {
         let link = if self.is_on() { SLOT_LINK_CHANGED } else { 0 };
         self.present = false;
-        self.removal_asked = false;
+        self.removal = None;
         self.show(SLOT_PRESENCE_CHANGED | link);
     }
 
@@ -282,6 +306,10 @@ impl RootPort {
                 let left = self.config.u16(status) & !(ones & SLOT_EVENTS);
                 self.config.set(status, &left.to_le_bytes());
             }
+        }
+        let blinks = self.power_indicator_blinks();
+        if let Some(removal) = &mut self.removal {
+            removal.answered |= blinks;
         }
         self.msi.update(&self.config);
         let changed = was_on != self.is_on();
@@ -343,4 +371,33 @@ fn bridge_header(config: &mut ConfigSpace, bus: u8, forwarded: Forwarded) {
     }
     config.set_writable(PREFETCHABLE_BASE + 4, &[0xff; 8]);
     config.set_writable(BRIDGE_CONTROL, &BRIDGE_CONTROL_WRITABLE.to_le_bytes());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::pci::msix::tests::FakeKvm;
+
+    #[test]
+    fn a_guest_has_time_to_react() {
+        let mut port = RootPort::new(Arc::new(FakeKvm::default()), 1, Forwarded::default());
+        let port = port.as_mut().unwrap();
+        port.plug_cold();
+        port.ask_for_removal();
+        let soon = Instant::now();
+        let later = soon + REACTION;
+        // It has not seen the button.
+        assert!(port.removal_is_under_way(later));
+        let status = port.express + SLOT_STATUS;
+        port.write(status, &SLOT_BUTTON_PUSHED.to_le_bytes());
+        assert!(port.removal_is_under_way(soon));
+        assert!(!port.removal_is_under_way(later));
+        let control = port.express + SLOT_CONTROL;
+        port.write(control, &SLOT_POWER_INDICATOR_BLINKS.to_le_bytes());
+        assert!(port.removal_is_under_way(later));
+        // It was cancelled.
+        port.write(control, &SLOT_POWER_INDICATOR_ON.to_le_bytes());
+        assert!(!port.removal_is_under_way(soon));
+        assert!(port.removal_asked());
+    }
 }
