@@ -216,7 +216,7 @@ impl Machine {
         }
         let template = CpuTemplate::new(vm.kvm(), cpus)?;
         let ram = GuestRam::new(config.memory)?;
-        vm.add_ram(&ram)?;
+        vm.add_ram(ram.memory())?;
         let memory = ram.memory().clone();
         let pci_mmio64 = layout::pci_mmio64(ram.end(), template.physical_bits());
 

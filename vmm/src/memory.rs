@@ -1,4 +1,5 @@
-//! Guest RAM: one memfd, mapped shared, its size sealed so that peers that map it can trust it.
+//! Guest RAM: one memfd, and one for each piece of memory that is added while the guest runs; mapped
+//! shared, their sizes sealed so that peers that map them can trust them.
 
 use std::fmt;
 use std::fs::File;
@@ -14,7 +15,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
-use crate::layout;
+use crate::layout::{self, Range};
 
 /// The least RAM a guest can have.
 pub const MIN_SIZE: u64 = 16 << 20;
@@ -216,57 +217,10 @@ pub struct GuestRam {
 impl GuestRam {
     /// Allocates and maps guest RAM.
     pub fn new(options: Options) -> Result<Self, Error> {
-        let Options {
-            size,
-            pages,
-            prefault,
-        } = options;
-        options.check()?;
-        check_host(options, host_memory()?)?;
-
-        let map_error = |source| Error::Map {
-            size,
-            pages,
-            source,
-        };
-        let file = sealed_file(size, pages).map_err(|source| Error::Create {
-            size,
-            pages,
-            source,
-        })?;
-        if prefault {
-            // Unlike MAP_POPULATE alone this reports a lack of memory.
-            let length = i64::try_from(size.0).unwrap_or(i64::MAX);
-            fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| Error::Allocate {
-                size,
-                pages,
-                source: e.into(),
-            })?;
-        }
-
-        let file = Arc::new(file);
-        let mut regions = Vec::new();
-        let mut offset = 0;
-        for range in layout::ram_ranges(size.0) {
-            let populate = if prefault { libc::MAP_POPULATE } else { 0 };
-            let bytes = usize::try_from(range.size).map_err(|e| map_error(e.into()))?;
-            let mapping = MmapRegion::build(
-                Some(FileOffset::from_arc(Arc::clone(&file), offset)),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                // Without MAP_NORESERVE a lack of huge pages shows here, not as SIGBUS later.
-                libc::MAP_SHARED | populate,
-            )
-            .map_err(|e| map_error(e.into()))?;
-            let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
-                .ok_or_else(|| map_error("the region wraps around".into()))?;
-            regions.push(region);
-            offset += range.size;
-        }
-        let memory = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(e.into()))?;
+        let size = options.size.0;
         Ok(Self {
-            memory,
-            size: size.0,
+            memory: allocate(options, &layout::ram_ranges(size))?,
+            size,
         })
     }
 
@@ -288,6 +242,64 @@ impl GuestRam {
             .max()
             .unwrap_or(0)
     }
+}
+
+/// Allocates and maps memory at `start` of a guest that runs: one region, in a file of its own.
+pub fn added(options: Options, start: u64) -> Result<GuestMemoryMmap, Error> {
+    let size = options.size.0;
+    allocate(options, &[Range { start, size }])
+}
+
+/// Allocates memory in one file and maps it at `ranges`, whose sizes sum up to what `options` say.
+fn allocate(options: Options, ranges: &[Range]) -> Result<GuestMemoryMmap, Error> {
+    let Options {
+        size,
+        pages,
+        prefault,
+    } = options;
+    options.check()?;
+    check_host(options, host_memory()?)?;
+
+    let map_error = |source| Error::Map {
+        size,
+        pages,
+        source,
+    };
+    let file = sealed_file(size, pages).map_err(|source| Error::Create {
+        size,
+        pages,
+        source,
+    })?;
+    if prefault {
+        // Unlike MAP_POPULATE alone this reports a lack of memory.
+        let length = i64::try_from(size.0).unwrap_or(i64::MAX);
+        fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| Error::Allocate {
+            size,
+            pages,
+            source: e.into(),
+        })?;
+    }
+
+    let file = Arc::new(file);
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for range in ranges {
+        let populate = if prefault { libc::MAP_POPULATE } else { 0 };
+        let bytes = usize::try_from(range.size).map_err(|e| map_error(e.into()))?;
+        let mapping = MmapRegion::build(
+            Some(FileOffset::from_arc(Arc::clone(&file), offset)),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            // Without MAP_NORESERVE a lack of huge pages shows here, not as SIGBUS later.
+            libc::MAP_SHARED | populate,
+        )
+        .map_err(|e| map_error(e.into()))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
+            .ok_or_else(|| map_error("the region wraps around".into()))?;
+        regions.push(region);
+        offset += range.size;
+    }
+    GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(e.into()))
 }
 
 /// The file behind guest RAM. Its size is for good: a process that maps it must not be killed by
@@ -432,6 +444,22 @@ mod tests {
             assert!(fcntl(&file, weaker).is_err(), "{pages:?}");
             assert_eq!(file.metadata().unwrap().len(), size);
         }
+    }
+
+    #[test]
+    fn added_memory_is_one_region_in_a_sealed_file_of_its_own() {
+        let start = layout::HIGH_RAM_START;
+        let memory = added(options(MIN_SIZE), start).unwrap();
+        let region = memory.iter().next().unwrap();
+        assert_eq!((memory.num_regions(), region.len()), (1, MIN_SIZE));
+        assert_eq!(region.start_addr(), GuestAddress(start));
+        let file = region.file_offset().unwrap();
+        assert_eq!(file.start(), 0);
+        assert!(file.file().set_len(2 * MIN_SIZE).is_err());
+        assert!(matches!(
+            added(options(MIN_SIZE), u64::MAX - 4095),
+            Err(Error::Map { .. })
+        ));
     }
 
     #[test]
