@@ -164,7 +164,7 @@ pub enum PageSize {
 impl PageSize {
     /// Of what the RAM's size must be a multiple. The default huge page is 2 MiB on x86-64 unless
     /// the kernel's command line says otherwise; then the kernel refuses what does not fit.
-    fn bytes(self) -> u64 {
+    pub fn bytes(self) -> u64 {
         match self {
             Self::Normal => 4096,
             Self::HugeDefault | Self::Huge2M => 2 << 20,
