@@ -220,7 +220,14 @@ impl Machine {
         let memory = ram.memory().clone();
         let pci_mmio64 = layout::pci_mmio64(ram.end(), template.physical_bits());
 
-        let rsdp = acpi::write(&memory, &acpi::Platform { cpus, pci_mmio64 })?;
+        let rsdp = acpi::write(
+            &memory,
+            &acpi::Platform {
+                cpus,
+                pci_mmio64,
+                memory_devices: None,
+            },
+        )?;
         let images = Images {
             kernel: &config.kernel,
             initramfs: config.initramfs.as_deref(),
