@@ -38,6 +38,7 @@ use crate::irq::{self, GsiRouter};
 use crate::kvm::{self, Vm};
 use crate::layout::{self, Range};
 use crate::memory::{self, GuestRam};
+use crate::memory_hotplug::{self, GrowingMemory, Plan};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
 use crate::vcpu::{self, Context, Vcpus};
@@ -74,6 +75,9 @@ pub enum Error {
     /// Guest RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+    /// How far it can grow.
+    #[error(transparent)]
+    MemoryHotplug(#[from] memory_hotplug::Error),
     /// Kernel and RAM disk.
     #[error(transparent)]
     Boot(#[from] boot::Error),
@@ -120,8 +124,8 @@ pub enum Error {
 pub struct Resources {
     /// The VM: ioeventfds, memory slots.
     pub vm: Arc<Vm>,
-    /// Guest RAM.
-    pub memory: GuestMemoryMmap,
+    /// Guest RAM, which may grow.
+    pub memory: Arc<GrowingMemory>,
     /// Ports.
     pub ports: Arc<Bus>,
     /// MMIO.
@@ -217,29 +221,29 @@ impl Machine {
         let template = CpuTemplate::new(vm.kvm(), cpus)?;
         let ram = GuestRam::new(config.memory)?;
         vm.add_ram(ram.memory())?;
-        let memory = ram.memory().clone();
-        let pci_mmio64 = layout::pci_mmio64(ram.end(), template.physical_bits());
+        let memory = ram.memory();
+        let bits = template.physical_bits();
+        let plan = Plan::new(config.memory, memory, config.memory_max, bits)?;
+        let pci_mmio64 = layout::pci_mmio64(plan.range.end(), bits);
 
-        let rsdp = acpi::write(
-            &memory,
-            &acpi::Platform {
-                cpus,
-                pci_mmio64,
-                memory_devices: None,
-            },
-        )?;
+        let platform = acpi::Platform {
+            cpus,
+            pci_mmio64,
+            memory_devices: plan.devices(),
+        };
+        let rsdp = acpi::write(memory, &platform)?;
         let images = Images {
             kernel: &config.kernel,
             initramfs: config.initramfs.as_deref(),
             cmdline: &config.cmdline,
         };
-        let entry = boot::load(&memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
-        cpu::write_tables(&memory, &entry)?;
+        let entry = boot::load(memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
+        cpu::write_tables(memory, &entry)?;
 
         let router = Arc::new(GsiRouter::new(Arc::clone(vm.fd()))?);
         let resources = Resources {
             vm: Arc::clone(&vm),
-            memory,
+            memory: growing_memory(&vm, &router, memory.clone(), plan)?,
             ports: Arc::default(),
             mmio: Arc::default(),
             router,
@@ -358,6 +362,21 @@ fn event_loop(exit: &ExitHandle) -> Result<EventLoop, Error> {
     Ok(events)
 }
 
+/// Memory that grows as `plan` says. Its interrupt is edge-triggered.
+fn growing_memory(
+    vm: &Arc<Vm>,
+    router: &GsiRouter,
+    ram: GuestMemoryMmap,
+    plan: Plan,
+) -> Result<Arc<GrowingMemory>, Error> {
+    let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Events)?;
+    if plan.devices().is_some() {
+        router.register_irqfd(&interrupt, layout::MEMORY_HOTPLUG_GSI)?;
+    }
+    let slots = Arc::clone(vm) as _;
+    Ok(Arc::new(GrowingMemory::new(ram, plan, slots, interrupt)))
+}
+
 /// Creates the PCI bus with the devices that back-ends serve.
 fn add_pci_devices(resources: &Resources, devices: &[DeviceConfig]) -> Result<SharedRoot, Error> {
     let windows = Windows {
@@ -370,12 +389,15 @@ fn add_pci_devices(resources: &Resources, devices: &[DeviceConfig]) -> Result<Sh
     let mut root = PciRoot::new(Arc::clone(&resources.mmio), windows);
     for device in devices {
         let socket = device.socket.clone();
+        let memory = resources.memory.current();
         let device = VhostUserDevice::connect(
             device.clone(),
-            resources.memory.clone(),
+            memory.clone(),
             resources.events.clone(),
             resources.exit.clone(),
         )?;
+        let listener = device.memory_listener();
+        resources.memory.register(&listener, &memory)?;
         let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
         let function = VirtioPci::new(Box::new(device), router, vm)
             .map_err(|source| Error::Virtio { socket, source })?;
@@ -396,6 +418,7 @@ fn add_platform_devices(
     pci: Option<SharedDevice>,
 ) -> Result<SerialInput, Error> {
     let Resources {
+        memory,
         ports,
         exit,
         router,
@@ -414,6 +437,10 @@ fn add_platform_devices(
     ports.insert(layout::ACPI_PM_PORT, acpi_pm::SIZE, pm)?;
     let keyboard = Arc::new(Mutex::new(I8042::new(exit.clone())));
     ports.insert(layout::I8042_COMMAND_PORT, 1, keyboard)?;
+    if let Some(devices) = memory.devices() {
+        let Range { start, size } = devices.ports();
+        ports.insert(start, size, memory.registers())?;
+    }
     let pvpanic = Arc::new(Mutex::new(PvPanic::new(exit.clone())));
     ports.insert(layout::PVPANIC_PORT, 1, pvpanic)?;
     let reset = Arc::new(Mutex::new(ResetControl::new(exit.clone(), pci)));

@@ -217,10 +217,16 @@ pub struct GuestRam {
 impl GuestRam {
     /// Allocates and maps guest RAM.
     pub fn new(options: Options) -> Result<Self, Error> {
-        let size = options.size.0;
-        Ok(Self {
-            memory: allocate(options, &layout::ram_ranges(size))?,
+        let Options { size, pages, .. } = options;
+        let regions = allocate(options, &layout::ram_ranges(size.0))?;
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Map {
             size,
+            pages,
+            source: e.into(),
+        })?;
+        Ok(Self {
+            memory,
+            size: size.0,
         })
     }
 
@@ -244,14 +250,38 @@ impl GuestRam {
     }
 }
 
-/// Allocates and maps memory at `start` of a guest that runs: one region, in a file of its own.
-pub fn added(options: Options, start: u64) -> Result<GuestMemoryMmap, Error> {
-    let size = options.size.0;
-    allocate(options, &[Range { start, size }])
+/// Allocates and maps memory at `start` of a guest that has `memory`: one region, in a file of its
+/// own. Returns the new piece alone, and all of memory with it.
+pub fn add(
+    memory: &GuestMemoryMmap,
+    options: Options,
+    start: u64,
+) -> Result<(GuestMemoryMmap, GuestMemoryMmap), Error> {
+    let Options { size, pages, .. } = options;
+    let range = Range {
+        start,
+        size: size.0,
+    };
+    let regions: Vec<_> = allocate(options, &[range])?
+        .into_iter()
+        .map(Arc::new)
+        .collect();
+    let whole = regions.iter().try_fold(memory.clone(), |whole, region| {
+        whole.insert_region(Arc::clone(region))
+    });
+    let piece = GuestMemoryMmap::from_arc_regions(regions);
+    piece
+        .and_then(|piece| Ok((piece, whole?)))
+        .map_err(|e| Error::Map {
+            size,
+            pages,
+            source: e.into(),
+        })
 }
 
-/// Allocates memory in one file and maps it at `ranges`, whose sizes sum up to what `options` say.
-fn allocate(options: Options, ranges: &[Range]) -> Result<GuestMemoryMmap, Error> {
+/// Allocates memory in one file and maps it for `ranges` of the guest's address space, whose sizes
+/// sum up to what `options` say.
+fn allocate(options: Options, ranges: &[Range]) -> Result<Vec<GuestRegionMmap>, Error> {
     let Options {
         size,
         pages,
@@ -299,7 +329,7 @@ fn allocate(options: Options, ranges: &[Range]) -> Result<GuestMemoryMmap, Error
         regions.push(region);
         offset += range.size;
     }
-    GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(e.into()))
+    Ok(regions)
 }
 
 /// The file behind guest RAM. Its size is for good: a process that maps it must not be killed by
@@ -448,18 +478,21 @@ mod tests {
 
     #[test]
     fn added_memory_is_one_region_in_a_sealed_file_of_its_own() {
-        let start = layout::HIGH_RAM_START;
-        let memory = added(options(MIN_SIZE), start).unwrap();
-        let region = memory.iter().next().unwrap();
-        assert_eq!((memory.num_regions(), region.len()), (1, MIN_SIZE));
-        assert_eq!(region.start_addr(), GuestAddress(start));
+        let (ram, start) = (GuestRam::new(options(MIN_SIZE)).unwrap(), 4 << 30);
+        let (piece, whole) = add(ram.memory(), options(2 * MIN_SIZE), start).unwrap();
+        let region = piece.iter().next().unwrap();
+        assert_eq!((piece.num_regions(), region.len()), (1, 2 * MIN_SIZE));
+        assert_eq!(whole.num_regions(), 2);
         let file = region.file_offset().unwrap();
         assert_eq!(file.start(), 0);
-        assert!(file.file().set_len(2 * MIN_SIZE).is_err());
-        assert!(matches!(
-            added(options(MIN_SIZE), u64::MAX - 4095),
-            Err(Error::Map { .. })
-        ));
+        assert!(file.file().set_len(4096).is_err());
+        // One mapping: what is written to the one is in the other.
+        whole.write_obj(7u8, GuestAddress(start)).unwrap();
+        assert_eq!(piece.read_obj::<u8>(GuestAddress(start)).unwrap(), 7);
+        for taken in [0, u64::MAX - 4095] {
+            let error = add(ram.memory(), options(MIN_SIZE), taken);
+            assert!(matches!(error, Err(Error::Map { .. })));
+        }
     }
 
     #[test]

@@ -25,7 +25,7 @@ impl Passthrough {
             VfioInterface::Iommufd => Interface::Iommufd,
         };
         let kvm = VfioDeviceFd::new_from_kvm(resources.vm.create_vfio_device()?);
-        let memory = resources.memory.clone();
+        let memory = resources.memory.current();
         let space = AddressSpace::new(interface, memory, Some(Arc::new(kvm)))?;
         Ok(Self {
             space: Arc::new(space),
