@@ -157,3 +157,101 @@ impl Aml for Check {
         .to_aml_bytes(sink);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn code(pieces: usize) -> Vec<u8> {
+        let mut code = Vec::new();
+        let range = Range {
+            start: 4 << 30,
+            size: 1 << 30,
+        };
+        MemoryDevices { range, pieces }.to_aml_bytes(&mut code);
+        code
+    }
+
+    fn count(code: &[u8], part: &[u8]) -> usize {
+        code.windows(part.len()).filter(|w| *w == part).count()
+    }
+
+    #[test]
+    fn each_piece_is_a_memory_device_with_registers_of_its_own() {
+        let code = code(7);
+        // EISA ID PNP0C80, as a number (19.3.4).
+        assert_eq!(count(&code, b"_HID\x0c\x41\xd0\x0c\x80"), 7);
+        for index in 0u8..7 {
+            let name = [b'M', b'H', b'0', b'0' + index];
+            // The device, and its name twice in the event method.
+            assert_eq!(count(&code, &name), 3, "{index}");
+            // OperationRegion (REGS, SystemIO, 0x620 + 16 × index, 16)
+            let region = [
+                b"\x5b\x80REGS\x01\x0b",
+                &[0x20 + 16 * index, 6, 0x0a, 16][..],
+            ]
+            .concat();
+            assert_eq!(count(&code, &region), 1, "{index}");
+        }
+        // Field (REGS, DWordAcc, NoLock, Preserve) {BASE, 64, SIZE, 64}
+        assert_eq!(count(&code, b"REGS\x03BASE\x40\x04SIZE\x40\x04"), 7);
+        assert_eq!(count(&self::code(2), b"_HID\x0c\x41\xd0\x0c\x80"), 2);
+    }
+
+    #[test]
+    fn a_piece_that_is_not_there_has_no_status() {
+        // If (SIZE == 0) {Return (0)}; Return (0xf).
+        let body = b"\xa0\x09\x93SIZE\x00\xa4\x00\xa4\x0a\x0f";
+        assert_eq!(count(&code(3), body), 3);
+    }
+
+    #[test]
+    fn the_resources_are_what_the_registers_say() {
+        let code = code(1);
+        let mut descriptor = Vec::new();
+        AddressSpace::new_memory(AddressSpaceCacheable::Cacheable, true, 0, 0u64, None)
+            .to_aml_bytes(&mut descriptor);
+        assert_eq!(descriptor.len(), usize::from(LENGTH) + 8);
+        assert_eq!(count(&code, &descriptor), 1);
+        for (offset, name) in [(14, b"MIN_"), (22, b"MAX_"), (38, b"LEN_")] {
+            // CreateQWordField (Local0, offset, name)
+            let field = [&[0x8f, 0x60, 0x0a, offset], &name[..]].concat();
+            assert_eq!(count(&code, &field), 1, "{offset}");
+        }
+        // MIN_ = BASE; LEN_ = SIZE; MAX_ = BASE + SIZE; MAX_ = MAX_ - 1; return.
+        let body = b"\x70BASEMIN_\x70SIZELEN_\x72BASESIZEMAX_\x74MAX_\x01MAX_\xa4\x60";
+        assert_eq!(count(&code, body), 1);
+    }
+
+    #[test]
+    fn an_edge_notifies_each_piece_that_is_there() {
+        let code = code(2);
+        assert_eq!(count(&code, b"_HID\x0dACPI0013\0"), 1);
+        // Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {20}
+        assert_eq!(count(&code, b"\x89\x06\x00\x03\x01\x14\x00\x00\x00"), 1);
+        for index in [b'0', b'1'] {
+            // If (\_SB.MH0n.SIZE != 0) {Notify (\_SB.MH0n, 1)}
+            let check = [
+                b"\x92\x93\\\x2f\x03_SB_MH0",
+                &[index][..],
+                b"SIZE\x00\x86\\\x2e_SB_MH0",
+                &[index],
+                b"\x01",
+            ]
+            .concat();
+            assert_eq!(count(&code, &check), 1, "{code:x?}");
+        }
+    }
+
+    #[test]
+    fn ports_are_reserved_up_to_the_last_piece() {
+        let devices = |pieces| MemoryDevices {
+            range: Range { start: 0, size: 0 },
+            pieces,
+        };
+        let mut resource = Vec::new();
+        devices(7).reserved_ports().to_aml_bytes(&mut resource);
+        assert_eq!(resource, [0x47, 1, 0x20, 6, 0x20, 6, 1, 112]);
+        assert_eq!(devices(2).ports().end(), layout::MEMORY_HOTPLUG_PORT + 32);
+    }
+}

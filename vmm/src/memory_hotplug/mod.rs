@@ -356,3 +356,6 @@ fn withdraw<'a>(
         Arc::clone(listener).withdraw(piece, whole);
     }
 }
+
+#[cfg(test)]
+mod tests;
