@@ -5,7 +5,17 @@
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
-for module in /modules/*.ko; do insmod "$module"; done
+# A parameter of a module is given as modprobe takes it: MODULE.NAME=VALUE on the kernel's command line.
+for module in /modules/*.ko; do
+    name=${module#/modules/*-}
+    parameters=
+    for word in $(cat /proc/cmdline); do
+        case "$word" in
+        "${name%.ko}".*) parameters="$parameters ${word#*.}" ;;
+        esac
+    done
+    insmod "$module" $parameters
+done
 root=
 start='exec sh /run/agent.sh'
 for word in $(cat /proc/cmdline); do

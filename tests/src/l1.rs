@@ -22,6 +22,10 @@ const START: &str = include_str!("../recipe/l1-start.sh");
 const SCRATCH_SIZE: u64 = 12 << 30;
 /// Size of the raw disk for tests, sparse on the machine.
 const RAW_DISK_SIZE: u64 = 4 << 30;
+/// Size of each namespace of the NVMe controller, sparse on the machine.
+const NAMESPACE_SIZE: u64 = 1 << 30;
+/// Size of the SATA disk, sparse on the machine.
+const SATA_DISK_SIZE: u64 = 1 << 30;
 /// Memory of the lab VM: a guest of 6 GiB fits. The machine provides what is touched, no more.
 const MEMORY_MIB: u64 = 10 * 1024;
 /// Less than this does not run the suite.
@@ -132,10 +136,7 @@ fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Resu
     qemu.arg("-m").arg(format!("{}M", memory_mib()?));
     qemu.args(["-nodefaults", "-no-reboot"]);
     qemu.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
-    // A network card with SR-IOV, on a cable that leads nowhere.
-    qemu.args(["-device", "pcie-root-port,id=rp1,slot=1"]);
-    qemu.args(["-netdev", "hubport,id=sriov,hubid=0"]);
-    qemu.args(["-device", "igb,bus=rp1,netdev=sriov"]);
+    add_assignable(&mut qemu, run)?;
     for (tag, path) in [
         ("root", root.as_path()),
         ("bin", programs),
@@ -152,12 +153,7 @@ fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Resu
         escaped(&systems.guest_disk())
     ));
     for (name, size) in [("scratch.img", SCRATCH_SIZE), ("disk.img", RAW_DISK_SIZE)] {
-        let path = run.path().join(name);
-        let doing = || format!("create {}", path.display());
-        File::create(&path)
-            .doing(doing)?
-            .set_len(size)
-            .doing(doing)?;
+        let path = sparse_file(run, name, size)?;
         qemu.arg("-drive").arg(format!(
             "if=virtio,format=raw,cache=unsafe,discard=unmap,file={}",
             escaped(&path)
@@ -169,6 +165,66 @@ fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Resu
         "console=ttyS0 panic=-1 intel_iommu=on iommu=pt {cmdline}"
     ));
     Ok(qemu)
+}
+
+/// What a guest can be given: each device behind a root port of its own, and so in an IOMMU group of its own.
+fn add_assignable(qemu: &mut Command, run: &Run) -> Result<()> {
+    // Two network cards at one cable, which leads nowhere else: one with SR-IOV; one without, which knows INTx, MSI and MSI-X.
+    for (number, card) in [(1, "igb"), (2, "e1000e")] {
+        root_port(qemu, number);
+        qemu.arg("-netdev")
+            .arg(format!("hubport,id=cable-{card},hubid=0"));
+        qemu.arg("-device")
+            .arg(format!("{card},bus=port{number},netdev=cable-{card}"));
+    }
+    // A disk with SR-IOV: eight queues and eight vectors to be shared out among its virtual functions, so that each can have
+    // three I/O queues beside the admin queue; the physical function keeps two. The host has the first namespace; the second
+    // is to be attached.
+    root_port(qemu, 3);
+    qemu.args(["-device", "nvme-subsys,id=subsystem"]);
+    qemu.arg("-device").arg(
+        "nvme,id=nvme,serial=lab,subsys=subsystem,bus=port3,sriov_max_vfs=2,sriov_vq_flexible=8,\
+         sriov_vi_flexible=8,max_ioqpairs=10,msix_qsize=11",
+    );
+    for (number, sharing) in [(1, "shared=off,detached=off"), (2, "shared=on,detached=on")] {
+        let path = sparse_file(run, &format!("namespace{number}.img"), NAMESPACE_SIZE)?;
+        qemu.arg("-drive").arg(format!(
+            "if=none,id=namespace{number},format=raw,cache=unsafe,discard=unmap,file={}",
+            escaped(&path)
+        ));
+        qemu.arg("-device").arg(format!(
+            "nvme-ns,bus=nvme,drive=namespace{number},nsid={number},{sharing}"
+        ));
+    }
+    // A device that reads and writes memory wherever it is told to, and interrupts by MSI or INTx.
+    root_port(qemu, 4);
+    qemu.args(["-device", "edu,bus=port4,dma_mask=0xffffffffffffffff"]);
+    // A disk controller that has MSI and no MSI-X, and registers in I/O space too.
+    root_port(qemu, 5);
+    let path = sparse_file(run, "sata.img", SATA_DISK_SIZE)?;
+    qemu.args(["-device", "ich9-ahci,id=sata,bus=port5"]);
+    qemu.arg("-drive").arg(format!(
+        "if=none,id=sata-disk,format=raw,cache=unsafe,discard=unmap,file={}",
+        escaped(&path)
+    ));
+    qemu.args(["-device", "ide-hd,bus=sata.0,drive=sata-disk"]);
+    Ok(())
+}
+
+fn root_port(qemu: &mut Command, number: u32) {
+    qemu.arg("-device")
+        .arg(format!("pcie-root-port,id=port{number},slot={number}"));
+}
+
+/// Creates a file of this run for a disk; `size` in bytes.
+fn sparse_file(run: &Run, name: &str, size: u64) -> Result<PathBuf> {
+    let path = run.path().join(name);
+    let doing = || format!("create {}", path.display());
+    File::create(&path)
+        .doing(doing)?
+        .set_len(size)
+        .doing(doing)?;
+    Ok(path)
 }
 
 /// A path as a value in QEMU's option syntax, where a comma is doubled.

@@ -1,13 +1,22 @@
-//! The host's files this crate looks at, rooted at a directory: `/` in life, a made-up tree in tests.
+//! The host's files this crate looks at and changes, rooted at a directory: `/` in life, a made-up tree in tests.
 
 use std::ffi::OsString;
 use std::io::{self, ErrorKind};
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::{fs, str};
 
 use thiserror::Error;
+use uuid::Uuid;
 
-/// Reading the host's files failed.
+use crate::address::PciAddress;
+use crate::kernel::{Kernel, LiveKernel};
+use crate::network::Links;
+use crate::nvme::admin::Admin;
+use crate::token::TokenError;
+
+/// Reading or changing the host's files failed.
 #[derive(Debug, Error)]
 pub enum HostError {
     /// A file or directory could not be read.
@@ -29,12 +38,41 @@ pub enum HostError {
         /// What it ought to hold.
         expected: &'static str,
     },
+    /// The kernel did not take what was written to an attribute, or a file could not be written.
+    #[error("cannot write `{}` to {}{}", text.trim_end(), path.display(), advice(source))]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What was to be written.
+        text: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// A file could not be removed.
+    #[error("cannot remove {}{}", path.display(), advice(source))]
+    Remove {
+        /// The file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
 }
 
-/// The host's file tree below a root directory.
+/// What to do about a change that is not permitted.
+pub(crate) fn advice(error: &io::Error) -> &'static str {
+    match error.kind() {
+        ErrorKind::PermissionDenied => " (run this as root)",
+        _ => "",
+    }
+}
+
+/// The host's file tree below a root directory, and the kernel that is behind it.
 #[derive(Debug, Clone)]
 pub struct Host {
     root: PathBuf,
+    kernel: Arc<dyn Kernel>,
 }
 
 /// A file that is not there is an answer, not a failure. The same holds for a file of a device that
@@ -45,10 +83,19 @@ fn absent(error: &io::Error) -> bool {
 }
 
 impl Host {
-    /// The tree below `root`.
+    /// The tree below `root`, changed by this process.
     #[must_use]
     pub fn new(root: impl Into<PathBuf>) -> Self {
-        Self { root: root.into() }
+        Self::with_kernel(root, Arc::new(LiveKernel))
+    }
+
+    /// The tree below `root`, changed by somebody else.
+    #[must_use]
+    pub fn with_kernel(root: impl Into<PathBuf>, kernel: Arc<dyn Kernel>) -> Self {
+        Self {
+            root: root.into(),
+            kernel,
+        }
     }
 
     /// Where `path` lies, given from the tree's root on, with or without a leading slash.
@@ -114,11 +161,18 @@ impl Host {
     /// # Errors
     /// [`HostError::Read`] if it is there and cannot be read.
     pub fn link(&self, path: impl AsRef<Path>) -> Result<Option<String>, HostError> {
+        let target = self.target(path)?;
+        Ok(target.and_then(|target| Some(target.file_name()?.to_string_lossy().into_owned())))
+    }
+
+    /// What a symbolic link points to, or `None` if there is no such link.
+    ///
+    /// # Errors
+    /// [`HostError::Read`] if it is there and cannot be read.
+    pub fn target(&self, path: impl AsRef<Path>) -> Result<Option<PathBuf>, HostError> {
         let path = self.path(path);
         match fs::read_link(&path) {
-            Ok(target) => Ok(target
-                .file_name()
-                .map(|name| name.to_string_lossy().into_owned())),
+            Ok(target) => Ok(Some(target)),
             Err(e) if absent(&e) => Ok(None),
             Err(source) => Err(HostError::Read { path, source }),
         }
@@ -154,6 +208,93 @@ impl Host {
     #[must_use]
     pub fn has(&self, path: impl AsRef<Path>) -> bool {
         self.path(path).symlink_metadata().is_ok()
+    }
+
+    /// The inode number of what is at `path`, links followed, or `None` if there is nothing.
+    ///
+    /// # Errors
+    /// [`HostError::Read`] if it is there and cannot be looked at.
+    pub fn inode(&self, path: impl AsRef<Path>) -> Result<Option<u64>, HostError> {
+        let path = self.path(path);
+        match fs::metadata(&path) {
+            Ok(metadata) => Ok(Some(metadata.ino())),
+            Err(e) if absent(&e) => Ok(None),
+            Err(source) => Err(HostError::Read { path, source }),
+        }
+    }
+
+    /// Writes to an attribute.
+    ///
+    /// # Errors
+    /// [`HostError::Write`] if there is no such attribute or the kernel refuses.
+    pub fn write(&self, path: impl AsRef<Path>, text: &str) -> Result<(), HostError> {
+        let path = self.path(path);
+        self.kernel
+            .write(&path, text)
+            .map_err(|source| HostError::Write {
+                path,
+                text: text.to_owned(),
+                source,
+            })
+    }
+
+    /// Puts a file with this text in the place of another or of none: whole or not at all.
+    ///
+    /// # Errors
+    /// [`HostError::Write`] if it cannot be written.
+    pub fn replace(&self, path: impl AsRef<Path>, text: &str) -> Result<(), HostError> {
+        let path = self.path(path);
+        self.kernel
+            .replace(&path, text)
+            .map_err(|source| HostError::Write {
+                path,
+                text: text.to_owned(),
+                source,
+            })
+    }
+
+    /// Removes a file, if it is there.
+    ///
+    /// # Errors
+    /// [`HostError::Remove`] if it is there and cannot be removed.
+    pub fn remove(&self, path: impl AsRef<Path>) -> Result<(), HostError> {
+        let path = self.path(path);
+        match self.kernel.remove(&path) {
+            Err(source) if !absent(&source) => Err(HostError::Remove { path, source }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Loads a kernel module by its name or by an alias.
+    ///
+    /// # Errors
+    /// What `modprobe` said.
+    pub fn load_module(&self, name: &str) -> io::Result<()> {
+        self.kernel.load(&self.root, name)
+    }
+
+    /// Gives a physical function that vfio-pci drives the token that its virtual ones then ask for.
+    ///
+    /// # Errors
+    /// [`TokenError`], if it cannot be opened through VFIO.
+    pub fn set_vf_token(&self, pf: PciAddress, token: &Uuid) -> Result<(), TokenError> {
+        self.kernel.set_vf_token(self, pf, token)
+    }
+
+    /// The network configuration that belongs to the tree.
+    ///
+    /// # Errors
+    /// What the kernel said, or that the tree is another host's.
+    pub fn links(&self) -> io::Result<Box<dyn Links>> {
+        self.kernel.links(&self.root)
+    }
+
+    /// The controller of an NVMe device file.
+    ///
+    /// # Errors
+    /// What the kernel said.
+    pub fn nvme(&self, path: impl AsRef<Path>) -> io::Result<Box<dyn Admin>> {
+        self.kernel.nvme(&self.path(path))
     }
 
     /// An error about what a file holds.

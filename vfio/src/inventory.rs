@@ -10,7 +10,7 @@ use crate::host::{Host, HostError};
 use crate::ids::PciIds;
 
 /// Where sysfs lists all PCI functions.
-const DEVICES: &str = "sys/bus/pci/devices";
+pub(crate) const DEVICES: &str = "sys/bus/pci/devices";
 /// Where sysfs lists all IOMMU groups.
 const GROUPS: &str = "sys/kernel/iommu_groups";
 
@@ -77,6 +77,15 @@ pub struct Group {
     pub no_iommu: bool,
     /// The functions in it, in order, this one included.
     pub members: Vec<PciAddress>,
+}
+
+impl Group {
+    /// The name of its file in `/dev/vfio`.
+    #[must_use]
+    pub fn file_name(&self) -> String {
+        let prefix = if self.no_iommu { "noiommu-" } else { "" };
+        format!("{prefix}{}", self.id)
+    }
 }
 
 /// One PCI function.
@@ -218,9 +227,6 @@ fn read_device(
     let numa_node = host
         .number::<i32>(file("numa_node"), "a node number")?
         .and_then(|node| u16::try_from(node).ok());
-    let driver_override = host
-        .text(file("driver_override"))?
-        .filter(|name| !name.is_empty() && name != "(null)");
     Ok(Some(PciDevice {
         address,
         role: read_role(host, address)?,
@@ -233,12 +239,17 @@ fn read_device(
         device_name: ids.device(vendor, device).map(str::to_owned),
         class_name: ids.class(class).map(str::to_owned),
         driver: host.link(file("driver"))?,
-        driver_override,
+        driver_override: read_override(host, address)?,
         numa_node,
         iommu_group: read_group(host, address)?,
         reset: read_reset(host, address)?,
         interfaces: host.names(file("net"))?.unwrap_or_default(),
     }))
+}
+
+pub(crate) fn read_override(host: &Host, device: PciAddress) -> Result<Option<String>, HostError> {
+    let name = host.text(format!("{DEVICES}/{device}/driver_override"))?;
+    Ok(name.filter(|name| !name.is_empty() && name != "(null)"))
 }
 
 fn read_role(host: &Host, device: PciAddress) -> Result<Role, HostError> {

@@ -1,18 +1,24 @@
-//! What `ringside-vfio list` prints: a table for people, JSON for programs.
+//! What `ringside-vfio` prints: tables for people, JSON for programs.
 
+use std::collections::BTreeMap;
 use std::io::{self, Write};
 
 use serde::Serialize;
 
+use crate::address::PciAddress;
+use crate::binding::Outcome;
 use crate::inventory::{Inventory, PciDevice, Role};
+use crate::network::VfSettings;
 use crate::viability::{Viability, judge};
 
-/// A function and the judgement on it.
+/// A function, the judgement on it, and its settings if it is a virtual one of a network card.
 #[derive(Debug, Serialize)]
 struct Entry<'a> {
     #[serde(flatten)]
     device: &'a PciDevice,
     viability: Viability,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    settings: Option<&'a VfSettings>,
 }
 
 /// The whole answer. Fields are added, never renamed or removed.
@@ -25,16 +31,68 @@ struct Answer<'a> {
 ///
 /// # Errors
 /// Only when `out` cannot be written.
-pub fn json(out: &mut impl Write, inventory: &Inventory, devices: &[&PciDevice]) -> io::Result<()> {
-    let entry = |device| Entry {
+pub fn json(
+    out: &mut impl Write,
+    inventory: &Inventory,
+    devices: &[&PciDevice],
+    settings: &BTreeMap<PciAddress, VfSettings>,
+) -> io::Result<()> {
+    let entries = devices.iter().map(|device| Entry {
         device,
         viability: judge(device, inventory),
-    };
+        settings: settings.get(&device.address),
+    });
     let answer = Answer {
-        devices: devices.iter().copied().map(entry).collect(),
+        devices: entries.collect(),
     };
-    serde_json::to_writer_pretty(&mut *out, &answer)?;
+    self::answer(out, &answer)
+}
+
+/// Writes an answer as JSON.
+///
+/// # Errors
+/// Only when `out` cannot be written.
+pub fn answer(out: &mut impl Write, answer: &impl Serialize) -> io::Result<()> {
+    serde_json::to_writer_pretty(&mut *out, answer)?;
     writeln!(out)
+}
+
+/// Writes what became of devices as a table, one line each.
+///
+/// # Errors
+/// Only when `out` cannot be written.
+pub fn outcomes(out: &mut impl Write, outcomes: &[Outcome]) -> io::Result<()> {
+    let none = || "-".to_owned();
+    let mut rows = vec![["ADDRESS", "GROUP", "DRIVER"].map(str::to_owned)];
+    rows.extend(outcomes.iter().map(|outcome| {
+        [
+            outcome.address.to_string(),
+            outcome.group.map_or_else(none, |group| group.to_string()),
+            outcome.driver.clone().unwrap_or_else(none),
+        ]
+    }));
+    columns(out, &rows)
+}
+
+/// Writes lines whose cells stand below each other.
+pub(crate) fn columns<const N: usize>(
+    out: &mut impl Write,
+    rows: &[[String; N]],
+) -> io::Result<()> {
+    let mut widths = [0; N];
+    for row in rows {
+        for (width, cell) in widths.iter_mut().zip(row) {
+            *width = cell.chars().count().max(*width);
+        }
+    }
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(widths) {
+            line.push_str(&format!("{cell:width$}  "));
+        }
+        writeln!(out, "{}", line.trim_end())?;
+    }
+    Ok(())
 }
 
 const HEADINGS: [&str; 8] = [
@@ -63,20 +121,7 @@ pub fn table(
             .iter()
             .map(|device| row(device, &judge(device, inventory))),
     );
-    let mut widths = [0; HEADINGS.len()];
-    for row in &rows {
-        for (width, cell) in widths.iter_mut().zip(row) {
-            *width = cell.chars().count().max(*width);
-        }
-    }
-    for row in &rows {
-        let mut line = String::new();
-        for (cell, width) in row.iter().zip(widths) {
-            line.push_str(&format!("{cell:width$}  "));
-        }
-        writeln!(out, "{}", line.trim_end())?;
-    }
-    Ok(())
+    columns(out, &rows)
 }
 
 fn row(device: &PciDevice, viability: &Viability) -> [String; HEADINGS.len()] {

@@ -79,11 +79,11 @@ pub struct Viability {
 }
 
 /// Drivers that hand a device to user space through VFIO: vfio-pci and its variants for one device.
-fn is_vfio(driver: &str) -> bool {
+pub(crate) fn is_vfio(driver: &str) -> bool {
     driver == "vfio-pci" || driver.ends_with("-vfio-pci") || driver.ends_with("_vfio_pci")
 }
 
-fn is_bridge(device: &PciDevice) -> bool {
+pub(crate) fn is_bridge(device: &PciDevice) -> bool {
     let [_, base, ..] = device.class.to_be_bytes();
     base == BASE_CLASS_BRIDGE
 }

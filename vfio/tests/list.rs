@@ -2,149 +2,13 @@
 // Helpers of tests: a panic is the way to fail.
 #![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::panic)]
 
+mod machine;
+
 use std::fs;
-use std::os::unix::fs::symlink;
-use std::path::PathBuf;
-use std::process::{Command, Output, Stdio};
+use std::process::{Command, Stdio};
 
+use machine::{IDS, Machine};
 use serde_json::Value;
-use tempfile::TempDir;
-
-const IDS: &str = "8086  Intel Corporation\n\t10c9  82576 Gigabit Network Connection\n\
-    \t10ca  82576 Virtual Function\n1b36  Red Hat, Inc.\nC 06  Bridge\n\t04  PCI bridge\n";
-
-struct Machine(TempDir);
-
-impl Machine {
-    /// A machine with a PCI bus that has nothing on it.
-    fn new() -> Self {
-        let machine = Self(tempfile::tempdir().unwrap());
-        fs::create_dir_all(machine.path("sys/bus/pci/devices")).unwrap();
-        machine
-    }
-
-    fn path(&self, path: &str) -> PathBuf {
-        self.0.path().join(path)
-    }
-
-    fn put(&self, path: &str, text: &str) {
-        fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
-        fs::write(self.path(path), text).unwrap();
-    }
-
-    fn link(&self, path: &str, target: &str) {
-        fs::create_dir_all(self.path(path).parent().unwrap()).unwrap();
-        let _ = fs::remove_file(self.path(path));
-        symlink(target, self.path(path)).unwrap();
-    }
-
-    fn attribute(&self, device: &str, name: &str, text: &str) {
-        self.put(&format!("sys/bus/pci/devices/{device}/{name}"), text);
-    }
-
-    fn device(&self, device: &str, id: &str, class: &str) {
-        let (vendor, model) = id.split_once(':').unwrap();
-        self.attribute(device, "vendor", &format!("0x{vendor}\n"));
-        self.attribute(device, "device", &format!("0x{model}\n"));
-        self.attribute(device, "subsystem_vendor", "0x8086\n");
-        self.attribute(device, "subsystem_device", "0xa03c\n");
-        self.attribute(device, "class", &format!("0x{class}\n"));
-        self.attribute(device, "numa_node", "-1\n");
-    }
-
-    fn driver(&self, device: &str, driver: &str) {
-        let link = format!("sys/bus/pci/devices/{device}/driver");
-        self.link(&link, &format!("../../../../bus/pci/drivers/{driver}"));
-    }
-
-    fn group(&self, device: &str, group: u32) {
-        let link = format!("sys/bus/pci/devices/{device}/iommu_group");
-        self.link(&link, &format!("../../../kernel/iommu_groups/{group}"));
-        self.link(
-            &format!("sys/kernel/iommu_groups/{group}/devices/{device}"),
-            &format!("../../../../devices/pci0000:00/{device}"),
-        );
-        self.put(&format!("sys/kernel/iommu_groups/{group}/type"), "DMA-FQ\n");
-    }
-
-    /// A network card behind a root port, with two of its seven virtual functions enabled.
-    fn with_nic() -> Self {
-        let machine = Self::new();
-        machine.put("usr/share/misc/pci.ids", IDS);
-        machine.device("0000:00:03.0", "1b36:000c", "060400");
-        machine.driver("0000:00:03.0", "pcieport");
-        machine.group("0000:00:03.0", 3);
-        machine.device("0000:01:00.0", "8086:10c9", "020000");
-        machine.driver("0000:01:00.0", "igb");
-        machine.group("0000:01:00.0", 4);
-        machine.attribute("0000:01:00.0", "sriov_totalvfs", "7\n");
-        machine.attribute("0000:01:00.0", "sriov_numvfs", "2\n");
-        machine.attribute("0000:01:00.0", "reset_method", "flr bus\n");
-        machine.attribute("0000:01:00.0", "numa_node", "1\n");
-        machine.attribute("0000:01:00.0", "net/eth0/address", "52:54:00:12:34:56\n");
-        for (index, vf) in ["0000:01:10.0", "0000:01:10.2"].into_iter().enumerate() {
-            machine.device(vf, "8086:10ca", "020000");
-            machine.group(vf, 5 + u32::try_from(index).unwrap());
-            machine.attribute(vf, "reset_method", "flr\n");
-            machine.link(
-                &format!("sys/bus/pci/devices/{vf}/physfn"),
-                "../0000:01:00.0",
-            );
-            machine.link(
-                &format!("sys/bus/pci/devices/0000:01:00.0/virtfn{index}"),
-                &format!("../{vf}"),
-            );
-        }
-        machine.driver("0000:01:10.0", "vfio-pci");
-        machine
-    }
-
-    fn run(&self, args: &[&str]) -> Output {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_ringside-vfio"));
-        command
-            .arg("--root")
-            .arg(self.0.path())
-            .arg("list")
-            .args(args);
-        command.stdin(Stdio::null()).output().unwrap()
-    }
-
-    fn table(&self, args: &[&str]) -> Vec<String> {
-        let output = self.run(args);
-        assert!(output.status.success(), "{output:?}");
-        assert!(output.stderr.is_empty(), "{output:?}");
-        String::from_utf8(output.stdout)
-            .unwrap()
-            .lines()
-            .map(str::to_owned)
-            .collect()
-    }
-
-    fn json(&self, args: &[&str]) -> Vec<Value> {
-        let output = self.run(&[args, &["--json"]].concat());
-        assert!(output.status.success(), "{output:?}");
-        let answer: Value = serde_json::from_slice(&output.stdout).unwrap();
-        answer["devices"].as_array().unwrap().clone()
-    }
-
-    fn failure(&self, args: &[&str]) -> String {
-        let output = self.run(args);
-        assert_eq!(output.status.code(), Some(1), "{output:?}");
-        assert!(output.stdout.is_empty());
-        String::from_utf8(output.stderr).unwrap()
-    }
-
-    /// The obstacles' codes of one device.
-    fn obstacles(&self, device: &str) -> Vec<String> {
-        let device = &self.json(&[device])[0];
-        let obstacles = device["viability"]["obstacles"].as_array().unwrap();
-        assert_eq!(device["viability"]["viable"], obstacles.is_empty());
-        obstacles
-            .iter()
-            .map(|o| o["code"].as_str().unwrap().to_owned())
-            .collect()
-    }
-}
 
 #[test]
 fn table_of_a_card_with_virtual_functions() {
@@ -511,7 +375,7 @@ fn machines_without_devices() {
         "{hint}"
     );
     assert_eq!(machine.json(&[]).len(), 0);
-    let nothing = Machine(tempfile::tempdir().unwrap());
+    let nothing = Machine::without_sysfs();
     let error = nothing.failure(&[]);
     assert!(
         error.contains("sys/bus/pci/devices does not exist; is sysfs mounted"),
@@ -525,7 +389,7 @@ fn reader_that_has_seen_enough() {
     let mut command = Command::new(env!("CARGO_BIN_EXE_ringside-vfio"));
     command
         .arg("--root")
-        .arg(machine.0.path())
+        .arg(machine.root())
         .args(["list", "--all"]);
     let mut child = command
         .stdout(Stdio::piped())

@@ -23,6 +23,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestM
 use crate::devices::{acpi_pm, reset, rtc, serial};
 use crate::layout::{self, Range, boot};
 use crate::memory_hotplug::description::MemoryDevices;
+use crate::pci::host::pin_gsis;
 
 /// Why the tables cannot be built.
 #[derive(Debug, thiserror::Error)]
@@ -303,7 +304,16 @@ impl Aml for PciHost {
             windows.push(&mmio64);
         }
         let resources = ResourceTemplate::new(windows);
-        // There is no _PRT: the devices here interrupt by message only.
+        let routes: Vec<PinRoute> = (0..PCI_DEVICES)
+            .flat_map(|device| {
+                pin_gsis(device)
+                    .into_iter()
+                    .zip(0..)
+                    .map(move |(gsi, pin)| (device, pin, gsi))
+            })
+            .map(|(device, pin, gsi)| PinRoute { device, pin, gsi })
+            .collect();
+        let routes = Package::new(routes.iter().map(|route| route as &dyn Aml).collect());
         Device::new(
             "PCI0".into(),
             vec![
@@ -316,10 +326,31 @@ impl Aml for PciHost {
                 // DMA is coherent.
                 &Name::new("_CCA".into(), &ONE),
                 &Name::new("_CRS".into(), &resources),
+                &Name::new("_PRT".into(), &routes),
                 &Osc,
             ],
         )
         .to_aml_bytes(sink);
+    }
+}
+
+/// Devices of a bus.
+const PCI_DEVICES: u8 = 32;
+
+/// Where an interrupt pin of all functions of a device on bus 0 leads (ACPI 6.5, 6.2.13): to a pin of the I/O APIC, without a
+/// link device that could change that.
+struct PinRoute {
+    device: u8,
+    pin: u8,
+    gsi: u32,
+}
+
+impl Aml for PinRoute {
+    fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
+        /// All functions.
+        const ANY_FUNCTION: u32 = 0xffff;
+        let address = u32::from(self.device) << 16 | ANY_FUNCTION;
+        Package::new(vec![&address, &self.pin, &ZERO, &self.gsi]).to_aml_bytes(sink);
     }
 }
 
@@ -541,6 +572,17 @@ mod tests {
         );
         // Four arguments, serialized.
         assert!(has(b"_OSC\x0c"), "{code:x?}");
+    }
+
+    #[test]
+    fn each_pin_of_each_device_has_a_route() {
+        let code = dsdt(&platform(1)).as_slice().to_vec();
+        let has = |bytes: &[u8]| code.windows(bytes.len()).any(|window| window == bytes);
+        // Name (_PRT, Package (128) {...
+        assert!(has(b"\x08_PRT\x12"));
+        // Package (4) { 0x1ffff, Zero, Zero, 17 }, and { 0x1fffff, 3, Zero, 18 }.
+        assert!(has(b"\x04\x0c\xff\xff\x01\x00\x00\x00\x0a\x11"));
+        assert!(has(b"\x04\x0c\xff\xff\x1f\x00\x0a\x03\x00\x0a\x12"));
     }
 
     #[test]

@@ -24,6 +24,8 @@ use crate::memory::{self, PageSize, Size};
 
 /// Most processors a guest can have: 8-bit local APIC IDs, of which 255 means all of them.
 pub const MAX_CPUS: u32 = 254;
+/// Most hot-plug slots: each takes 2 MiB of the guest's address space below 4 GiB, and a place on the bus.
+pub const MAX_HOTPLUG_PORTS: u8 = 64;
 /// Largest size of a split virtqueue (VIRTIO 1.3, 2.7).
 const MAX_QUEUE_SIZE: u16 = 32768;
 /// Most queues of a device: each needs an MSI-X vector, of which a function has at most 2048, and
@@ -81,6 +83,9 @@ pub enum Error {
     /// Two devices cannot share a back-end.
     #[error("two devices have the socket {}: a back-end serves one device", .0.display())]
     SameSocket(PathBuf),
+    /// More slots than there is room for.
+    #[error("{0} hot-plug slots are too many: give --hotplug-ports 0 to {MAX_HOTPLUG_PORTS}")]
+    HotplugPorts(u8),
     /// A function can be given once.
     #[error("{0} is given to the guest twice")]
     SameFunction(PciAddress),
@@ -148,6 +153,14 @@ pub struct Cli {
     #[arg(long, value_name = "INTERFACE")]
     pub vfio_interface: Option<VfioInterface>,
 
+    /// Listens for requests at this Unix socket: plugging devices in and out, state, the end. `ringside-ctl` speaks with it.
+    #[arg(long, value_name = "PATH")]
+    pub api_socket: Option<PathBuf>,
+
+    /// Empty slots for functions that are plugged in later [default: 2 with --api-socket, else none].
+    #[arg(long, value_name = "N")]
+    pub hotplug_ports: Option<u8>,
+
     /// Where the guest's first serial port leads: stdio, file=PATH, socket=PATH (listens for one
     /// client at a time), or null [default: stdio].
     #[arg(long, value_name = "WHERE")]
@@ -209,6 +222,8 @@ pub struct FileOptions {
     vhost_user: Vec<TextOr<VhostUserOptions>>,
     vfio: Vec<TextOr<VfioOptions>>,
     vfio_interface: Option<VfioInterface>,
+    api_socket: Option<PathBuf>,
+    hotplug_ports: Option<u8>,
     serial: Option<String>,
     log_level: Option<String>,
 }
@@ -469,6 +484,10 @@ pub struct Config {
     pub vfio: Vec<VfioConfig>,
     /// How VFIO confines them.
     pub vfio_interface: VfioInterface,
+    /// Where the control socket is to listen.
+    pub api_socket: Option<PathBuf>,
+    /// Number of empty slots, at most [`MAX_HOTPLUG_PORTS`].
+    pub hotplug_ports: u8,
     /// The serial port.
     pub serial: SerialTarget,
     /// Filter of the log.
@@ -527,6 +546,8 @@ impl Config {
             vhost_user,
             vfio,
             vfio_interface,
+            api_socket,
+            hotplug_ports,
             serial,
             config: _,
             log_level,
@@ -550,6 +571,14 @@ impl Config {
         let mut sockets = HashSet::new();
         if let Some(twice) = devices.iter().find(|d| !sockets.insert(&d.socket)) {
             return Err(Error::SameSocket(twice.socket.clone()));
+        }
+        let api_socket = api_socket.or(file.api_socket);
+        let default_ports = if api_socket.is_some() { 2 } else { 0 };
+        let hotplug_ports = hotplug_ports
+            .or(file.hotplug_ports)
+            .unwrap_or(default_ports);
+        if hotplug_ports > MAX_HOTPLUG_PORTS {
+            return Err(Error::HotplugPorts(hotplug_ports));
         }
         let vfio = file.vfio.into_iter().map(|v| v.0).chain(vfio);
         let vfio: Vec<_> = vfio.map(VfioOptions::resolve).collect();
@@ -583,6 +612,8 @@ impl Config {
             devices,
             vfio,
             vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
+            api_socket,
+            hotplug_ports,
             serial,
             log_level: log_level
                 .or(file.log_level)
@@ -1046,6 +1077,21 @@ mod tests {
         assert_eq!(ids, ["0000:01:00.0", "0000:01:10.0", "nic"]);
         assert_eq!(config.vfio[2].token, Some(token.parse().unwrap()));
         assert_eq!(config.vfio_interface, VfioInterface::Group);
+        assert_eq!(config.hotplug_ports, 0);
+    }
+
+    #[test]
+    fn there_are_slots_for_what_is_plugged_in_later() {
+        let ports = |args: &[&str], file| config(args, file).map(|c| c.hotplug_ports);
+        assert_eq!(ports(&["--kernel=k", "--api-socket=/s"], ""), Ok(2));
+        assert_eq!(
+            ports(&["--kernel=k"], "api-socket='/s'\nhotplug-ports=4"),
+            Ok(4)
+        );
+        assert_eq!(
+            ports(&["--kernel=k", "--hotplug-ports=65"], ""),
+            Err(Error::HotplugPorts(65))
+        );
     }
 
     #[test]

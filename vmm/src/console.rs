@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -17,6 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use crate::config::SerialTarget;
 use crate::devices::serial::{Output, SerialInput};
 use crate::exit::{ExitHandle, ExitReason};
+use crate::listener::SocketFile;
 use crate::terminal::RawMode;
 
 /// Why the serial port leads nowhere.
@@ -108,7 +109,7 @@ impl Console {
                     path: path.clone(),
                     source,
                 };
-                let (file, listener) = SocketFile::bind(path).map_err(failed)?;
+                let (file, listener) = SocketFile::listen(path).map_err(failed)?;
                 let client = Client::default();
                 console._socket = Some(file);
                 console.source = Source::Socket {
@@ -164,33 +165,6 @@ impl Write for Stdout {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
-    }
-}
-
-/// A listening socket's file.
-struct SocketFile(PathBuf);
-
-impl SocketFile {
-    /// Listens at `path`. A socket that a process left behind when it died is replaced; one that
-    /// somebody listens on is not.
-    fn bind(path: &Path) -> io::Result<(Self, UnixListener)> {
-        let listener = match UnixListener::bind(path) {
-            Err(e) if e.kind() == io::ErrorKind::AddrInUse => match UnixStream::connect(path) {
-                Err(refused) if refused.kind() == io::ErrorKind::ConnectionRefused => {
-                    std::fs::remove_file(path)?;
-                    UnixListener::bind(path)?
-                }
-                _ => return Err(e),
-            },
-            result => result?,
-        };
-        Ok((Self(path.to_owned()), listener))
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -341,17 +315,6 @@ mod tests {
                 Key::End,
             ]
         );
-    }
-
-    #[test]
-    fn a_stale_socket_is_replaced_and_a_used_one_is_not() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("s");
-        drop(UnixListener::bind(&path).unwrap());
-        let (file, listener) = SocketFile::bind(&path).unwrap();
-        assert!(SocketFile::bind(&path).is_err());
-        drop((file, listener));
-        assert!(!path.exists());
     }
 
     #[test]

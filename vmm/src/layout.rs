@@ -84,6 +84,10 @@ pub const KVM_IDENTITY_MAP: u64 = 0xFEFF_C000;
 /// Three pages that KVM needs for the same reason.
 pub const KVM_TSS: u64 = 0xFEFF_D000;
 
+/// First GSI of the PCI devices' interrupt pins.
+pub const FIRST_PCI_GSI: u32 = 16;
+/// Number of those GSIs.
+pub const PCI_GSIS: u32 = 8;
 /// First GSI that is not a pin of the I/O APIC; MSI routes start here.
 pub const FIRST_MSI_GSI: u32 = 24;
 

@@ -17,6 +17,8 @@
 //! | [`bus`] | which device answers a port or MMIO access |
 //! | [`memory_hotplug`] | memory that is added while the guest runs, and who has to know of it |
 //! | [`devices`] | serial port, RTC, power, reset, panic |
+//! | `listener` | Unix sockets that the VMM listens on |
+//! | [`api`] | the control socket |
 //! | [`console`], [`terminal`] | the host's end of the serial port |
 //! | [`pci`] | host bridge, configuration space, BARs, MSI-X |
 //! | [`virtio`] | the virtio PCI transport |
@@ -28,6 +30,7 @@
 #![deny(unsafe_code)]
 
 pub mod acpi;
+pub mod api;
 pub mod boot;
 pub mod bus;
 pub mod complaints;
@@ -40,6 +43,7 @@ pub mod exit;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
+mod listener;
 pub mod machine;
 pub mod memory;
 pub mod memory_hotplug;

@@ -17,13 +17,15 @@ use kvm_ioctls::VcpuFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use serde_json::{Value, json};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi;
+use crate::api::{self, ApiError, Command, ControlSocket, ErrorCode, Service};
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
-use crate::config::{Config, DeviceConfig, SerialTarget};
+use crate::config::{Config, DeviceConfig};
 use crate::console::{self, Console};
 use crate::cpu::{self, CpuTemplate};
 use crate::devices::acpi_pm::{self, AcpiPm};
@@ -114,6 +116,9 @@ pub enum Error {
     /// A function of the host's PCI bus.
     #[error(transparent)]
     Vfio(#[from] vfio::Error),
+    /// The control socket.
+    #[error(transparent)]
+    Api(#[from] api::Error),
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -152,7 +157,7 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
         return Ok(reason);
     }
     match built.try_recv() {
-        Ok(machine) => machine?.run(&config.serial, &mut events),
+        Ok(machine) => machine?.run(config, &mut events),
         Err(_) => Ok(lost_thread("that builds the machine")),
     }
 }
@@ -205,6 +210,62 @@ struct Machine {
     processors: Vec<VcpuFd>,
     resources: Resources,
     pci: SharedRoot,
+    control: Control,
+}
+
+/// Carries out what the control socket is asked for.
+struct Control {
+    cpus: u8,
+    /// Bytes.
+    memory: u64,
+    devices: Vec<DeviceConfig>,
+    passthrough: Arc<Passthrough>,
+    exit: ExitHandle,
+}
+
+impl Service for Control {
+    fn call(&self, command: Command) -> Result<Value, ApiError> {
+        let failed = |error: vfio::Error| {
+            let code = match &error {
+                vfio::Error::Unknown { .. } => ErrorCode::NotFound,
+                vfio::Error::Taken { .. } | vfio::Error::Pci(_) => ErrorCode::Conflict,
+                _ => ErrorCode::Failed,
+            };
+            ApiError::new(code, &error)
+        };
+        match command {
+            Command::Status => Ok(json!({
+                "version": env!("CARGO_PKG_VERSION"),
+                "pid": std::process::id(),
+                "state": if self.exit.is_set() { "ending" } else { "running" },
+                "cpus": self.cpus,
+                "memory": self.memory,
+            })),
+            Command::DeviceList => {
+                let mut list = self.passthrough.list();
+                list.extend(self.devices.iter().map(|device| {
+                    json!({
+                        "type": format!("vhost-user-{}", device.device_type),
+                        "socket": device.socket,
+                    })
+                }));
+                Ok(json!({ "devices": list }))
+            }
+            Command::DeviceAdd(options) => {
+                let config = options.resolve();
+                self.passthrough.add(&config).map_err(failed)?;
+                Ok(json!({ "id": config.id }))
+            }
+            Command::DeviceRemove { id } => {
+                self.passthrough.remove(&id).map_err(failed)?;
+                Ok(json!({ "id": id }))
+            }
+            Command::PowerOff => {
+                self.exit.end(ExitReason::Requested("the control socket"));
+                Ok(json!({}))
+            }
+        }
+    }
 }
 
 impl Machine {
@@ -251,17 +312,17 @@ impl Machine {
             exit,
             pci_mmio64,
         };
-        let pci = add_pci_devices(&resources, &config.devices)?;
-        if !config.vfio.is_empty() {
-            let passthrough = Passthrough::new(&resources, config.vfio_interface)?;
-            for device in &config.vfio {
-                let function = Arc::new(Mutex::new(passthrough.open(device)?));
-                pci.lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .add(function)?;
-            }
+        let pci = Arc::new(Mutex::new(PciRoot::new(
+            Arc::clone(&resources.mmio),
+            windows(&resources),
+        )));
+        // First, as it fails at once if it does: back-ends may be waited for.
+        let passthrough = Passthrough::new(&resources, config.vfio_interface, Arc::clone(&pci));
+        for device in &config.vfio {
+            passthrough.add_cold(device)?;
         }
-
+        passthrough.add_ports(config.hotplug_ports)?;
+        add_pci_devices(&resources, &config.devices, &pci)?;
         let mut processors = Vec::new();
         for cpu in 0..cpus {
             let fd = vm
@@ -274,23 +335,36 @@ impl Machine {
             template.prepare(&fd, cpu, (cpu == 0).then_some(&entry))?;
             processors.push(fd);
         }
+        let control = Control {
+            cpus,
+            memory: ram.size(),
+            devices: config.devices.clone(),
+            passthrough,
+            exit: resources.exit.clone(),
+        };
         Ok(Self {
             processors,
             resources,
             pci,
+            control,
         })
     }
 
     /// Runs the guest until the machine ends.
-    fn run(self, serial: &SerialTarget, events: &mut EventLoop) -> Result<ExitReason, Error> {
+    fn run(self, config: &Config, events: &mut EventLoop) -> Result<ExitReason, Error> {
         let Self {
             processors,
             resources,
             pci,
+            control,
         } = self;
+        let socket = config.api_socket.as_deref();
+        let _socket = socket
+            .map(|path| ControlSocket::start(path, Arc::new(control)))
+            .transpose()?;
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.
-        let (mut console, output) = Console::open(serial, &resources.exit)?;
+        let (mut console, output) = Console::open(&config.serial, &resources.exit)?;
         let input = add_platform_devices(&resources, output, Some(ports))?;
         console.start(input, resources.exit.clone())?;
         let context = Context {
@@ -377,16 +451,23 @@ fn growing_memory(
     Ok(Arc::new(GrowingMemory::new(ram, plan, slots, interrupt)))
 }
 
-/// Creates the PCI bus with the devices that back-ends serve.
-fn add_pci_devices(resources: &Resources, devices: &[DeviceConfig]) -> Result<SharedRoot, Error> {
-    let windows = Windows {
+/// Where BARs can be.
+fn windows(resources: &Resources) -> Windows {
+    Windows {
         low: Range {
             start: layout::PCI_MMIO32_START,
             size: layout::PCI_MMIO32_SIZE,
         },
         high: resources.pci_mmio64,
-    };
-    let mut root = PciRoot::new(Arc::clone(&resources.mmio), windows);
+    }
+}
+
+/// Puts the devices that back-ends serve on the PCI bus, and the bus into the address space.
+fn add_pci_devices(
+    resources: &Resources,
+    devices: &[DeviceConfig],
+    root: &SharedRoot,
+) -> Result<(), Error> {
     for device in devices {
         let socket = device.socket.clone();
         let memory = resources.memory.current();
@@ -401,14 +482,15 @@ fn add_pci_devices(resources: &Resources, devices: &[DeviceConfig]) -> Result<Sh
         let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
         let function = VirtioPci::new(Box::new(device), router, vm)
             .map_err(|source| Error::Virtio { socket, source })?;
-        root.add(Arc::new(Mutex::new(function)))?;
+        root.lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .add(Arc::new(Mutex::new(function)))?;
     }
-    let root = Arc::new(Mutex::new(root));
-    let ecam = Arc::new(Mutex::new(Ecam(Arc::clone(&root))));
+    let ecam = Arc::new(Mutex::new(Ecam(Arc::clone(root))));
     resources
         .mmio
         .insert(layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
-    Ok(root)
+    Ok(())
 }
 
 /// Puts the platform's fixed devices on the buses. `pci` answers the PCI configuration ports.

@@ -18,6 +18,12 @@ pub const SYSTEM_CALL: &str = "raw_syscalls:sys_enter";
 pub const IOCTL: &str = "syscalls:sys_enter_ioctl";
 /// A guest was left for the kernel, whatever for.
 pub const KVM_EXIT: &str = "kvm:kvm_exit";
+/// A guest was left for an access to memory that KVM does not map: to a register, not to a mapped BAR.
+pub const KVM_MMIO: &str = "kvm:kvm_mmio";
+/// A guest was left for an access to an I/O port.
+pub const KVM_PIO: &str = "kvm:kvm_pio";
+/// A guest was left for the VMM.
+pub const KVM_USERSPACE_EXIT: &str = "kvm:kvm_userspace_exit";
 /// A request was handed to an io_uring.
 pub const URING_REQUEST: &str = "io_uring:io_uring_submit_req";
 
@@ -128,9 +134,56 @@ pub fn flushes(device: &Path) -> Result<u64> {
         })
 }
 
+/// How many packets have passed a network interface.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Packets {
+    /// Received by it.
+    pub received: u64,
+    /// Sent by it.
+    pub sent: u64,
+}
+
+/// The packets of an interface of the test's own network namespace.
+///
+/// # Errors
+/// Fails if there is no such interface.
+pub fn packets(interface: &str) -> Result<Packets> {
+    // That of the process's own namespace, which a sysfs that was mounted before does not show.
+    let path = "/proc/self/net/dev";
+    let text = fs::read_to_string(path).doing(|| format!("read {path}"))?;
+    parse_packets(&text, interface).ok_or(LabError::Protocol {
+        from: "kernel",
+        text,
+    })
+}
+
+/// From the line `NAME: BYTES PACKETS …`, with eight fields for what was received before those for what was sent.
+fn parse_packets(table: &str, interface: &str) -> Option<Packets> {
+    let fields = table
+        .lines()
+        .filter_map(|line| line.split_once(':'))
+        .find(|(name, _)| name.trim() == interface)
+        .map(|(_, fields)| fields)?;
+    let number = |index: usize| fields.split_whitespace().nth(index)?.parse().ok();
+    Some(Packets {
+        received: number(1)?,
+        sent: number(9)?,
+    })
+}
+
 /// Sum of the interrupts in a guest's `/proc/interrupts` whose line contains `part` (such as `virtio1-`).
 #[must_use]
 pub fn sum_interrupts(table: &str, part: &str) -> u64 {
+    sum_lines(table, |line| line.contains(part))
+}
+
+/// As [`sum_interrupts`], of one kind only: `IO-APIC` (which INTx comes by), `PCI-MSI-` or `PCI-MSIX-`.
+#[must_use]
+pub fn sum_interrupts_by(table: &str, kind: &str, part: &str) -> u64 {
+    sum_lines(table, |line| line.contains(kind) && line.contains(part))
+}
+
+fn sum_lines(table: &str, counts: impl Fn(&str) -> bool) -> u64 {
     let cpus = table
         .lines()
         .next()
@@ -138,7 +191,7 @@ pub fn sum_interrupts(table: &str, part: &str) -> u64 {
     table
         .lines()
         .skip(1)
-        .filter(|line| line.contains(part))
+        .filter(|line| counts(line))
         .flat_map(|line| line.split_whitespace().skip(1).take(cpus))
         .filter_map(|word| word.parse::<u64>().ok())
         .sum()
@@ -159,10 +212,26 @@ mod tests {
     }
 
     #[test]
+    fn packets_of_an_interface_are_found() {
+        let table = "Inter-|   Receive |  Transmit\n face |bytes packets\n    lo: 1 2 3 4 5 6 7 8 9 10 11\n\
+                     eth0:15505008 10491 12 0 0 0 0 6 34348784 23299 0 0 0 0 0 0\n";
+        assert_eq!(
+            parse_packets(table, "eth0"),
+            Some(Packets {
+                received: 10491,
+                sent: 23299
+            })
+        );
+        assert_eq!(parse_packets(table, "eth"), None);
+    }
+
+    #[test]
     fn interrupts_of_all_cpus_are_summed() {
         let table = "           CPU0       CPU1\n  24:   5   7   PCI-MSIX-0000:00:03.0   0-edge   virtio1-req.0\n\
                      25:   1   0   PCI-MSIX-0000:00:03.0   1-edge   virtio2-req.0\n";
         assert_eq!(sum_interrupts(table, "virtio1-"), 12);
         assert_eq!(sum_interrupts(table, "virtio"), 13);
+        assert_eq!(sum_interrupts_by(table, "PCI-MSIX-", "virtio2-"), 1);
+        assert_eq!(sum_interrupts_by(table, "PCI-MSI-", "virtio"), 0);
     }
 }

@@ -47,6 +47,8 @@ pub struct GuestBuilder<'a> {
     diskless: bool,
     pvh: bool,
     back_ends: Vec<&'a BackEnd>,
+    passed_through: Vec<String>,
+    kernel_arguments: Vec<String>,
     arguments: Vec<String>,
     boot_limit: Duration,
 }
@@ -84,6 +86,20 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn device(mut self, back_end: &'a BackEnd) -> Self {
         self.back_ends.push(back_end);
+        self
+    }
+
+    /// A PCI function of the host, bound to vfio-pci, as `0000:01:10.0`. Order is kept.
+    #[must_use]
+    pub fn vfio(mut self, address: &str) -> Self {
+        self.passed_through.push(address.into());
+        self
+    }
+
+    /// One more argument for the guest's kernel, or for a module: `e1000e.IntMode=0`.
+    #[must_use]
+    pub fn kernel_argument(mut self, argument: &str) -> Self {
+        self.kernel_arguments.push(argument.into());
         self
     }
 
@@ -133,12 +149,15 @@ impl<'a> GuestBuilder<'a> {
     }
 
     fn kernel_cmdline(&self) -> String {
-        let root = if self.diskless {
-            ""
-        } else {
-            " lab.root=/dev/vda"
-        };
-        format!("console=ttyS0 panic=-1 loglevel=5{root}")
+        let mut cmdline = "console=ttyS0 panic=-1 loglevel=5".to_owned();
+        if !self.diskless {
+            cmdline.push_str(" lab.root=/dev/vda");
+        }
+        for argument in &self.kernel_arguments {
+            cmdline.push(' ');
+            cmdline.push_str(argument);
+        }
+        cmdline
     }
 
     fn ringside(&self, site: &Site, root: Option<&BackEnd>) -> Command {
@@ -161,6 +180,9 @@ impl<'a> GuestBuilder<'a> {
             command
                 .arg(option)
                 .arg(format!("socket={},num-queues={queues}", back_end.socket));
+        }
+        for address in &self.passed_through {
+            command.arg("--vfio").arg(address);
         }
         command
     }
@@ -223,6 +245,9 @@ impl<'a> GuestBuilder<'a> {
                 }
             }
         }
+        for address in &self.passed_through {
+            qemu.arg("-device").arg(format!("vfio-pci,host={address}"));
+        }
         qemu
     }
 }
@@ -274,6 +299,8 @@ impl Guest {
             diskless: false,
             pvh: false,
             back_ends: Vec::new(),
+            passed_through: Vec::new(),
+            kernel_arguments: Vec::new(),
             arguments: Vec::new(),
             boot_limit: BOOT_LIMIT,
         }

@@ -1,15 +1,24 @@
-//! What tests are written with: back-ends, guests, networks and counters, each a value that cleans up when it goes.
+//! What tests are written with: back-ends, guests, networks, devices and counters, each a value that cleans up when it goes.
 
 mod backend;
 mod counters;
 mod daemon;
 mod guest;
+mod kernel_log;
 mod network;
+mod passthrough;
+mod registers;
+mod sriov;
 
 pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
 pub use counters::{
-    EventCounts, IOCTL, KVM_EXIT, SYSTEM_CALL, URING_REQUEST, flushes, sum_interrupts,
+    EventCounts, IOCTL, KVM_EXIT, KVM_MMIO, KVM_PIO, KVM_USERSPACE_EXIT, Packets, SYSTEM_CALL,
+    URING_REQUEST, flushes, packets, sum_interrupts, sum_interrupts_by,
 };
 pub use daemon::Daemon;
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};
+pub use kernel_log::{KernelLog, dma_fault};
 pub use network::{Capture, Namespace, iperf3, iperf3_server};
+pub use passthrough::{Assigned, Device, PciId, VirtualFunctions, ringside_vfio};
+pub use registers::{Registers, Transfer, Width, edu_transfer, igbvf_transmit_from};
+pub use sriov::{HostNamespace, Igb, NvmePf};

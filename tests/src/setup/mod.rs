@@ -43,7 +43,8 @@ const GUEST_PACKAGES: &str = "e2fsprogs,ethtool,fio,iperf3,iproute2,iputils-ping
 /// Kernel modules of the lab VM's initramfs.
 const L1_MODULES: &str = "virtio_blk 9p 9pnet_virtio overlay";
 /// Kernel modules of a guest's initramfs.
-const GUEST_MODULES: &str = "virtio_blk virtio_net ext4 overlay nvme igbvf pvpanic-mmio";
+const GUEST_MODULES: &str =
+    "virtio_blk virtio_net ext4 overlay nvme igbvf e1000e ahci sd_mod pvpanic-mmio";
 /// Size of the guest's file system: three times what is in it.
 const GUEST_DISK_SIZE: &str = "700M";
 /// To be raised when the code below builds something else from the same texts above.

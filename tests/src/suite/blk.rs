@@ -303,7 +303,7 @@ fn back_end_dies_under_load(site: &Site) -> Result<()> {
     let disk = disk_file(site, "disk.img", 64 * MIB)?;
     let mut blk = Blk::on(&disk).start(site)?;
     let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(&blk).boot(site)?;
-    start_fio(&mut guest, 16)?;
+    start_fio(&mut guest, "vdb", 16)?;
     blk.daemon().signal(Signal::SIGKILL)?;
     blk.daemon().wait(site.limit(Duration::from_secs(5)))?;
     // The guest is alive, and its root, on the other back-end, too.
@@ -323,60 +323,101 @@ fn back_end_dies_under_load(site: &Site) -> Result<()> {
     Ok(())
 }
 
-/// Starts 4 KiB random reads of `/dev/vdb` in the guest's background, and waits until they run.
-fn start_fio(guest: &mut Guest, depth: u32) -> Result<()> {
+/// Starts 4 KiB random reads of a disk in the guest's background, and waits until they run.
+fn start_fio(guest: &mut Guest, disk: &str, depth: u32) -> Result<()> {
     guest.run_ok(&format!(
-        "fio --name=load --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randread --bs=4k \
+        "fio --name=load --filename=/dev/{disk} --direct=1 --ioengine=libaio --rw=randread --bs=4k \
          --iodepth={depth} --time_based --runtime=600 --eta=never </dev/null >/run/fio.log 2>&1 & \
-         echo $! >/run/fio.pid; set -- $(cat /sys/block/vdb/stat); enough=$(($1 + 100)); \
-         while set -- $(cat /sys/block/vdb/stat); [ $1 -lt $enough ]; do \
+         echo $! >/run/fio.pid; set -- $(cat /sys/block/{disk}/stat); enough=$(($1 + 100)); \
+         while set -- $(cat /sys/block/{disk}/stat); [ $1 -lt $enough ]; do \
          kill -0 $(cat /run/fio.pid) || exit 1; sleep 0.1; done"
     ))?;
     Ok(())
 }
 
+/// What happened while a guest read a disk for some seconds.
+pub(super) struct Reads {
+    /// Of the processes that were looked at.
+    pub(super) counts: EventCounts,
+    /// Reads that were completed.
+    pub(super) reads: u64,
+    /// Interrupts of the disk in the guest.
+    pub(super) interrupts: u64,
+}
+
+/// How long reads are counted.
+pub(super) const COUNT_SECONDS: u64 = 5;
+
+/// Counts while the guest reads 4 KiB at random places of `disk` (such as `vdb`), whose interrupts have `interrupt` in their name.
+pub(super) fn count_reads(
+    site: &Site,
+    guest: &mut Guest,
+    (disk, interrupt): (&str, &str),
+    depth: u32,
+    pids: &[u32],
+    events: &[&str],
+) -> Result<Reads> {
+    start_fio(guest, disk, depth)?;
+    // The guest takes its own counts meanwhile. Nothing may be said on its console: each character is an exit.
+    let take = format!("cat /proc/interrupts /sys/block/{disk}/stat");
+    guest.run_ok(&format!(
+        "(sleep 1; {take} >/run/before; sleep {COUNT_SECONDS}; {take} >/run/after) \
+         </dev/null >/dev/null 2>&1 &"
+    ))?;
+    let counts = EventCounts::measure(site, pids, events, COUNT_SECONDS)?;
+    let samples = guest.run_ok(
+        "while [ ! -s /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
+         cat /run/after; kill $(cat /run/fio.pid); rm /run/before /run/after; sleep 1",
+    )?;
+    let (reads, interrupts) = sampled(&samples, interrupt)?;
+    ensure!(
+        reads > 100,
+        "{reads} reads in {COUNT_SECONDS} s are too few to count by"
+    );
+    Ok(Reads {
+        counts,
+        reads,
+        interrupts,
+    })
+}
+
+/// A count for each of `units`, with two decimals.
+pub(super) fn per_unit(count: u64, units: u64) -> String {
+    let units = units.max(1);
+    let hundredths = (count * 100 + units / 2) / units;
+    format!("{}.{:02}", hundredths / 100, hundredths % 100)
+}
+
 /// What one 4 KiB random read of a guest costs: KVM exits, interrupts, system calls. While the reads go on the VMM makes no
 /// system call but KVM_RUN, and hardly that.
 fn counts_per_request(site: &Site) -> Result<()> {
-    const SECONDS: u64 = 5;
     let disk = disk_file(site, "disk.img", 256 * MIB)?;
     let mut blk = Blk::on(&disk).arg("--direct").start(site)?;
     let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
     guest.run_ok("dd if=/dev/zero of=/dev/vdb bs=1M count=256 oflag=direct 2>/dev/null")?;
     let (vmm_pid, blk_pid) = (guest.vmm_pid(), blk.daemon().pid());
     for depth in [1_u32, 32] {
-        start_fio(&mut guest, depth)?;
-        // The guest takes its own counts meanwhile. Nothing may be said on its console: each character is an exit.
-        let take = "cat /proc/interrupts /sys/block/vdb/stat";
-        guest.run_ok(&format!(
-            "(sleep 1; {take} >/run/before; sleep {SECONDS}; {take} >/run/after) \
-             </dev/null >/dev/null 2>&1 &"
-        ))?;
         let events = [SYSTEM_CALL, IOCTL, KVM_EXIT, URING_REQUEST];
-        let counts = EventCounts::measure(site, &[vmm_pid, blk_pid], &events, SECONDS)?;
-        let samples = guest.run_ok(
-            "while [ ! -s /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
-             cat /run/after; kill $(cat /run/fio.pid); rm /run/before /run/after; sleep 1",
-        )?;
-        let (reads, interrupts) = sampled(&samples)?;
-
+        let pids = [vmm_pid, blk_pid];
+        let disk = ("vdb", "virtio1-req");
+        let Reads {
+            counts,
+            reads,
+            interrupts,
+        } = count_reads(site, &mut guest, disk, depth, &pids, &events)?;
         let requests = counts.of(blk_pid, URING_REQUEST);
         ensure!(
-            requests > 100 && reads > 100,
-            "{requests} requests in {SECONDS} s are too few to count by"
+            requests > 100,
+            "{requests} requests in {COUNT_SECONDS} s are too few to count by"
         );
-        let per_read = |count: u64, reads: u64| {
-            let hundredths = (count * 100 + reads / 2) / reads;
-            format!("{}.{:02}", hundredths / 100, hundredths % 100)
-        };
         let ioctls = counts.of(vmm_pid, IOCTL);
         let others = counts.of(vmm_pid, SYSTEM_CALL).saturating_sub(ioctls);
         println!(
             "4 KiB random read, depth {depth}: {} KVM exits, {} interrupts, {} system calls of ringside-blk per read; \
              of ringside-vmm {ioctls} KVM_RUN and {others} others in all ({requests} reads)",
-            per_read(counts.of(vmm_pid, KVM_EXIT), requests),
-            per_read(interrupts, reads),
-            per_read(counts.of(blk_pid, SYSTEM_CALL), requests),
+            per_unit(counts.of(vmm_pid, KVM_EXIT), requests),
+            per_unit(interrupts, reads),
+            per_unit(counts.of(blk_pid, SYSTEM_CALL), requests),
         );
         // Published figures: one interrupt at most; submission, interrupt and sleep of the back-end. KVM exits have no bound
         // here, as those of the timer grow with the time a read takes.
@@ -403,10 +444,10 @@ fn counts_per_request(site: &Site) -> Result<()> {
 }
 
 /// Reads completed and interrupts taken between the two samples.
-fn sampled(samples: &str) -> Result<(u64, u64)> {
+fn sampled(samples: &str, interrupt: &str) -> Result<(u64, u64)> {
     let numbers = |sample: &str| -> Option<(u64, u64)> {
         let reads = sample.lines().last()?.split_whitespace().next()?;
-        Some((reads.parse().ok()?, sum_interrupts(sample, "virtio1-req")))
+        Some((reads.parse().ok()?, sum_interrupts(sample, interrupt)))
     };
     let (before, after) = samples.split_once("===\n").unwrap_or_default();
     match (numbers(before), numbers(after)) {

@@ -40,15 +40,10 @@ pub struct Test {
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [
-        boot::TESTS,
-        blk::TESTS,
-        net::TESTS,
-        others::TESTS,
-        vfio::TESTS,
-    ]
-    .into_iter()
-    .flatten()
+    [boot::TESTS, blk::TESTS, net::TESTS, others::TESTS]
+        .into_iter()
+        .flatten()
+        .chain(vfio::tests())
 }
 
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.

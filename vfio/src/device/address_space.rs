@@ -181,7 +181,16 @@ fn vfio_error(path: &str, source: io::Error) -> Error {
     }
 }
 
-/// Whether a guest can have the device now; gives its group.
+/// Whether a guest can have a device now, as far as sysfs tells.
+///
+/// # Errors
+/// What forbids it: [`Error::Inventory`], [`Error::Physical`], [`Error::Obstacles`], [`Error::NotBound`].
+pub fn assignable(host: &Host, address: PciAddress) -> Result<(), Error> {
+    let inventory = Inventory::read(host, &PciIds::default())?;
+    check(inventory.device(address)?, &inventory).map(drop)
+}
+
+/// The same; gives the device's group.
 fn check(device: &PciDevice, inventory: &Inventory) -> Result<u32, Error> {
     let address = device.address;
     let viability = judge(device, inventory);

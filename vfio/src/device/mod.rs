@@ -31,9 +31,10 @@ use std::sync::Arc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-pub use address_space::{AddressSpace, Interface};
+pub use address_space::{AddressSpace, Interface, assignable};
 pub use error::Error;
 pub use mapping::Mapping;
+pub(crate) use name::DeviceName;
 
 use crate::address::PciAddress;
 

@@ -25,6 +25,8 @@ pub const CLASS_CODE: usize = 0x09;
 pub const HEADER_TYPE: usize = 0x0e;
 /// Header type: the device has more functions than function 0 (PCI Express 5.0, 7.5.1.1.9).
 pub const HEADER_MULTI_FUNCTION: u8 = 1 << 7;
+/// Header type: a bridge (type 1).
+pub const HEADER_BRIDGE: u8 = 1;
 /// First base address register.
 pub const BAR0: usize = 0x10;
 /// Number of base address registers of a type 0 header.
@@ -48,6 +50,21 @@ pub const INTERRUPT_LINE: usize = 0x3c;
 pub const INTERRUPT_PIN: usize = 0x3d;
 /// Built-in self test.
 pub const BIST: usize = 0x0f;
+
+// Type 1 header (PCI Express 5.0, 7.5.1.3).
+
+/// Primary, secondary and subordinate bus number.
+pub const PRIMARY_BUS: usize = 0x18;
+/// Base and limit of the memory window.
+pub const MEMORY_BASE: usize = 0x20;
+/// Base and limit of the prefetchable window; their upper halves follow.
+pub const PREFETCHABLE_BASE: usize = 0x24;
+/// The window's addresses have 64 bits.
+pub const WINDOW_64_BIT: u16 = 1;
+/// Bridge control.
+pub const BRIDGE_CONTROL: usize = 0x3e;
+/// Bridge control bits that software can change: parity, SERR#, secondary bus reset.
+pub const BRIDGE_CONTROL_WRITABLE: u16 = 0x0043;
 
 /// Command: answers to I/O accesses (PCI Express 5.0, 7.5.1.1.3).
 pub const COMMAND_IO: u16 = 1 << 0;
@@ -131,6 +148,78 @@ pub const EXPRESS_SIZE: usize = 0x3c;
 pub const EXPRESS_VERSION: u16 = 2;
 /// PCI Express capabilities register: root complex integrated endpoint.
 pub const EXPRESS_INTEGRATED_ENDPOINT: u16 = 0b1001 << 4;
+/// PCI Express capabilities register: root port.
+pub const EXPRESS_ROOT_PORT: u16 = 0b0100 << 4;
+/// PCI Express capabilities register: there is a slot.
+pub const EXPRESS_SLOT_IMPLEMENTED: u16 = 1 << 8;
+
+// Registers of the PCI Express capability, from its start (PCI Express 5.0, 7.5.3).
+
+/// Link capabilities.
+pub const LINK_CAPABILITIES: usize = 0x0c;
+/// The link's speed: 16 GT/s. Nothing has such a speed here; drivers warn about slow links.
+pub const LINK_SPEED: u16 = 4;
+/// Link capabilities: 16 GT/s, 16 lanes.
+pub const LINK_SPEED_AND_WIDTH: u32 = LINK_SPEED as u32 | 16 << 4;
+/// Link capabilities: link status says whether the link is active.
+pub const LINK_ACTIVE_REPORTING: u32 = 1 << 20;
+/// Link control.
+pub const LINK_CONTROL: usize = 0x10;
+/// Link control bits that software can change: ASPM, link disable, common clock, extended synch, clock power management.
+pub const LINK_CONTROL_WRITABLE: u16 = 0x01d3;
+/// Link control: the link is down for as long as this is set (PCI Express 5.0, 7.5.3.7).
+pub const LINK_DISABLE: u16 = 1 << 4;
+/// Link status.
+pub const LINK_STATUS: usize = 0x12;
+/// Link status: 16 GT/s, 16 lanes.
+pub const LINK_STATUS_SPEED_AND_WIDTH: u16 = LINK_SPEED | 16 << 4;
+/// Link status: the link is active.
+pub const LINK_ACTIVE: u16 = 1 << 13;
+/// Slot capabilities (PCI Express 5.0, 7.5.3.9).
+pub const SLOT_CAPABILITIES: usize = 0x14;
+/// Slot capabilities: attention button, power controller, attention and power indicators, surprise removal, hot-plug; no
+/// command completed.
+pub const SLOT_CAPABILITIES_FIXED: u32 =
+    1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 18;
+/// Slot control (PCI Express 5.0, 7.5.3.10).
+pub const SLOT_CONTROL: usize = 0x18;
+/// Slot control bits that software can change.
+pub const SLOT_CONTROL_WRITABLE: u16 = 0x17ff;
+/// Slot control: events interrupt.
+pub const SLOT_INTERRUPT_ENABLE: u16 = 1 << 5;
+/// Slot control: both indicators are off.
+pub const SLOT_INDICATORS_OFF: u16 = 0b11 << 6 | SLOT_POWER_INDICATOR;
+/// Slot control: the power indicator; all ones are off.
+pub const SLOT_POWER_INDICATOR: u16 = 0b11 << 8;
+/// Slot control: the power indicator is on.
+pub const SLOT_POWER_INDICATOR_ON: u16 = 0b01 << 8;
+/// Slot control: the power indicator blinks, which it does while the guest gets ready for a change (PCI Express 5.0, 6.7.1.1.2).
+pub const SLOT_POWER_INDICATOR_BLINKS: u16 = 0b10 << 8;
+/// Slot control: the power is off.
+pub const SLOT_POWER_OFF: u16 = 1 << 10;
+/// Slot control: a change of the link interrupts.
+pub const SLOT_LINK_CHANGED_ENABLE: u16 = 1 << 12;
+/// Slot status (PCI Express 5.0, 7.5.3.11).
+pub const SLOT_STATUS: usize = 0x1a;
+/// Slot status: the attention button was pushed.
+pub const SLOT_BUTTON_PUSHED: u16 = 1 << 0;
+/// Slot status: a device came or went.
+pub const SLOT_PRESENCE_CHANGED: u16 = 1 << 3;
+/// Slot status: there is a device.
+pub const SLOT_PRESENT: u16 = 1 << 6;
+/// Slot status: the link came up or went down.
+pub const SLOT_LINK_CHANGED: u16 = 1 << 8;
+/// Slot status: bits that are cleared by writing ones.
+pub const SLOT_EVENTS: u16 = 0x011f;
+/// Root control.
+pub const ROOT_CONTROL: usize = 0x1c;
+/// Link capabilities 2 (PCI Express 5.0, 7.5.3.18).
+pub const LINK_CAPABILITIES_2: usize = 0x2c;
+/// Link capabilities 2: all speeds up to [`LINK_SPEED`].
+pub const LINK_SPEEDS: u32 = 0b1111 << 1;
+/// Link control 2 (PCI Express 5.0, 7.5.3.19): the target speed.
+pub const LINK_CONTROL_2: usize = 0x30;
+
 /// Device capabilities: role-based error reporting, required (PCI Express 5.0, 7.5.3.3).
 pub const EXPRESS_DEVCAP_RBER: u32 = 1 << 15;
 /// Device control after reset: relaxed ordering, no snoop, 512-byte read requests

@@ -1,11 +1,12 @@
-//! PCI Express: a host bridge with its configuration mechanisms, what a function must implement to
-//! sit on bus 0, and MSI-X.
+//! PCI Express: a host bridge with its configuration mechanisms, root ports with hot-plug slots, what a
+//! function must implement to sit on a bus, and message-signalled interrupts.
 //!
 //! | module | concern |
 //! | --- | --- |
 //! | [`bits`] | numbers of the specifications |
 //! | [`config`] | one function's configuration space |
-//! | [`host`] | bus 0: configuration accesses, placing of BARs |
+//! | [`host`] | bus 0 and those behind its ports: configuration accesses, placing of BARs |
+//! | [`port`] | a root port with a slot |
 //! | [`msix`] | message-signalled interrupts |
 //! | [`msi`] | their older form, in configuration space |
 
@@ -14,9 +15,10 @@ pub mod config;
 pub mod host;
 pub mod msi;
 pub mod msix;
+pub mod port;
 
 pub use config::ConfigSpace;
-pub use host::{PciRoot, Windows};
+pub use host::{PciRoot, PortId, SharedFunction, SharedRoot, Windows};
 pub use msix::InterruptRouting;
 
 /// A function on the bus.

@@ -38,7 +38,7 @@ pub use self::passthrough::Passthrough;
 use crate::complaints::Complaints;
 use crate::kvm::{self, SlotId, Vm};
 use crate::pci::bits::*;
-use crate::pci::{ConfigSpace, PciFunction};
+use crate::pci::{self, ConfigSpace, PciFunction};
 
 /// What device memory needs from KVM, narrow enough to be played by a test.
 pub trait MemorySlots: Send + Sync {
@@ -83,6 +83,26 @@ pub enum Error {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// The guest's PCI bus.
+    #[error(transparent)]
+    Pci(#[from] pci::host::Error),
+    /// No file descriptor left, most likely.
+    #[error("cannot watch a device")]
+    Event(#[source] io::Error),
+    /// The guest has it, or another with that name.
+    #[error("the guest has {host} as `{id}` already")]
+    Taken {
+        /// Its id.
+        id: String,
+        /// Its address on the host.
+        host: PciAddress,
+    },
+    /// No such function.
+    #[error("there is no device `{id}` that could be removed; `device-list` shows those that can")]
+    Unknown {
+        /// The id.
+        id: String,
+    },
 }
 
 /// A piece of a BAR that the guest reaches without an exit.

@@ -1,44 +1,257 @@
-//! The guest's passed-through functions: opened, with their DMA in one address space.
+//! The guest's passed-through functions: each in the slot of a root port, coming and going by request, or because the host
+//! wants one back.
+//!
+//! ```text
+//!            device-add                 the guest lets go, or the device has failed
+//!   (host) ─────────────▶ in its slot ─────────────────────────────────────────────▶ (host), reset
+//!                          │       ▲
+//!                          └───────┘ device-remove, or the kernel's request: the guest is asked
+//! ```
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use ringside_vfio::device::{AddressSpace, Interface};
+use ringside_vfio::device::{AddressSpace, Interface, Irq, assignable};
 use ringside_vfio::host::Host;
+use serde_json::{Value, json};
 use vfio_ioctls::VfioDeviceFd;
 
 use super::{Error, VfioPci};
 use crate::config::{VfioConfig, VfioInterface};
+use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::machine::Resources;
+use crate::pci::host::{request_unplug, surprise_remove};
+use crate::pci::msix::new_event;
+use crate::pci::{PortId, SharedFunction, SharedRoot};
 
-/// Opens functions for one guest.
+/// How often the kernel asks for a device (every ten seconds) until it is taken from a guest that does not let go of it.
+const REQUESTS: u32 = 4;
+
+struct Entry {
+    config: VfioConfig,
+    port: PortId,
+    handlers: Vec<HandlerId>,
+}
+
+/// All passed-through functions of one guest.
 pub struct Passthrough {
-    space: Arc<AddressSpace>,
+    interface: VfioInterface,
     resources: Resources,
+    root: SharedRoot,
+    /// There is none before the first function: a machine without any does not need VFIO.
+    space: OnceLock<Arc<AddressSpace>>,
+    devices: Mutex<BTreeMap<String, Entry>>,
 }
 
 impl Passthrough {
-    /// An address space with the guest's RAM.
-    pub fn new(resources: &Resources, interface: VfioInterface) -> Result<Self, Error> {
-        let interface = match interface {
+    /// No functions so far.
+    pub fn new(resources: &Resources, interface: VfioInterface, root: SharedRoot) -> Arc<Self> {
+        let passthrough = Arc::new(Self {
+            interface,
+            resources: resources.clone(),
+            root: Arc::clone(&root),
+            space: OnceLock::new(),
+            devices: Mutex::default(),
+        });
+        let weak = Arc::downgrade(&passthrough);
+        let departure = move |port, function| {
+            if let Some(passthrough) = weak.upgrade() {
+                passthrough.departed(port, function);
+            }
+        };
+        lock(&root).on_departure(Arc::new(departure));
+        passthrough
+    }
+
+    fn devices(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn space(&self) -> Result<&Arc<AddressSpace>, Error> {
+        if let Some(space) = self.space.get() {
+            return Ok(space);
+        }
+        let interface = match self.interface {
             VfioInterface::Auto => Interface::Auto,
             VfioInterface::Group => Interface::Group,
             VfioInterface::Iommufd => Interface::Iommufd,
         };
-        let kvm = VfioDeviceFd::new_from_kvm(resources.vm.create_vfio_device()?);
-        let memory = resources.memory.current();
+        let kvm = VfioDeviceFd::new_from_kvm(self.resources.vm.create_vfio_device()?);
+        let memory = self.resources.memory.current();
         let space = AddressSpace::new(interface, memory, Some(Arc::new(kvm)))?;
-        Ok(Self {
-            space: Arc::new(space),
-            resources: resources.clone(),
-        })
+        Ok(self.space.get_or_init(|| Arc::new(space)))
     }
 
-    /// Opens a function and prepares it for the bus.
-    pub fn open(&self, config: &VfioConfig) -> Result<VfioPci, Error> {
+    fn open(&self, config: &VfioConfig) -> Result<VfioPci, Error> {
+        let host = Host::new("/");
+        // What is wrong with the device is of more use than that this machine has no VFIO.
+        assignable(&host, config.host)?;
         let device = self
-            .space
-            .open(&Host::new("/"), config.host, config.token.as_ref())?;
+            .space()?
+            .open(&host, config.host, config.token.as_ref())?;
         let routing = Arc::clone(&self.resources.router);
         VfioPci::new(device, routing, Arc::clone(&self.resources.vm) as _)
     }
+
+    /// Puts a function into a new port before the guest starts.
+    pub fn add_cold(self: &Arc<Self>, config: &VfioConfig) -> Result<(), Error> {
+        self.insert(config, |root, function| {
+            root.add_port(Arc::clone(&self.resources.router) as _, Some(function))
+        })
+    }
+
+    /// Adds ports with empty slots.
+    pub fn add_ports(&self, count: u8) -> Result<(), Error> {
+        for _ in 0..count {
+            let router = Arc::clone(&self.resources.router);
+            lock(&self.root).add_port(router, None)?;
+        }
+        Ok(())
+    }
+
+    /// Puts a function into an empty slot while the guest runs.
+    pub fn add(self: &Arc<Self>, config: &VfioConfig) -> Result<(), Error> {
+        // Before the function is taken from the host and reset.
+        lock(&self.root).free_port()?;
+        self.insert(config, |root, function| {
+            let port = root.free_port()?;
+            root.plug(port, function)?;
+            Ok(port)
+        })
+    }
+
+    fn insert(
+        self: &Arc<Self>,
+        config: &VfioConfig,
+        plug: impl FnOnce(
+            &mut crate::pci::PciRoot,
+            SharedFunction,
+        ) -> Result<PortId, crate::pci::host::Error>,
+    ) -> Result<(), Error> {
+        // Held to the end: a function that leaves at once finds its entry.
+        let mut devices = self.devices();
+        let taken =
+            |entry: &Entry| entry.config.id == config.id || entry.config.host == config.host;
+        if let Some(entry) = devices.values().find(|entry| taken(entry)) {
+            return Err(Error::Taken {
+                id: entry.config.id.clone(),
+                host: entry.config.host,
+            });
+        }
+        let function = self.open(config)?;
+        let mut watched = Vec::new();
+        for irq in [Irq::Request, Irq::Error] {
+            let event = new_event().map_err(Error::Event)?;
+            if function.watch(irq, &event)? {
+                watched.push((irq, event));
+            }
+        }
+        let port = plug(&mut lock(&self.root), Arc::new(Mutex::new(function)))?;
+        let events = &self.resources.events;
+        let handlers = watched.into_iter().map(|(irq, event)| {
+            let (weak, id, mut count) = (Arc::downgrade(self), config.id.clone(), 0u32);
+            let fd = event.as_raw_fd();
+            let handler = move || {
+                // Already empty if it was read for an earlier event.
+                let _ = event.read();
+                count = count.saturating_add(1);
+                notified(&weak, &id, port, irq, count)
+            };
+            events.add(fd, Box::new(handler)).map_err(Error::Event)
+        });
+        let handlers = handlers.collect::<Result<Vec<_>, _>>()?;
+        let entry = Entry {
+            config: config.clone(),
+            port,
+            handlers,
+        };
+        devices.insert(config.id.clone(), entry);
+        Ok(())
+    }
+
+    /// Asks the guest to let go of a function.
+    pub fn remove(&self, id: &str) -> Result<(), Error> {
+        let port = {
+            let devices = self.devices();
+            let entry = devices.get(id);
+            entry
+                .map(|entry| entry.port)
+                .ok_or(Error::Unknown { id: id.to_owned() })?
+        };
+        Ok(request_unplug(&self.root, port)?)
+    }
+
+    /// The functions, for the control socket.
+    pub fn list(&self) -> Vec<Value> {
+        let devices = self.devices();
+        let show = |entry: &Entry| {
+            json!({
+                "id": entry.config.id,
+                "type": "vfio",
+                "host": entry.config.host,
+                "leaving": lock(&self.root).removal_asked(entry.port),
+            })
+        };
+        devices.values().map(show).collect()
+    }
+
+    /// A function has left its slot: it goes back to the host.
+    fn departed(&self, port: PortId, function: SharedFunction) {
+        let entry = {
+            let mut devices = self.devices();
+            let id = devices
+                .iter()
+                .find(|(_, entry)| entry.port == port)
+                .map(|(id, _)| id.clone());
+            id.and_then(|id| devices.remove(&id))
+        };
+        if let Some(entry) = &entry {
+            forget(&self.resources.events, &entry.handlers);
+        }
+        drop(function);
+        if let Some(entry) = entry {
+            tracing::info!(id = entry.config.id, host = %entry.config.host, "a device has left the guest");
+        }
+    }
+}
+
+fn forget(events: &LoopHandle, handlers: &[HandlerId]) {
+    for handler in handlers {
+        events.remove(*handler);
+    }
+}
+
+/// The kernel has something to say about a function.
+fn notified(weak: &Weak<Passthrough>, id: &str, port: PortId, irq: Irq, count: u32) -> Next {
+    let Some(passthrough) = weak.upgrade() else {
+        return Next::Remove;
+    };
+    match irq {
+        Irq::Request if count < REQUESTS => {
+            if count == 1 {
+                tracing::warn!(
+                    id,
+                    "the host wants a device back: the guest is asked to let go of it"
+                );
+                if let Err(error) = request_unplug(&passthrough.root, port) {
+                    tracing::debug!(%error, id, "the guest knows already");
+                }
+            }
+            return Next::Continue;
+        }
+        Irq::Request => {
+            tracing::warn!(
+                id,
+                "the guest does not let go of a device that the host wants back: it is taken away"
+            );
+        }
+        _ => tracing::error!(id, "a device has failed: it is taken from the guest"),
+    }
+    surprise_remove(&passthrough.root, port);
+    Next::Remove
+}
+
+fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

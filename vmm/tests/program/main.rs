@@ -8,6 +8,7 @@
 )]
 
 mod back_end;
+mod control;
 mod guest;
 #[path = "../../src/testing.rs"]
 mod testing;

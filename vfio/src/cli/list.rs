@@ -1,26 +1,19 @@
-//! The command line of `ringside-vfio`.
+//! `ringside-vfio list`.
 
-use std::io::{self, Write};
+use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
-use thiserror::Error;
+use clap::Args;
 
+use super::CliError;
 use crate::address::PciAddress;
-use crate::host::{Host, HostError};
+use crate::host::Host;
 use crate::ids::PciIds;
-use crate::inventory::{Inventory, InventoryError, PciDevice, Role};
-use crate::report;
+use crate::inventory::{Inventory, PciDevice, Role};
+use crate::{network, report};
 
-const AFTER_HELP: &str = "\
-Exit status: 0 when it is done, 1 when it failed, 2 when the command line is wrong.
-
-Examples:
-  ringside-vfio list                   SR-IOV devices, and whether a guest can have them
-  ringside-vfio list --all --json      every PCI device, for programs
-  ringside-vfio list 0000:01:10.0      one device";
-
-const LIST_HELP: &str = "\
+pub(super) const LIST_HELP: &str = "\
 Columns of the table:
   ADDRESS     domain:bus:device.function
   SR-IOV      PF enabled/possible VFs: a physical function; VF number of PF: a virtual one
@@ -32,34 +25,8 @@ Columns of the table:
   ASSIGNABLE  yes; yes, once bound to vfio-pci; or no, and why not
 
 JSON is one object with the list `devices`; `viability.obstacles` holds the reasons, each with a
-`code` that does not change.";
-
-/// Lists the PCI devices that guests can be given, and says what stands in the way of the others.
-#[derive(Debug, Parser)]
-#[command(name = "ringside-vfio", version, max_term_width = 100, after_help = AFTER_HELP)]
-pub struct Cli {
-    /// Looks at the host's files below this directory in place of /.
-    #[arg(
-        long,
-        value_name = "DIR",
-        default_value = "/",
-        global = true,
-        hide_default_value = true
-    )]
-    pub root: PathBuf,
-
-    /// What to do.
-    #[command(subcommand)]
-    pub command: Command,
-}
-
-/// What to do.
-#[derive(Debug, Subcommand)]
-pub enum Command {
-    /// Lists SR-IOV devices: driver, IOMMU group, reset, and whether a guest can have them.
-    #[command(after_help = LIST_HELP)]
-    List(ListOptions),
-}
+`code` that does not change. `settings` of virtual functions that are network cards are those of
+`ringside-vfio set`.";
 
 /// Options of `list`.
 #[derive(Debug, Args)]
@@ -81,32 +48,7 @@ pub struct ListOptions {
     pub pci_ids: Option<PathBuf>,
 }
 
-/// The command could not be carried out.
-#[derive(Debug, Error)]
-pub enum CliError {
-    /// The devices could not be listed.
-    #[error(transparent)]
-    Inventory(#[from] InventoryError),
-    /// The id database could not be read.
-    #[error("the PCI id database cannot be used")]
-    Ids(#[source] HostError),
-    /// The result could not be written.
-    #[error("the list cannot be written")]
-    Output(#[source] io::Error),
-}
-
-/// Carries out the command; the result goes to `out`, remarks to `remarks`.
-///
-/// # Errors
-/// [`CliError`], if something failed.
-pub fn run(cli: &Cli, out: &mut impl Write, remarks: &mut impl Write) -> Result<(), CliError> {
-    let host = Host::new(&cli.root);
-    match &cli.command {
-        Command::List(options) => list(&host, options, out, remarks),
-    }
-}
-
-fn list(
+pub(super) fn list(
     host: &Host,
     options: &ListOptions,
     out: &mut impl Write,
@@ -129,7 +71,8 @@ fn list(
             .collect::<Result<_, _>>()?
     };
     if options.json {
-        report::json(out, &inventory, &devices).map_err(CliError::Output)
+        let settings: BTreeMap<_, _> = network::all(host, &inventory).into_iter().collect();
+        report::json(out, &inventory, &devices, &settings).map_err(CliError::Output)
     } else if devices.is_empty() {
         // Not on standard output: an empty list is an empty list.
         let hint = if options.all {

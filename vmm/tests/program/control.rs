@@ -1,0 +1,79 @@
+//! The control socket, through the program that speaks with it; and functions of the host that cannot be had.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use super::guest::*;
+use super::testing::has_kvm;
+
+fn ctl(socket: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_ringside-ctl"));
+    command.arg("--socket").arg(socket).args(arguments);
+    command.output().unwrap()
+}
+
+#[test]
+fn a_machine_is_asked_and_ended() {
+    if !has_kvm("a_machine_is_asked_and_ended") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("api");
+    let child = vmm()
+        .arg("--kernel")
+        .arg(kernel(dir.path(), &SPIN))
+        .arg("--api-socket")
+        .arg(&socket)
+        .spawn()
+        .unwrap();
+    wait_for_thread(&child, "vcpu 0");
+    let answer = ctl(&socket, &["status"]);
+    assert_eq!(status(&answer), 0, "{answer:?}");
+    let shown = text(&answer.stdout);
+    assert!(
+        shown.contains("state=running") && shown.contains("cpus=1"),
+        "{shown}"
+    );
+    let answer = ctl(&socket, &["--json", "device-list"]);
+    assert_eq!(
+        text(&answer.stdout).replace(char::is_whitespace, ""),
+        "{\"devices\":[]}"
+    );
+    for (request, message) in [
+        (&["device-remove", "nic"][..], "no device `nic`"),
+        (&["device-add", "nic"], "not a PCI address"),
+        (
+            &["device-add", "ffff:ff:1f.7,speed=9"],
+            "unknown field `speed`",
+        ),
+        // Whether there is no such function, no PCI or no VFIO on this machine.
+        (&["device-add", "ffff:ff:1f.7"], "ringside-ctl: "),
+    ] {
+        let answer = ctl(&socket, request);
+        assert_eq!(status(&answer), 1, "{answer:?}");
+        assert!(text(&answer.stderr).contains(message), "{answer:?}");
+    }
+    assert_eq!(status(&ctl(&socket, &["power-off"])), 0);
+    let output = finish(child);
+    assert_eq!(status(&output), 0, "{output:?}");
+    assert!(!socket.exists());
+    let answer = ctl(&socket, &["status"]);
+    assert_eq!(status(&answer), 1);
+    assert!(text(&answer.stderr).contains("--api-socket"), "{answer:?}");
+    assert_eq!(status(&ctl(&socket, &["fly"])), 2);
+}
+
+#[test]
+fn functions_that_are_not_there_end_it_with_a_message() {
+    if !has_kvm("functions_that_are_not_there_end_it_with_a_message") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = vmm();
+    command.arg("--kernel").arg(kernel(dir.path(), &POWER_OFF));
+    let output = finish(command.arg("--vfio=ffff:ff:1f.7").spawn().unwrap());
+    assert_eq!(status(&output), 1, "{output:?}");
+    let message = text(&output.stderr);
+    let known = ["ffff:ff:1f.7", "has this machine PCI", "/dev/vfio/vfio"];
+    assert!(known.iter().any(|part| message.contains(part)), "{message}");
+}
