@@ -109,8 +109,8 @@ pub const ACPI_PM_PORT: u64 = 0x600;
 pub const ACPI_SCI_IRQ: u32 = 9;
 /// The registers of memory that is added, 16 bytes for each piece.
 pub const MEMORY_HOTPLUG_PORT: u64 = 0x620;
-/// The GSI that says that there is more memory: a pin of the I/O APIC only.
-pub const MEMORY_HOTPLUG_GSI: u32 = 20;
+/// The interrupt that says that there is more memory: ISA IRQ, and GSI. PCI has all pins above these.
+pub const MEMORY_HOTPLUG_IRQ: u32 = 10;
 
 /// A range of the guest-physical address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -445,7 +445,7 @@ fn growing_memory(
 ) -> Result<Arc<GrowingMemory>, Error> {
     let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Events)?;
     if plan.devices().is_some() {
-        router.register_irqfd(&interrupt, layout::MEMORY_HOTPLUG_GSI)?;
+        router.register_irqfd(&interrupt, layout::MEMORY_HOTPLUG_IRQ)?;
     }
     let slots = Arc::clone(vm) as _;
     Ok(Arc::new(GrowingMemory::new(ram, plan, slots, interrupt)))

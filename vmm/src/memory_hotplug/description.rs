@@ -61,7 +61,7 @@ impl Aml for MemoryDevices {
         let checks: Vec<Check> = pieces.iter().map(|piece| Check(piece.name())).collect();
         let body = checks.iter().map(|check| check as &dyn Aml).collect();
         // An edge, active high; Linux takes nothing but interrupts among its resources.
-        let interrupt = Interrupt::new(true, true, false, false, layout::MEMORY_HOTPLUG_GSI);
+        let interrupt = Interrupt::new(true, true, false, false, layout::MEMORY_HOTPLUG_IRQ);
         Device::new(
             "GED0".into(),
             vec![
@@ -227,8 +227,8 @@ mod tests {
     fn an_edge_notifies_each_piece_that_is_there() {
         let code = code(2);
         assert_eq!(count(&code, b"_HID\x0dACPI0013\0"), 1);
-        // Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {20}
-        assert_eq!(count(&code, b"\x89\x06\x00\x03\x01\x14\x00\x00\x00"), 1);
+        // Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {10}
+        assert_eq!(count(&code, b"\x89\x06\x00\x03\x01\x0a\x00\x00\x00"), 1);
         for index in [b'0', b'1'] {
             // If (\_SB.MH0n.SIZE != 0) {Notify (\_SB.MH0n, 1)}
             let check = [

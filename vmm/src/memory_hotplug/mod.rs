@@ -203,7 +203,7 @@ pub struct GrowingMemory {
 
 impl GrowingMemory {
     /// A guest that has `ram`, which is in `slots` already. `interrupt` leads to
-    /// [`layout::MEMORY_HOTPLUG_GSI`].
+    /// [`layout::MEMORY_HOTPLUG_IRQ`].
     pub fn new(
         ram: GuestMemoryMmap,
         plan: Plan,
@@ -230,6 +230,11 @@ impl GrowingMemory {
     /// All of guest memory as it is now.
     pub fn current(&self) -> GuestMemoryMmap {
         self.state().whole.clone()
+    }
+
+    /// How much of it there is now.
+    pub fn total(&self) -> Size {
+        total(&self.state().whole)
     }
 
     /// What the guest must be told for memory to grow; `None` if it cannot.
@@ -303,7 +308,7 @@ impl GrowingMemory {
             // Its counter is full: then it is on its way to the guest already.
             tracing::warn!(%error, "the guest's interrupt for more memory was not raised anew");
         }
-        let total = Size(state.whole.iter().map(GuestMemoryRegion::len).sum());
+        let total = total(&state.whole);
         tracing::info!(start = format_args!("{start:#x}"), size = %options.size, %total, "memory added");
         Ok(Growth { added, total })
     }
@@ -319,8 +324,7 @@ impl GrowingMemory {
             let unit = Size(unit);
             return Err(Error::Unaligned { size, unit });
         }
-        let regions = state.pieces.iter().flat_map(GuestMemoryBackend::iter);
-        let used: u64 = regions.map(GuestMemoryRegion::len).sum();
+        let used = state.pieces.iter().map(|piece| total(piece).0).sum();
         let left = limit.saturating_sub(used);
         if bytes > left {
             let left = Size(left);
@@ -332,6 +336,10 @@ impl GrowingMemory {
         }
         Ok(start.saturating_add(used))
     }
+}
+
+fn total(memory: &GuestMemoryMmap) -> Size {
+    Size(memory.iter().map(GuestMemoryRegion::len).sum())
 }
 
 fn ask(
