@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::config::VfioOptions;
+use crate::config::{SizeValue, VfioOptions};
 use crate::listener::SocketFile;
 
 /// Clients at a time.
@@ -71,6 +71,11 @@ pub enum Command {
     DeviceRemove {
         /// Its id.
         id: String,
+    },
+    /// Adds to the guest's memory.
+    MemoryAdd {
+        /// By how much.
+        size: SizeValue,
     },
     /// Ends the machine in order.
     PowerOff,
@@ -247,6 +252,7 @@ fn answer(id: Option<Value>, result: Result<Value, ApiError>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Size;
     use std::sync::Mutex;
 
     /// Notes commands, and grants all but removals.
@@ -324,12 +330,21 @@ mod tests {
             json!({"id": 2, "error": {"code": "not-found", "message": "no"}})
         );
         ask(&stream, r#"{"command":"power-off"}"#);
+        for size in [r#""512M""#, "536870912"] {
+            let line = format!(r#"{{"command":"memory-add","arguments":{{"size":{size}}}}}"#);
+            assert_eq!(ask(&stream, &line), json!({"result": {}}));
+        }
         let commands = f.recorder.0.lock().unwrap();
         assert_eq!(commands[0], Command::Status);
         assert!(matches!(&commands[1], Command::DeviceAdd(options)
             if options.clone().resolve().id == "a"));
         assert_eq!(commands[2], Command::DeviceRemove { id: "a".into() });
         assert_eq!(commands[3], Command::PowerOff);
+        let size = SizeValue(Size(512 << 20));
+        assert_eq!(
+            commands[4..],
+            [Command::MemoryAdd { size }, Command::MemoryAdd { size }]
+        );
     }
 
     #[test]
@@ -347,6 +362,10 @@ mod tests {
                 "string \"more\", expected",
             ),
             (r#"{"command":"device-remove"}"#, "missing field"),
+            (
+                r#"{"command":"memory-add","arguments":{"size":"lots"}}"#,
+                "`lots` is not a size",
+            ),
             (
                 r#"{"command":"device-add","arguments":{"host":"nic"}}"#,
                 "not a PCI address",

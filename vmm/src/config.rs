@@ -890,8 +890,9 @@ fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D:
     }
 }
 
+/// A size as options, the file and requests have it: a number of bytes, or a text with a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct SizeValue(Size);
+pub struct SizeValue(pub Size);
 
 impl<'de> Deserialize<'de> for SizeValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -40,7 +40,7 @@ use crate::irq::{self, GsiRouter};
 use crate::kvm::{self, Vm};
 use crate::layout::{self, Range};
 use crate::memory::{self, GuestRam};
-use crate::memory_hotplug::{self, GrowingMemory, Plan};
+use crate::memory_hotplug::{self, GrowingMemory, Growth, Plan};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
 use crate::vcpu::{self, Context, Vcpus};
@@ -216,8 +216,7 @@ struct Machine {
 /// Carries out what the control socket is asked for.
 struct Control {
     cpus: u8,
-    /// Bytes.
-    memory: u64,
+    memory: Arc<GrowingMemory>,
     devices: Vec<DeviceConfig>,
     passthrough: Arc<Passthrough>,
     exit: ExitHandle,
@@ -239,7 +238,7 @@ impl Service for Control {
                 "pid": std::process::id(),
                 "state": if self.exit.is_set() { "ending" } else { "running" },
                 "cpus": self.cpus,
-                "memory": self.memory,
+                "memory": self.memory.total().0,
             })),
             Command::DeviceList => {
                 let mut list = self.passthrough.list();
@@ -259,6 +258,18 @@ impl Service for Control {
             Command::DeviceRemove { id } => {
                 self.passthrough.remove(&id).map_err(failed)?;
                 Ok(json!({ "id": id }))
+            }
+            Command::MemoryAdd { size } => {
+                let Growth { added, total } = self.memory.grow(size.0.0).map_err(|error| {
+                    use memory_hotplug::Error::{Fixed, Limit, Pieces, Unaligned};
+                    let code = match &error {
+                        Unaligned { .. } => ErrorCode::BadRequest,
+                        Fixed | Limit { .. } | Pieces { .. } => ErrorCode::Conflict,
+                        _ => ErrorCode::Failed,
+                    };
+                    ApiError::new(code, &error)
+                })?;
+                Ok(json!({ "added": added.size, "memory": total.0 }))
             }
             Command::PowerOff => {
                 self.exit.end(ExitReason::Requested("the control socket"));
@@ -337,7 +348,7 @@ impl Machine {
         }
         let control = Control {
             cpus,
-            memory: ram.size(),
+            memory: Arc::clone(&resources.memory),
             devices: config.devices.clone(),
             passthrough,
             exit: resources.exit.clone(),

@@ -16,6 +16,7 @@ Examples, for `ringside-vmm --api-socket /run/vm.sock`:
   ringside-ctl --socket /run/vm.sock device-add 0000:01:10.0
   ringside-ctl --socket /run/vm.sock device-remove 0000:01:10.0
   ringside-ctl --socket /run/vm.sock device-list
+  ringside-ctl --socket /run/vm.sock memory-add 512M
 
 The protocol is one JSON object in each line, both ways:
   {\"id\": 1, \"command\": \"device-add\", \"arguments\": {\"host\": \"0000:01:10.0\"}}
@@ -56,6 +57,11 @@ enum Request {
         /// Its id.
         id: String,
     },
+    /// Adds to the guest's memory, up to ringside-vmm --memory max=SIZE.
+    MemoryAdd {
+        /// By how much, in multiples of 128M, such as 512M.
+        size: String,
+    },
     /// Ends the machine, as a power cut would for the guest.
     PowerOff,
 }
@@ -74,6 +80,9 @@ impl Request {
             }
             Self::DeviceRemove { id } => {
                 json!({"command": "device-remove", "arguments": {"id": id}})
+            }
+            Self::MemoryAdd { size } => {
+                json!({"command": "memory-add", "arguments": {"size": size}})
             }
             Self::PowerOff => json!({"command": "power-off"}),
         }
