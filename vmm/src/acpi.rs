@@ -1,7 +1,7 @@
 //! The ACPI tables (ACPI 6.5, 5.2): what the guest's kernel learns about processors, interrupt
 //! controllers, power, the PCI host bridge and the platform's devices.
 //!
-//! `RSDP → XSDT → FADT (→ DSDT, FACS), MADT, MCFG`
+//! `RSDP → XSDT → FADT (→ DSDT, FACS), MADT, MCFG, SRAT if memory can grow`
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -16,11 +16,13 @@ use acpi_tables::madt::{EnabledStatus, IoApic, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
+use acpi_tables::srat::{MemoryAffinity, SRAT};
 use acpi_tables::xsdt::XSDT;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::devices::{acpi_pm, reset, rtc, serial};
 use crate::layout::{self, Range, boot};
+use crate::memory_hotplug::description::MemoryDevices;
 use crate::pci::host::pin_gsis;
 
 /// Why the tables cannot be built.
@@ -46,6 +48,8 @@ pub struct Platform {
     pub cpus: u8,
     /// The 64-bit PCI MMIO window; may be empty.
     pub pci_mmio64: Range,
+    /// What memory can be added by, if it can.
+    pub memory_devices: Option<MemoryDevices>,
 }
 
 const OEM_ID: [u8; 6] = *b"RNGSDE";
@@ -75,6 +79,9 @@ pub fn write(memory: &GuestMemoryMmap, platform: &Platform) -> Result<GuestAddre
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in [fadt, madt, mcfg] {
         xsdt.add_entry(table);
+    }
+    if let Some(devices) = platform.memory_devices {
+        xsdt.add_entry(place.put(&bytes(&srat(memory, devices.range)))?);
     }
     let xsdt = place.put(&bytes(&xsdt))?;
     let rsdp = bytes(&Rsdp::new(OEM_ID, xsdt));
@@ -218,6 +225,20 @@ fn mcfg() -> MCFG {
     mcfg
 }
 
+/// System resource affinity table (5.2.16): RAM, and how far it may grow. All of it is near all
+/// processors, those that are not listed are in domain 0; but Linux must know the highest address that
+/// there can be to keep bounce buffers ready for devices that do not reach it.
+fn srat(memory: &GuestMemoryMmap, growth: Range) -> SRAT {
+    let mut srat = SRAT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    for region in memory.iter() {
+        let (start, size) = (region.start_addr().0, region.len());
+        srat.add_memory_affinity(MemoryAffinity::new(0, start, size).enabled());
+    }
+    let growth = MemoryAffinity::new(0, growth.start, growth.size);
+    srat.add_memory_affinity(growth.enabled().hotpluggable());
+    srat
+}
+
 /// Differentiated system description table: the namespace.
 fn dsdt(platform: &Platform) -> Sdt {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
@@ -227,7 +248,11 @@ fn dsdt(platform: &Platform) -> Sdt {
     let cpus: Vec<Cpu> = (0..platform.cpus).map(Cpu).collect();
     let mut children: Vec<&dyn Aml> = cpus.iter().map(|cpu| cpu as &dyn Aml).collect();
     let pci = PciHost(platform.pci_mmio64);
-    children.extend([&pci as &dyn Aml, &Reserved, &Com1, &Clock, &PvPanic]);
+    let reserved = Reserved(platform.memory_devices);
+    children.extend([&pci as &dyn Aml, &reserved, &Com1, &Clock, &PvPanic]);
+    if let Some(devices) = &platform.memory_devices {
+        children.push(devices);
+    }
     dsdt.append_slice(&bytes(&Scope::new("\\_SB_".into(), children)));
     dsdt
 }
@@ -358,15 +383,20 @@ impl Aml for Osc {
 }
 
 /// Motherboard resources. Linux uses ECAM only where firmware has reserved it (PCI Firmware 3.3,
-/// 4.1.2, note 2).
-struct Reserved;
+/// 4.1.2, note 2). So are the ports by which it learns of more memory.
+struct Reserved(Option<MemoryDevices>);
 
 impl Aml for Reserved {
     fn to_aml_bytes(&self, sink: &mut dyn acpi_tables::AmlSink) {
         let start = u32::try_from(layout::ECAM_START).unwrap_or(0);
         let size = u32::try_from(layout::ECAM_SIZE).unwrap_or(0);
         let window = Memory32Fixed::new(true, start, size);
-        let resources = ResourceTemplate::new(vec![&window]);
+        let ports = self.0.map(|devices| devices.reserved_ports());
+        let mut reserved: Vec<&dyn Aml> = vec![&window];
+        if let Some(ports) = &ports {
+            reserved.push(ports);
+        }
+        let resources = ResourceTemplate::new(reserved);
         Device::new(
             "MBRD".into(),
             vec![
@@ -455,6 +485,7 @@ mod tests {
                 start: 4 << 30,
                 size: 512 << 30,
             },
+            memory_devices: None,
         }
     }
 
@@ -563,6 +594,7 @@ mod tests {
                 start: 4 << 30,
                 size: 0,
             },
+            memory_devices: None,
         };
         assert!(dsdt(&empty).as_slice().len() < with);
     }

@@ -24,7 +24,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::config::VfioOptions;
+use crate::config::{SizeValue, VfioOptions};
 use crate::listener::SocketFile;
 
 /// Clients at a time.
@@ -76,6 +76,11 @@ pub enum Command {
         /// The guest is not asked: for one that does not answer.
         #[serde(default)]
         force: bool,
+    },
+    /// Adds to the guest's memory.
+    MemoryAdd {
+        /// By how much.
+        size: SizeValue,
     },
     /// Ends the machine in order.
     PowerOff,
@@ -299,6 +304,7 @@ fn answer(id: Option<Value>, result: Result<Value, ApiError>) -> Value {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::memory::Size;
 
     /// Notes commands, and grants all but removals.
     #[derive(Default)]
@@ -377,6 +383,10 @@ mod tests {
         let line = r#"{"command":"device-remove","arguments":{"id":"a","force":true}}"#;
         ask(&stream, line);
         ask(&stream, r#"{"command":"power-off"}"#);
+        for size in [r#""512M""#, "536870912"] {
+            let line = format!(r#"{{"command":"memory-add","arguments":{{"size":{size}}}}}"#);
+            assert_eq!(ask(&stream, &line), json!({"result": {}}));
+        }
         let commands = f.recorder.0.lock().unwrap();
         assert_eq!(commands[0], Command::Status);
         assert!(matches!(&commands[1], Command::DeviceAdd(options)
@@ -387,6 +397,11 @@ mod tests {
         };
         assert_eq!(commands[2..4], [removal(false), removal(true)]);
         assert_eq!(commands[4], Command::PowerOff);
+        let size = SizeValue(Size(512 << 20));
+        assert_eq!(
+            commands[5..],
+            [Command::MemoryAdd { size }, Command::MemoryAdd { size }]
+        );
     }
 
     #[test]
@@ -404,6 +419,10 @@ mod tests {
                 "string \"more\", expected",
             ),
             (r#"{"command":"device-remove"}"#, "missing field"),
+            (
+                r#"{"command":"memory-add","arguments":{"size":"lots"}}"#,
+                "`lots` is not a size",
+            ),
             (
                 r#"{"command":"device-add","arguments":{"host":"nic"}}"#,
                 "not a PCI address",

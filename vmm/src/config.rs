@@ -19,6 +19,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
 
 use uuid::Uuid;
 
+use crate::layout;
 use crate::memory::{self, PageSize, Size};
 
 /// Most processors a guest can have: 8-bit local APIC IDs, of which 255 means all of them.
@@ -43,6 +44,24 @@ pub enum Error {
     /// Memory of a size that makes no sense.
     #[error("{0}")]
     Memory(String),
+    /// Memory that would have to shrink.
+    #[error("--memory: max={max} is less than the guest starts with, {size}")]
+    MemoryMax {
+        /// What was given.
+        max: Size,
+        /// What the guest starts with.
+        size: Size,
+    },
+    /// Memory that cannot grow by whole pieces.
+    #[error("--memory: max={max} less the size, {size}, is not a multiple of {unit}")]
+    MemoryGrowth {
+        /// What was given.
+        max: Size,
+        /// What the guest starts with.
+        size: Size,
+        /// Of what it must be a multiple.
+        unit: Size,
+    },
     /// A queue count that makes no sense.
     #[error("{option}: num-queues={value} is not possible: {rule}")]
     Queues {
@@ -98,8 +117,9 @@ pub struct Cli {
     #[arg(long, value_name = "N")]
     pub cpus: Option<u32>,
 
-    /// Guest memory [default: 512M]. A size alone, or keys: size=SIZE, hugepages=on|off|2M|1G,
-    /// prefault=on|off (allocate everything at the start).
+    /// Guest memory [default: 512M]. A size alone, or keys: size=SIZE, max=SIZE up to which it can
+    /// grow while the guest runs, in multiples of 128M [default: it cannot], hugepages=on|off|2M|1G,
+    /// prefault=on|off (allocate everything at the start, and what is added when it is added).
     #[arg(long, value_name = "SIZE | KEY=VALUE,...", value_parser = parse::<MemoryOptions>)]
     pub memory: Option<MemoryOptions>,
 
@@ -230,6 +250,8 @@ impl FromStr for FileOptions {
 pub struct MemoryOptions {
     #[serde(deserialize_with = "some")]
     size: Option<SizeValue>,
+    #[serde(deserialize_with = "some")]
+    max: Option<SizeValue>,
     #[serde(deserialize_with = "some")]
     hugepages: Option<HugepagesValue>,
     #[serde(deserialize_with = "switch")]
@@ -451,8 +473,11 @@ pub struct Config {
     pub cmdline: String,
     /// Number of processors, 1 to [`MAX_CPUS`].
     pub cpus: u32,
-    /// Guest RAM.
+    /// Guest RAM at the start.
     pub memory: memory::Options,
+    /// How far it can grow: [`Config::memory`]'s size if it cannot, else more by a multiple of
+    /// [`layout::MEMORY_BLOCK`] and of its pages' size.
+    pub memory_max: Size,
     /// Devices in the order they are put on the PCI bus: disks, network cards, others.
     pub devices: Vec<DeviceConfig>,
     /// Functions of the host's PCI bus.
@@ -531,7 +556,8 @@ impl Config {
         if !(1..=MAX_CPUS).contains(&cpus) {
             return Err(Error::Cpus(cpus));
         }
-        let memory = merge_memory(memory.unwrap_or_default(), file.memory.map(|m| m.0))?;
+        let file_memory = file.memory.map(|m| m.0).unwrap_or_default();
+        let (memory, memory_max) = merge_memory(memory.unwrap_or_default(), file_memory)?;
         let mut devices = Vec::new();
         for blk in file.blk.into_iter().map(|b| b.0).chain(blk) {
             devices.push(blk.resolve(cpus)?);
@@ -582,6 +608,7 @@ impl Config {
                 .unwrap_or_else(|| "console=ttyS0".to_owned()),
             cpus,
             memory,
+            memory_max,
             devices,
             vfio,
             vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
@@ -595,8 +622,8 @@ impl Config {
     }
 }
 
-fn merge_memory(cli: MemoryOptions, file: Option<MemoryOptions>) -> Result<memory::Options, Error> {
-    let file = file.unwrap_or_default();
+/// What RAM is like at the start, and how far it can grow.
+fn merge_memory(cli: MemoryOptions, file: MemoryOptions) -> Result<(memory::Options, Size), Error> {
     let options = memory::Options {
         size: cli.size.or(file.size).map_or(DEFAULT_MEMORY, |s| s.0),
         pages: cli
@@ -606,7 +633,16 @@ fn merge_memory(cli: MemoryOptions, file: Option<MemoryOptions>) -> Result<memor
         prefault: cli.prefault.or(file.prefault).unwrap_or(false),
     };
     options.check().map_err(|e| Error::Memory(e.to_string()))?;
-    Ok(options)
+    let size = options.size;
+    let max = cli.max.or(file.max).map_or(size, |s| s.0);
+    let Some(growth) = max.0.checked_sub(size.0) else {
+        return Err(Error::MemoryMax { max, size });
+    };
+    let unit = Size(layout::MEMORY_BLOCK.max(options.pages.bytes()));
+    if !growth.is_multiple_of(unit.0) {
+        return Err(Error::MemoryGrowth { max, size, unit });
+    }
+    Ok((options, max))
 }
 
 fn check_queues(
@@ -861,8 +897,9 @@ fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D:
     }
 }
 
+/// A size as options, the file and requests have it: a number of bytes, or a text with a unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct SizeValue(Size);
+pub struct SizeValue(pub Size);
 
 impl<'de> Deserialize<'de> for SizeValue {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -954,6 +991,7 @@ mod tests {
         let config = config(&["--kernel", "k"], "").unwrap();
         assert_eq!(config.cpus, 1);
         assert_eq!(config.memory.size, Size(512 << 20));
+        assert_eq!(config.memory_max, Size(512 << 20));
         assert_eq!(config.cmdline, "console=ttyS0");
         assert_eq!(config.serial, SerialTarget::Stdio);
         assert!(config.devices.is_empty());
@@ -971,7 +1009,7 @@ mod tests {
             &[
                 "--kernel=k",
                 "--cpus=8",
-                "--memory=size=6G,hugepages=2M,prefault=on",
+                "--memory=size=6G,max=8G,hugepages=2M,prefault=on",
                 "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0",
                 "--blk=/b,,c",
                 "--net=socket=/n,mac=52:54:00:01:02:03,num-queues=4",
@@ -983,6 +1021,7 @@ mod tests {
         )
         .unwrap();
         assert_eq!(config.memory.size, Size(6 << 30));
+        assert_eq!(config.memory_max, Size(8 << 30));
         assert_eq!(config.memory.pages, PageSize::Huge2M);
         assert!(config.memory.prefault);
         let [a, b, n, fs, rng] = config.devices.as_slice() else {
@@ -1003,7 +1042,7 @@ mod tests {
         let file = r#"
             kernel = "from-file"
             cpus = 2
-            memory = { size = "1G", hugepages = true }
+            memory = { size = "1G", max = "3G", hugepages = true }
             serial = "null"
             [[blk]]
             socket = "/a"
@@ -1019,6 +1058,7 @@ mod tests {
         assert_eq!(config.kernel, PathBuf::from("from-file"));
         assert_eq!(config.cpus, 4);
         assert_eq!(config.memory.size, Size(1 << 30));
+        assert_eq!(config.memory_max, Size(3 << 30));
         assert_eq!(config.memory.pages, PageSize::HugeDefault);
         assert!(config.memory.prefault);
         assert_eq!(config.serial, SerialTarget::Null);
@@ -1156,6 +1196,28 @@ mod tests {
         ] {
             let error = config(&["--kernel=k", args], "").unwrap_err().to_string();
             assert!(error.starts_with("--"), "{args}: {error}");
+        }
+    }
+
+    #[test]
+    fn memory_grows_by_whole_blocks() {
+        for (option, growth) in [
+            ("size=1G,max=1G", 0),
+            ("size=1G,max=1152M", 128 << 20),
+            ("size=16M,max=144M", 128 << 20),
+            ("size=1G,max=3G,hugepages=1G", 2 << 30),
+        ] {
+            let config = config(&["--kernel=k", "--memory", option], "").unwrap();
+            assert_eq!(config.memory_max.0 - config.memory.size.0, growth);
+        }
+        for (option, message) in [
+            ("size=1G,max=512M", "max=512 MiB is less than"),
+            ("max=256M", "starts with, 512 MiB"),
+            ("size=1G,max=1100M", "not a multiple of 128 MiB"),
+            ("size=1G,max=1536M,hugepages=1G", "not a multiple of 1 GiB"),
+        ] {
+            let error = config(&["--kernel=k", "--memory", option], "").unwrap_err();
+            assert!(error.to_string().contains(message), "{option}: {error}");
         }
     }
 

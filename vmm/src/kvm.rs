@@ -21,7 +21,6 @@ use ringside_vfio::device::Mapping;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
-use crate::memory::GuestRam;
 
 /// Why KVM gives us no virtual machine.
 #[derive(Debug, thiserror::Error)]
@@ -157,12 +156,12 @@ impl Vm {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes `ram` the guest's RAM. The VM keeps its mapping alive.
-    pub fn add_ram(&self, ram: &GuestRam) -> Result<(), Error> {
+    /// Makes `memory` guest RAM. The VM keeps its mapping alive.
+    pub fn add_ram(&self, memory: &GuestMemoryMmap) -> Result<(), Error> {
         let mut slots = self.slots();
-        for region in ram.memory().iter() {
+        for region in memory.iter() {
             let backing = Backing::Ram {
-                _memory: ram.memory().clone(),
+                _memory: memory.clone(),
             };
             let (start, size) = (region.start_addr().0, region.len());
             self.add_slot(&mut slots, start, size, region.as_ptr() as u64, backing)?;
@@ -229,7 +228,7 @@ impl Vm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{MIN_SIZE, Options, PageSize, Size};
+    use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize, Size};
     use crate::testing::has_kvm;
 
     #[test]
@@ -243,8 +242,8 @@ mod tests {
             prefault: false,
         });
         let (vm, ram) = (Vm::new().unwrap(), ram.unwrap());
-        vm.add_ram(&ram).unwrap();
-        assert!(matches!(vm.add_ram(&ram), Err(Error::Slot { .. })));
+        vm.add_ram(ram.memory()).unwrap();
+        assert!(matches!(vm.add_ram(ram.memory()), Err(Error::Slot { .. })));
     }
 
     #[test]

@@ -10,7 +10,8 @@
 //!          0xFEE0_0000  local APICs
 //!          0xFEFF_C000  KVM: identity-map page, then three pages of task state
 //! 4 GiB                 high RAM
-//! RAM's end, rounded up to 1 GiB: 64-bit PCI MMIO window
+//! RAM's end, rounded up to 1 GiB: memory that is added while the guest runs
+//! its end, rounded up to 1 GiB: 64-bit PCI MMIO window
 //! ```
 
 /// One GiB in bytes.
@@ -49,6 +50,10 @@ pub mod boot {
 pub const LOW_RAM_END: u64 = 3 * GIB;
 /// Start of the RAM that does not fit below [`LOW_RAM_END`].
 pub const HIGH_RAM_START: u64 = 4 * GIB;
+
+/// Of what the size of memory that is added must be a multiple, and its address: the size of
+/// Linux's memory blocks on x86 (a guest that starts with 64 GiB or more may use larger ones).
+pub const MEMORY_BLOCK: u64 = 128 << 20;
 
 /// Start of the 32-bit PCI MMIO window.
 pub const PCI_MMIO32_START: u64 = LOW_RAM_END;
@@ -102,6 +107,10 @@ pub const PVPANIC_PORT: u64 = 0x505;
 pub const ACPI_PM_PORT: u64 = 0x600;
 /// The ACPI system control interrupt.
 pub const ACPI_SCI_IRQ: u32 = 9;
+/// The registers of memory that is added, 16 bytes for each piece.
+pub const MEMORY_HOTPLUG_PORT: u64 = 0x620;
+/// The interrupt that says that there is more memory: ISA IRQ, and GSI. PCI has all pins above these.
+pub const MEMORY_HOTPLUG_IRQ: u32 = 10;
 
 /// A range of the guest-physical address space.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -136,15 +145,33 @@ pub fn ram_ranges(size: u64) -> Vec<Range> {
     ]
 }
 
-/// The 64-bit PCI MMIO window of a guest whose RAM ends at `ram_end` and whose processors have
-/// `physical_bits` bits of physical address. Empty if there is no room.
-pub fn pci_mmio64(ram_end: u64, physical_bits: u32) -> Range {
-    let start = ram_end.max(HIGH_RAM_START).div_ceil(GIB) * GIB;
-    let limit = 1u64.checked_shl(physical_bits).unwrap_or(u64::MAX);
+/// Where `size` bytes of memory go that are added to a guest whose RAM ends at `ram_end`.
+pub fn added_memory(ram_end: u64, size: u64) -> Range {
+    Range {
+        start: above_ram(ram_end),
+        size,
+    }
+}
+
+/// First address after what processors with `physical_bits` bits of physical address reach.
+pub fn address_limit(physical_bits: u32) -> u64 {
+    1u64.checked_shl(physical_bits).unwrap_or(u64::MAX)
+}
+
+/// The 64-bit PCI MMIO window of a guest whose memory ends at `memory_end` and whose processors
+/// have `physical_bits` bits of physical address. Empty if there is no room.
+pub fn pci_mmio64(memory_end: u64, physical_bits: u32) -> Range {
+    let start = above_ram(memory_end);
+    let room = address_limit(physical_bits).saturating_sub(start);
     Range {
         start,
-        size: limit.saturating_sub(start).min(PCI_MMIO64_MAX_SIZE),
+        size: room.min(PCI_MMIO64_MAX_SIZE),
     }
+}
+
+/// The next GiB above memory and the hole below 4 GiB.
+fn above_ram(end: u64) -> u64 {
+    end.max(HIGH_RAM_START).div_ceil(GIB).saturating_mul(GIB)
 }
 
 #[cfg(test)]
@@ -199,6 +226,19 @@ mod tests {
             }
         );
         assert_eq!(pci_mmio64(70 * GIB, 36).size, 0);
+    }
+
+    #[test]
+    fn added_memory_is_between_ram_and_the_64_bit_window() {
+        let small = added_memory(512 << 20, 3 << 30);
+        assert_eq!((small.start, small.end()), (4 * GIB, 7 * GIB));
+        let large = added_memory(6 * GIB + 4096, MEMORY_BLOCK);
+        assert_eq!(large.start, 7 * GIB);
+        assert_eq!(pci_mmio64(large.end(), 40).start, 8 * GIB);
+        // Nothing to add: the window is where it is without.
+        let none = added_memory(5 * GIB + 4096, 0);
+        assert_eq!(pci_mmio64(none.end(), 40), pci_mmio64(5 * GIB + 4096, 40));
+        assert_eq!(added_memory(u64::MAX, GIB).end(), u64::MAX);
     }
 
     #[test]

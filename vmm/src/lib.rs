@@ -11,10 +11,11 @@
 //! | [`exit`] | why the virtual machine ends |
 //! | [`complaints`] | a limit on what a guest can make us log |
 //! | [`event_loop`] | the control thread: signals, and whatever devices wait for |
-//! | [`memory`] | guest RAM, one sealed memfd that peers can map |
+//! | [`memory`] | guest RAM, sealed memfds that peers can map |
 //! | [`kvm`] | the VM: its memory slots, in-kernel interrupt controllers and timer |
 //! | [`irq`] | GSIs, MSI routes and irqfds |
 //! | [`bus`] | which device answers a port or MMIO access |
+//! | [`memory_hotplug`] | memory that is added while the guest runs, and who has to know of it |
 //! | [`devices`] | serial port, RTC, power, reset, panic |
 //! | `listener` | Unix sockets that the VMM listens on |
 //! | [`api`] | the control socket |
@@ -45,6 +46,7 @@ pub mod layout;
 mod listener;
 pub mod machine;
 pub mod memory;
+pub mod memory_hotplug;
 pub mod pci;
 pub mod terminal;
 #[cfg(test)]

@@ -40,6 +40,7 @@ use crate::irq::{self, GsiRouter};
 use crate::kvm::{self, Vm};
 use crate::layout::{self, Range};
 use crate::memory::{self, GuestRam};
+use crate::memory_hotplug::{self, GrowingMemory, Growth, Plan};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
 use crate::vcpu::{self, Context, Vcpus};
@@ -76,6 +77,9 @@ pub enum Error {
     /// Guest RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+    /// How far it can grow.
+    #[error(transparent)]
+    MemoryHotplug(#[from] memory_hotplug::Error),
     /// Kernel and RAM disk.
     #[error(transparent)]
     Boot(#[from] boot::Error),
@@ -125,8 +129,8 @@ pub enum Error {
 pub struct Resources {
     /// The VM: ioeventfds, memory slots.
     pub vm: Arc<Vm>,
-    /// Guest RAM.
-    pub memory: GuestMemoryMmap,
+    /// Guest RAM, which may grow.
+    pub memory: Arc<GrowingMemory>,
     /// Ports.
     pub ports: Arc<Bus>,
     /// MMIO.
@@ -212,8 +216,7 @@ struct Machine {
 /// Carries out what the control socket is asked for.
 struct Control {
     cpus: u8,
-    /// Bytes.
-    memory: u64,
+    memory: Arc<GrowingMemory>,
     devices: Vec<DeviceConfig>,
     passthrough: Arc<Passthrough>,
     exit: ExitHandle,
@@ -235,7 +238,7 @@ impl Service for Control {
                 "pid": std::process::id(),
                 "state": if self.exit.is_set() { "ending" } else { "running" },
                 "cpus": self.cpus,
-                "memory": self.memory,
+                "memory": self.memory.total().0,
             })),
             Command::DeviceList => {
                 let mut list = self.passthrough.list();
@@ -255,6 +258,18 @@ impl Service for Control {
             Command::DeviceRemove { id, force } => {
                 self.passthrough.remove(&id, force).map_err(failed)?;
                 Ok(json!({ "id": id }))
+            }
+            Command::MemoryAdd { size } => {
+                let Growth { added, total } = self.memory.grow(size.0.0).map_err(|error| {
+                    use memory_hotplug::Error::{Fixed, Limit, Pieces, Unaligned};
+                    let code = match &error {
+                        Unaligned { .. } => ErrorCode::BadRequest,
+                        Fixed | Limit { .. } | Pieces { .. } => ErrorCode::Conflict,
+                        _ => ErrorCode::Failed,
+                    };
+                    ApiError::new(code, &error)
+                })?;
+                Ok(json!({ "added": added.size, "memory": total.0 }))
             }
             Command::PowerOff => {
                 self.exit.end(ExitReason::Requested("the control socket"));
@@ -277,23 +292,30 @@ impl Machine {
         }
         let template = CpuTemplate::new(vm.kvm(), cpus)?;
         let ram = GuestRam::new(config.memory)?;
-        vm.add_ram(&ram)?;
-        let memory = ram.memory().clone();
-        let pci_mmio64 = layout::pci_mmio64(ram.end(), template.physical_bits());
+        vm.add_ram(ram.memory())?;
+        let memory = ram.memory();
+        let bits = template.physical_bits();
+        let plan = Plan::new(config.memory, memory, config.memory_max, bits)?;
+        let pci_mmio64 = layout::pci_mmio64(plan.range.end(), bits);
 
-        let rsdp = acpi::write(&memory, &acpi::Platform { cpus, pci_mmio64 })?;
+        let platform = acpi::Platform {
+            cpus,
+            pci_mmio64,
+            memory_devices: plan.devices(),
+        };
+        let rsdp = acpi::write(memory, &platform)?;
         let images = Images {
             kernel: &config.kernel,
             initramfs: config.initramfs.as_deref(),
             cmdline: &config.cmdline,
         };
-        let entry = boot::load(&memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
-        cpu::write_tables(&memory, &entry)?;
+        let entry = boot::load(memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
+        cpu::write_tables(memory, &entry)?;
 
         let router = Arc::new(GsiRouter::new(Arc::clone(vm.fd()))?);
         let resources = Resources {
             vm: Arc::clone(&vm),
-            memory,
+            memory: growing_memory(&vm, &router, memory.clone(), plan)?,
             ports: Arc::default(),
             mmio: Arc::default(),
             router,
@@ -326,7 +348,7 @@ impl Machine {
         }
         let control = Control {
             cpus,
-            memory: ram.size(),
+            memory: Arc::clone(&resources.memory),
             devices: config.devices.clone(),
             passthrough,
             exit: resources.exit.clone(),
@@ -425,6 +447,21 @@ fn event_loop(exit: &ExitHandle) -> Result<EventLoop, Error> {
     Ok(events)
 }
 
+/// Memory that grows as `plan` says. Its interrupt is edge-triggered.
+fn growing_memory(
+    vm: &Arc<Vm>,
+    router: &GsiRouter,
+    ram: GuestMemoryMmap,
+    plan: Plan,
+) -> Result<Arc<GrowingMemory>, Error> {
+    let interrupt = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Events)?;
+    if plan.devices().is_some() {
+        router.register_irqfd(&interrupt, layout::MEMORY_HOTPLUG_IRQ)?;
+    }
+    let slots = Arc::clone(vm) as _;
+    Ok(Arc::new(GrowingMemory::new(ram, plan, slots, interrupt)))
+}
+
 /// Where BARs can be.
 fn windows(resources: &Resources) -> Windows {
     Windows {
@@ -444,12 +481,15 @@ fn add_pci_devices(
 ) -> Result<(), Error> {
     for device in devices {
         let socket = device.socket.clone();
+        let memory = resources.memory.current();
         let device = VhostUserDevice::connect(
             device.clone(),
-            resources.memory.clone(),
+            memory.clone(),
             resources.events.clone(),
             resources.exit.clone(),
         )?;
+        let listener = device.memory_listener();
+        resources.memory.register(&listener, &memory)?;
         let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
         let function = VirtioPci::new(Box::new(device), router, vm)
             .map_err(|source| Error::Virtio { socket, source })?;
@@ -471,6 +511,7 @@ fn add_platform_devices(
     pci: Option<SharedDevice>,
 ) -> Result<SerialInput, Error> {
     let Resources {
+        memory,
         ports,
         exit,
         router,
@@ -489,6 +530,10 @@ fn add_platform_devices(
     ports.insert(layout::ACPI_PM_PORT, acpi_pm::SIZE, pm)?;
     let keyboard = Arc::new(Mutex::new(I8042::new(exit.clone())));
     ports.insert(layout::I8042_COMMAND_PORT, 1, keyboard)?;
+    if let Some(devices) = memory.devices() {
+        let Range { start, size } = devices.ports();
+        ports.insert(start, size, memory.registers())?;
+    }
     let pvpanic = Arc::new(Mutex::new(PvPanic::new(exit.clone())));
     ports.insert(layout::PVPANIC_PORT, 1, pvpanic)?;
     let reset = Arc::new(Mutex::new(ResetControl::new(exit.clone(), pci)));

@@ -1,4 +1,5 @@
-//! Guest RAM: one memfd, mapped shared, its size sealed so that peers that map it can trust it.
+//! Guest RAM: one memfd, and one for each piece of memory that is added while the guest runs; mapped
+//! shared, their sizes sealed so that peers that map them can trust them.
 
 use std::fmt;
 use std::fs::File;
@@ -14,7 +15,7 @@ use vm_memory::{
     GuestRegionMmap, MmapRegion,
 };
 
-use crate::layout;
+use crate::layout::{self, Range};
 
 /// The least RAM a guest can have.
 pub const MIN_SIZE: u64 = 16 << 20;
@@ -163,7 +164,7 @@ pub enum PageSize {
 impl PageSize {
     /// Of what the RAM's size must be a multiple. The default huge page is 2 MiB on x86-64 unless
     /// the kernel's command line says otherwise; then the kernel refuses what does not fit.
-    fn bytes(self) -> u64 {
+    pub fn bytes(self) -> u64 {
         match self {
             Self::Normal => 4096,
             Self::HugeDefault | Self::Huge2M => 2 << 20,
@@ -216,54 +217,13 @@ pub struct GuestRam {
 impl GuestRam {
     /// Allocates and maps guest RAM.
     pub fn new(options: Options) -> Result<Self, Error> {
-        let Options {
+        let Options { size, pages, .. } = options;
+        let regions = allocate(options, &layout::ram_ranges(size.0))?;
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(|e| Error::Map {
             size,
             pages,
-            prefault,
-        } = options;
-        options.check()?;
-        check_host(options, host_memory()?)?;
-
-        let map_error = |source| Error::Map {
-            size,
-            pages,
-            source,
-        };
-        let file = sealed_file(size, pages).map_err(|source| Error::Create {
-            size,
-            pages,
-            source,
+            source: e.into(),
         })?;
-        if prefault {
-            // Unlike MAP_POPULATE alone this reports a lack of memory.
-            let length = i64::try_from(size.0).unwrap_or(i64::MAX);
-            fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| Error::Allocate {
-                size,
-                pages,
-                source: e.into(),
-            })?;
-        }
-
-        let file = Arc::new(file);
-        let mut regions = Vec::new();
-        let mut offset = 0;
-        for range in layout::ram_ranges(size.0) {
-            let populate = if prefault { libc::MAP_POPULATE } else { 0 };
-            let bytes = usize::try_from(range.size).map_err(|e| map_error(e.into()))?;
-            let mapping = MmapRegion::build(
-                Some(FileOffset::from_arc(Arc::clone(&file), offset)),
-                bytes,
-                libc::PROT_READ | libc::PROT_WRITE,
-                // Without MAP_NORESERVE a lack of huge pages shows here, not as SIGBUS later.
-                libc::MAP_SHARED | populate,
-            )
-            .map_err(|e| map_error(e.into()))?;
-            let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
-                .ok_or_else(|| map_error("the region wraps around".into()))?;
-            regions.push(region);
-            offset += range.size;
-        }
-        let memory = GuestMemoryMmap::from_regions(regions).map_err(|e| map_error(e.into()))?;
         Ok(Self {
             memory,
             size: size.0,
@@ -288,6 +248,88 @@ impl GuestRam {
             .max()
             .unwrap_or(0)
     }
+}
+
+/// Allocates and maps memory at `start` of a guest that has `memory`: one region, in a file of its
+/// own. Returns the new piece alone, and all of memory with it.
+pub fn add(
+    memory: &GuestMemoryMmap,
+    options: Options,
+    start: u64,
+) -> Result<(GuestMemoryMmap, GuestMemoryMmap), Error> {
+    let Options { size, pages, .. } = options;
+    let range = Range {
+        start,
+        size: size.0,
+    };
+    let regions: Vec<_> = allocate(options, &[range])?
+        .into_iter()
+        .map(Arc::new)
+        .collect();
+    let whole = regions.iter().try_fold(memory.clone(), |whole, region| {
+        whole.insert_region(Arc::clone(region))
+    });
+    let piece = GuestMemoryMmap::from_arc_regions(regions);
+    piece
+        .and_then(|piece| Ok((piece, whole?)))
+        .map_err(|e| Error::Map {
+            size,
+            pages,
+            source: e.into(),
+        })
+}
+
+/// Allocates memory in one file and maps it for `ranges` of the guest's address space, whose sizes
+/// sum up to what `options` say.
+fn allocate(options: Options, ranges: &[Range]) -> Result<Vec<GuestRegionMmap>, Error> {
+    let Options {
+        size,
+        pages,
+        prefault,
+    } = options;
+    options.check()?;
+    check_host(options, host_memory()?)?;
+
+    let map_error = |source| Error::Map {
+        size,
+        pages,
+        source,
+    };
+    let file = sealed_file(size, pages).map_err(|source| Error::Create {
+        size,
+        pages,
+        source,
+    })?;
+    if prefault {
+        // Unlike MAP_POPULATE alone this reports a lack of memory.
+        let length = i64::try_from(size.0).unwrap_or(i64::MAX);
+        fallocate(&file, FallocateFlags::empty(), 0, length).map_err(|e| Error::Allocate {
+            size,
+            pages,
+            source: e.into(),
+        })?;
+    }
+
+    let file = Arc::new(file);
+    let mut regions = Vec::new();
+    let mut offset = 0;
+    for range in ranges {
+        let populate = if prefault { libc::MAP_POPULATE } else { 0 };
+        let bytes = usize::try_from(range.size).map_err(|e| map_error(e.into()))?;
+        let mapping = MmapRegion::build(
+            Some(FileOffset::from_arc(Arc::clone(&file), offset)),
+            bytes,
+            libc::PROT_READ | libc::PROT_WRITE,
+            // Without MAP_NORESERVE a lack of huge pages shows here, not as SIGBUS later.
+            libc::MAP_SHARED | populate,
+        )
+        .map_err(|e| map_error(e.into()))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
+            .ok_or_else(|| map_error("the region wraps around".into()))?;
+        regions.push(region);
+        offset += range.size;
+    }
+    Ok(regions)
 }
 
 /// The file behind guest RAM. Its size is for good: a process that maps it must not be killed by
@@ -431,6 +473,25 @@ mod tests {
             let weaker = FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_WRITE);
             assert!(fcntl(&file, weaker).is_err(), "{pages:?}");
             assert_eq!(file.metadata().unwrap().len(), size);
+        }
+    }
+
+    #[test]
+    fn added_memory_is_one_region_in_a_sealed_file_of_its_own() {
+        let (ram, start) = (GuestRam::new(options(MIN_SIZE)).unwrap(), 4 << 30);
+        let (piece, whole) = add(ram.memory(), options(2 * MIN_SIZE), start).unwrap();
+        let region = piece.iter().next().unwrap();
+        assert_eq!((piece.num_regions(), region.len()), (1, 2 * MIN_SIZE));
+        assert_eq!(whole.num_regions(), 2);
+        let file = region.file_offset().unwrap();
+        assert_eq!(file.start(), 0);
+        assert!(file.file().set_len(4096).is_err());
+        // One mapping: what is written to the one is in the other.
+        whole.write_obj(7u8, GuestAddress(start)).unwrap();
+        assert_eq!(piece.read_obj::<u8>(GuestAddress(start)).unwrap(), 7);
+        for taken in [0, u64::MAX - 4095] {
+            let error = add(ram.memory(), options(MIN_SIZE), taken);
+            assert!(matches!(error, Err(Error::Map { .. })));
         }
     }
 

@@ -355,7 +355,7 @@ mod tests {
                 prefault: false,
             });
             let ram = ram.unwrap();
-            vm.add_ram(&ram).unwrap();
+            vm.add_ram(ram.memory()).unwrap();
             ram.memory().write_slice(code, GuestAddress(CODE)).unwrap();
             let entry = Entry::Linux64 {
                 address: CODE,

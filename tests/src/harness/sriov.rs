@@ -54,6 +54,8 @@ impl Igb {
                 command::run_line(&format!("mount -t {kind} {kind} {place}"))?;
             }
         }
+        // Connections to a guest that is gone would keep this namespace, and the interface in it, for minutes.
+        command::run_line("sysctl -q -w net.ipv4.tcp_orphan_retries=1 net.ipv4.tcp_retries2=3")?;
         Ok(Self {
             site: site.clone(),
             address,

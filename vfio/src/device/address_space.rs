@@ -161,6 +161,18 @@ impl AddressSpace {
         Ok(())
     }
 
+    /// Takes back memory that was added, before the guest could tell a device of it.
+    pub fn remove(&self, memory: &GuestMemoryMmap) {
+        let mut state = self.state();
+        let Some(index) = state.memory.iter().position(|m| same(m, memory)) else {
+            return;
+        };
+        let memory = state.memory.swap_remove(index);
+        if state.devices > 0 {
+            unmap(self.operations.as_ref(), &memory);
+        }
+    }
+
     /// A device is about to be closed by `close`.
     pub(super) fn leave(&self, close: impl FnOnce()) {
         let mut state = self.state();
@@ -286,6 +298,15 @@ fn map_error(source: VfioError, address: u64, size: u64) -> Error {
     }
 }
 
+/// Whether both are the same regions of guest memory.
+fn same(one: &GuestMemoryMmap, other: &GuestMemoryMmap) -> bool {
+    let place = |memory: &GuestMemoryMmap| -> Vec<_> {
+        let regions = memory.iter();
+        regions.map(|r| (r.start_addr(), r.len())).collect()
+    };
+    place(one) == place(other)
+}
+
 fn unmap(operations: &dyn VfioOps, memory: &GuestMemoryMmap) {
     for region in memory.iter() {
         let length = usize::try_from(region.len()).unwrap_or(usize::MAX);
@@ -381,6 +402,23 @@ mod tests {
             iommu.mapped.lock().unwrap().is_empty(),
             "no device, no mapping"
         );
+    }
+
+    #[test]
+    fn memory_that_was_added_can_be_taken_back() {
+        let iommu = Arc::new(Iommu::default());
+        let space = space(&iommu, 1);
+        let added = memory(&[(1 << 32, 2 << 20)]);
+        space.add(memory(&[(0, 1 << 20)])).unwrap();
+        space.add(added.clone()).unwrap();
+        space.remove(&added);
+        assert_eq!(*iommu.mapped.lock().unwrap(), [(0, 1 << 20)]);
+        space.remove(&added);
+        space.remove(&memory(&[(0, 4096)]));
+        assert_eq!(iommu.mapped.lock().unwrap().len(), 1, "nothing else goes");
+        // The place is free again.
+        space.add(added).unwrap();
+        assert_eq!(iommu.mapped.lock().unwrap().len(), 2);
     }
 
     #[test]

@@ -19,6 +19,7 @@ Examples, for `ringside-vmm --api-socket /run/vm.sock`:
   ringside-ctl --socket /run/vm.sock device-list
   ringside-ctl --socket /run/vm.sock device-remove nic
   ringside-ctl --socket /run/vm.sock device-remove nic --force    the guest did not let go of it
+  ringside-ctl --socket /run/vm.sock memory-add 512M
 
 The protocol is one JSON object in each line, both ways:
   {\"id\": 1, \"command\": \"device-add\", \"arguments\": {\"host\": \"0000:01:10.0\"}}
@@ -62,6 +63,11 @@ enum Request {
         #[arg(long)]
         force: bool,
     },
+    /// Adds to the guest's memory, up to ringside-vmm --memory max=SIZE.
+    MemoryAdd {
+        /// By how much, in multiples of 128M, such as 512M.
+        size: String,
+    },
     /// Ends the machine, as a power cut would for the guest.
     PowerOff,
 }
@@ -88,6 +94,9 @@ impl Request {
             Self::DeviceAdd { device } => json!({"command": "device-add", "arguments": device}),
             Self::DeviceRemove { id, force } => {
                 json!({"command": "device-remove", "arguments": {"id": id, "force": force}})
+            }
+            Self::MemoryAdd { size } => {
+                json!({"command": "memory-add", "arguments": {"size": size}})
             }
             Self::PowerOff => json!({"command": "power-off"}),
         }

@@ -37,6 +37,7 @@ use self::interrupts::{Interrupts, Routing};
 pub use self::passthrough::Passthrough;
 use crate::complaints::Complaints;
 use crate::kvm::{self, SlotId, Vm};
+use crate::memory_hotplug;
 use crate::pci::bits::*;
 use crate::pci::{self, ConfigSpace, PciFunction};
 
@@ -83,6 +84,9 @@ pub enum Error {
     /// KVM.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+    /// Guest memory that was added before there was a function.
+    #[error(transparent)]
+    Memory(#[from] memory_hotplug::Error),
     /// The guest's PCI bus.
     #[error(transparent)]
     Pci(#[from] pci::host::Error),

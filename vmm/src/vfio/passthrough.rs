@@ -16,11 +16,13 @@ use ringside_vfio::device::{AddressSpace, Interface, Irq, assignable};
 use ringside_vfio::host::Host;
 use serde_json::{Value, json};
 use vfio_ioctls::VfioDeviceFd;
+use vm_memory::GuestMemoryMmap;
 
 use super::{Error, VfioPci};
 use crate::config::{VfioConfig, VfioInterface};
 use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::machine::Resources;
+use crate::memory_hotplug::MemoryListener;
 use crate::pci::host::{request_unplug, surprise_remove};
 use crate::pci::msix::new_event;
 use crate::pci::{PortId, SharedFunction, SharedRoot};
@@ -32,6 +34,24 @@ struct Entry {
     config: VfioConfig,
     port: PortId,
     handlers: Vec<HandlerId>,
+}
+
+impl MemoryListener for AddressSpace {
+    fn name(&self) -> String {
+        "VFIO".into()
+    }
+
+    fn add(
+        self: Arc<Self>,
+        piece: &GuestMemoryMmap,
+        _whole: &GuestMemoryMmap,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(AddressSpace::add(&self, piece.clone())?)
+    }
+
+    fn withdraw(self: Arc<Self>, piece: &GuestMemoryMmap, _whole: &GuestMemoryMmap) {
+        self.remove(piece);
+    }
 }
 
 /// All passed-through functions of one guest.
@@ -78,9 +98,12 @@ impl Passthrough {
             VfioInterface::Iommufd => Interface::Iommufd,
         };
         let kvm = VfioDeviceFd::new_from_kvm(self.resources.vm.create_vfio_device()?);
-        let memory = self.resources.memory.clone();
-        let space = AddressSpace::new(interface, memory, Some(Arc::new(kvm)))?;
-        Ok(self.space.get_or_init(|| Arc::new(space)))
+        let memory = self.resources.memory.current();
+        let space = AddressSpace::new(interface, memory.clone(), Some(Arc::new(kvm)))?;
+        let space = Arc::new(space);
+        let listener: Arc<dyn MemoryListener> = Arc::clone(&space) as _;
+        self.resources.memory.register(&listener, &memory)?;
+        Ok(self.space.get_or_init(|| space))
     }
 
     fn open(&self, config: &VfioConfig) -> Result<VfioPci, Error> {

@@ -117,7 +117,7 @@ pub trait Link: Send {
     fn write_config(&mut self, offset: u32, data: &[u8]) -> Result<(), LinkError>;
     /// SET_FEATURES.
     fn set_features(&mut self, features: u64) -> Result<(), LinkError>;
-    /// SET_MEM_TABLE.
+    /// SET_MEM_TABLE. The back-end has the memory when this returns.
     fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError>;
     /// GET_INFLIGHT_FD, for so many queues of that size.
     fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError>;
@@ -134,12 +134,15 @@ pub trait Link: Send {
 /// A back-end at the other end of a Unix socket.
 pub(crate) struct SocketLink {
     frontend: Frontend,
+    /// The back-end acknowledges requests (REPLY_ACK).
+    acknowledges: bool,
 }
 
 impl SocketLink {
     pub(crate) fn new(socket: UnixStream) -> Self {
         Self {
             frontend: Frontend::from_stream(socket, MAX_RINGS),
+            acknowledges: false,
         }
     }
 }
@@ -167,6 +170,7 @@ impl Link for SocketLink {
         )?;
         if features & P_REPLY_ACK != 0 {
             self.frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+            self.acknowledges = true;
         }
         Ok(())
     }
@@ -206,6 +210,10 @@ impl Link for SocketLink {
             .collect();
         let regions = step("SET_MEM_TABLE", regions)?;
         step("SET_MEM_TABLE", self.frontend.set_mem_table(&regions))?;
+        if !self.acknowledges {
+            // Requests are done in order: after the answer to this one, memory is set.
+            step("GET_FEATURES", self.frontend.get_features())?;
+        }
         Ok(())
     }
 

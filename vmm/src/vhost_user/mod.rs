@@ -17,7 +17,8 @@
 //! ```
 //!
 //! Guest memory, doorbells and interrupts are handed over at DRIVER_OK; from then on this process
-//! has no part in the data path.
+//! has no part in the data path. Memory that is added later is handed over at once to a back-end that
+//! runs; another gets it with the rest.
 //!
 //! A back-end that goes is waited for in the background; the device stays where it is and the
 //! guest's requests wait in its queues. What happens when it comes back depends on what is known:
@@ -54,6 +55,7 @@ use self::offer::{ConfigSource, Offer};
 use crate::config::{DeviceConfig, DeviceType};
 use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::exit::ExitHandle;
+use crate::memory_hotplug::MemoryListener;
 use crate::pci::msix::new_event;
 use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
 
@@ -151,6 +153,25 @@ enum StartError {
     },
 }
 
+/// Why a device cannot have more memory.
+#[derive(Debug, thiserror::Error)]
+enum GrowError {
+    /// The back-end refused it.
+    #[error("the back-end at {socket} refuses a larger guest memory")]
+    Refused {
+        socket: PathBuf,
+        #[source]
+        source: LinkError,
+    },
+    /// Nothing could be said to the back-end.
+    #[error("no resources to talk to the back-end at {socket}")]
+    Resources {
+        socket: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+}
+
 /// How to reach a back-end.
 trait Dial: Send + Sync {
     /// Connects, within `patience`. The socket, if there is one, is watched for the peer's end.
@@ -232,6 +253,8 @@ struct Running {
 
 #[derive(Default)]
 struct State {
+    /// All of guest memory as it is now.
+    memory: GuestMemoryMmap,
     connection: Option<Connection>,
     handlers: Vec<HandlerId>,
     config: Vec<u8>,
@@ -248,7 +271,6 @@ struct Shared {
     wanted: DeviceConfig,
     offer: Offer,
     dial: Box<dyn Dial>,
-    memory: GuestMemoryMmap,
     events: LoopHandle,
     exit: ExitHandle,
     notifier: Arc<Notifier>,
@@ -287,12 +309,14 @@ impl VhostUserDevice {
             wanted,
             offer,
             dial,
-            memory,
             events,
             exit,
             notifier: Arc::default(),
             config_stale: AtomicBool::new(false),
-            state: Mutex::default(),
+            state: Mutex::new(State {
+                memory,
+                ..State::default()
+            }),
         });
         let mut state = shared.state();
         shared
@@ -300,6 +324,11 @@ impl VhostUserDevice {
             .map_err(|error| call_error(&shared.wanted, error))?;
         drop(state);
         Ok(Self { shared })
+    }
+
+    /// What is to know of memory that is added to the guest.
+    pub fn memory_listener(&self) -> Arc<dyn MemoryListener> {
+        Arc::clone(&self.shared) as _
     }
 }
 
@@ -526,7 +555,7 @@ impl Shared {
         };
         for (active, ring) in &mut running.queues {
             // Zero for a queue that nobody has served yet.
-            ring.base = used_index(&self.memory, &active.queue);
+            ring.base = used_index(&state.memory, &active.queue);
         }
         let features = self.offer.backend_choice(running.features);
         let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
@@ -539,7 +568,7 @@ impl Shared {
                 };
                 link.set_inflight(running.inflight.insert(inflight))?;
             }
-            link.set_memory(&self.memory)?;
+            link.set_memory(&state.memory)?;
             for (active, ring) in &running.queues {
                 let events = RingEvents {
                     kick: &active.kick,
@@ -582,6 +611,34 @@ impl Shared {
             }
         }
         tracing::debug!(queues = running.queues.len(), "{self}: started");
+        Ok(())
+    }
+
+    /// Lets a back-end that has the queues, and so guest memory, have what `memory` is instead. A
+    /// back-end that goes meanwhile is no error: it is waited for.
+    fn set_memory(
+        self: &Arc<Self>,
+        state: &mut State,
+        memory: &GuestMemoryMmap,
+    ) -> Result<(), GrowError> {
+        let runs = state.running.as_ref().and_then(|running| running.on) == Some(state.epoch);
+        if let (Some(connection), true) = (&mut state.connection, runs) {
+            let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| link.set_memory(memory));
+            let socket = || self.wanted.socket.clone();
+            match told {
+                Ok(()) => tracing::debug!("{self}: the back-end has another guest memory"),
+                Err(CallError::Refused(source)) => {
+                    let socket = socket();
+                    return Err(GrowError::Refused { socket, source });
+                }
+                Err(CallError::Resources(source)) => {
+                    let socket = socket();
+                    return Err(GrowError::Resources { socket, source });
+                }
+                Err(error) => self.lose(state, &error.to_string()),
+            }
+        }
+        state.memory = memory.clone();
         Ok(())
     }
 
@@ -633,6 +690,29 @@ impl Shared {
                 tracing::warn!(%error, "{self}: the configuration cannot be read");
             }
             Err(error) => self.lose(state, &error.to_string()),
+        }
+    }
+}
+
+impl MemoryListener for Shared {
+    fn name(&self) -> String {
+        self.to_string()
+    }
+
+    fn add(
+        self: Arc<Self>,
+        _piece: &GuestMemoryMmap,
+        whole: &GuestMemoryMmap,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(self.set_memory(&mut self.state(), whole)?)
+    }
+
+    fn withdraw(self: Arc<Self>, _piece: &GuestMemoryMmap, whole: &GuestMemoryMmap) {
+        let mut state = self.state();
+        if let Err(error) = self.set_memory(&mut state, whole) {
+            // It keeps what no guest uses; the next start sets that right.
+            tracing::warn!(error = &error as &dyn std::error::Error, "{self}");
+            state.memory = whole.clone();
         }
     }
 }
@@ -784,9 +864,10 @@ impl VirtioDevice for VhostUserDevice {
         activation: Activation,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let shared = &self.shared;
+        let mut state = shared.state();
         let mut queues = Vec::with_capacity(activation.queues.len());
         for active in activation.queues {
-            let ring = ring(&shared.memory, &active.queue)?;
+            let ring = ring(&state.memory, &active.queue)?;
             queues.push((active, ring));
         }
         let error = new_event()?;
@@ -802,7 +883,6 @@ impl VirtioDevice for VhostUserDevice {
             Next::Remove
         };
         let error_handler = Some(shared.events.add(error.as_raw_fd(), Box::new(handler))?);
-        let mut state = shared.state();
         state.running = Some(Running {
             features: activation.features,
             queues,

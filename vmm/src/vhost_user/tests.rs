@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use vhost::vhost_user::Error as ProtocolError;
 use vhost::vhost_user::message::VhostUserInflight;
-use vm_memory::FileOffset;
+use vm_memory::{FileOffset, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ, P_REPLY_ACK};
@@ -328,6 +328,73 @@ fn a_disk_whose_back_end_notes_what_is_under_way_goes_on_with_the_next_one() {
     assert!(shared.state().connection.is_none());
 }
 
+/// [`memory`] with another MiB at 1 GiB: the new piece, and all of it.
+fn larger(memory: &GuestMemoryMmap) -> (GuestMemoryMmap, GuestMemoryMmap) {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let mapping = MmapRegion::from_file(FileOffset::new(file, 0), 1 << 20).unwrap();
+    let region = Arc::new(GuestRegionMmap::new(mapping, GuestAddress(1 << 30)).unwrap());
+    let piece = GuestMemoryMmap::from_arc_regions(vec![Arc::clone(&region)]).unwrap();
+    (piece, memory.insert_region(region).unwrap())
+}
+
+#[test]
+fn a_running_back_end_has_more_memory_at_once_and_another_when_it_starts() {
+    let link = blk();
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.log();
+    let memory = device.shared.state().memory.clone();
+    let ((piece, whole), listener) = (larger(&memory), device.memory_listener());
+    Arc::clone(&listener).add(&piece, &whole).unwrap();
+    assert!(link.log().is_empty(), "it has no memory yet");
+    // Queues may be there.
+    let mut activation = activation(F_VERSION_1, &[0]);
+    let queue = &mut activation.queues[0].queue;
+    for area in [
+        &mut queue.descriptors,
+        &mut queue.available,
+        &mut queue.used,
+    ] {
+        *area += 1 << 30;
+    }
+    device.activate(activation).unwrap();
+    assert_eq!(link.log()[1], "memory 2");
+    Arc::clone(&listener).withdraw(&piece, &memory);
+    Arc::clone(&listener).add(&piece, &whole).unwrap();
+    assert_eq!(link.log(), ["memory 1", "memory 2"]);
+    device.reset();
+    link.log();
+    Arc::clone(&listener).withdraw(&piece, &memory);
+    assert!(link.log().is_empty(), "it has no queues any more");
+    device
+        .activate(self::activation(F_VERSION_1, &[0]))
+        .unwrap();
+    assert_eq!(link.log()[1], "memory 1");
+}
+
+#[test]
+fn a_back_end_that_refuses_more_memory_goes_on_with_what_it_has() {
+    let link = blk();
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let memory = device.shared.state().memory.clone();
+    let ((piece, whole), listener) = (larger(&memory), device.memory_listener());
+    assert_eq!(listener.name(), "device blk at /nowhere");
+    link.0.lock().unwrap().refuse = Some("SET_MEM_TABLE");
+    let error = Arc::clone(&listener).add(&piece, &whole).unwrap_err();
+    let text = chain(&*error);
+    assert!(text.contains("/nowhere refuses a larger"), "{text}");
+    assert_eq!(device.shared.state().memory.num_regions(), 1);
+    assert!(device.shared.state().connection.is_some());
+    assert_eq!(device.notifier().status(), 0);
+    // One that does not give memory back is told of what is right at the next start.
+    link.0.lock().unwrap().refuse = None;
+    Arc::clone(&listener).add(&piece, &whole).unwrap();
+    link.0.lock().unwrap().refuse = Some("SET_MEM_TABLE");
+    Arc::clone(&listener).withdraw(&piece, &memory);
+    assert_eq!(device.shared.state().memory.num_regions(), 1);
+}
+
 #[test]
 fn queues_outside_memory_are_refused() {
     let link = blk();
@@ -537,6 +604,7 @@ proptest! {
 // On a real socket.
 
 const GET_FEATURES: u32 = 1;
+const SET_MEM_TABLE: u32 = 5;
 const SET_VRING_BASE: u32 = 10;
 const GET_VRING_BASE: u32 = 11;
 const SET_VRING_KICK: u32 = 12;
@@ -764,6 +832,50 @@ fn a_disk_whose_back_end_crashed_goes_on_with_its_notes() {
     eventually("it goes on", || second.bodies(SET_VRING_ENABLE).len() == 1);
     assert!(second.bodies(GET_INFLIGHT_FD).is_empty());
     assert_eq!(second.bodies(SET_INFLIGHT_FD), notes);
+    assert_eq!(device.notifier().status(), 0);
+}
+
+#[test]
+fn memory_is_added_over_a_real_socket_whether_requests_are_acknowledged_or_not() {
+    for protocol in [ALL, ALL & !P_REPLY_ACK] {
+        let machine = Machine::new();
+        let (features, config) = disk();
+        let accepted = machine.serve_with(features, protocol, config);
+        let mut device = machine.connect(DeviceType::BLOCK, memory()).unwrap();
+        device.activate(activation(F_VERSION_1, &[0])).unwrap();
+        let server = accepted.join().unwrap();
+        let (piece, whole) = larger(&device.shared.state().memory);
+        device.memory_listener().add(&piece, &whole).unwrap();
+        // The back-end has it when that returns: nothing is waited for here.
+        let tables = server.bodies(SET_MEM_TABLE);
+        assert_eq!([tables[0][0], tables[1][0]], [1, 2]);
+        assert_eq!(tables[1][40..48], (1u64 << 30).to_ne_bytes());
+        server.crash();
+    }
+}
+
+#[test]
+fn a_back_end_that_goes_while_memory_is_added_gets_it_when_it_is_back() {
+    let machine = Machine::new();
+    let features = BASIC | NET_MRG | NET_MAC_STATUS;
+    let accepted = machine.serve(features, vec![0; 60]);
+    let mut device = machine.connect(DeviceType::NET, memory()).unwrap();
+    device.activate(activation(F_VERSION_1, &[0, 1])).unwrap();
+    let server = accepted.join().unwrap();
+    // It hears of it, and dies.
+    server.mute.store(true, Ordering::SeqCst);
+    let ((piece, whole), listener) = (
+        larger(&device.shared.state().memory),
+        device.memory_listener(),
+    );
+    let adding =
+        std::thread::spawn(move || listener.add(&piece, &whole).map_err(|e| e.to_string()));
+    eventually("it hears of it", || server.bodies(SET_MEM_TABLE).len() == 2);
+    server.crash();
+    adding.join().unwrap().unwrap();
+    let server = machine.serve(features, vec![0; 60]).join().unwrap();
+    eventually("it goes on", || server.bodies(SET_VRING_ENABLE).len() == 2);
+    assert_eq!(server.bodies(SET_MEM_TABLE)[0][0], 2);
     assert_eq!(device.notifier().status(), 0);
 }
 

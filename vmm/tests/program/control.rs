@@ -22,11 +22,14 @@ fn a_machine_is_asked_and_ended() {
     let child = vmm()
         .arg("--kernel")
         .arg(kernel(dir.path(), &SPIN))
+        .arg("--memory=size=64M,max=320M")
         .arg("--api-socket")
         .arg(&socket)
         .spawn()
         .unwrap();
     wait_for_thread(&child, "vcpu 0");
+    let answer = ctl(&socket, &["memory-add", "128M"]);
+    assert_eq!(text(&answer.stdout), "added=134217728\nmemory=201326592\n");
     let answer = ctl(&socket, &["status"]);
     assert_eq!(status(&answer), 0, "{answer:?}");
     let shown = text(&answer.stdout);
@@ -34,6 +37,7 @@ fn a_machine_is_asked_and_ended() {
         shown.contains("state=running") && shown.contains("cpus=1"),
         "{shown}"
     );
+    assert!(shown.contains("memory=201326592"), "{shown}");
     let answer = ctl(&socket, &["--json", "device-list"]);
     assert_eq!(
         text(&answer.stdout).replace(char::is_whitespace, ""),
@@ -42,6 +46,9 @@ fn a_machine_is_asked_and_ended() {
     for (request, message) in [
         (&["device-remove", "nic"][..], "no device `nic`"),
         (&["device-add", "nic"], "not a PCI address"),
+        (&["memory-add", "much"], "`much` is not a size"),
+        (&["memory-add", "64M"], "give a multiple of 128 MiB"),
+        (&["memory-add", "1G"], "128 MiB are left"),
         (
             &["device-add", "ffff:ff:1f.7,speed=9"],
             "unknown field `speed`",

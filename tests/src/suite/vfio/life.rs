@@ -152,7 +152,7 @@ fn reboot_and_kill(site: &Site) -> Result<()> {
     igb.up(&format!("{HOST}/24"))?;
     let functions = igb.create::<1>(&[])?;
     let [function] = functions.addresses();
-    let _server = iperf3_server(site, None)?;
+    let mut server = iperf3_server(site, None)?;
     let boot = || -> Result<Guest> {
         let mut guest = Guest::on(Vmm::Ringside).vfio(function).boot(site)?;
         bring_up(&mut guest, IGBVF, "10.77.0.2/24")?;
@@ -170,7 +170,10 @@ fn reboot_and_kill(site: &Site) -> Result<()> {
         "iperf3 --client {HOST} --time 60 --bidir >/run/iperf.log 2>&1 & sleep 3; kill -0 $!"
     ))?;
     guest.end_by_signal(Signal::SIGKILL)?;
+    // This one waits for its client, and serves no other.
+    server.stop(site)?;
     let mut guest = boot()?;
+    let _server = iperf3_server(site, None)?;
     let rate = iperf3(&mut guest, HOST, 2, "")?;
     ensure!(rate > 0.0, "nothing arrived after the VMM was killed");
     guest.shut_down()?;
