@@ -555,6 +555,45 @@ mod tests {
     }
 
     #[test]
+    fn memory_that_can_be_added_shows_in_dsdt_and_srat() {
+        let growth = Range {
+            start: 4 << 30,
+            size: 1 << 30,
+        };
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
+        let platform = Platform {
+            memory_devices: Some(MemoryDevices {
+                range: growth,
+                pieces: 7,
+            }),
+            ..platform(254)
+        };
+        let rsdp = write(&memory, &platform).unwrap();
+        let mut root = [0; 36];
+        memory.read_slice(&mut root, rsdp).unwrap();
+        let xsdt = table(&memory, u64_at(&root, 24));
+        let srat = table(&memory, u64_at(&xsdt, xsdt.len() - 8));
+        assert_eq!(&srat[..4], b"SRAT");
+        // Memory affinity structures (5.2.16.2): type, length, range, enabled and hot-pluggable.
+        let ranges: Vec<_> = srat[48..]
+            .chunks(40)
+            .map(|s| (s[..2].to_vec(), u64_at(s, 8), u64_at(s, 16), s[28]))
+            .collect();
+        assert_eq!(
+            ranges,
+            [
+                (vec![1, 40], 0, 2 << 20, 1),
+                (vec![1, 40], growth.start, growth.size, 3)
+            ]
+        );
+        let dsdt = dsdt(&platform).as_slice().to_vec();
+        let has = |part: &[u8]| dsdt.windows(part.len()).any(|window| window == part);
+        assert!(has(b"ACPI0013") && has(b"MH06"));
+        // IO (Decode16, 0x620, 0x620, 1, 112)
+        assert!(has(&[0x47, 1, 0x20, 6, 0x20, 6, 1, 112]));
+    }
+
+    #[test]
     fn the_mcfg_names_the_ecam_window() {
         let mcfg = bytes(&mcfg());
         assert_eq!(u64_at(&mcfg, 44), layout::ECAM_START);
