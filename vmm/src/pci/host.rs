@@ -38,6 +38,11 @@ pub enum Error {
         "no hot-plug slot is free: start with more of them (--hotplug-ports), or remove a device first"
     )]
     NoFreePort,
+    /// A device has left, and its slot cannot take the next one yet.
+    #[error(
+        "the guest has not finished with the device that left the slot: wait, or start with more slots (--hotplug-ports)"
+    )]
+    Unfinished,
     /// Nothing is there.
     #[error("the slot is empty")]
     Empty,
@@ -234,18 +239,23 @@ impl PciRoot {
         Ok(id)
     }
 
-    /// A port with nothing in its slot.
+    /// A port with nothing in its slot, which the guest expects to be filled at any time.
     pub fn free_port(&self) -> Result<PortId, Error> {
-        let free = |id: &&PortId| !self.slots.contains_key(&Where::Behind(**id));
-        let port = self.ports.keys().find(free).copied();
-        port.ok_or(Error::NoFreePort)
+        let now = Instant::now();
+        let empty = |id: &PortId| !self.slots.contains_key(&Where::Behind(*id));
+        let mut empty = self.ports.iter().filter(|(id, _)| empty(id)).peekable();
+        if empty.peek().is_none() {
+            return Err(Error::NoFreePort);
+        }
+        let free = empty.find(|(_, port)| lock(&port.port).is_free(now));
+        free.map(|(id, _)| *id).ok_or(Error::Unfinished)
     }
 
-    /// Puts a function into an empty slot while the guest runs.
+    /// Puts a function into the slot of a [free](Self::free_port) port while the guest runs.
     pub fn plug(&mut self, id: PortId, function: SharedFunction) -> Result<(), Error> {
+        let port = Arc::clone(&self.ports.get(&id).ok_or(Error::NoFreePort)?.port);
         self.put(id, function)?;
-        let port = self.ports.get(&id).ok_or(Error::Empty)?;
-        lock(&port.port).plug();
+        lock(&port).plug();
         self.update(Where::Behind(id));
         Ok(())
     }
@@ -1007,9 +1017,12 @@ mod tests {
         fn departed(&self) -> usize {
             self.departed.lock().unwrap().len()
         }
+        fn port(&self) -> Arc<Mutex<RootPort>> {
+            lock(&self.machine.root).ports[&self.id].port.clone()
+        }
         fn interrupts(&self) -> usize {
             // The port writes to its eventfd; in KVM an irqfd would take it.
-            let port = lock(&self.machine.root).ports[&self.id].port.clone();
+            let port = self.port();
             let port = lock(&port);
             let events = port.interrupt_events();
             events.iter().filter(|event| event.read().is_ok()).count()
@@ -1054,7 +1067,8 @@ mod tests {
     fn a_function_comes_and_goes_while_the_guest_runs() {
         let mut s = slotted(None);
         assert_eq!((s.status(), s.link_is_active()), (0, false));
-        s.listen(SLOT_POWER_OFF);
+        s.listen(SLOT_POWER_OFF | SLOT_INDICATORS_OFF);
+        lock(&s.port()).pass_time();
         let f = function(7, 0x1000);
         let plug = |s: &Slotted| {
             let mut root = s.machine.root.lock().unwrap();
@@ -1089,7 +1103,11 @@ mod tests {
         assert_eq!(s.status() & SLOT_PRESENT, 0);
         assert_eq!(f.lock().unwrap().moves.last(), Some(&(Some(at), None)));
         assert!(matches!(s.ask(), Err(Error::Empty)));
+        assert!(matches!(plug(&s), Err(Error::Unfinished)));
+        s.control(LISTEN | SLOT_POWER_OFF | SLOT_INDICATORS_OFF);
+        assert!(matches!(plug(&s), Err(Error::Unfinished)), "only just");
         // The slot is free for the next one.
+        lock(&s.port()).pass_time();
         plug(&s).unwrap();
         s.control(LISTEN);
         assert_eq!(s.id_on(1), 0x1007_1af4);

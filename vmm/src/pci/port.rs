@@ -33,6 +33,9 @@ use crate::layout::Range;
 /// How long a guest may think about a push of the button before it is pushed again.
 const REACTION: Duration = Duration::from_secs(15);
 
+/// How long a guest leaves the slot's registers alone when it is done with them.
+const QUIET: Duration = Duration::from_secs(1);
+
 /// Why there is no port.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -52,6 +55,8 @@ pub struct RootPort {
     express: usize,
     present: bool,
     removal: Option<Removal>,
+    /// When the guest has last written to slot control.
+    controlled: Option<Instant>,
     /// There is an event that interrupts.
     interrupting: bool,
 }
@@ -137,6 +142,7 @@ impl RootPort {
             express,
             present: false,
             removal: None,
+            controlled: None,
             interrupting: false,
         })
     }
@@ -191,9 +197,28 @@ impl RootPort {
         unseen || thinking || self.power_indicator_blinks()
     }
 
+    fn power_indicator(&self) -> u16 {
+        self.config.u16(self.express + SLOT_CONTROL) & SLOT_POWER_INDICATOR
+    }
+
     fn power_indicator_blinks(&self) -> bool {
-        let control = self.config.u16(self.express + SLOT_CONTROL);
-        control & SLOT_POWER_INDICATOR == SLOT_POWER_INDICATOR_BLINKS
+        self.power_indicator() == SLOT_POWER_INDICATOR_BLINKS
+    }
+
+    /// Whether the slot is empty, and the guest done with what was in it: the power indicator, too, is off then (PCI Express
+    /// 5.0, 6.7.1.1.2). A driver that is still about to turn the slot off could take the button for a wish to turn it off again.
+    pub fn is_free(&self, now: Instant) -> bool {
+        let quiet = |since| now.saturating_duration_since(since) >= QUIET;
+        !self.present
+            && self.power_is_off()
+            && self.power_indicator() == SLOT_POWER_INDICATOR
+            && self.controlled.is_none_or(quiet)
+    }
+
+    /// Lets the guest be done long ago with what it has written.
+    #[cfg(test)]
+    pub(crate) fn pass_time(&mut self) {
+        self.controlled = None;
     }
 
     /// What the port interrupts with.
@@ -307,6 +332,13 @@ impl RootPort {
                 self.config.set(status, &left.to_le_bytes());
             }
         }
+        let (control, end) = (
+            self.express + SLOT_CONTROL,
+            offset.saturating_add(data.len()),
+        );
+        if offset < control + 2 && end > control {
+            self.controlled = Some(Instant::now());
+        }
         let blinks = self.power_indicator_blinks();
         if let Some(removal) = &mut self.removal {
             removal.answered |= blinks;
@@ -399,5 +431,29 @@ mod tests {
         port.write(control, &SLOT_POWER_INDICATOR_ON.to_le_bytes());
         assert!(!port.removal_is_under_way(soon));
         assert!(port.removal_asked());
+    }
+
+    #[test]
+    fn a_slot_is_free_when_the_guest_is_done_with_it() {
+        let mut port = RootPort::new(Arc::new(FakeKvm::default()), 1, Forwarded::default());
+        let port = port.as_mut().unwrap();
+        assert!(port.is_free(Instant::now()));
+        port.plug_cold();
+        assert!(!port.is_free(Instant::now()));
+        port.unplug();
+        let control = port.express + SLOT_CONTROL;
+        for unfinished in [
+            SLOT_POWER_INDICATOR_ON,
+            SLOT_POWER_INDICATOR,
+            SLOT_POWER_OFF | SLOT_POWER_INDICATOR_BLINKS,
+        ] {
+            port.write(control, &unfinished.to_le_bytes());
+            assert!(!port.is_free(Instant::now() + QUIET), "{unfinished:#x}");
+        }
+        // In an access of its own, to the upper byte.
+        let [_, upper] = (SLOT_POWER_OFF | SLOT_POWER_INDICATOR).to_le_bytes();
+        port.write(control + 1, &[upper]);
+        assert!(!port.is_free(Instant::now()));
+        assert!(port.is_free(Instant::now() + QUIET));
     }
 }

@@ -11,6 +11,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use ringside_vfio::device::{AddressSpace, Interface, Irq, assignable};
 use ringside_vfio::host::Host;
@@ -23,12 +24,17 @@ use crate::config::{VfioConfig, VfioInterface};
 use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::machine::Resources;
 use crate::memory_hotplug::MemoryListener;
-use crate::pci::host::{request_unplug, surprise_remove};
+use crate::pci::host::{self, request_unplug, surprise_remove};
 use crate::pci::msix::new_event;
 use crate::pci::{PortId, SharedFunction, SharedRoot};
 
 /// How often the kernel asks for a device (every ten seconds) until it is taken from a guest that does not let go of it.
 const REQUESTS: u32 = 4;
+
+/// How long a new device waits for a slot that another has just left.
+const SLOT_LIMIT: Duration = Duration::from_secs(5);
+/// How often that slot is looked at.
+const SLOT_POLL: Duration = Duration::from_millis(100);
 
 struct Entry {
     config: VfioConfig,
@@ -136,7 +142,7 @@ impl Passthrough {
     /// Puts a function into an empty slot while the guest runs.
     pub fn add(self: &Arc<Self>, config: &VfioConfig) -> Result<(), Error> {
         // Before the function is taken from the host and reset.
-        lock(&self.root).free_port()?;
+        self.wait_for_port()?;
         self.insert(config, |root, function| {
             let port = root.free_port()?;
             root.plug(port, function)?;
@@ -144,13 +150,25 @@ impl Passthrough {
         })
     }
 
+    /// Waits a while for a guest that is about to finish with a slot.
+    fn wait_for_port(&self) -> Result<(), Error> {
+        let end = Instant::now() + SLOT_LIMIT;
+        loop {
+            let port = lock(&self.root).free_port();
+            match port {
+                Err(host::Error::Unfinished) if Instant::now() < end => {
+                    std::thread::sleep(SLOT_POLL);
+                }
+                Err(error) => return Err(error.into()),
+                Ok(_) => return Ok(()),
+            }
+        }
+    }
+
     fn insert(
         self: &Arc<Self>,
         config: &VfioConfig,
-        plug: impl FnOnce(
-            &mut crate::pci::PciRoot,
-            SharedFunction,
-        ) -> Result<PortId, crate::pci::host::Error>,
+        plug: impl FnOnce(&mut crate::pci::PciRoot, SharedFunction) -> Result<PortId, host::Error>,
     ) -> Result<(), Error> {
         // Held to the end: a function that leaves at once finds its entry.
         let mut devices = self.devices();
