@@ -369,9 +369,11 @@ impl Machine {
             pci,
             control,
         } = self;
+        // Held to the end, control socket or not: it has what answers when the host wants a function back.
+        let control = Arc::new(control);
         let socket = config.api_socket.as_deref();
         let _socket = socket
-            .map(|path| ControlSocket::start(path, Arc::new(control)))
+            .map(|path| ControlSocket::start(path, Arc::clone(&control) as _))
             .transpose()?;
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.
