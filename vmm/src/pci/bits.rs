@@ -63,6 +63,8 @@ pub const PREFETCHABLE_BASE: usize = 0x24;
 pub const WINDOW_64_BIT: u16 = 1;
 /// Bridge control.
 pub const BRIDGE_CONTROL: usize = 0x3e;
+/// Bridge control: the bus behind the bridge is held in reset (PCI Express 5.0, 7.5.1.3.13).
+pub const BRIDGE_CONTROL_RESET: u16 = 1 << 6;
 /// Bridge control bits that software can change: parity, SERR#, secondary bus reset.
 pub const BRIDGE_CONTROL_WRITABLE: u16 = 0x0043;
 

@@ -509,6 +509,14 @@ pub fn surprise_remove(root: &SharedRoot, id: PortId) {
     depart(id, function, departure);
 }
 
+/// Resets the function in a slot.
+fn reset(root: &SharedRoot, id: PortId) {
+    let function = lock(root).function(Where::Behind(id));
+    if let Some(function) = function {
+        lock(&function).reset();
+    }
+}
+
 /// Does what a port's registers say about the function in its slot.
 fn slot_changed(root: &SharedRoot, id: PortId) {
     let (function, departure) = {
@@ -640,10 +648,20 @@ fn write(root: &SharedRoot, address: Address, data: &[u8]) {
         (at, root.function(at), root.port(at))
     };
     if let (Some(port), Where::Root(place)) = (port, at) {
-        // Its own statement: the port is not locked any more when the bridge is.
-        let changed = lock(&port).write(address.register, data);
-        if changed {
-            slot_changed(root, PortId(place));
+        // Its own block: the port is not locked any more when the bridge is.
+        let (changed, starts_anew) = {
+            let mut port = lock(&port);
+            let (was_on, held) = (port.is_on(), port.holds_reset());
+            let changed = port.write(address.register, data);
+            let released = held && !port.holds_reset();
+            (changed, port.is_on() && (released || !was_on))
+        };
+        let id = PortId(place);
+        if starts_anew {
+            reset(root, id);
+        }
+        if changed || starts_anew {
+            slot_changed(root, id);
         }
         return;
     }
@@ -797,6 +815,7 @@ mod tests {
         config: ConfigSpace,
         tag: u8,
         moves: Vec<(Option<u64>, Option<u64>)>,
+        resets: u32,
         written: Vec<(u64, Vec<u8>)>,
     }
 
@@ -806,6 +825,9 @@ mod tests {
         }
         fn config_mut(&mut self) -> &mut ConfigSpace {
             &mut self.config
+        }
+        fn reset(&mut self) {
+            self.resets += 1;
         }
         fn read_bar(&mut self, _: usize, _: u64, data: &mut [u8]) {
             data.fill(self.tag);
@@ -834,6 +856,7 @@ mod tests {
             config,
             tag,
             moves: Vec::new(),
+            resets: 0,
             written: Vec::new(),
         }))
     }
@@ -1221,6 +1244,22 @@ mod tests {
         assert_eq!((s.machine.read(low), s.id_on(1)), (0xff, u32::MAX));
         s.set(EXPRESS + LINK_CONTROL as u64, 0);
         assert_eq!((s.machine.read(low), s.id_on(1)), (7, 0x1007_1af4));
+    }
+
+    #[test]
+    fn a_function_is_reset_with_its_bus_and_its_power() {
+        let f = function(7, 0x1000);
+        let mut s = slotted(Some(f.clone()));
+        let control = BRIDGE_CONTROL as u64;
+        s.set(control, BRIDGE_CONTROL_RESET);
+        assert_eq!(f.lock().unwrap().resets, 0, "held");
+        s.set(control, 0);
+        assert_eq!(f.lock().unwrap().resets, 1);
+        s.set(control, 0);
+        s.listen(SLOT_POWER_OFF);
+        assert_eq!(f.lock().unwrap().resets, 1);
+        s.listen(0);
+        assert_eq!(f.lock().unwrap().resets, 2);
     }
 
     #[test]

@@ -41,6 +41,9 @@ pub trait PciFunction: Send {
         self.config_mut().write(offset, data);
     }
 
+    /// Resets the function: its bus was reset, or its power turned on.
+    fn reset(&mut self) {}
+
     /// Reads inside a BAR.
     fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]);
 

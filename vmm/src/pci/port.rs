@@ -227,6 +227,11 @@ impl RootPort {
         self.msi.events()
     }
 
+    /// Whether the bus behind the port is held in reset.
+    pub fn holds_reset(&self) -> bool {
+        self.config.u16(BRIDGE_CONTROL) & BRIDGE_CONTROL_RESET != 0
+    }
+
     fn power_is_off(&self) -> bool {
         self.config.u16(self.express + SLOT_CONTROL) & SLOT_POWER_OFF != 0
     }

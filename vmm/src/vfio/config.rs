@@ -136,6 +136,22 @@ impl VirtualConfig {
         &mut self.space
     }
 
+    /// Turns off what a reset turns off: memory decoding, MSI and MSI-X.
+    pub fn reset(&mut self) {
+        let clear = |space: &mut ConfigSpace, register: usize, bits: u16| {
+            let value = space.u16(register) & !bits;
+            space.set(register, &value.to_le_bytes());
+        };
+        clear(&mut self.space, COMMAND, COMMAND_MEMORY);
+        if let Some(msi) = self.msi {
+            clear(&mut self.space, msi + 2, MSI_ENABLE);
+        }
+        if let Some(msix) = self.msix {
+            let bits = MSIX_ENABLE | MSIX_FUNCTION_MASK;
+            clear(&mut self.space, msix.capability + 2, bits);
+        }
+    }
+
     /// Offset of the MSI capability.
     pub fn msi(&self) -> Option<usize> {
         self.msi

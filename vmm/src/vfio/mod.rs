@@ -324,6 +324,17 @@ impl PciFunction for VfioPci {
         self.update_interrupts();
     }
 
+    fn reset(&mut self) {
+        self.config.reset();
+        self.update_interrupts();
+        if let Err(error) = self.device.reset() {
+            self.complain("a device is not reset", &error);
+        }
+        if let Err(error) = self.power_up() {
+            self.complain("a device does not answer", &error);
+        }
+    }
+
     fn read_bar(&mut self, bar: usize, offset: u64, data: &mut [u8]) {
         if let (Some((part, at)), Some(msix)) =
             (self.msix_part(bar, offset), self.interrupts.msix())

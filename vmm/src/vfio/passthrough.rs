@@ -40,6 +40,8 @@ struct Entry {
     config: VfioConfig,
     port: PortId,
     handlers: Vec<HandlerId>,
+    /// It has left the guest, and is being closed.
+    departs: bool,
 }
 
 impl MemoryListener for AddressSpace {
@@ -206,6 +208,7 @@ impl Passthrough {
             config: config.clone(),
             port,
             handlers,
+            departs: false,
         };
         devices.insert(config.id.clone(), entry);
         Ok(())
@@ -216,9 +219,11 @@ impl Passthrough {
         let port = {
             let devices = self.devices();
             let entry = devices.get(id);
-            entry
-                .map(|entry| entry.port)
-                .ok_or(Error::Unknown { id: id.to_owned() })?
+            let entry = entry.ok_or(Error::Unknown { id: id.to_owned() })?;
+            if entry.departs {
+                return Ok(());
+            }
+            entry.port
         };
         if force {
             surprise_remove(&self.root, port);
@@ -235,28 +240,38 @@ impl Passthrough {
                 "id": entry.config.id,
                 "type": "vfio",
                 "host": entry.config.host,
-                "leaving": lock(&self.root).removal_asked(entry.port),
+                "leaving": entry.departs || lock(&self.root).removal_asked(entry.port),
             })
         };
         devices.values().map(show).collect()
     }
 
-    /// A function has left its slot: it goes back to the host.
-    fn departed(&self, port: PortId, function: SharedFunction) {
-        let entry = {
-            let mut devices = self.devices();
-            let id = devices
-                .iter()
-                .find(|(_, entry)| entry.port == port)
-                .map(|(id, _)| id.clone());
-            id.and_then(|id| devices.remove(&id))
+    /// A function has left its slot: it goes back to the host. That takes a while, as it is reset, and whoever noticed may be
+    /// a processor of the guest.
+    fn departed(self: &Arc<Self>, port: PortId, function: SharedFunction) {
+        let id = {
+            let devices = self.devices();
+            let mut entries = devices.iter();
+            entries
+                .find(|(_, entry)| entry.port == port && !entry.departs)
+                .map(|(id, _)| id.clone())
         };
-        if let Some(entry) = &entry {
+        let Some(id) = id else { return };
+        if let Some(entry) = self.devices().get_mut(&id) {
+            entry.departs = true;
             forget(&self.resources.events, &entry.handlers);
         }
-        drop(function);
-        if let Some(entry) = entry {
-            tracing::info!(id = entry.config.id, host = %entry.config.host, "a device has left the guest");
+        let passthrough = Arc::clone(self);
+        let close = move || {
+            drop(function);
+            if let Some(entry) = passthrough.devices().remove(&id) {
+                tracing::info!(id, host = %entry.config.host, "a device has left the guest");
+            }
+        };
+        let thread = std::thread::Builder::new().name("vfio close".into());
+        if let Err(error) = thread.spawn(close) {
+            // The closure is gone, and with it the function.
+            tracing::error!(%error, "no thread to close a device; it stays listed");
         }
     }
 }

@@ -34,6 +34,7 @@ enum Call {
     Enable(Irq, usize),
     Disable(Irq),
     Resample,
+    Reset,
 }
 
 /// What a test keeps of the device that the function owns.
@@ -202,6 +203,7 @@ impl PassthroughDevice for Device {
         Ok(())
     }
     fn reset(&self) -> Result<ResetBy, device::Error> {
+        self.lock().calls.push(Call::Reset);
         Ok(ResetBy::Function)
     }
 }
@@ -539,6 +541,22 @@ fn a_masked_vector_keeps_its_interrupt() {
     assert_eq!(sent[0].data, 0x42);
     f.function.read_bar(3, 0x3000, &mut pending);
     assert_eq!(pending[0], 0);
+}
+
+#[test]
+fn a_reset_turns_everything_off() {
+    let mut f = fixture();
+    f.write16(COMMAND, COMMAND_MEMORY | COMMAND_BUS_MASTER);
+    f.write16(MSIX + 2, MSIX_ENABLE);
+    f.device.take_calls();
+    f.function.reset();
+    assert_eq!(f.u32(COMMAND) & 0xffff, 0);
+    assert_eq!(f.device.lock().config[COMMAND], 0x02, "no bus master");
+    assert_eq!(
+        f.device.take_calls()[..2],
+        [Call::Disable(Irq::Msix), Call::Reset]
+    );
+    assert_eq!(f.u32(MSIX) >> 16, 2);
 }
 
 #[test]
