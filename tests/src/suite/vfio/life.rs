@@ -39,8 +39,13 @@ pub(super) const TESTS: &[Test] = &[
     },
     Test {
         name: "vfio::taken_back_by_the_host",
-        seconds: 180,
+        seconds: 90,
         run: taken_back_by_the_host,
+    },
+    Test {
+        name: "vfio::memory_that_is_added",
+        seconds: 60,
+        run: memory_that_is_added,
     },
 ];
 
@@ -321,5 +326,66 @@ fn taken_back_by_the_host(site: &Site) -> Result<()> {
             site.limit(Duration::from_secs(5)),
         )?;
     }
+    functions.destroy()
+}
+
+/// A guest gets more memory while it runs: its passed-through disk and that of a back-end read into it, by DMA and by mapping.
+fn memory_that_is_added(site: &Site) -> Result<()> {
+    /// More than the guest has at first.
+    const MIB: u32 = 300;
+    let nvme = NvmePf::take(site)?;
+    let functions = nvme.create::<1>(&[])?;
+    let [function] = functions.addresses();
+    nvme.equip(0, 2, 2)?;
+    let disk = disk_file(site, "disk.img", u64::from(MIB) << 20)?;
+    let blk = Blk::on(&disk).start(site)?;
+    let control = Control {
+        site,
+        socket: site.scratch.join("api.sock"),
+    };
+    let mut guest = Guest::on(Vmm::Ringside)
+        .diskless()
+        .memory("256M,max=1G")
+        .kernel_argument("memhp_default_state=online")
+        .device(&blk)
+        .vfio(function)
+        .arg(&format!("--api-socket={}", control.socket.display()))
+        .boot(site)?;
+    let memory = |guest: &mut Guest| -> Result<u64> {
+        let text = guest.run_ok("grep MemTotal /proc/meminfo")?;
+        let number = text.split_whitespace().nth(1);
+        number
+            .and_then(|number| number.parse().ok())
+            .ok_or(LabError::Protocol {
+                from: "guest agent",
+                text,
+            })
+    };
+    let before = memory(&mut guest)?;
+    control.ask(&["memory-add", "512M"])?;
+    guest.run_ok(
+        "tries=0; until [ $(sed -n 's/MemTotal: *//; s/ kB//p; q' /proc/meminfo) -gt 600000 ]; do \
+         tries=$((tries + 1)); [ $tries -lt 50 ] || exit 1; sleep 0.1; done",
+    )?;
+    let after = memory(&mut guest)?;
+    println!("the guest has {after} kB, {before} kB before");
+    for disk in ["nvme0n1", "vda"] {
+        guest.run_ok_within(
+            &format!(
+                "dd if=/dev/urandom of=/dev/{disk} bs=1M count=16 2>/dev/null; \
+                 dd if=/dev/{disk} of=/tmp/copy bs=1M count={MIB} iflag=direct 2>/dev/null && \
+                 sync && echo 1 >/proc/sys/vm/drop_caches && \
+                 cmp -n $(({MIB} << 20)) /tmp/copy /dev/{disk} && rm /tmp/copy"
+            ),
+            Duration::from_secs(30),
+        )?;
+    }
+    let refused = control.ask(&["memory-add", "512M"]);
+    ensure!(
+        refused.is_err(),
+        "the guest was given more than it can have"
+    );
+    guest.shut_down()?;
+    blk.stop(site)?;
     functions.destroy()
 }
