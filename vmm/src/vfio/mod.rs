@@ -5,7 +5,7 @@
 //! | [`config`] | which registers of configuration space are the device's, and which are emulated |
 //! | [`bars`] | which parts of a BAR the guest reaches without an exit |
 //! | [`interrupts`] | pin, MSI and MSI-X by irqfd |
-//! | [`passthrough`] | all functions of a guest |
+//! | `passthrough` | all functions of a guest |
 //!
 //! ```text
 //! guest's driver ──▶ BARs: KVM memory slots ─────────────▶ device
