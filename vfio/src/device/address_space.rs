@@ -14,7 +14,7 @@ use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
 use uuid::Uuid;
 use vfio_ioctls::{VfioContainer, VfioDevice, VfioDeviceFd, VfioError, VfioIommufd, VfioOps};
-use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
 use super::PassthroughDevice;
 use super::error::Error;
@@ -130,9 +130,7 @@ impl AddressSpace {
         let opened = VfioDevice::new(path, Arc::clone(&self.operations), true)
             .map_err(|error| open_error(error, device, group, token))?;
         if state.devices == 0 {
-            for memory in &state.memory {
-                map(self.operations.as_ref(), memory)?;
-            }
+            map(self.operations.as_ref(), &state.memory)?;
         }
         state.devices += 1;
         drop(state);
@@ -155,7 +153,7 @@ impl AddressSpace {
     pub fn add(&self, memory: GuestMemoryMmap) -> Result<(), Error> {
         let mut state = self.state();
         if state.devices > 0 {
-            map(self.operations.as_ref(), &memory)?;
+            map(self.operations.as_ref(), std::slice::from_ref(&memory))?;
         }
         state.memory.push(memory);
         Ok(())
@@ -261,19 +259,25 @@ fn open_error(error: VfioError, device: &PciDevice, group: u32, token: Option<&U
     }
 }
 
-/// Maps each region of guest memory at its guest-physical address.
+/// Maps each region of guest memory at its guest-physical address: all of them or, if that fails, none.
 #[allow(
     unsafe_code,
     reason = "a device may write to mapped memory at any time"
 )]
-fn map(operations: &dyn VfioOps, memory: &GuestMemoryMmap) -> Result<(), Error> {
-    for region in memory.iter() {
+fn map(operations: &dyn VfioOps, memory: &[GuestMemoryMmap]) -> Result<(), Error> {
+    let regions = || memory.iter().flat_map(GuestMemoryMmap::iter);
+    for (done, region) in regions().enumerate() {
         let (address, size) = (region.start_addr().0, region.len());
         let length = usize::try_from(size).unwrap_or(usize::MAX);
         // SAFETY: guest memory is accessed by volatile and atomic operations only, and `State` holds it until it is unmapped
         // or the container is gone.
         let mapped = unsafe { operations.vfio_dma_map(address, length, region.as_ptr()) };
-        mapped.map_err(|source| map_error(source, address, size))?;
+        if let Err(source) = mapped {
+            for region in regions().take(done) {
+                unmap_region(operations, region);
+            }
+            return Err(map_error(source, address, size));
+        }
     }
     Ok(())
 }
@@ -309,11 +313,15 @@ fn same(one: &GuestMemoryMmap, other: &GuestMemoryMmap) -> bool {
 
 fn unmap(operations: &dyn VfioOps, memory: &GuestMemoryMmap) {
     for region in memory.iter() {
-        let length = usize::try_from(region.len()).unwrap_or(usize::MAX);
-        if let Err(error) = operations.vfio_dma_unmap(region.start_addr().0, length) {
-            // The kernel does it when the container is closed.
-            tracing::warn!(%error, "guest memory stays mapped for DMA");
-        }
+        unmap_region(operations, region);
+    }
+}
+
+fn unmap_region(operations: &dyn VfioOps, region: &GuestRegionMmap) {
+    let length = usize::try_from(region.len()).unwrap_or(usize::MAX);
+    if let Err(error) = operations.vfio_dma_unmap(region.start_addr().0, length) {
+        // The kernel does it when the container is closed.
+        tracing::warn!(%error, "guest memory stays mapped for DMA");
     }
 }
 
@@ -323,17 +331,20 @@ mod tests {
     use vm_memory::GuestAddress;
     use vmm_sys_util::errno;
 
-    /// Plays the IOMMU: notes what is mapped, up to a limit.
+    /// Plays the IOMMU: notes what is mapped.
     #[derive(Default)]
     struct Iommu {
         mapped: Mutex<Vec<(u64, usize)>>,
-        refuse: Option<i32>,
+        /// From which address on it refuses, and how.
+        refuse: Option<(u64, i32)>,
     }
 
     impl VfioOps for Iommu {
         #[allow(unsafe_code, reason = "the trait's")]
         unsafe fn vfio_dma_map(&self, iova: u64, size: usize, _: *mut u8) -> Result<(), VfioError> {
-            if let Some(errno) = self.refuse {
+            if let Some((from, errno)) = self.refuse
+                && iova >= from
+            {
                 return Err(VfioError::IommuDmaMap(errno::Error::new(errno)));
             }
             self.mapped.lock().unwrap().push((iova, size));
@@ -405,6 +416,19 @@ mod tests {
     }
 
     #[test]
+    fn memory_is_mapped_as_a_whole_or_not_at_all() {
+        let iommu = Arc::new(Iommu {
+            refuse: Some((1 << 32, libc::ENOMEM)),
+            ..Iommu::default()
+        });
+        let space = space(&iommu, 1);
+        let memory = memory(&[(0, 1 << 20), (1 << 20, 4096), (1 << 32, 2 << 20)]);
+        assert!(space.add(memory).is_err());
+        assert!(iommu.mapped.lock().unwrap().is_empty());
+        assert!(space.state().memory.is_empty());
+    }
+
+    #[test]
     fn memory_that_was_added_can_be_taken_back() {
         let iommu = Arc::new(Iommu::default());
         let space = space(&iommu, 1);
@@ -429,7 +453,7 @@ mod tests {
             (libc::EEXIST, "at 0x100000"),
         ] {
             let iommu = Arc::new(Iommu {
-                refuse: Some(errno),
+                refuse: Some((0, errno)),
                 ..Iommu::default()
             });
             let error = space(&iommu, 1).add(memory(&[(1 << 20, 4096)]));
