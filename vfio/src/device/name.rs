@@ -3,11 +3,14 @@
 //!
 //! vfio-ioctls takes a path, uses its last component as the name, and follows the link `iommu_group` in it, also when the
 //! device is given up: then the device itself may be gone from sysfs. So it gets a directory with nothing but that link.
+//! The directory is locked as long as it is needed: systemd-tmpfiles leaves alone what is locked, however old it is.
 
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::{Flock, FlockArg};
 use tempfile::TempDir;
 use uuid::Uuid;
 
@@ -17,6 +20,7 @@ use crate::address::PciAddress;
 #[derive(Debug)]
 pub(crate) struct DeviceName {
     path: PathBuf,
+    _lock: Flock<File>,
     _directory: TempDir,
 }
 
@@ -26,6 +30,8 @@ impl DeviceName {
         let directory = tempfile::Builder::new()
             .prefix("ringside-vfio.")
             .tempdir()?;
+        let lock = Flock::lock(File::open(directory.path())?, FlockArg::LockShared);
+        let lock = lock.map_err(|(_, errno)| errno)?;
         let name = match token {
             Some(token) => format!("{address} vf_token={token}"),
             None => address.to_string(),
@@ -36,6 +42,7 @@ impl DeviceName {
         symlink(target, path.join("iommu_group"))?;
         Ok(Self {
             path,
+            _lock: lock,
             _directory: directory,
         })
     }
@@ -62,6 +69,9 @@ mod tests {
         );
         let group = path.join("iommu_group").read_link().unwrap();
         assert_eq!(group.file_name().unwrap(), "12");
+        let directory = File::open(path.parent().unwrap()).unwrap();
+        let lock = Flock::lock(directory, FlockArg::LockExclusiveNonblock);
+        assert!(lock.is_err(), "it could be cleaned away");
         drop(name);
         assert!(!path.exists());
         let name = DeviceName::new(address, 12, None).unwrap();
