@@ -162,9 +162,9 @@ pub enum Error {
         address: PciAddress,
         /// Which.
         irq: Irq,
-        /// vfio-ioctls' reason.
+        /// The kernel's reason.
         #[source]
-        source: VfioError,
+        source: io::Error,
     },
     /// No reset works.
     #[error("{address} cannot be reset, so it would bring the last guest's state to the next one")]

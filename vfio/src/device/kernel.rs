@@ -11,7 +11,7 @@ use std::sync::Arc;
 use nix::libc::off_t;
 use nix::sys::uio::{pread, pwrite};
 use vfio_bindings::bindings::vfio::VFIO_REGION_INFO_FLAG_MMAP;
-use vfio_ioctls::{VfioDevice, VfioError, VfioRegionInfoCap};
+use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::address_space::AddressSpace;
@@ -70,7 +70,7 @@ impl KernelDevice {
             .ok_or(io::ErrorKind::InvalidInput.into())
     }
 
-    fn irq_error(&self, irq: Irq) -> impl FnOnce(VfioError) -> Error {
+    fn irq_error(&self, irq: Irq) -> impl FnOnce(io::Error) -> Error {
         let address = self.identity.address;
         move |source| Error::Irq {
             address,
@@ -166,20 +166,20 @@ impl PassthroughDevice for KernelDevice {
     }
 
     fn enable_irq(&self, irq: Irq, events: &[&EventFd]) -> Result<(), Error> {
-        self.device
-            .enable_irq(irq.index(), events.to_vec())
-            .map_err(self.irq_error(irq))
+        sys::enable_irqs(&*self.device, irq.index(), events).map_err(self.irq_error(irq))
     }
 
     fn disable_irq(&self, irq: Irq) -> Result<(), Error> {
         self.device
             .disable_irq(irq.index())
+            .map_err(io::Error::other)
             .map_err(self.irq_error(irq))
     }
 
     fn unmask_intx_by(&self, event: &EventFd) -> Result<(), Error> {
         self.device
             .set_irq_resample_fd(Irq::Intx.index(), vec![event])
+            .map_err(io::Error::other)
             .map_err(self.irq_error(Irq::Intx))
     }
 

@@ -9,9 +9,14 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::libc;
-use vfio_bindings::bindings::vfio::{VFIO_BASE, VFIO_TYPE};
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_TYPE,
+};
+use vmm_sys_util::eventfd::EventFd;
 
-// `VFIO_DEVICE_RESET` and `VFIO_DEVICE_PCI_HOT_RESET`: numbers VFIO_BASE + 11 and + 13, without direction or size.
+// `VFIO_DEVICE_SET_IRQS`, `VFIO_DEVICE_RESET` and `VFIO_DEVICE_PCI_HOT_RESET`: numbers VFIO_BASE + 10, + 11 and + 13, without
+// direction or size.
+nix::ioctl_write_ptr_bad!(set_irqs, request(10), u32);
 nix::ioctl_none_bad!(device_reset, request(11));
 nix::ioctl_write_ptr_bad!(pci_hot_reset, request(13), HotReset);
 
@@ -32,6 +37,39 @@ pub(crate) struct HotReset {
 pub(crate) fn borrow(device: &impl AsRawFd) -> BorrowedFd<'_> {
     // SAFETY: it is open as long as `device` lives, which outlives the result.
     unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) }
+}
+
+/// `struct vfio_irq_set`, which is five words, with the descriptors that are to be signalled behind it.
+fn irq_set(index: u32, descriptors: &[i32]) -> Vec<u32> {
+    let length = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
+    let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+    let size = length((5 + descriptors.len()) * size_of::<u32>());
+    let mut set = vec![size, flags, index, 0, length(descriptors.len())];
+    set.extend(
+        descriptors
+            .iter()
+            .map(|descriptor| descriptor.cast_unsigned()),
+    );
+    set
+}
+
+/// Lets the kernel signal `events`, one for each interrupt of a kind. It may have fewer vectors left than that; then it
+/// answers with their number and enables none.
+pub(crate) fn enable_irqs(
+    device: &impl AsRawFd,
+    index: u32,
+    events: &[&EventFd],
+) -> io::Result<()> {
+    let descriptors: Vec<_> = events.iter().map(|event| event.as_raw_fd()).collect();
+    let set = irq_set(index, &descriptors);
+    // SAFETY: the argument has the layout that the kernel defines, and as many words as its first one says.
+    match unsafe { set_irqs(device.as_raw_fd(), set.as_ptr()) }? {
+        0 => Ok(()),
+        left => Err(io::Error::other(format!(
+            "the host has {left} of {} interrupt vectors left",
+            events.len()
+        ))),
+    }
 }
 
 /// Resets a function by the first method that the kernel has for it.
@@ -77,6 +115,7 @@ mod tests {
 
     #[test]
     fn requests_have_the_kernels_numbers() {
+        assert_eq!(request(10), 0x3b6e);
         assert_eq!(request(11), 0x3b6f);
         assert_eq!(request(13), 0x3b71);
         assert_eq!(size_of::<HotReset>(), 16);
@@ -93,8 +132,15 @@ mod tests {
     }
 
     #[test]
-    fn other_files_cannot_be_reset() {
+    fn interrupts_are_described_as_the_kernel_wants_them() {
+        assert_eq!(irq_set(2, &[7, 9]), [28, 0b10_0100, 2, 0, 2, 7, 9]);
+    }
+
+    #[test]
+    fn other_files_are_no_devices() {
         let file = tempfile::tempfile().unwrap();
+        let event = EventFd::new(0).unwrap();
+        assert!(enable_irqs(&file, 2, &[&event]).is_err());
         assert!(reset_function(&file).is_err());
         assert!(reset_bus(&file, None).is_err());
     }
