@@ -442,6 +442,11 @@ impl PciRoot {
         for bar in 0..DECODER_COUNT {
             slot.map(bar, &self.mmio, &reach);
         }
+        self.map_waiting();
+    }
+
+    /// Maps the BARs that waited for another one to go, if it has gone.
+    fn map_waiting(&mut self) {
         let waiting = |(at, slot): (&Where, &Slot)| slot.waiting.contains(&true).then_some(*at);
         for at in self.slots.iter().filter_map(waiting).collect::<Vec<_>>() {
             let reach = self.reach(at);
@@ -473,6 +478,7 @@ impl PciRoot {
         for bar in 0..DECODER_COUNT {
             slot.unmap_if_moved(bar, &self.mmio, None);
         }
+        self.map_waiting();
         if let Some(port) = self.ports.get(&id) {
             lock(&port.port).unplug();
         }
@@ -1275,6 +1281,20 @@ mod tests {
         assert_eq!(s.id_on(1), u32::MAX);
         s.machine.root.lock().unwrap().remove_all();
         assert_eq!(s.kvm.allocated(), 0);
+    }
+
+    #[test]
+    fn what_leaves_a_slot_makes_room_for_what_waits() {
+        let f = function(7, 0x1000);
+        let mut s = slotted(Some(f.clone()));
+        let at = s.decode(&f);
+        let waiting = function(8, 0x1000);
+        s.machine.root.lock().unwrap().add(waiting).unwrap();
+        s.machine.decode(2, true);
+        s.machine.place(2, at);
+        assert_eq!(s.machine.read(at), 7);
+        surprise_remove(&s.machine.root, s.id);
+        assert_eq!(s.machine.read(at), 8);
     }
 
     #[test]
