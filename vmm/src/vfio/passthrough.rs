@@ -172,7 +172,7 @@ impl Passthrough {
         config: &VfioConfig,
         plug: impl FnOnce(&mut crate::pci::PciRoot, SharedFunction) -> Result<PortId, host::Error>,
     ) -> Result<(), Error> {
-        // Held to the end: a function that leaves at once finds its entry.
+        // Held until it is among them: a function that leaves at once finds its entry.
         let mut devices = self.devices();
         let taken =
             |entry: &Entry| entry.config.id == config.id || entry.config.host == config.host;
@@ -191,8 +191,13 @@ impl Passthrough {
             }
         }
         let port = plug(&mut lock(&self.root), Arc::new(Mutex::new(function)))?;
-        let events = &self.resources.events;
-        let handlers = watched.into_iter().map(|(irq, event)| {
+        let mut entry = Entry {
+            config: config.clone(),
+            port,
+            handlers: Vec::new(),
+            departs: false,
+        };
+        let watching = watched.into_iter().try_for_each(|(irq, event)| {
             let (weak, id, mut count) = (Arc::downgrade(self), config.id.clone(), 0u32);
             let fd = event.as_raw_fd();
             let handler = move || {
@@ -201,17 +206,17 @@ impl Passthrough {
                 count = count.saturating_add(1);
                 notified(&weak, &id, port, irq, count)
             };
-            events.add(fd, Box::new(handler)).map_err(Error::Event)
+            let handler = self.resources.events.add(fd, Box::new(handler))?;
+            entry.handlers.push(handler);
+            Ok(())
         });
-        let handlers = handlers.collect::<Result<Vec<_>, _>>()?;
-        let entry = Entry {
-            config: config.clone(),
-            port,
-            handlers,
-            departs: false,
-        };
         devices.insert(config.id.clone(), entry);
-        Ok(())
+        drop(devices);
+        if watching.is_err() {
+            // Nobody would answer when the host wants it back.
+            surprise_remove(&self.root, port);
+        }
+        watching.map_err(Error::Event)
     }
 
     /// Asks the guest to let go of a function, or takes it away by force.
