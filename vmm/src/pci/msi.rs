@@ -67,6 +67,13 @@ impl Msi {
         self.vectors.events()
     }
 
+    /// The eventfds of the vectors that software lets the function use: the host need not have more.
+    pub fn enabled_events(&self, space: &ConfigSpace) -> Vec<&EventFd> {
+        let enabled = enabled(space.u16(self.capability + 2));
+        let count = usize::try_from(enabled).unwrap_or(usize::MAX);
+        self.events().into_iter().take(count).collect()
+    }
+
     /// Whether software uses it.
     pub fn is_enabled(&self, space: &ConfigSpace) -> bool {
         space.u16(self.capability + 2) & MSI_ENABLE != 0
@@ -75,7 +82,7 @@ impl Msi {
     /// To be called when software may have written the capability.
     pub fn update(&mut self, space: &ConfigSpace) {
         let control = space.u16(self.capability + 2);
-        let enabled = 1u32 << ((control & MSI_ENABLED) >> 4).min(MSI_MAX_LOG);
+        let enabled = enabled(control);
         let low = u64::from(space.u32(self.capability + 4));
         let high = if self.layout.upper_address {
             u64::from(space.u32(self.capability + 8))
@@ -109,6 +116,11 @@ impl Msi {
             space.set(mask + 4, &pending);
         }
     }
+}
+
+/// How many vectors software lets a function with this message control use.
+fn enabled(control: u16) -> u32 {
+    1 << ((control & MSI_ENABLED) >> 4).min(MSI_MAX_LOG)
 }
 
 #[cfg(test)]

@@ -19,10 +19,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::VirtualConfig;
 use crate::irq::{self, GsiRouter};
-use crate::pci::InterruptRouting;
 use crate::pci::bits::*;
 use crate::pci::msi::Msi;
 use crate::pci::msix::{self, Msix, new_event};
+use crate::pci::{ConfigSpace, InterruptRouting};
 
 /// What interrupts need from KVM, narrow enough to be played by a test.
 pub trait Routing: InterruptRouting {
@@ -159,7 +159,7 @@ impl Interrupts {
         };
         if self.mode != wanted {
             self.stop(device);
-            self.start(wanted, device)?;
+            self.start(wanted, device, space)?;
         }
         if let Some(msix) = &mut self.msix {
             msix.set_control(if wanted == Mode::Msix {
@@ -174,7 +174,12 @@ impl Interrupts {
         Ok(())
     }
 
-    fn start(&mut self, mode: Mode, device: &dyn PassthroughDevice) -> Result<(), Error> {
+    fn start(
+        &mut self,
+        mode: Mode,
+        device: &dyn PassthroughDevice,
+        space: &ConfigSpace,
+    ) -> Result<(), Error> {
         match mode {
             Mode::Off => {}
             Mode::Pin => {
@@ -185,16 +190,21 @@ impl Interrupts {
                         .enable_irq(Irq::Intx, &[&pin.event])
                         .and_then(|()| device.unmask_intx_by(&pin.resample));
                     if let Err(error) = started {
-                        self.routing.detach_level(&pin.event, pin.gsi)?;
+                        // It may be on without a way to unmask it, and would keep MSI and MSI-X off.
+                        if let Err(error) = device.disable_irq(Irq::Intx) {
+                            tracing::debug!(%error, "the pin was not on");
+                        }
+                        let detached = self.routing.detach_level(&pin.event, pin.gsi);
                         // It fails where the host shares the line and the device cannot mask itself. It would again.
                         self.pin = None;
+                        detached?;
                         return Err(error.into());
                     }
                 }
             }
             Mode::Msi => {
                 if let Some(msi) = &self.msi {
-                    device.enable_irq(Irq::Msi, &msi.events())?;
+                    device.enable_irq(Irq::Msi, &msi.enabled_events(space))?;
                 }
             }
             Mode::Msix => {

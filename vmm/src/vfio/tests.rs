@@ -45,6 +45,8 @@ struct Shared {
     calls: Vec<Call>,
     /// Descriptors of the eventfds that the device signals.
     events: BTreeMap<u32, Vec<EventFd>>,
+    /// The pin cannot be unmasked by an eventfd.
+    no_resample: bool,
     gone: bool,
 }
 
@@ -199,7 +201,15 @@ impl PassthroughDevice for Device {
         Ok(())
     }
     fn unmask_intx_by(&self, _: &EventFd) -> Result<(), device::Error> {
-        self.lock().calls.push(Call::Resample);
+        let mut shared = self.lock();
+        if shared.no_resample {
+            return Err(device::Error::Irq {
+                address: self.address(),
+                irq: Irq::Intx,
+                source: io::ErrorKind::Unsupported.into(),
+            });
+        }
+        shared.calls.push(Call::Resample);
         Ok(())
     }
     fn reset(&self) -> Result<ResetBy, device::Error> {
@@ -496,6 +506,25 @@ fn accesses_around_the_table_reach_the_device() {
 }
 
 #[test]
+fn a_pin_that_does_not_work_does_not_keep_messages_off() {
+    let mut f = fixture();
+    f.device.lock().no_resample = true;
+    f.function.plugged([16, 17, 18, 19]);
+    assert!(f.kvm.levels.lock().unwrap().is_empty());
+    f.write16(MSIX + 2, MSIX_ENABLE);
+    f.write16(MSIX + 2, 0);
+    assert_eq!(
+        f.device.take_calls()[..4],
+        [
+            Call::Enable(Irq::Intx, 1),
+            Call::Disable(Irq::Intx),
+            Call::Enable(Irq::Msix, 3),
+            Call::Disable(Irq::Msix),
+        ]
+    );
+}
+
+#[test]
 fn interrupts_change_from_the_pin_to_messages_and_back() {
     let mut f = fixture();
     f.function.plugged([16, 17, 18, 19]);
@@ -509,12 +538,13 @@ fn interrupts_change_from_the_pin_to_messages_and_back() {
         [Call::Disable(Irq::Intx), Call::Enable(Irq::Msix, 3)]
     );
     assert!(f.kvm.levels.lock().unwrap().is_empty());
-    f.write16(MSI + 2, MSI_ENABLE);
+    // Two of its four vectors.
+    f.write16(MSI + 2, MSI_ENABLE | 1 << 4);
     assert_eq!(f.device.take_calls(), [], "MSI-X has precedence");
     f.write16(MSIX + 2, 0);
     assert_eq!(
         f.device.take_calls(),
-        [Call::Disable(Irq::Msix), Call::Enable(Irq::Msi, 4)]
+        [Call::Disable(Irq::Msix), Call::Enable(Irq::Msi, 2)]
     );
     f.write16(MSI + 2, 0);
     let calls = f.device.take_calls();
