@@ -243,6 +243,10 @@ fn open_error(error: VfioError, device: &PciDevice, group: u32, token: Option<&U
         VfioError::ContainerSetIOMMU(source) if source.errno() == libc::EPERM => {
             Error::UnsafeInterrupts
         }
+        // Since Linux 6.17.
+        VfioError::VfioDeviceBindIommufd(source) if source.errno() == libc::EACCES => {
+            Error::TokenByGroup { address }
+        }
         VfioError::GroupGetDeviceFD(source) => match (source.errno(), token) {
             (libc::EBUSY, _) => Error::InUse { address, path },
             (libc::EACCES, _) => Error::Token { address },
@@ -476,6 +480,8 @@ mod tests {
         assert!(text(device_fd(libc::EBUSY), None).contains("in use"));
         assert!(text(device_fd(libc::EACCES), None).contains("needs a token"));
         assert!(text(device_fd(libc::EINVAL), Some(&token)).contains("takes no token"));
+        let bind = VfioError::VfioDeviceBindIommufd(sys(libc::EACCES));
+        assert!(text(bind, Some(&token)).contains("--vfio-interface group"));
         let unsafe_interrupts = VfioError::ContainerSetIOMMU(sys(libc::EPERM));
         assert!(text(unsafe_interrupts, None).contains("remap"));
     }

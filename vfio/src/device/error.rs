@@ -98,6 +98,15 @@ pub enum Error {
         /// The device.
         address: PciAddress,
     },
+    /// The same, where it cannot be given.
+    #[error(
+        "{address} needs a token, because its physical function is bound to vfio-pci, too, and only groups take one here: \
+         give --vfio-interface group"
+    )]
+    TokenByGroup {
+        /// The device.
+        address: PciAddress,
+    },
     /// A token where none is asked for.
     #[error("{address} takes no token: its physical function is not bound to vfio-pci")]
     NoToken {
