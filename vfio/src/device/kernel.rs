@@ -218,7 +218,10 @@ impl Drop for KernelDevice {
             Err(Error::Reset { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
                 tracing::debug!(address = %self.identity.address, "a device is given back without a reset");
             }
-            Err(error) => tracing::warn!(%error, "a device keeps what its guest left in it"),
+            Err(error) => {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(error, "a device keeps what its guest left in it");
+            }
         }
         let device = &mut self.device;
         self.space.leave(|| {

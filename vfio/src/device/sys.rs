@@ -66,7 +66,7 @@ pub(crate) fn enable_irqs(
     match unsafe { set_irqs(device.as_raw_fd(), set.as_ptr()) }? {
         0 => Ok(()),
         left => Err(io::Error::other(format!(
-            "the host has {left} of {} interrupt vectors left",
+            "the host has {left} interrupt vectors left, and the device wants {}: give guests fewer devices",
             events.len()
         ))),
     }

@@ -24,7 +24,6 @@ mod passthrough;
 #[cfg(test)]
 mod tests;
 
-use std::fmt::Display;
 use std::io;
 use std::sync::Arc;
 
@@ -203,10 +202,10 @@ impl VfioPci {
         Ok(true)
     }
 
-    fn complain(&self, what: &str, error: &impl Display) {
+    fn complain(&self, what: &str, error: &(dyn std::error::Error + 'static)) {
         if self.complaints.may_complain() {
             let device = self.address();
-            tracing::warn!(%device, %error, "{what}");
+            tracing::warn!(%device, error, "{what}");
         }
     }
 
