@@ -67,11 +67,10 @@ impl Msi {
         self.vectors.events()
     }
 
-    /// The eventfds of the vectors that software lets the function use: the host need not have more.
-    pub fn enabled_events(&self, space: &ConfigSpace) -> Vec<&EventFd> {
+    /// How many vectors software lets the function use.
+    pub fn enabled_vectors(&self, space: &ConfigSpace) -> usize {
         let enabled = enabled(space.u16(self.capability + 2));
-        let count = usize::try_from(enabled).unwrap_or(usize::MAX);
-        self.events().into_iter().take(count).collect()
+        usize::try_from(enabled).unwrap_or(usize::MAX)
     }
 
     /// Whether software uses it.

@@ -19,10 +19,10 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::config::VirtualConfig;
 use crate::irq::{self, GsiRouter};
+use crate::pci::InterruptRouting;
 use crate::pci::bits::*;
 use crate::pci::msi::Msi;
 use crate::pci::msix::{self, Msix, new_event};
-use crate::pci::{ConfigSpace, InterruptRouting};
 
 /// What interrupts need from KVM, narrow enough to be played by a test.
 pub trait Routing: InterruptRouting {
@@ -65,7 +65,8 @@ pub enum Error {
 enum Mode {
     Off,
     Pin,
-    Msi,
+    /// With so many vectors: the host need not have more than the guest's driver uses.
+    Msi(usize),
     Msix,
 }
 
@@ -148,10 +149,11 @@ impl Interrupts {
             .msix()
             .map_or(0, |info| space.u16(info.capability + 2));
         // Software must not enable both (PCI Express 5.0, 7.7.1 and 7.7.2); if it does, MSI-X has precedence here.
+        let msi = self.msi.as_ref().filter(|msi| msi.is_enabled(space));
         let wanted = if self.msix.is_some() && msix_control & MSIX_ENABLE != 0 {
             Mode::Msix
-        } else if self.msi.as_ref().is_some_and(|msi| msi.is_enabled(space)) {
-            Mode::Msi
+        } else if let Some(msi) = msi {
+            Mode::Msi(msi.enabled_vectors(space))
         } else if self.pin.is_some() {
             Mode::Pin
         } else {
@@ -159,7 +161,7 @@ impl Interrupts {
         };
         if self.mode != wanted {
             self.stop(device);
-            self.start(wanted, device, space)?;
+            self.start(wanted, device)?;
         }
         if let Some(msix) = &mut self.msix {
             msix.set_control(if wanted == Mode::Msix {
@@ -174,12 +176,7 @@ impl Interrupts {
         Ok(())
     }
 
-    fn start(
-        &mut self,
-        mode: Mode,
-        device: &dyn PassthroughDevice,
-        space: &ConfigSpace,
-    ) -> Result<(), Error> {
+    fn start(&mut self, mode: Mode, device: &dyn PassthroughDevice) -> Result<(), Error> {
         match mode {
             Mode::Off => {}
             Mode::Pin => {
@@ -202,9 +199,10 @@ impl Interrupts {
                     }
                 }
             }
-            Mode::Msi => {
+            Mode::Msi(vectors) => {
                 if let Some(msi) = &self.msi {
-                    device.enable_irq(Irq::Msi, &msi.enabled_events(space))?;
+                    let events: Vec<_> = msi.events().into_iter().take(vectors).collect();
+                    device.enable_irq(Irq::Msi, &events)?;
                 }
             }
             Mode::Msix => {
@@ -222,7 +220,7 @@ impl Interrupts {
         let irq = match self.mode {
             Mode::Off => return,
             Mode::Pin => Irq::Intx,
-            Mode::Msi => Irq::Msi,
+            Mode::Msi(_) => Irq::Msi,
             Mode::Msix => Irq::Msix,
         };
         if let Err(error) = device.disable_irq(irq) {

@@ -546,6 +546,11 @@ fn interrupts_change_from_the_pin_to_messages_and_back() {
         f.device.take_calls(),
         [Call::Disable(Irq::Msix), Call::Enable(Irq::Msi, 2)]
     );
+    f.write16(MSI + 2, MSI_ENABLE);
+    assert_eq!(
+        f.device.take_calls(),
+        [Call::Disable(Irq::Msi), Call::Enable(Irq::Msi, 1)]
+    );
     f.write16(MSI + 2, 0);
     let calls = f.device.take_calls();
     assert_eq!(calls[0], Call::Disable(Irq::Msi));
