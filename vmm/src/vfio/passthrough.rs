@@ -255,28 +255,31 @@ impl Passthrough {
     /// a processor of the guest.
     fn departed(self: &Arc<Self>, port: PortId, function: SharedFunction) {
         let id = {
-            let devices = self.devices();
-            let mut entries = devices.iter();
-            entries
-                .find(|(_, entry)| entry.port == port && !entry.departs)
-                .map(|(id, _)| id.clone())
-        };
-        let Some(id) = id else { return };
-        if let Some(entry) = self.devices().get_mut(&id) {
+            let mut devices = self.devices();
+            let mut entries = devices.iter_mut();
+            let entry = entries.find(|(_, entry)| entry.port == port && !entry.departs);
+            let Some((id, entry)) = entry else { return };
             entry.departs = true;
             forget(&self.resources.events, &entry.handlers);
-        }
-        let passthrough = Arc::clone(self);
+            id.clone()
+        };
+        let (passthrough, closed) = (Arc::clone(self), id.clone());
         let close = move || {
             drop(function);
-            if let Some(entry) = passthrough.devices().remove(&id) {
-                tracing::info!(id, host = %entry.config.host, "a device has left the guest");
-            }
+            passthrough.closed(&closed);
         };
         let thread = std::thread::Builder::new().name("vfio close".into());
         if let Err(error) = thread.spawn(close) {
             // The closure is gone, and with it the function.
-            tracing::error!(%error, "no thread to close a device; it stays listed");
+            tracing::warn!(%error, "no thread to close a device: whoever noticed that it left has waited");
+            self.closed(&id);
+        }
+    }
+
+    /// A function can be given to a guest again.
+    fn closed(&self, id: &str) {
+        if let Some(entry) = self.devices().remove(id) {
+            tracing::info!(id, host = %entry.config.host, "a device has left the guest");
         }
     }
 }
