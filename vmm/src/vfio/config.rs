@@ -96,6 +96,8 @@ pub struct VirtualConfig {
     space: ConfigSpace,
     /// The bits that are emulated.
     emulated: Vec<u8>,
+    /// Offset of the power management capability.
+    power: Option<usize>,
     msi: Option<usize>,
     msix: Option<MsixInfo>,
 }
@@ -113,6 +115,7 @@ impl VirtualConfig {
         let mut config = Self {
             space: ConfigSpace::with_registers(&registers),
             emulated: vec![0; CONFIG_SIZE],
+            power: None,
             msi: None,
             msix: None,
         };
@@ -136,13 +139,16 @@ impl VirtualConfig {
         &mut self.space
     }
 
-    /// Turns off what a reset turns off: memory decoding, MSI and MSI-X.
+    /// Turns off what a reset turns off: memory decoding, MSI and MSI-X. The power is on.
     pub fn reset(&mut self) {
         let clear = |space: &mut ConfigSpace, register: usize, bits: u16| {
             let value = space.u16(register) & !bits;
             space.set(register, &value.to_le_bytes());
         };
         clear(&mut self.space, COMMAND, COMMAND_MEMORY);
+        if let Some(power) = self.power {
+            clear(&mut self.space, power + 4, PM_POWER_STATE);
+        }
         if let Some(msi) = self.msi {
             clear(&mut self.space, msi + 2, MSI_ENABLE);
         }
@@ -306,6 +312,7 @@ impl VirtualConfig {
     fn capability(&mut self, id: u8, at: usize) {
         match id {
             CAP_POWER_MANAGEMENT => {
+                self.power = Some(at);
                 let version = self.space.u16(at + 2) & PM_CAP_VERSION;
                 self.put(at + 2, &version.to_le_bytes(), &[]);
                 let (control, writable) = (PM_NO_SOFT_RESET, PM_POWER_STATE);

@@ -583,6 +583,7 @@ fn a_reset_turns_everything_off() {
     let mut f = fixture();
     f.write16(COMMAND, COMMAND_MEMORY | COMMAND_BUS_MASTER);
     f.write16(MSIX + 2, MSIX_ENABLE);
+    f.write16(PM + 4, PM_POWER_STATE);
     f.device.take_calls();
     f.function.reset();
     assert_eq!(f.u32(COMMAND) & 0xffff, 0);
@@ -592,6 +593,7 @@ fn a_reset_turns_everything_off() {
         [Call::Disable(Irq::Msix), Call::Reset]
     );
     assert_eq!(f.u32(MSIX) >> 16, 2);
+    assert_eq!(f.u32(PM + 4), u32::from(PM_NO_SOFT_RESET), "in D0");
 }
 
 #[test]
