@@ -48,6 +48,14 @@ fn parse(text: &str) -> Option<PciAddress> {
     })
 }
 
+impl PciAddress {
+    /// Whether both functions are on one bus.
+    #[must_use]
+    pub fn shares_bus(&self, other: &Self) -> bool {
+        (self.domain, self.bus) == (other.domain, other.bus)
+    }
+}
+
 impl FromStr for PciAddress {
     type Err = BadAddress;
 
@@ -122,6 +130,15 @@ mod tests {
         ] {
             assert_eq!(text.parse::<PciAddress>(), Err(BadAddress(text.to_owned())));
         }
+    }
+
+    #[test]
+    fn functions_of_one_bus_are_told_from_others() {
+        let address = |text: &str| text.parse::<PciAddress>().unwrap();
+        let function = address("0000:01:10.0");
+        assert!(function.shares_bus(&address("0000:01:00.3")));
+        assert!(!function.shares_bus(&address("0000:02:10.0")));
+        assert!(!function.shares_bus(&address("0001:01:10.0")));
     }
 
     #[test]

@@ -52,7 +52,8 @@ pub struct AddressSpace {
 
 #[derive(Default)]
 struct State {
-    devices: usize,
+    /// Those that are open.
+    devices: Vec<PciAddress>,
     memory: Vec<GuestMemoryMmap>,
 }
 
@@ -88,7 +89,7 @@ impl AddressSpace {
             Arc::new(container)
         };
         let state = State {
-            devices: 0,
+            devices: Vec::new(),
             memory: vec![memory],
         };
         Ok(Self {
@@ -129,10 +130,10 @@ impl AddressSpace {
         let mut state = self.state();
         let opened = VfioDevice::new(path, Arc::clone(&self.operations), true)
             .map_err(|error| open_error(error, device, group, token))?;
-        if state.devices == 0 {
+        if state.devices.is_empty() {
             map(self.operations.as_ref(), &state.memory)?;
         }
-        state.devices += 1;
+        state.devices.push(address);
         drop(state);
         let identity = Identity {
             address,
@@ -141,8 +142,14 @@ impl AddressSpace {
             _name: name,
         };
         let device = KernelDevice::new(opened, identity, Arc::clone(self));
-        let by = device.reset()?;
-        tracing::debug!(%address, group, ?by, "device opened and reset");
+        match device.reset() {
+            Ok(by) => tracing::debug!(%address, group, ?by, "device opened and reset"),
+            // It went through the reset of its bus when the first of them was opened.
+            Err(error) if self.has_neighbour_of(address) => {
+                tracing::debug!(%address, %error, "device opened");
+            }
+            Err(error) => return Err(error),
+        }
         Ok(Box::new(device))
     }
 
@@ -152,7 +159,7 @@ impl AddressSpace {
     /// [`Error::LockedMemory`], [`Error::Mappings`], [`Error::Map`].
     pub fn add(&self, memory: GuestMemoryMmap) -> Result<(), Error> {
         let mut state = self.state();
-        if state.devices > 0 {
+        if !state.devices.is_empty() {
             map(self.operations.as_ref(), std::slice::from_ref(&memory))?;
         }
         state.memory.push(memory);
@@ -166,16 +173,23 @@ impl AddressSpace {
             return;
         };
         let memory = state.memory.swap_remove(index);
-        if state.devices > 0 {
+        if !state.devices.is_empty() {
             unmap(self.operations.as_ref(), &memory);
         }
     }
 
+    /// Whether another function of the same bus is open, which a reset of the bus would reset, too.
+    pub(super) fn has_neighbour_of(&self, address: PciAddress) -> bool {
+        let state = self.state();
+        let mut others = state.devices.iter().filter(|other| **other != address);
+        others.any(|other| other.shares_bus(&address))
+    }
+
     /// A device is about to be closed by `close`.
-    pub(super) fn leave(&self, close: impl FnOnce()) {
+    pub(super) fn leave(&self, address: PciAddress, close: impl FnOnce()) {
         let mut state = self.state();
-        state.devices = state.devices.saturating_sub(1);
-        if state.devices == 0 {
+        state.devices.retain(|device| *device != address);
+        if state.devices.is_empty() {
             for memory in &state.memory {
                 unmap(self.operations.as_ref(), memory);
             }
@@ -368,12 +382,19 @@ mod tests {
         GuestMemoryMmap::from_ranges(&ranges).unwrap()
     }
 
-    fn space(iommu: &Arc<Iommu>, devices: usize) -> AddressSpace {
+    const FUNCTION: &str = "0000:01:10.0";
+
+    fn address(text: &str) -> PciAddress {
+        text.parse().unwrap()
+    }
+
+    /// With one open function.
+    fn space(iommu: &Arc<Iommu>) -> AddressSpace {
         AddressSpace {
             operations: Arc::clone(iommu) as Arc<dyn VfioOps>,
             iommufd: false,
             state: Mutex::new(State {
-                devices,
+                devices: vec![address(FUNCTION)],
                 memory: vec![],
             }),
         }
@@ -397,7 +418,7 @@ mod tests {
     #[test]
     fn memory_that_comes_later_is_mapped_while_there_are_devices() {
         let iommu = Arc::new(Iommu::default());
-        let space = space(&iommu, 1);
+        let space = space(&iommu);
         space
             .add(memory(&[(0, 1 << 20), (1 << 32, 2 << 20)]))
             .unwrap();
@@ -407,7 +428,7 @@ mod tests {
             "one mapping for each region"
         );
         let mut closed = false;
-        space.leave(|| {
+        space.leave(address(FUNCTION), || {
             closed = true;
             assert!(iommu.mapped.lock().unwrap().is_empty(), "unmapped first");
         });
@@ -425,7 +446,7 @@ mod tests {
             refuse: Some((1 << 32, libc::ENOMEM)),
             ..Iommu::default()
         });
-        let space = space(&iommu, 1);
+        let space = space(&iommu);
         let memory = memory(&[(0, 1 << 20), (1 << 20, 4096), (1 << 32, 2 << 20)]);
         assert!(space.add(memory).is_err());
         assert!(iommu.mapped.lock().unwrap().is_empty());
@@ -435,7 +456,7 @@ mod tests {
     #[test]
     fn memory_that_was_added_can_be_taken_back() {
         let iommu = Arc::new(Iommu::default());
-        let space = space(&iommu, 1);
+        let space = space(&iommu);
         let added = memory(&[(1 << 32, 2 << 20)]);
         space.add(memory(&[(0, 1 << 20)])).unwrap();
         space.add(added.clone()).unwrap();
@@ -450,6 +471,14 @@ mod tests {
     }
 
     #[test]
+    fn functions_that_a_bus_reset_would_hit_are_known() {
+        let space = space(&Arc::new(Iommu::default()));
+        assert!(space.has_neighbour_of(address("0000:01:00.0")));
+        assert!(!space.has_neighbour_of(address("0000:02:00.0")));
+        assert!(!space.has_neighbour_of(address(FUNCTION)), "itself");
+    }
+
+    #[test]
     fn the_kernels_refusals_say_what_to_raise() {
         for (errno, text) in [
             (libc::ENOMEM, "ulimit -l"),
@@ -460,7 +489,7 @@ mod tests {
                 refuse: Some((0, errno)),
                 ..Iommu::default()
             });
-            let error = space(&iommu, 1).add(memory(&[(1 << 20, 4096)]));
+            let error = space(&iommu).add(memory(&[(1 << 20, 4096)]));
             let error = error.unwrap_err().to_string();
             assert!(error.contains(text), "{error}");
         }

@@ -87,6 +87,10 @@ impl KernelDevice {
     }
 
     fn reset_bus(&self) -> io::Result<()> {
+        // The guest runs the others.
+        if self.space.has_neighbour_of(self.identity.address) {
+            return Err(io::ErrorKind::ResourceBusy.into());
+        }
         let group = if self.space.is_iommufd() {
             None
         } else {
@@ -224,7 +228,7 @@ impl Drop for KernelDevice {
             }
         }
         let device = &mut self.device;
-        self.space.leave(|| {
+        self.space.leave(self.identity.address, || {
             // SAFETY: it is dropped here and only here, and not used after.
             unsafe { ManuallyDrop::drop(device) };
         });

@@ -70,6 +70,8 @@ pub struct Passthrough {
     /// There is none before the first function: a machine without any does not need VFIO.
     space: OnceLock<Arc<AddressSpace>>,
     devices: Mutex<BTreeMap<String, Entry>>,
+    /// Held while a function is added. Taken before `devices`.
+    adding: Mutex<()>,
 }
 
 impl Passthrough {
@@ -81,6 +83,7 @@ impl Passthrough {
             root: Arc::clone(&root),
             space: OnceLock::new(),
             devices: Mutex::default(),
+            adding: Mutex::default(),
         });
         let weak = Arc::downgrade(&passthrough);
         let departure = move |port, function| {
@@ -167,21 +170,33 @@ impl Passthrough {
         }
     }
 
+    /// Makes sure that neither the function nor the id is in use; waits a while for one that is being closed.
+    fn wait_until_free(&self, config: &VfioConfig) -> Result<(), Error> {
+        let end = Instant::now() + SLOT_LIMIT;
+        loop {
+            let taken = {
+                let devices = self.devices();
+                let mut entries = devices.values();
+                entries
+                    .find(|e| e.config.id == config.id || e.config.host == config.host)
+                    .map(|entry| (entry.config.clone(), entry.departs))
+            };
+            match taken {
+                None => return Ok(()),
+                Some((_, true)) if Instant::now() < end => std::thread::sleep(SLOT_POLL),
+                Some((VfioConfig { id, host, .. }, _)) => return Err(Error::Taken { id, host }),
+            }
+        }
+    }
+
     fn insert(
         self: &Arc<Self>,
         config: &VfioConfig,
         plug: impl FnOnce(&mut crate::pci::PciRoot, SharedFunction) -> Result<PortId, host::Error>,
     ) -> Result<(), Error> {
-        // Held until it is among them: a function that leaves at once finds its entry.
-        let mut devices = self.devices();
-        let taken =
-            |entry: &Entry| entry.config.id == config.id || entry.config.host == config.host;
-        if let Some(entry) = devices.values().find(|entry| taken(entry)) {
-            return Err(Error::Taken {
-                id: entry.config.id.clone(),
-                host: entry.config.host,
-            });
-        }
+        // Opening takes its time: only others that are added wait for it.
+        let _one = lock(&self.adding);
+        self.wait_until_free(config)?;
         let function = self.open(config)?;
         let mut watched = Vec::new();
         for irq in [Irq::Request, Irq::Error] {
@@ -190,6 +205,8 @@ impl Passthrough {
                 watched.push((irq, event));
             }
         }
+        // Held until it is among them: a function that leaves at once finds its entry.
+        let mut devices = self.devices();
         let port = plug(&mut lock(&self.root), Arc::new(Mutex::new(function)))?;
         let mut entry = Entry {
             config: config.clone(),

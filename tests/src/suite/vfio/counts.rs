@@ -88,7 +88,7 @@ fn counts_per_packet(site: &Site) -> Result<()> {
 }
 
 /// One disk (a namespace of the NVMe controller), read in three ways: emulated by QEMU, as a vhost-user device by ringside-blk, and as
-/// a function of its own.
+/// a function of its own, which is verified, too.
 fn counts_of_three_disks(site: &Site) -> Result<()> {
     const DEPTHS: [u32; 2] = [1, 16];
     let nvme = NvmePf::take(site)?;
@@ -148,6 +148,12 @@ fn counts_of_three_disks(site: &Site) -> Result<()> {
     }
     nvme.equip(0, 2, 2)?;
     let mut guest = Guest::on(Vmm::Ringside).vfio(function).boot(site)?;
+    // What is read is what was written.
+    guest.run_ok_within(
+        "fio --name=verify --filename=/dev/nvme0n1 --direct=1 --ioengine=libaio --rw=randwrite --bs=4k \
+         --iodepth=8 --size=16M --verify=crc32c --do_verify=1",
+        std::time::Duration::from_secs(30),
+    )?;
     rows.push(count(&mut guest, ("nvme0n1", "nvme0q1"), "function")?);
     guest.shut_down()?;
     let emulated: Vec<u64> = rows
