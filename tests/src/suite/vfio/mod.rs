@@ -213,8 +213,19 @@ fn intx_msi_and_dma(site: &Site, vmm: Vmm) -> Result<()> {
         .kernel_argument("e1000e.IntMode=0")
         .vfio(card.address())
         .vfio(disk.address())
-        .vfio(edu.address())
-        .boot(site)?;
+        .vfio(edu.address());
+    if vmm == Vmm::Ringside {
+        guest = guest.arg("--log-level=warn,ringside_vfio=debug");
+    }
+    let mut guest = guest.boot(site)?;
+    if vmm == Vmm::Ringside {
+        // None of them can be reset by itself; each is alone on its bus.
+        let log = guest.vmm_log();
+        ensure!(
+            log.matches("by=Bus").count() == 3,
+            "not all three devices were reset with their buses:\n{log}"
+        );
+    }
     guest.network_up("10.77.0.2/24")?;
     reaches_host(&mut guest)?;
     guest.run_ok(
