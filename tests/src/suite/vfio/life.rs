@@ -369,6 +369,8 @@ fn memory_that_is_added(site: &Site) -> Result<()> {
     )?;
     let after = memory(&mut guest)?;
     println!("the guest has {after} kB, {before} kB before");
+    // The root is limited to half of what there was at first.
+    guest.run_ok("mount -t tmpfs -o size=400M tmpfs /tmp")?;
     for disk in ["nvme0n1", "vda"] {
         guest.run_ok_within(
             &format!(
