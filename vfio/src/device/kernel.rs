@@ -198,6 +198,8 @@ impl PassthroughDevice for KernelDevice {
             Ok(()) => return Ok(ResetBy::Bus),
             Err(error) => error,
         };
+        let address = self.identity.address;
+        tracing::debug!(%address, %error, "not reset with its bus");
         // A bus reset by the kernel's own choice may be among the methods left.
         if self.has_method(&["pm", "bus", "cxl_bus"]) && function().is_ok() {
             let by_power = self.has_method(&["pm"]);
@@ -208,7 +210,7 @@ impl PassthroughDevice for KernelDevice {
             });
         }
         Err(Error::Reset {
-            address: self.identity.address,
+            address,
             source: error,
         })
     }

@@ -219,11 +219,13 @@ fn intx_msi_and_dma(site: &Site, vmm: Vmm) -> Result<()> {
     }
     let mut guest = guest.boot(site)?;
     if vmm == Vmm::Ringside {
-        // None of them can be reset by itself; each is alone on its bus.
+        // None of them can be reset by itself, and each is alone on its bus. The link to the PCI Express one among them, the
+        // card, does not come back in time on the emulated port: it is reset by power management then.
         let log = guest.vmm_log();
+        let by = |how: &str| log.matches(&format!("by={how}")).count();
         ensure!(
-            log.matches("by=Bus").count() == 3,
-            "not all three devices were reset with their buses:\n{log}"
+            by("Bus") >= 2 && by("Bus") + by("PowerManagement") == 3,
+            "the devices were not reset with their buses, or by power management:\n{log}"
         );
     }
     guest.network_up("10.77.0.2/24")?;
