@@ -114,14 +114,22 @@ pub enum ErrorCode {
 impl ApiError {
     /// An error with its causes in the message.
     pub fn new(code: ErrorCode, error: &(dyn std::error::Error + 'static)) -> Self {
-        let mut message = error.to_string();
-        let mut source = error.source();
-        while let Some(cause) = source {
-            message.push_str(&format!(": {cause}"));
-            source = cause.source();
+        Self {
+            code,
+            message: with_causes(error),
         }
-        Self { code, message }
     }
+}
+
+/// An error's message, followed by those of its causes.
+pub fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut message = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        message.push_str(&format!(": {cause}"));
+        source = cause.source();
+    }
+    message
 }
 
 /// Who carries requests out.

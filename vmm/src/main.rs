@@ -1,11 +1,11 @@
 //! `ringside-vmm`: reads the configuration, runs the machine, ends with its exit status.
 
-use std::error::Error as _;
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
+use ringside_vmm::api::with_causes;
 use ringside_vmm::config::{Cli, Config, FileOptions};
 use ringside_vmm::exit::ExitReason;
 use ringside_vmm::machine;
@@ -51,16 +51,7 @@ fn main() -> ExitCode {
             }
             ExitCode::from(reason.status())
         }
-        Err(error) => {
-            let mut message = error.to_string();
-            let mut source = error.source();
-            while let Some(cause) = source {
-                message.push_str(": ");
-                message.push_str(&cause.to_string());
-                source = cause.source();
-            }
-            fail(FAILURE, &message)
-        }
+        Err(error) => fail(FAILURE, &with_causes(&error)),
     }
 }
 

@@ -10,7 +10,7 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use ringside_vfio::device::{AddressSpace, Interface, Irq, assignable};
@@ -24,7 +24,7 @@ use crate::config::{VfioConfig, VfioInterface};
 use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::machine::Resources;
 use crate::memory_hotplug::MemoryListener;
-use crate::pci::host::{self, request_unplug, surprise_remove};
+use crate::pci::host::{self, lock, request_unplug, surprise_remove};
 use crate::pci::msix::new_event;
 use crate::pci::{PortId, SharedFunction, SharedRoot};
 
@@ -96,7 +96,7 @@ impl Passthrough {
     }
 
     fn devices(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.devices)
     }
 
     fn space(&self) -> Result<&Arc<AddressSpace>, Error> {
@@ -335,8 +335,4 @@ fn notified(weak: &Weak<Passthrough>, id: &str, port: PortId, irq: Irq, count: u
     }
     surprise_remove(&passthrough.root, port);
     Next::Remove
-}
-
-fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
