@@ -361,12 +361,12 @@ pub(super) fn count_reads(
     // The guest takes its own counts meanwhile. Nothing may be said on its console: each character is an exit.
     let take = format!("cat /proc/interrupts /sys/block/{disk}/stat");
     guest.run_ok(&format!(
-        "(sleep 1; {take} >/run/before; sleep {COUNT_SECONDS}; {take} >/run/after) \
+        "(sleep 1; {take} >/run/before; sleep {COUNT_SECONDS}; {take} >/run/part; mv /run/part /run/after) \
          </dev/null >/dev/null 2>&1 &"
     ))?;
     let counts = EventCounts::measure(site, pids, events, COUNT_SECONDS)?;
     let samples = guest.run_ok(
-        "while [ ! -s /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
+        "while [ ! -e /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
          cat /run/after; kill $(cat /run/fio.pid); rm /run/before /run/after; sleep 1",
     )?;
     let (reads, interrupts) = sampled(&samples, interrupt)?;

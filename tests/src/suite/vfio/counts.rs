@@ -42,7 +42,8 @@ fn counts_per_packet(site: &Site) -> Result<()> {
         // Nothing may be said on the console meanwhile: each character is an exit.
         guest.run_ok(&format!(
             "iperf3 --client {HOST} --time {} {options} </dev/null >/run/iperf.log 2>&1 & \
-             (sleep 2; ({take}) >/run/before; sleep {SECONDS}; ({take}) >/run/after) </dev/null >/dev/null 2>&1 &",
+             (sleep 2; ({take}) >/run/before; sleep {SECONDS}; ({take}) >/run/part; mv /run/part /run/after) \
+             </dev/null >/dev/null 2>&1 &",
             SECONDS + 5
         ))?;
         std::thread::sleep(std::time::Duration::from_secs(1));
@@ -50,7 +51,7 @@ fn counts_per_packet(site: &Site) -> Result<()> {
         let events = [KVM_EXIT, KVM_USERSPACE_EXIT, IOCTL];
         let counts = EventCounts::measure(site, &[pid], &events, SECONDS)?;
         let samples = guest.run_ok(
-            "while [ ! -s /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
+            "while [ ! -e /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
              cat /run/after; rm /run/before /run/after; wait; sleep 4",
         )?;
         let (before, after) = samples.split_once("===\n").unwrap_or_default();
