@@ -16,10 +16,10 @@ use std::time::Duration;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
-use ringside_rings::Segment;
+use ringside_rings::{Segment, in_one_region};
 use thiserror::Error;
 use tracing::debug;
-use vm_memory::{GuestMemory, MmapRegion, Permissions};
+use vm_memory::{GuestMemory, MmapRegion, Permissions, VolatileSlice};
 
 use crate::shell::Memory;
 
@@ -108,6 +108,8 @@ pub(super) struct Uring {
     ring: IoUring,
     slots: Vec<Slot>,
     in_flight: u32,
+    /// Operations that the kernel does not know of yet.
+    unsubmitted: u32,
     /// What the iovecs point into.
     memory: Option<Arc<Memory>>,
     bounce: Option<MmapRegion<()>>,
@@ -129,6 +131,7 @@ impl Uring {
             ring,
             slots: Vec::new(),
             in_flight: 0,
+            unsubmitted: 0,
             memory: None,
             bounce: None,
             zeroes: None,
@@ -150,9 +153,14 @@ impl Uring {
         true
     }
 
-    /// Operations that the kernel has.
+    /// Operations that were started and have not ended.
     pub(super) fn in_flight(&self) -> u32 {
         self.in_flight
+    }
+
+    /// Operations that were started and not submitted.
+    pub(super) fn unsubmitted(&self) -> u32 {
+        self.unsubmitted
     }
 
     fn free_slot(&mut self, slot: u16) -> Result<&mut Slot, PrepareError> {
@@ -198,15 +206,8 @@ impl Uring {
             skip = 0;
             left = left.saturating_sub(take);
             let count = usize::try_from(take).map_err(|_| failed())?;
-            let slices = memory
-                .get_slices(
-                    vm_memory::GuestAddress(start),
-                    count,
-                    Permissions::ReadWrite,
-                )
-                .map_err(|_| failed())?;
-            for slice in slices {
-                let slice = slice.map_err(|_| failed())?;
+            let start = vm_memory::GuestAddress(start);
+            let mut add = |slice: VolatileSlice<'_, ()>| {
                 if state.iovecs.len() == MAX_IOVECS {
                     return Err(PrepareError::TooManySegments);
                 }
@@ -216,6 +217,17 @@ impl Uring {
                     iov_base: base.cast(),
                     iov_len: slice.len(),
                 });
+                Ok(())
+            };
+            if let Some(slice) = in_one_region(memory.as_ref(), start, count) {
+                add(slice)?;
+                continue;
+            }
+            let slices = memory
+                .get_slices(start, count, Permissions::ReadWrite)
+                .map_err(|_| failed())?;
+            for slice in slices {
+                add(slice.map_err(|_| failed())?)?;
             }
         }
         if left != 0 {
@@ -337,13 +349,31 @@ impl Uring {
             Some(iovec) => std::slice::from_ref(iovec),
             None => state.iovecs.get(state.next..).unwrap_or_default(),
         };
-        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
         let base = iovecs.as_ptr();
-        let entry = match direction {
-            Direction::Read => opcode::Readv::new(DISK, base, count).offset(offset).build(),
-            Direction::Write { durable } => opcode::Writev::new(DISK, base, count)
+        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
+        // Cheaper than a vector of one: the kernel has no iovec to copy.
+        let single = match iovecs {
+            [iovec] => u32::try_from(iovec.iov_len)
+                .ok()
+                .map(|len| (iovec.iov_base.cast(), len)),
+            _ => None,
+        };
+        let flags = match direction {
+            Direction::Write { durable: true } => libc::RWF_DSYNC,
+            _ => 0,
+        };
+        let entry = match (direction, single) {
+            (Direction::Read, Some((base, len))) => {
+                opcode::Read::new(DISK, base, len).offset(offset).build()
+            }
+            (Direction::Read, None) => opcode::Readv::new(DISK, base, count).offset(offset).build(),
+            (Direction::Write { .. }, Some((base, len))) => opcode::Write::new(DISK, base, len)
                 .offset(offset)
-                .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
+                .rw_flags(flags)
+                .build(),
+            (Direction::Write { .. }, None) => opcode::Writev::new(DISK, base, count)
+                .offset(offset)
+                .rw_flags(flags)
                 .build(),
         };
         self.start(slot, entry)
@@ -380,6 +410,7 @@ impl Uring {
             state.busy = true;
         }
         self.in_flight = self.in_flight.saturating_add(1);
+        self.unsubmitted = self.unsubmitted.saturating_add(1);
         Ok(())
     }
 
@@ -423,6 +454,7 @@ impl Uring {
             }
         }
         self.syscalls = self.syscalls.saturating_add(1);
+        self.unsubmitted = 0;
         let result = match timeout {
             None => self.ring.submit_and_wait(want),
             Some(time) => {
