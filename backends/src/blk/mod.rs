@@ -52,6 +52,8 @@ pub struct BlkConfig {
     pub serial: [u8; ID_LEN],
     /// The largest queue size, a power of two.
     pub max_queue_size: u16,
+    /// Pin guest memory and register it with io_uring.
+    pub register_memory: bool,
     /// Longest time that a worker without requests spins for before it sleeps.
     pub poll: Duration,
     /// Longest time that a worker spins for while the storage works.
@@ -82,6 +84,7 @@ impl Blk {
             writeback,
             serial,
             max_queue_size,
+            register_memory,
             poll,
             poll_storage,
             poll_budget,
@@ -129,6 +132,7 @@ impl Blk {
                 },
                 disk: disk.map(|d| Arc::new(d.file)),
                 memory_align: align,
+                registers: register_memory,
                 poll: poll_limits(poll),
                 poll_storage: poll_limits(poll_storage),
                 serial,

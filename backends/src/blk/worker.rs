@@ -59,6 +59,8 @@ pub(super) struct Shared {
     pub(super) capacity: Arc<AtomicU64>,
     /// Buffers must be aligned to this many bytes.
     pub(super) memory_align: u32,
+    /// Guest memory is to be registered with io_uring.
+    pub(super) registers: bool,
     /// For how long to spin for requests, while nothing is in flight.
     pub(super) poll: PollLimits,
     /// For how long to spin while the storage works.
@@ -144,7 +146,7 @@ enum Next {
 impl Worker {
     /// A worker on the calling thread.
     pub(super) fn new(shared: Shared, commands: Commands) -> std::io::Result<Self> {
-        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone())?;
+        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone(), shared.registers)?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
         Ok(Self {
             windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
