@@ -398,8 +398,11 @@ fn spin(
     let queue = queue?;
     let serves = queue.serves();
     let mut session = queue.vring.session().ok()?;
+    // A ring that is broken shows in the turn.
+    if serves {
+        session.disable_notifications().ok()?;
+    }
     loop {
-        // A ring that is broken shows in the turn.
         let found = uring.ready() || serves && session.available().is_ok_and(|waiting| waiting > 0);
         let passed = start.elapsed();
         if found {
@@ -504,7 +507,7 @@ impl Turn<'_> {
             return Err(error);
         }
         let mut taken = Ok(false);
-        if serves {
+        if serves && session.available()? > 0 {
             session.disable_notifications()?;
             taken = self.drain(&mut slots, &mut session, chain, features, call);
         }
