@@ -445,6 +445,15 @@ impl Uring {
         }
     }
 
+    /// Whether something can be had without waiting: completions, or work that the kernel does when it is entered.
+    pub(super) fn ready(&mut self) -> bool {
+        let queue = self.ring.submission();
+        queue.taskrun() || queue.cq_overflow() || {
+            drop(queue);
+            !self.ring.completion().is_empty()
+        }
+    }
+
     /// The next thing that the ring reports, or `None` when there is nothing more now.
     pub(super) fn completion(&mut self) -> Option<Completion> {
         loop {

@@ -21,13 +21,14 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ringside_rings::{Chain, ChainBuf, PopError, RingError, Session, write_segments};
+use ringside_rings::{Chain, ChainBuf, PopError, RingError, Segment, Session, write_segments};
 use tracing::{debug, error, info, warn};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::config::feature;
+use super::poll::{PollLimits, PollWindow};
 use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
 use super::uring::{Completion, Direction, PrepareError, Uring};
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring};
@@ -38,6 +39,8 @@ const SUBMISSIONS: u32 = 256;
 const COMMANDS: u32 = 0;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
+/// Pauses between two looks while spinning: about as long as the look.
+const SPINS: u32 = 4;
 /// How often an operation that the kernel wants repeated is repeated.
 const MAX_RETRIES: u8 = 100;
 
@@ -51,6 +54,7 @@ pub(super) struct Shared {
     pub(super) capacity: Arc<AtomicU64>,
     /// Buffers must be aligned to this many bytes.
     pub(super) memory_align: u32,
+    pub(super) poll: PollLimits,
     pub(super) serial: [u8; ID_LEN],
     /// `wce` in the configuration space.
     pub(super) writeback: Arc<AtomicBool>,
@@ -101,6 +105,7 @@ pub(super) struct Worker {
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
+    poll: PollWindow,
     counters: Counters,
     limit: LogLimit,
 }
@@ -133,6 +138,7 @@ impl Worker {
         let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone())?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
         Ok(Self {
+            poll: PollWindow::new(shared.poll),
             shared,
             commands,
             uring,
@@ -146,10 +152,9 @@ impl Worker {
     /// Serves until told to end.
     pub(super) fn run(mut self) {
         let mut completed = Vec::new();
-        let mut wait = true;
+        let mut wait = false;
         loop {
-            let timeout = self.polling().then_some(POLL_INTERVAL);
-            if let Err(e) = self.uring.enter(usize::from(wait), timeout) {
+            if let Err(e) = self.enter(wait) {
                 // Nothing can be served without it, and the shell sees that the thread is gone.
                 error!("io_uring failed: {e}");
                 return;
@@ -183,8 +188,74 @@ impl Worker {
         }
     }
 
+    /// Submits what was begun. To `wait` is to return only when there is something to do: the worker spins for a while if
+    /// that pays, then lets the driver know that it wants to be kicked, and sleeps.
+    fn enter(&mut self, wait: bool) -> std::io::Result<()> {
+        if !wait {
+            return self.uring.enter(0, None);
+        }
+        if self.polled_by_wish() {
+            return self.uring.enter(1, Some(POLL_INTERVAL));
+        }
+        if !self.poll.learns() || self.queue.is_none() {
+            return match self.arm() {
+                true => self.uring.enter(0, None),
+                false => self.uring.enter(1, None),
+            };
+        }
+        let start = Instant::now();
+        let window = self.poll.now();
+        if !window.is_zero() {
+            self.uring.enter(0, None)?;
+            if let Some(after) = self.spin(start, window) {
+                self.poll.hit(after);
+                return self.uring.enter(0, None);
+            }
+        }
+        let slept = match self.arm() {
+            true => self.uring.enter(0, None),
+            false => self.uring.enter(1, None),
+        };
+        self.poll.slept(start.elapsed(), window);
+        slept
+    }
+
+    /// Looks for something to do until there is some, and returns after what time it came, or `None` when `window` is over.
+    fn spin(&mut self, start: Instant, window: Duration) -> Option<Duration> {
+        let queue = self.queue.as_mut()?;
+        let serves = queue.serves();
+        let mut session = queue.vring.ring.session(queue.vring.memory.as_ref()).ok()?;
+        loop {
+            // A ring that is broken shows in the turn.
+            let found = self.uring.ready()
+                || serves && session.available().is_ok_and(|waiting| waiting > 0);
+            let passed = start.elapsed();
+            if found {
+                return Some(passed);
+            }
+            if passed >= window {
+                return None;
+            }
+            for _ in 0..SPINS {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
+    /// Asks the driver to kick. Returns whether there is something to do already, which it will not kick for.
+    fn arm(&mut self) -> bool {
+        let Some(queue) = self.queue.as_mut().filter(|queue| queue.serves()) else {
+            return false;
+        };
+        let session = queue.vring.ring.session(queue.vring.memory.as_ref());
+        // A ring that is broken shows in the turn.
+        session
+            .and_then(|mut s| s.enable_notifications())
+            .unwrap_or(true)
+    }
+
     /// The front-end wants its ring to be polled.
-    fn polling(&self) -> bool {
+    fn polled_by_wish(&self) -> bool {
         self.queue
             .as_ref()
             .is_some_and(|q| q.vring.kick.is_none() && q.serves())
@@ -425,17 +496,13 @@ impl Turn<'_> {
         }
         // What was finished before the driver broke its ring is returned all the same.
         let notify = session.publish()?;
-        let mut more = taken?;
-        if serves && !more {
-            more = session.enable_notifications()?;
-        }
         if notify && vring.call.is_some() {
             self.counters.notifications = self.counters.notifications.saturating_add(1);
             if let Err(e) = vring.notify_driver() {
                 debug!("cannot signal the call eventfd: {e}");
             }
         }
-        Ok(more)
+        taken
     }
 
     /// Writes are to be durable when they complete. Ask for each request after it was taken: a driver that was told that
@@ -758,7 +825,8 @@ fn failed(error: PrepareError) -> std::io::Error {
 
 /// Writes the status, and returns the length for the used ring: bytes written, with the status.
 fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
-    if mem.write_obj(status as u8, job.status).is_err() {
+    let place = Segment::new(job.status, 1);
+    if write_segments(mem, &[place], 0, &[status as u8]).is_err() {
         return 0;
     }
     let data = if status == Status::Ok { job.reply } else { 0 };
