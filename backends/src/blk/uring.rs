@@ -98,6 +98,8 @@ struct Slot {
     iovecs: Vec<libc::iovec>,
     /// The first that is not done.
     next: usize,
+    /// Behind the last that the next operation is for; `None`: all.
+    end: Option<usize>,
     /// What the kernel gets in place of `iovecs`, when it goes through the bounce buffer.
     bounce: Option<libc::iovec>,
     /// The kernel has it.
@@ -113,17 +115,18 @@ pub(super) struct Uring {
     bounce: Option<MmapRegion<()>>,
     zeroes: Option<MmapRegion<()>>,
     /// Registered; kept open with the ring.
-    _disk: Option<Arc<File>>,
+    _files: Vec<Arc<File>>,
     /// System calls made.
     pub(super) syscalls: u64,
 }
 
 impl Uring {
-    /// A ring of the calling thread, on this disk.
-    pub(super) fn new(entries: u32, disk: Option<Arc<File>>) -> io::Result<Self> {
+    /// A ring of the calling thread, on these files. The first is the disk; an image has others with more of its data.
+    pub(super) fn new(entries: u32, files: Vec<Arc<File>>) -> io::Result<Self> {
         let ring = build(entries)?;
-        if let Some(disk) = &disk {
-            ring.submitter().register_files(&[disk.as_raw_fd()])?;
+        if !files.is_empty() {
+            let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+            ring.submitter().register_files(&numbers)?;
         }
         Ok(Self {
             ring,
@@ -132,7 +135,7 @@ impl Uring {
             memory: None,
             bounce: None,
             zeroes: None,
-            _disk: disk,
+            _files: files,
             syscalls: 0,
         })
     }
@@ -148,6 +151,11 @@ impl Uring {
         self.slots.resize_with(usize::from(slots), Slot::default);
         self.memory = memory;
         true
+    }
+
+    /// What requests are in.
+    pub(super) fn memory(&self) -> Option<Arc<Memory>> {
+        self.memory.clone()
     }
 
     /// Operations that the kernel has.
@@ -173,6 +181,7 @@ impl Uring {
         let state = free(&mut self.slots, slot)?;
         state.iovecs.clear();
         state.next = 0;
+        state.end = None;
         state.bounce = None;
         let (mut skip, mut left) = (skip, len);
         let mask = usize::try_from(align)
@@ -237,6 +246,7 @@ impl Uring {
         let state = self.free_slot(slot)?;
         state.iovecs.clear();
         state.next = 0;
+        state.end = None;
         state.bounce = None;
         let mut left = len;
         while left > 0 && state.iovecs.len() < MAX_IOVECS {
@@ -325,23 +335,74 @@ impl Uring {
         }
     }
 
-    /// Transfers what is not done yet of a slot.
+    /// Lets the next operation of a slot end after `len` bytes.
+    pub(super) fn limit(&mut self, slot: u16, len: u64) -> io::Result<()> {
+        let state = self.free_slot(slot).map_err(io::Error::other)?;
+        let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+        if let Some(bounce) = &mut state.bounce {
+            bounce.iov_len = bounce.iov_len.min(left);
+        }
+        for at in state.next..state.iovecs.len() {
+            let Some(iovec) = state.iovecs.get_mut(at) else {
+                break;
+            };
+            if left >= iovec.iov_len {
+                left = left.saturating_sub(iovec.iov_len);
+                continue;
+            }
+            if left > 0 {
+                let rest = libc::iovec {
+                    iov_base: iovec.iov_base.wrapping_byte_add(left),
+                    iov_len: iovec.iov_len.saturating_sub(left),
+                };
+                iovec.iov_len = left;
+                state.iovecs.insert(at.saturating_add(1), rest);
+            }
+            state.end = Some(at.saturating_add(usize::from(left > 0)));
+            return Ok(());
+        }
+        state.end = None;
+        Ok(())
+    }
+
+    /// Fills the next `len` bytes of a slot's memory with zeroes; they are done then.
+    pub(super) fn fill(&mut self, slot: u16, len: u64) -> Result<(), PrepareError> {
+        let state = self.free_slot(slot)?;
+        state.bounce = None;
+        let all = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut left = all;
+        for iovec in state.iovecs.get(state.next..).unwrap_or_default() {
+            let piece = iovec.iov_len.min(left);
+            // SAFETY: the iovec lies in guest memory, which `self.memory` keeps mapped, and `piece` is within it.
+            unsafe { ptr::write_bytes(iovec.iov_base.cast::<u8>(), 0, piece) };
+            left = left.saturating_sub(piece);
+        }
+        self.advance(slot, all, Direction::Read);
+        Ok(())
+    }
+
+    /// Transfers what is not done yet of a slot, up to its limit.
     pub(super) fn transfer(
         &mut self,
         slot: u16,
         direction: Direction,
+        file: u8,
         offset: u64,
     ) -> io::Result<()> {
         let state = self.free_slot(slot).map_err(io::Error::other)?;
         let iovecs = match &state.bounce {
             Some(iovec) => std::slice::from_ref(iovec),
-            None => state.iovecs.get(state.next..).unwrap_or_default(),
+            None => {
+                let end = state.end.unwrap_or(state.iovecs.len());
+                state.iovecs.get(state.next..end).unwrap_or_default()
+            }
         };
         let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
         let base = iovecs.as_ptr();
+        let file = Fixed(file.into());
         let entry = match direction {
-            Direction::Read => opcode::Readv::new(DISK, base, count).offset(offset).build(),
-            Direction::Write { durable } => opcode::Writev::new(DISK, base, count)
+            Direction::Read => opcode::Readv::new(file, base, count).offset(offset).build(),
+            Direction::Write { durable } => opcode::Writev::new(file, base, count)
                 .offset(offset)
                 .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
                 .build(),

@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use thiserror::Error;
 
+use crate::blk::disk::AlignedBlock;
+
 /// "QFI\xfb", the first bytes of an image.
 pub(in crate::blk) const MAGIC: [u8; 4] = *b"QFI\xfb";
 /// Length of the fields that are read here, of version 3; in version 2, extensions begin before.
@@ -16,8 +18,6 @@ const V2_LEN: u32 = 72;
 /// Types of header extensions ("Header extensions").
 const END_OF_EXTENSIONS: u32 = 0;
 const BACKING_FORMAT: u32 = 0xe279_2aca;
-/// Direct I/O needs whole blocks.
-const BLOCK: usize = 4096;
 
 /// Incompatible feature bits ("Incompatible features").
 mod incompatible {
@@ -91,13 +91,8 @@ pub(super) struct Header {
 impl Header {
     /// Reads and checks the header of an image.
     pub(super) fn read(file: &File) -> Result<Self, HeaderError> {
-        // Twice the block: one can be found in it that is aligned.
-        let mut buffer = vec![0_u8; 2 * BLOCK];
-        let start = buffer.as_ptr().align_offset(BLOCK);
-        let block = start
-            .checked_add(BLOCK)
-            .and_then(|end| buffer.get_mut(start..end))
-            .unwrap_or_default();
+        let mut block = AlignedBlock::default();
+        let block = block.bytes();
         let mut filled = 0;
         while let Some(rest) = block.get_mut(filled..).filter(|rest| !rest.is_empty()) {
             let at = u64::try_from(filled).unwrap_or(0);

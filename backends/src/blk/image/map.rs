@@ -256,7 +256,10 @@ mod tests {
     fn granules_that_share_a_place_are_told_apart() {
         let map = Map::new(9, 1 << 40);
         map.set(5, data(0, 512, true));
-        assert_eq!(map.find((5 + MAX_ENTRIES) * 512, 512, false), Place::Unknown);
+        assert_eq!(
+            map.find((5 + MAX_ENTRIES) * 512, 512, false),
+            Place::Unknown
+        );
         map.set(5 + MAX_ENTRIES, data(0, 1024, true));
         assert_eq!(map.find(5 * 512, 512, false), Place::Unknown);
     }

@@ -10,11 +10,12 @@ mod header;
 mod map;
 mod ops;
 mod qcow2;
+mod side;
 
 pub use header::HeaderError;
 pub use qcow2::{Image, Qcow2Error};
 
 pub(super) use header::MAGIC as QCOW2_MAGIC;
 pub(super) use map::Place;
-pub(super) use ops::{Action, Link, Op, Outcome};
-pub(super) use qcow2::Paths;
+pub(super) use ops::{Action, Outcome};
+pub(super) use side::{Part, Side};

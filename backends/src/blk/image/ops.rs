@@ -41,27 +41,27 @@ pub(in crate::blk) enum Action {
 
 /// An operation of the request in a slot.
 #[derive(Debug)]
-pub(in crate::blk) struct Op {
+pub(super) struct Op {
     /// The worker's slot.
-    pub(in crate::blk) slot: u16,
+    pub(super) slot: u16,
     /// What is to be done.
-    pub(in crate::blk) action: Action,
+    pub(super) action: Action,
     /// Where on the disk, in bytes: within its capacity.
-    pub(in crate::blk) offset: u64,
+    pub(super) offset: u64,
     /// How many bytes.
-    pub(in crate::blk) len: u64,
+    pub(super) len: u64,
     /// It is to be durable when it completes.
-    pub(in crate::blk) durable: bool,
+    pub(super) durable: bool,
     /// Do it, even where the worker could once it knows the place.
-    pub(in crate::blk) serve: bool,
+    pub(super) serve: bool,
     /// The request's data in guest memory.
-    pub(in crate::blk) segments: Vec<Segment>,
+    pub(super) segments: Vec<Segment>,
     /// Bytes of the segments before the operation's own.
-    pub(in crate::blk) skip: u64,
+    pub(super) skip: u64,
     /// What the segments are in.
-    pub(in crate::blk) memory: Arc<Memory>,
+    pub(super) memory: Arc<Memory>,
     /// Where the outcome goes.
-    pub(in crate::blk) mailbox: Arc<Mailbox>,
+    pub(super) mailbox: Arc<Mailbox>,
 }
 
 /// How an operation ended.
@@ -126,7 +126,7 @@ impl Op {
 
 /// The outcomes for one worker.
 #[derive(Debug)]
-pub(in crate::blk) struct Mailbox {
+pub(super) struct Mailbox {
     ended: Mutex<Vec<(u16, Outcome)>>,
     event: EventFd,
 }
@@ -154,7 +154,7 @@ impl Mailbox {
 
 /// A worker's end: where it hands operations over, and takes outcomes back.
 #[derive(Debug)]
-pub(in crate::blk) struct Link {
+pub(super) struct Link {
     sender: Sender<Op>,
     /// Wakes a companion that waits for other things as well.
     wake: Option<Arc<EventFd>>,
@@ -171,12 +171,12 @@ impl Link {
     }
 
     /// For the operation's `mailbox`.
-    pub(in crate::blk) fn mailbox(&self) -> Arc<Mailbox> {
+    pub(super) fn mailbox(&self) -> Arc<Mailbox> {
         Arc::clone(&self.mailbox)
     }
 
     /// Hands an operation over. `false` if nobody is there any more.
-    pub(in crate::blk) fn hand_over(&self, op: Op) -> bool {
+    pub(super) fn hand_over(&self, op: Op) -> bool {
         if self.sender.send(op).is_err() {
             return false;
         }
@@ -189,7 +189,7 @@ impl Link {
     }
 
     /// Takes all outcomes; `ended` is emptied first.
-    pub(in crate::blk) fn take(&self, ended: &mut Vec<(u16, Outcome)>) {
+    pub(super) fn take(&self, ended: &mut Vec<(u16, Outcome)>) {
         ended.clear();
         // The counter would reach its maximum in no lifetime, but a reader resets it for those who poll by level.
         let _ = self.mailbox.event.read();

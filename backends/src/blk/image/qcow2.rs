@@ -46,6 +46,7 @@ use tracing::{debug, error, info, warn};
 use super::header::{Header, HeaderError};
 use super::map::{Entry, MAX_LAYERS, Map, Place};
 use super::ops::{Action, Link, Op, Outcome};
+use super::side::Side;
 use crate::blk::disk::{self, DiskError, DiskOptions};
 use crate::shell::LogLimit;
 
@@ -162,7 +163,7 @@ impl Gate {
 
 /// A worker's view of the image: which places it may use.
 #[derive(Debug)]
-pub(in crate::blk) struct Paths {
+pub(super) struct Paths {
     map: Arc<Map>,
     gate: Arc<Gate>,
     under_way: Arc<AtomicU32>,
@@ -172,7 +173,7 @@ pub(in crate::blk) struct Paths {
 impl Paths {
     /// Where the first bytes of a range are. After [`Place::File`], call [`leave`](Self::leave) when the operation on
     /// it has ended.
-    pub(in crate::blk) fn find(&self, offset: u64, len: u64, write: bool) -> Place {
+    pub(super) fn find(&self, offset: u64, len: u64, write: bool) -> Place {
         self.under_way.fetch_add(1, Ordering::SeqCst);
         let place = if self.gate.closed.load(Ordering::SeqCst) {
             Place::Unknown
@@ -186,7 +187,7 @@ impl Paths {
     }
 
     /// An operation in a place from the map has ended.
-    pub(in crate::blk) fn leave(&self) {
+    pub(super) fn leave(&self) {
         self.under_way.fetch_sub(1, Ordering::SeqCst);
         if self.gate.closed.load(Ordering::SeqCst)
             && let Some(companion) = self.gate.companion.get()
@@ -196,7 +197,7 @@ impl Paths {
     }
 
     /// The companion must write tables before what was written is durable.
-    pub(in crate::blk) fn tables_changed(&self) -> bool {
+    pub(super) fn tables_changed(&self) -> bool {
         self.tables_changed.load(Ordering::Acquire)
     }
 }
@@ -233,10 +234,7 @@ impl Image {
     ///
     /// # Errors
     /// [`Qcow2Error`]
-    pub(in crate::blk) fn open(
-        options: &DiskOptions,
-        file: Arc<File>,
-    ) -> Result<Self, Qcow2Error> {
+    pub(in crate::blk) fn open(options: &DiskOptions, file: Arc<File>) -> Result<Self, Qcow2Error> {
         let mut chain = Chain {
             options,
             files: Vec::new(),
@@ -264,13 +262,6 @@ impl Image {
         let map = Arc::new(Map::new(granule_bits, capacity));
         let gate = Arc::<Gate>::default();
         let tables_changed = Arc::<AtomicBool>::default();
-        info!(
-            path = %options.path.display(),
-            version = header.version,
-            cluster = 1_u64 << header.cluster_bits,
-            layers = files.len(),
-            "qcow2 image"
-        );
         Ok(Self {
             files: files.into_iter().map(|(_, file)| file).collect(),
             capacity,
@@ -313,7 +304,7 @@ impl Image {
     ///
     /// # Errors
     /// What the system said.
-    pub(in crate::blk) fn attach(&mut self) -> io::Result<(Link, Paths)> {
+    pub(in crate::blk) fn attach(&mut self) -> io::Result<Side> {
         let link = Link::new(self.sender()?, None)?;
         let under_way = Arc::<AtomicU32>::default();
         self.gate
@@ -327,7 +318,7 @@ impl Image {
             under_way,
             tables_changed: Arc::clone(&self.tables_changed),
         };
-        Ok((link, paths))
+        Ok(Side::new(link, Some(paths)))
     }
 
     fn sender(&mut self) -> io::Result<Sender<Op>> {
@@ -341,6 +332,12 @@ impl Image {
         let thread = thread::Builder::new()
             .name("blk-image".into())
             .spawn(move || companion.run(&ops))?;
+        info!(
+            size = self.capacity,
+            layers = self.files.len(),
+            granule = self.map.granule(),
+            "qcow2 image"
+        );
         // Set once: there is one companion.
         let _ = self.gate.companion.set(thread.thread().clone());
         self.running = Some((sender.clone(), thread));
@@ -594,16 +591,15 @@ impl Companion {
         discard: impl FnOnce(&mut FormatAccess<Storage>) -> io::Result<()>,
     ) -> io::Result<()> {
         self.gate.close();
-        let freed = self.clusters(op.offset, op.len);
-        let discarded = self.change(op, discard);
-        if discarded.is_ok() {
-            // Nobody has them: the gate is closed, and this thread allocates nothing meanwhile.
-            for (offset, len) in freed.iter().flatten() {
-                self.punch(*offset, *len);
+        // First the bytes: clusters that are given back may be taken at once, for what is zeroed in part.
+        let given_back = self.clusters(op.offset, op.len).map(|clusters| {
+            for (offset, len) in clusters {
+                self.punch(offset, len);
             }
-        }
+        });
+        let discarded = given_back.and_then(|()| self.change(op, discard));
         self.gate.open();
-        freed.and(discarded)
+        discarded
     }
 
     /// Where the whole clusters of a range are in the image's own file, as far as they belong to nobody else.
