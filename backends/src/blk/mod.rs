@@ -56,8 +56,12 @@ pub struct BlkConfig {
     pub serial: [u8; ID_LEN],
     /// The largest queue size, a power of two.
     pub max_queue_size: u16,
-    /// Longest time that a worker spins for before it sleeps.
+    /// Pin guest memory and register it with io_uring.
+    pub register_memory: bool,
+    /// Longest time that a worker without requests spins for before it sleeps.
     pub poll: Duration,
+    /// Longest time that a worker spins for while the storage works.
+    pub poll_storage: Duration,
     /// Most that spinning in vain may take of a worker's time, in percent.
     pub poll_budget: u32,
 }
@@ -85,9 +89,15 @@ impl Blk {
             writeback,
             serial,
             max_queue_size,
+            register_memory,
             poll,
+            poll_storage,
             poll_budget,
         } = config;
+        let poll_limits = |window| PollLimits {
+            window,
+            budget: poll_budget,
+        };
         let discard = geometry.max_range > 0;
         let mut features = feature::VERSION_1
             | feature::EVENT_IDX
@@ -137,10 +147,9 @@ impl Blk {
                 },
                 files,
                 memory_align: align,
-                poll: PollLimits {
-                    window: poll,
-                    budget: poll_budget,
-                },
+                registers: register_memory,
+                poll: poll_limits(poll),
+                poll_storage: poll_limits(poll_storage),
                 serial,
                 writeback: Arc::new(AtomicBool::new(writeback)),
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),

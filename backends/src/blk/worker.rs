@@ -32,7 +32,7 @@ use super::image::{Action, Outcome, Part, Place, Side};
 use super::poll::{PollLimits, PollWindow};
 use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
 use super::uring::{Completion, Direction, PrepareError, Uring};
-use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring};
+use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, signal};
 
 /// Entries of the submission queue; a larger batch takes a system call more.
 const SUBMISSIONS: u32 = 256;
@@ -42,6 +42,11 @@ const COMMANDS: u32 = 0;
 const OUTCOMES: u32 = 1;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
+/// After how many operations the storage gets them, while a batch is still being drained: it can begin meanwhile, and what is
+/// begun apart ends apart, so that the driver has something to go on with.
+const SUBMIT: u32 = 8;
+/// After how many requests that were answered at once the driver is shown them: it can go on meanwhile.
+const ANSWERS: u32 = 8;
 /// Pauses between two looks while spinning: about as long as the look.
 const SPINS: u32 = 4;
 /// How often an operation that the kernel wants repeated is repeated.
@@ -57,7 +62,12 @@ pub(super) struct Shared {
     pub(super) capacity: Arc<AtomicU64>,
     /// Buffers must be aligned to this many bytes.
     pub(super) memory_align: u32,
+    /// Guest memory is to be registered with io_uring.
+    pub(super) registers: bool,
+    /// For how long to spin for requests, while nothing is in flight.
     pub(super) poll: PollLimits,
+    /// For how long to spin while the storage works.
+    pub(super) poll_storage: PollLimits,
     pub(super) serial: [u8; ID_LEN],
     /// `wce` in the configuration space.
     pub(super) writeback: Arc<AtomicBool>,
@@ -127,7 +137,8 @@ pub(super) struct Worker {
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
-    poll: PollWindow,
+    /// For requests, and for the storage.
+    windows: [PollWindow; 2],
     counters: Counters,
     limit: LogLimit,
 }
@@ -161,13 +172,13 @@ impl Worker {
         side: Option<Side>,
         commands: Commands,
     ) -> std::io::Result<Self> {
-        let mut uring = Uring::new(SUBMISSIONS, shared.files.clone())?;
+        let mut uring = Uring::new(SUBMISSIONS, shared.files.clone(), shared.registers)?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
         if let Some(side) = &side {
             uring.poll(side.as_raw_fd(), OUTCOMES)?;
         }
         Ok(Self {
-            poll: PollWindow::new(shared.poll),
+            windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
             shared,
             commands,
             uring,
@@ -193,7 +204,7 @@ impl Worker {
             self.counters.turns = self.counters.turns.saturating_add(1);
             completed.clear();
             outcomes.clear();
-            let mut commanded = false;
+            let (mut commanded, mut answered) = (false, false);
             while let Some(completion) = self.uring.completion() {
                 match completion {
                     Completion::Io { slot, result } => {
@@ -204,11 +215,12 @@ impl Worker {
                     }
                     Completion::Poll { tag, result, more } => {
                         commanded |= tag == COMMANDS;
+                        answered |= tag == OUTCOMES;
                         self.polled(tag, result, more);
                     }
                 }
             }
-            if let Some(side) = &self.side {
+            if let (true, Some(side)) = (answered, &self.side) {
                 side.take(&mut outcomes);
             }
             if commanded {
@@ -237,61 +249,25 @@ impl Worker {
         if self.polled_by_wish() {
             return self.uring.enter(1, Some(POLL_INTERVAL));
         }
-        if !self.poll.learns() || self.queue.is_none() {
-            return match self.arm() {
-                true => self.uring.enter(0, None),
-                false => self.uring.enter(1, None),
-            };
-        }
+        let [for_requests, for_storage] = &mut self.windows;
+        let poll = match (&self.queue, self.uring.in_flight()) {
+            (Some(_), 0) => for_requests,
+            _ => for_storage,
+        };
         let start = Instant::now();
-        let window = self.poll.now();
+        let window = poll.now();
         if !window.is_zero() {
             self.uring.enter(0, None)?;
-            if let Some(after) = self.spin(start, window) {
-                self.poll.hit(after);
+            let queue = self.queue.as_mut();
+            if let Some(after) = spin(queue, &mut self.uring, start, window) {
+                poll.hit(after);
                 return self.uring.enter(0, None);
             }
         }
-        let slept = match self.arm() {
-            true => self.uring.enter(0, None),
-            false => self.uring.enter(1, None),
-        };
-        self.poll.slept(start.elapsed(), window);
-        slept
-    }
-
-    /// Looks for something to do until there is some, and returns after what time it came, or `None` when `window` is over.
-    fn spin(&mut self, start: Instant, window: Duration) -> Option<Duration> {
-        let queue = self.queue.as_mut()?;
-        let serves = queue.serves();
-        let mut session = queue.vring.ring.session(queue.vring.memory.as_ref()).ok()?;
-        loop {
-            // A ring that is broken shows in the turn.
-            let found = self.uring.ready()
-                || serves && session.available().is_ok_and(|waiting| waiting > 0);
-            let passed = start.elapsed();
-            if found {
-                return Some(passed);
-            }
-            if passed >= window {
-                return None;
-            }
-            for _ in 0..SPINS {
-                std::hint::spin_loop();
-            }
-        }
-    }
-
-    /// Asks the driver to kick. Returns whether there is something to do already, which it will not kick for.
-    fn arm(&mut self) -> bool {
-        let Some(queue) = self.queue.as_mut().filter(|queue| queue.serves()) else {
-            return false;
-        };
-        let session = queue.vring.ring.session(queue.vring.memory.as_ref());
-        // A ring that is broken shows in the turn.
-        session
-            .and_then(|mut s| s.enable_notifications())
-            .unwrap_or(true)
+        let waiting = arm(self.queue.as_mut());
+        self.uring.enter(usize::from(!waiting), None)?;
+        poll.slept(start.elapsed(), window);
+        Ok(())
     }
 
     /// The front-end wants its ring to be polled.
@@ -457,6 +433,44 @@ impl Worker {
     }
 }
 
+/// Looks for something to do until there is some, and returns after what time it came, or `None` when `window` is over.
+fn spin(
+    queue: Option<&mut Queue>,
+    uring: &mut Uring,
+    start: Instant,
+    window: Duration,
+) -> Option<Duration> {
+    let queue = queue?;
+    let serves = queue.serves();
+    let mut session = queue.vring.session().ok()?;
+    loop {
+        // A ring that is broken shows in the turn.
+        let found = uring.ready() || serves && session.available().is_ok_and(|waiting| waiting > 0);
+        let passed = start.elapsed();
+        if found {
+            return Some(passed);
+        }
+        if passed >= window {
+            return None;
+        }
+        for _ in 0..SPINS {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// Asks the driver to kick. Returns whether there is something to do already, for which it will not kick.
+fn arm(queue: Option<&mut Queue>) -> bool {
+    let Some(queue) = queue.filter(|queue| queue.serves()) else {
+        return false;
+    };
+    let session = queue.vring.session();
+    // A ring that is broken shows in the turn.
+    session
+        .and_then(|mut session| session.enable_notifications())
+        .unwrap_or(true)
+}
+
 impl Queue {
     /// New chains are to be taken.
     fn serves(&self) -> bool {
@@ -519,6 +533,7 @@ impl Turn<'_> {
             slots.release_all(completed, outcomes);
             return Ok(false);
         }
+        let call = vring.call.as_ref();
         let mut session = match vring.ring.session(vring.memory.as_ref()) {
             Ok(session) => session,
             Err(e) => {
@@ -542,17 +557,26 @@ impl Turn<'_> {
         let mut taken = Ok(false);
         if serves {
             session.disable_notifications()?;
-            taken = self.drain(&mut slots, &mut session, chain, features);
+            taken = self.drain(&mut slots, &mut session, chain, features, call);
         }
         // What was finished before the driver broke its ring is returned all the same.
-        let notify = session.publish()?;
-        if notify && vring.call.is_some() {
+        self.publish(&mut session, call)?;
+        taken
+    }
+
+    /// Shows the driver what was answered, and interrupts it if it wants to be.
+    fn publish(
+        &mut self,
+        session: &mut Session<'_, Memory>,
+        call: Option<&File>,
+    ) -> Result<(), RingError> {
+        if session.publish()? && call.is_some() {
             self.counters.notifications = self.counters.notifications.saturating_add(1);
-            if let Err(e) = vring.notify_driver() {
+            if let Err(e) = signal(call) {
                 debug!("cannot signal the call eventfd: {e}");
             }
         }
-        taken
+        Ok(())
     }
 
     /// Writes are to be durable when they complete. Ask for each request after it was taken: a driver that was told that
@@ -568,15 +592,25 @@ impl Turn<'_> {
         session: &mut Session<'_, Memory>,
         buf: &mut ChainBuf,
         features: u64,
+        call: Option<&File>,
     ) -> Result<bool, RingError> {
+        let mut answered = 0_u32;
         for _ in 0..slots.jobs.len() {
             match session.pop(buf) {
                 Ok(Some(chain)) => {
+                    if self.uring.unsubmitted() >= SUBMIT {
+                        // What it fails with shows when the worker waits.
+                        let _ = self.uring.enter(0, None);
+                    }
                     self.counters.requests = self.counters.requests.saturating_add(1);
                     let head = chain.head();
                     let durable = self.durable(features);
                     if let Some(len) = self.begin(slots, session.memory(), &chain, durable) {
                         session.push_used(head, len)?;
+                        answered = answered.wrapping_add(1);
+                        if answered.is_multiple_of(ANSWERS) {
+                            self.publish(session, call)?;
+                        }
                     }
                 }
                 Ok(None) => return Ok(false),
