@@ -7,7 +7,8 @@ use clap::{Args, ValueEnum};
 use thiserror::Error;
 
 use super::config::Geometry;
-use super::disk::{Disk, DiskError, DiskOptions};
+use super::disk::{Disk, DiskError, DiskOptions, Format};
+use super::image::Image;
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, SEG_MAX};
 use crate::shell::OpenError;
@@ -17,12 +18,12 @@ const MAX_RANGE: u64 = 1 << 30;
 /// How long a disk may stay locked by a program that is ending.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 
-/// Whether something is to be offered.
+/// Whether something is to be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
-    /// Offered, if the disk can be written.
+    /// If it is possible.
     On,
-    /// Not offered.
+    /// Not at all.
     Off,
 }
 
@@ -39,9 +40,26 @@ pub enum Cache {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Disk")]
 pub struct BlkArgs {
-    /// Raw image file or block device to serve
+    /// Image file or block device to serve
     #[arg(long, alias = "blk-file", value_name = "FILE", required_unless_present_any = ["null", "print_capabilities"], conflicts_with = "null")]
     pub path: Option<PathBuf>,
+
+    /// Format of the image: raw or qcow2
+    ///
+    /// It is never guessed: a guest can write what looks like a qcow2 image into its raw disk, and would have any file of
+    /// the host opened as a backing file the next time.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "raw",
+        value_name = "FORMAT",
+        conflicts_with = "null"
+    )]
+    pub format: Format,
+
+    /// Open the backing files that a qcow2 image names, for reading; off refuses an image that has one
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub backing: OnOff,
 
     /// Serve a disk of this size that moves no data, to measure everything else (K, M, G, T are powers of 1024)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -178,6 +196,8 @@ impl BlkArgs {
                 direct: self.direct,
                 block_size: self.block_size,
                 lock_wait: LOCK_WAIT,
+                format: self.format,
+                backing: self.backing == OnOff::On,
             })?),
             (None, Some(_)) => None,
             (None, None) => return Err(ArgsError::NoDisk),
@@ -208,7 +228,11 @@ impl BlkArgs {
         for (place, byte) in serial.iter_mut().zip(self.serial.bytes()) {
             *place = byte;
         }
-        let discard = self.discard == OnOff::On && !self.read_only;
+        let possible = disk
+            .as_ref()
+            .and_then(|d| d.image.as_ref())
+            .is_none_or(Image::ranges);
+        let discard = self.discard == OnOff::On && !self.read_only && possible;
         Ok(BlkConfig {
             geometry: Geometry {
                 capacity,

@@ -4,14 +4,17 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use thiserror::Error;
 use tracing::{debug, warn};
 
+use super::image::{Image, QCOW2_MAGIC, Qcow2Error};
 use super::request::SECTOR;
 
 /// How often to try to lock a disk.
@@ -95,6 +98,18 @@ pub enum DiskError {
         /// The path.
         path: PathBuf,
     },
+    /// The image's format says no.
+    #[error(transparent)]
+    Qcow2(#[from] Box<Qcow2Error>),
+}
+
+/// What a disk's bytes mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// They are the disk's contents.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
 }
 
 /// How to open a disk.
@@ -110,13 +125,19 @@ pub struct DiskOptions {
     pub block_size: Option<u32>,
     /// How long to wait for a lock that another program holds.
     pub lock_wait: Duration,
+    /// What its bytes mean.
+    pub format: Format,
+    /// An image may have backing files.
+    pub backing: bool,
 }
 
 /// A disk that is open, locked and examined.
 #[derive(Debug)]
 pub struct Disk {
     /// The open file; its lock lives as long as it.
-    pub file: File,
+    pub file: Arc<File>,
+    /// What the file means, if it is not the disk's contents.
+    pub image: Option<Image>,
     /// Where it is.
     pub path: PathBuf,
     /// Size in bytes, a multiple of `block_size`.
@@ -138,20 +159,12 @@ impl Disk {
     /// [`DiskError`]
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
         let path = &options.path;
-        let meta = fs::metadata(path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => DiskError::Absent { path: path.clone() },
-            _ => DiskError::Open {
-                path: path.clone(),
-                source,
-            },
+        let file = Arc::new(open_locked(options)?);
+        let meta = file.metadata().map_err(|source| DiskError::Open {
+            path: path.clone(),
+            source,
         })?;
-        let device = meta.file_type().is_block_device();
-        if !device && !meta.is_file() {
-            return Err(DiskError::NotADisk { path: path.clone() });
-        }
-        let file = open(options)?;
-        lock(&file, options)?;
-        let storage = Storage::examine(&meta, device);
+        let storage = Storage::examine(&meta, meta.file_type().is_block_device());
         let align = if options.direct {
             direct_alignment(&file, storage.logical).max(storage.logical)
         } else {
@@ -165,9 +178,17 @@ impl Disk {
                 needed,
             });
         }
+        let (capacity, image) = match options.format {
+            Format::Raw => (capacity(&file, path, block_size)?, None),
+            Format::Qcow2 => {
+                let image = Image::open(options, Arc::clone(&file)).map_err(Box::new)?;
+                (in_blocks(image.capacity(), path, block_size)?, Some(image))
+            }
+        };
         Ok(Self {
-            capacity: capacity(&file, path, block_size)?,
+            capacity,
             path: path.clone(),
+            image,
             file,
             block_size,
             physical_block_size: storage.physical.max(block_size),
@@ -188,17 +209,43 @@ pub(super) fn capacity(file: &File, path: &Path, block: u32) -> Result<u64, Disk
             path: path(),
             source,
         })?;
+    in_blocks(size, &path(), block)
+}
+
+fn in_blocks(size: u64, path: &Path, block: u32) -> Result<u64, DiskError> {
+    let path = path.to_owned();
     if size == 0 {
-        return Err(DiskError::Empty { path: path() });
+        return Err(DiskError::Empty { path });
     }
     if !size.is_multiple_of(u64::from(block)) {
-        return Err(DiskError::Unaligned {
-            path: path(),
-            size,
-            block,
-        });
+        return Err(DiskError::Unaligned { path, size, block });
     }
     Ok(size)
+}
+
+/// Whether a file begins as a qcow2 image does. It may be a raw disk all the same: a guest can make anything of
+/// the disk that it writes.
+pub(super) fn looks_like_qcow2(file: &File) -> bool {
+    let mut start = AlignedBlock::default();
+    file.read_at(start.bytes(), 0).is_ok() && start.bytes().starts_with(&QCOW2_MAGIC)
+}
+
+/// Opens a file or device, and locks it.
+pub(super) fn open_locked(options: &DiskOptions) -> Result<File, DiskError> {
+    let path = &options.path;
+    let meta = fs::metadata(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => DiskError::Absent { path: path.clone() },
+        _ => DiskError::Open {
+            path: path.clone(),
+            source,
+        },
+    })?;
+    if !meta.file_type().is_block_device() && !meta.is_file() {
+        return Err(DiskError::NotADisk { path: path.clone() });
+    }
+    let file = open(options)?;
+    lock(&file, options)?;
+    Ok(file)
 }
 
 fn open(options: &DiskOptions) -> Result<File, DiskError> {
@@ -325,16 +372,28 @@ fn queue_directory(rdev: u64) -> Option<PathBuf> {
         .find(|dir| dir.is_dir())
 }
 
+/// A block that direct I/O can fill.
+#[derive(Debug)]
+#[repr(align(4096))]
+pub(super) struct AlignedBlock([u8; 4096]);
+
+impl Default for AlignedBlock {
+    fn default() -> Self {
+        Self([0; 4096])
+    }
+}
+
+impl AlignedBlock {
+    pub(super) fn bytes(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
 /// The alignment that direct I/O needs: found by trying.
 fn direct_alignment(file: &File, logical: u32) -> u32 {
-    const LARGE: usize = 4096;
-    let mut buffer = vec![0_u8; 2 * LARGE];
-    let start = buffer.as_ptr().align_offset(LARGE);
-    let logical_len = usize::try_from(logical).unwrap_or(LARGE);
-    let Some(aligned) = start
-        .checked_add(logical_len)
-        .and_then(|end| buffer.get_mut(start..end))
-    else {
+    let mut block = AlignedBlock::default();
+    let len = usize::try_from(logical).unwrap_or(usize::MAX);
+    let Some(aligned) = block.bytes().get_mut(..len) else {
         return 4096;
     };
     match file.read_at(aligned, u64::from(logical)) {
@@ -355,6 +414,8 @@ mod tests {
             direct: false,
             block_size: None,
             lock_wait: Duration::ZERO,
+            format: Format::Raw,
+            backing: true,
         }
     }
 

@@ -1,14 +1,17 @@
-//! The block device: a raw image file or a block device, served over vhost-user (VIRTIO 1.3, 5.2).
+//! The block device: a disk image or a block device, served over vhost-user (VIRTIO 1.3, 5.2).
 //!
 //! ```text
 //!  virtqueue ──▶ request.rs ──▶ worker.rs ──▶ uring.rs ──▶ disk.rs' file
 //!  (rings)       what is asked,  one thread    io_uring on    opened, examined,
 //!                is it valid?    for a queue   guest memory   locked
+//!                                   │
+//!                                   └────────▶ image/: what an image needs besides
 //! ```
 
 mod args;
 mod config;
 mod disk;
+mod image;
 mod poll;
 mod request;
 mod uring;
@@ -21,13 +24,14 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::shell::{Commands, Device, DeviceError, config_range};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::Geometry;
-pub use disk::{Disk, DiskError, DiskOptions};
+pub use disk::{Disk, DiskError, DiskOptions, Format};
+pub use image::{HeaderError, Image, Qcow2Error};
 
 use config::feature;
 use poll::PollLimits;
@@ -70,6 +74,7 @@ pub struct Blk {
     max_queue_size: u16,
     default_writeback: bool,
     path: Option<PathBuf>,
+    image: Option<Image>,
     shared: Shared,
 }
 
@@ -112,13 +117,23 @@ impl Blk {
             features |= feature::DISCARD | feature::WRITE_ZEROES;
         }
         let align = disk.as_ref().map_or(1, |d| d.align);
-        let path = disk.as_ref().map(|d| d.path.clone());
+        let (path, files, image) = match disk {
+            None => (None, Vec::new(), None),
+            Some(disk) => {
+                let files = match &disk.image {
+                    None => vec![disk.file],
+                    Some(image) => image.files().to_vec(),
+                };
+                (Some(disk.path), files, disk.image)
+            }
+        };
         Self {
             geometry,
             features,
             max_queue_size,
             default_writeback: writeback,
             path,
+            image,
             shared: Shared {
                 limits: Limits {
                     capacity: geometry.capacity,
@@ -130,7 +145,7 @@ impl Blk {
                     max_range: geometry.max_range,
                     align: u64::from(align),
                 },
-                disk: disk.map(|d| Arc::new(d.file)),
+                files,
                 memory_align: align,
                 registers: register_memory,
                 poll: poll_limits(poll),
@@ -145,7 +160,8 @@ impl Blk {
 
 impl Drop for Blk {
     fn drop(&mut self) {
-        if let Some(disk) = &self.shared.disk {
+        // An image gives back its locks when it has written everything.
+        if let (None, Some(disk)) = (&self.image, self.shared.files.first()) {
             disk::unlock(disk);
         }
     }
@@ -197,10 +213,23 @@ impl Device for Blk {
         let shared = self.shared.clone();
         let (ready, started) = mpsc::channel();
         let failed = |source| DeviceError::Worker { worker, source };
+        let side = match &mut self.image {
+            Some(image) => Some(image.attach().map_err(|e| failed(e.into()))?),
+            None => None,
+        };
+        if let (0, None, Some(path), Some(file)) =
+            (worker, &side, &self.path, self.shared.files.first())
+            && disk::looks_like_qcow2(file)
+        {
+            warn!(
+                "disk {} looks like a qcow2 image, and is served as it is; was --format qcow2 forgotten?",
+                path.display()
+            );
+        }
         let thread = thread::Builder::new()
             .name(format!("blk-queue-{worker}"))
             // The io_uring belongs to the thread that makes it.
-            .spawn(move || match Worker::new(shared, commands) {
+            .spawn(move || match Worker::new(shared, side, commands) {
                 Ok(worker) => {
                     if ready.send(Ok(())).is_ok() {
                         worker.run();
@@ -219,9 +248,10 @@ impl Device for Blk {
         }
     }
 
-    /// The disk may have another size now.
+    /// The disk may have another size now. Not so an image: nobody else can change it while it is locked.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(file)) = (&self.path, &self.shared.disk) else {
+        let (Some(path), Some(file), None) = (&self.path, self.shared.files.first(), &self.image)
+        else {
             return Ok(false);
         };
         let capacity = disk::capacity(file, path, self.geometry.block_size)
@@ -242,6 +272,7 @@ impl Device for Blk {
             max_queue_size: _,
             default_writeback,
             path: _,
+            image: _,
             shared,
         } = self;
         shared
