@@ -248,6 +248,55 @@ fn discard_punches_holes_and_zeroes_are_zeroes() {
 }
 
 #[test]
+fn a_request_has_up_to_32_ranges_and_all_of_them_are_done_or_none() {
+    let mut m = Machine::plain();
+    // As many as there may be, with an empty one among them.
+    let at = |number: u32| u64::from(number) * 64;
+    let list = |count: u32, flags| -> Vec<u8> {
+        let one = |n| range(at(n), if n == 5 { 0 } else { 8 }, flags);
+        (0..count).flat_map(one).collect()
+    };
+    let before = m.disk();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &list(33, 0), 0), IOERR);
+    assert_eq!(m.status(DISCARD, 0, &list(33, 0), 0), IOERR);
+    let beyond = [range(at(0), 8, 0), range(8191, 2, 0)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &beyond, 0), IOERR);
+    let flags = [range(8191, 2, 0), range(at(0), 8, 2)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &flags, 0), UNSUPP);
+    assert_eq!(m.disk(), before, "a request that is refused does nothing");
+    assert_eq!(m.status(WRITE_ZEROES, 0, &list(32, 0), 0), OK);
+    let mut expected = before;
+    for number in (0..32).filter(|&n| n != 5) {
+        expected[at(number) as usize * 512..][..4096].fill(0);
+    }
+    assert_eq!(m.disk(), expected);
+    // Two that touch, one of them to be unmapped, and all at once.
+    let pair = [range(4096, 8, 1), range(4104, 3, 0)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &pair, 0), OK);
+    expected[4096 * 512..][..11 * 512].fill(0);
+    assert_eq!(m.disk(), expected);
+    let blocks = |m: &Machine| fs::metadata(m.image.path()).unwrap().blocks();
+    let before = blocks(&m);
+    let holes = [range(6144, 1024, 0), range(7168, 1024, 0)].concat();
+    assert_eq!(m.status(DISCARD, 0, &holes, 0), OK);
+    assert!(blocks(&m) <= before - 2048, "{before} → {}", blocks(&m));
+    m.daemon.stop();
+}
+
+#[test]
+fn several_ranges_are_zeroed_through_a_cache_that_is_off() {
+    let mut m = Machine::new(&["--cache", "writethrough"], Setup::default());
+    let mut expected = m.disk();
+    let list = [range(8, 8, 0), range(64, 16, 1), range(256, 1, 0)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &list, 0), OK);
+    for (start, sectors) in [(8, 8), (64, 16), (256, 1)] {
+        expected[start * 512..][..sectors * 512].fill(0);
+    }
+    assert_eq!(m.disk(), expected);
+    m.daemon.stop();
+}
+
+#[test]
 fn zeroes_are_written_where_the_file_system_cannot_make_them() {
     // tmpfs has no FALLOC_FL_ZERO_RANGE.
     let Ok(mut image) = tempfile::NamedTempFile::new_in("/dev/shm") else {
@@ -260,7 +309,8 @@ fn zeroes_are_written_where_the_file_system_cannot_make_them() {
     image.write_all(&vec![0xff; DISK as usize]).unwrap();
     let daemon = serve(&image, &[]);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    let zeroes = range(1, (DISK / 512 - 2) as u32, 0);
+    let sectors = (DISK / 512 - 2) as u32;
+    let zeroes = [range(1, 3000, 0), range(3001, sectors - 3000, 0)].concat();
     assert_eq!(request(&mut front, 0, WRITE_ZEROES, 0, &zeroes, 0).0, OK);
     let disk = fs::read(image.path()).unwrap();
     assert!(disk[512..][..DISK as usize - 1024].iter().all(|&b| b == 0));

@@ -7,14 +7,11 @@ use clap::{Args, ValueEnum};
 use thiserror::Error;
 
 use super::config::Geometry;
-use super::disk::{Disk, DiskError, DiskOptions, Format};
-use super::image::Image;
+use super::disk::{Disk, DiskError, DiskOptions, Format, Ranges};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, SEG_MAX};
 use crate::shell::OpenError;
 
-/// Most bytes in one discard or write-zeroes request.
-const MAX_RANGE: u64 = 1 << 30;
 /// How long a disk may stay locked by a program that is ending.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 
@@ -134,7 +131,7 @@ pub struct BlkArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poll_budget: u32,
 
-    /// Offer discard and write-zeroes, which punch holes into an image
+    /// Offer discard and write-zeroes, which punch holes into an image, as far as the disk can do them
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub discard: OnOff,
 }
@@ -228,11 +225,11 @@ impl BlkArgs {
         for (place, byte) in serial.iter_mut().zip(self.serial.bytes()) {
             *place = byte;
         }
-        let possible = disk
-            .as_ref()
-            .and_then(|d| d.image.as_ref())
-            .is_none_or(Image::ranges);
-        let discard = self.discard == OnOff::On && !self.read_only && possible;
+        let ranges = match &disk {
+            _ if self.discard == OnOff::Off || self.read_only => Ranges::NONE,
+            Some(disk) => disk.ranges,
+            None => Ranges::of_blocks(block),
+        };
         Ok(BlkConfig {
             geometry: Geometry {
                 capacity,
@@ -242,7 +239,10 @@ impl BlkArgs {
                 min_io: fit("min-io-size", self.min_io_size, physical)?,
                 opt_io: fit("opt-io-size", self.opt_io_size, opt_io - opt_io % block)?,
                 queues: self.queues,
-                max_range: if discard { MAX_RANGE } else { 0 },
+                max_discard: ranges.max_discard,
+                discard_align: ranges.discard_align,
+                max_write_zeroes: ranges.max_write_zeroes,
+                zeroes_unmap: ranges.zeroes_unmap,
             },
             disk,
             read_only: self.read_only,
@@ -387,7 +387,8 @@ mod tests {
         assert_eq!(&config.serial[..4], b"ABC\0");
         assert!(config.writeback);
         let config = open(&["--null", "1G", "--read-only", "--cache", "writethrough"]).unwrap();
-        assert_eq!(config.geometry.max_range, 0);
+        assert_eq!(config.geometry.max_discard, 0);
+        assert_eq!(config.geometry.max_write_zeroes, 0);
         assert!(!config.writeback);
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::shell::DeviceError;
 
-use super::request::SECTOR;
+use super::request::{MAX_RANGES, SECTOR};
 
 /// Feature bits of a block device (VIRTIO 1.3, 5.2.3), of rings (6), and of the transport (6).
 pub(super) mod feature {
@@ -54,8 +54,14 @@ pub struct Geometry {
     pub opt_io: u32,
     /// Number of queues.
     pub queues: u16,
-    /// Most bytes in a discard or write-zeroes request; 0 if there are no such requests.
-    pub max_range: u64,
+    /// Most bytes to discard in one range; 0 if there are no such requests.
+    pub max_discard: u64,
+    /// What is discarded should be aligned to this many bytes: a multiple of `block_size`.
+    pub discard_align: u32,
+    /// Most bytes to zero in one range; 0 if there are no such requests.
+    pub max_write_zeroes: u64,
+    /// Zeroing may give space back.
+    pub zeroes_unmap: bool,
 }
 
 /// The configuration space as bytes, with `wce` as it stands.
@@ -63,8 +69,11 @@ pub(super) fn encode(geometry: &Geometry, writeback: bool) -> [u8; LEN] {
     let block = geometry.block_size.max(1);
     let exponent = (geometry.physical_block_size / block).checked_ilog2();
     let in_blocks = |bytes: u32| bytes / block;
-    let sectors = u32::try_from(geometry.max_range / SECTOR).unwrap_or(u32::MAX);
-    let segments = u32::from(sectors != 0);
+    let in_sectors = |bytes: u64| u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX);
+    let segments = |bytes: u64| match bytes {
+        0 => 0,
+        _ => u32::try_from(MAX_RANGES).unwrap_or(1),
+    };
     let mut out = Writer {
         bytes: [0; LEN],
         at: 0,
@@ -83,14 +92,12 @@ pub(super) fn encode(geometry: &Geometry, writeback: bool) -> [u8; LEN] {
     out.put(&in_blocks(geometry.opt_io).to_le_bytes());
     out.put(&[u8::from(writeback), 0]); // wce, unused
     out.put(&geometry.queues.to_le_bytes());
-    out.put(&sectors.to_le_bytes()); // max_discard_sectors
-    out.put(&segments.to_le_bytes()); // max_discard_seg
-    // discard_sector_alignment
-    let alignment = u64::from(geometry.physical_block_size.max(geometry.block_size)) / SECTOR;
-    out.put(&u32::try_from(alignment).unwrap_or(1).to_le_bytes());
-    out.put(&sectors.to_le_bytes()); // max_write_zeroes_sectors
-    out.put(&segments.to_le_bytes()); // max_write_zeroes_seg
-    out.put(&[1, 0, 0, 0]); // write_zeroes_may_unmap, unused
+    out.put(&in_sectors(geometry.max_discard).to_le_bytes()); // max_discard_sectors
+    out.put(&segments(geometry.max_discard).to_le_bytes()); // max_discard_seg
+    out.put(&in_sectors(geometry.discard_align.into()).to_le_bytes()); // discard_sector_alignment
+    out.put(&in_sectors(geometry.max_write_zeroes).to_le_bytes()); // max_write_zeroes_sectors
+    out.put(&segments(geometry.max_write_zeroes).to_le_bytes()); // max_write_zeroes_seg
+    out.put(&[u8::from(geometry.zeroes_unmap), 0, 0, 0]); // write_zeroes_may_unmap, unused
     out.bytes
 }
 
@@ -129,7 +136,10 @@ mod tests {
         min_io: 4096,
         opt_io: 65536,
         queues: 4,
-        max_range: 1 << 30,
+        max_discard: 1 << 30,
+        discard_align: 8192,
+        max_write_zeroes: 1 << 29,
+        zeroes_unmap: true,
     };
 
     #[test]
@@ -149,10 +159,10 @@ mod tests {
         assert_eq!(bytes[32], 1);
         assert_eq!(u16_at(34), 4);
         assert_eq!(u32_at(36), 1 << 21);
-        assert_eq!(u32_at(40), 1);
-        assert_eq!(u32_at(44), 8);
-        assert_eq!(u32_at(48), 1 << 21);
-        assert_eq!(u32_at(52), 1);
+        assert_eq!(u32_at(40), 32);
+        assert_eq!(u32_at(44), 16);
+        assert_eq!(u32_at(48), 1 << 20);
+        assert_eq!(u32_at(52), 32);
         assert_eq!(bytes[56], 1);
     }
 

@@ -17,6 +17,8 @@ use tracing::{debug, warn};
 use super::image::{Image, QCOW2_MAGIC, Qcow2Error};
 use super::request::SECTOR;
 
+/// Most bytes to discard or zero at once, even if the storage would take more: other requests wait for it.
+const MAX_RANGE: u64 = 1 << 30;
 /// How often to try to lock a disk.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -131,6 +133,59 @@ pub struct DiskOptions {
     pub backing: bool,
 }
 
+/// How much of a disk can be discarded or zeroed at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranges {
+    /// Most bytes to discard; 0 if it is not possible.
+    pub max_discard: u64,
+    /// What is discarded should be aligned to this many bytes.
+    pub discard_align: u32,
+    /// Most bytes to zero; 0 if it is not possible.
+    pub max_write_zeroes: u64,
+    /// Zeroing can give space back.
+    pub zeroes_unmap: bool,
+}
+
+impl Ranges {
+    /// Nothing is possible.
+    pub(super) const NONE: Self = Self {
+        max_discard: 0,
+        discard_align: 0,
+        max_write_zeroes: 0,
+        zeroes_unmap: false,
+    };
+
+    /// Everything is possible, and best done in multiples of a block.
+    pub(super) fn of_blocks(block: u32) -> Self {
+        Self {
+            max_discard: MAX_RANGE,
+            discard_align: block,
+            max_write_zeroes: MAX_RANGE,
+            zeroes_unmap: true,
+        }
+    }
+
+    /// What the request queue of a block device can do, in `block`s: `value` reads from its directory in sysfs.
+    fn of_device(block: u32, value: impl Fn(&str) -> Option<u64>) -> Self {
+        let most = |limit: Option<u64>| {
+            let bytes = limit.unwrap_or(MAX_RANGE).min(MAX_RANGE);
+            bytes - bytes % u64::from(block.max(1))
+        };
+        let by_itself = most(value("write_zeroes_max_bytes"));
+        Self {
+            max_discard: most(value("discard_max_bytes")),
+            discard_align: value("discard_granularity")
+                .and_then(|size| u32::try_from(size).ok())
+                .unwrap_or(0)
+                .next_multiple_of(block.max(1))
+                .max(block),
+            // What the device cannot do by itself is written.
+            max_write_zeroes: if by_itself > 0 { by_itself } else { MAX_RANGE },
+            zeroes_unmap: by_itself > 0,
+        }
+    }
+}
+
 /// A disk that is open, locked and examined.
 #[derive(Debug)]
 pub struct Disk {
@@ -148,6 +203,8 @@ pub struct Disk {
     pub physical_block_size: u32,
     /// Best transfer size in bytes, or 0.
     pub opt_io: u32,
+    /// What can be done to ranges.
+    pub ranges: Ranges,
     /// Transfers and buffers must be aligned to this many bytes; 1 if any will do.
     pub align: u32,
 }
@@ -185,14 +242,21 @@ impl Disk {
                 (in_blocks(image.capacity(), path, block_size)?, Some(image))
             }
         };
+        let physical_block_size = storage.physical.max(block_size);
+        let ranges = match (&image, &storage.queue) {
+            (Some(image), _) if !image.ranges() => Ranges::NONE,
+            (None, Some(queue)) => Ranges::of_device(block_size, |name| attribute(queue, name)),
+            _ => Ranges::of_blocks(physical_block_size),
+        };
         Ok(Self {
             capacity,
             path: path.clone(),
             image,
             file,
             block_size,
-            physical_block_size: storage.physical.max(block_size),
+            physical_block_size,
             opt_io: storage.opt_io,
+            ranges,
             align,
         })
     }
@@ -327,6 +391,8 @@ struct Storage {
     logical: u32,
     physical: u32,
     opt_io: u32,
+    /// Where sysfs describes it, if it is a block device.
+    queue: Option<PathBuf>,
 }
 
 impl Storage {
@@ -335,17 +401,14 @@ impl Storage {
         if device {
             let queue = queue_directory(meta.rdev());
             let value = |name: &str| -> Option<u32> {
-                fs::read_to_string(queue.as_ref()?.join(name))
-                    .ok()?
-                    .trim()
-                    .parse()
-                    .ok()
+                attribute(queue.as_ref()?, name).and_then(|value| u32::try_from(value).ok())
             };
             let logical = value("logical_block_size").unwrap_or(sector);
             return Self {
                 logical,
                 physical: value("physical_block_size").unwrap_or(logical),
                 opt_io: value("optimal_io_size").unwrap_or(0),
+                queue,
             };
         }
         // The file system's block, so that guests align their partitions to it.
@@ -358,8 +421,15 @@ impl Storage {
                 sector
             },
             opt_io: 0,
+            queue: None,
         }
     }
+}
+
+/// A number in a directory of sysfs.
+fn attribute(directory: &Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(directory.join(name)).ok()?;
+    text.trim().parse().ok()
 }
 
 /// Where sysfs describes the request queue of a block device; for a partition, that of the whole disk.
@@ -462,6 +532,45 @@ mod tests {
             Disk::open(&big_blocks),
             Err(DiskError::Unaligned { block: 4096, .. })
         ));
+    }
+
+    #[test]
+    fn ranges_are_what_the_device_can_do() {
+        let device = |values: &[(&str, u64)]| {
+            let values = values.to_vec();
+            Ranges::of_device(4096, move |name| {
+                values.iter().find(|(n, _)| *n == name).map(|(_, v)| *v)
+            })
+        };
+        let able = device(&[
+            ("discard_max_bytes", (1 << 20) + 512),
+            ("discard_granularity", 6000),
+            ("write_zeroes_max_bytes", 1 << 40),
+        ]);
+        let expected = Ranges {
+            max_discard: 1 << 20,
+            discard_align: 8192,
+            max_write_zeroes: MAX_RANGE,
+            zeroes_unmap: true,
+        };
+        assert_eq!(able, expected);
+        let unable = device(&[
+            ("discard_max_bytes", 0),
+            ("discard_granularity", 0),
+            ("write_zeroes_max_bytes", 0),
+        ]);
+        let expected = Ranges {
+            max_discard: 0,
+            discard_align: 4096,
+            max_write_zeroes: MAX_RANGE,
+            zeroes_unmap: false,
+        };
+        assert_eq!(unable, expected);
+        let unknown = device(&[]);
+        assert_eq!(
+            (unknown.max_discard, unknown.max_write_zeroes),
+            (MAX_RANGE, MAX_RANGE)
+        );
     }
 
     #[test]

@@ -30,7 +30,7 @@ use crate::shell::{Commands, Device, DeviceError, config_range};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::Geometry;
-pub use disk::{Disk, DiskError, DiskOptions, Format};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges};
 pub use image::{HeaderError, Image, Qcow2Error};
 
 use config::feature;
@@ -98,7 +98,6 @@ impl Blk {
             window,
             budget: poll_budget,
         };
-        let discard = geometry.max_range > 0;
         let mut features = feature::VERSION_1
             | feature::EVENT_IDX
             | feature::INDIRECT_DESC
@@ -113,8 +112,11 @@ impl Blk {
         if geometry.queues > 1 {
             features |= feature::MQ;
         }
-        if discard {
-            features |= feature::DISCARD | feature::WRITE_ZEROES;
+        if geometry.max_discard > 0 {
+            features |= feature::DISCARD;
+        }
+        if geometry.max_write_zeroes > 0 {
+            features |= feature::WRITE_ZEROES;
         }
         let align = disk.as_ref().map_or(1, |d| d.align);
         let (path, files, image) = match disk {
@@ -140,9 +142,8 @@ impl Blk {
                     read_only,
                     // Until a driver says what it accepts.
                     flush: false,
-                    discard: false,
-                    write_zeroes: false,
-                    max_range: geometry.max_range,
+                    max_discard: geometry.max_discard,
+                    max_write_zeroes: geometry.max_write_zeroes,
                     align: u64::from(align),
                 },
                 files,

@@ -30,7 +30,7 @@ use vm_memory::GuestAddress;
 use super::config::feature;
 use super::image::{Action, Outcome, Part, Place, Side};
 use super::poll::{PollLimits, PollWindow};
-use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
+use super::request::{self, HEADER_LEN, ID_LEN, Limits, Range, RangeAction, Request, Status};
 use super::uring::{Completion, Direction, PrepareError, Uring};
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, signal};
 
@@ -103,6 +103,8 @@ struct Job {
     head: u16,
     status: GuestAddress,
     stage: Stage,
+    /// What is done to one range after the other.
+    ranges: Option<RangeAction>,
     offset: u64,
     remaining: u64,
     /// Bytes written to guest memory when it succeeds, without the status.
@@ -148,6 +150,10 @@ struct Queue {
     vring: Box<Vring>,
     chain: ChainBuf,
     jobs: Vec<Option<Job>>,
+    /// What is left of the ranges of each job, the last first. Grows to the most that a slot has had, and is kept.
+    ranges: Vec<Vec<Range>>,
+    /// Those of a request that has no slot yet.
+    new_ranges: Vec<Range>,
     free: Vec<u16>,
     /// Jobs that wait for the bounce buffer, which `bouncing` has.
     waiting: VecDeque<u16>,
@@ -331,6 +337,8 @@ impl Worker {
         self.queue = Some(Queue {
             chain: ChainBuf::new(size),
             jobs: vec![None; usize::from(size)],
+            ranges: vec![Vec::new(); usize::from(size)],
+            new_ranges: Vec::new(),
             free: (0..size).rev().collect(),
             waiting: VecDeque::with_capacity(usize::from(size)),
             bouncing: None,
@@ -519,6 +527,8 @@ impl Turn<'_> {
             vring,
             chain,
             jobs,
+            ranges,
+            new_ranges,
             free,
             waiting,
             bouncing,
@@ -527,6 +537,8 @@ impl Turn<'_> {
         } = queue;
         let mut slots = Slots {
             jobs,
+            ranges,
+            new_ranges,
             free,
             waiting,
             bouncing,
@@ -641,7 +653,7 @@ impl Turn<'_> {
         chain: &Chain<'_>,
         durable: bool,
     ) -> Option<u32> {
-        let request = match request::parse(chain, mem, &self.limits) {
+        let request = match request::parse(chain, mem, &self.limits, slots.new_ranges) {
             Ok(request) => request,
             Err(e) => {
                 self.complain(&e);
@@ -658,6 +670,7 @@ impl Turn<'_> {
             head: chain.head(),
             status,
             stage: Stage::Sync,
+            ranges: None,
             offset: 0,
             remaining: 0,
             reply: 0,
@@ -666,8 +679,7 @@ impl Turn<'_> {
             missed: false,
             retries: 0,
         };
-        let companion = self.side.is_some();
-        let null = self.shared.files.is_empty() && !companion;
+        let null = self.shared.files.is_empty() && self.side.is_none();
         match request {
             Request::Refuse(status) => return Some(answer(mem, &job, status)),
             Request::GetId { len } => {
@@ -694,36 +706,13 @@ impl Turn<'_> {
                 job.stage = Stage::Transfer(Direction::Write { durable });
                 (job.offset, job.remaining) = (offset, len);
             }
-            Request::Discard { offset, len } if companion => {
-                job.stage = Stage::Companion(Action::Discard);
-                (job.offset, job.remaining) = (offset, len);
-            }
-            Request::WriteZeroes { offset, len, unmap } if companion => {
-                job.stage = Stage::Companion(Action::WriteZeroes { unmap });
-                (job.offset, job.remaining) = (offset, len);
-            }
-            Request::Discard { offset, len } => {
-                job.stage = Stage::Fallocate {
-                    mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                    or_write: false,
-                };
-                (job.offset, job.remaining) = (offset, len);
-            }
-            Request::WriteZeroes { offset, len, unmap } => {
-                let how = if unmap {
-                    libc::FALLOC_FL_PUNCH_HOLE
-                } else {
-                    libc::FALLOC_FL_ZERO_RANGE
-                };
-                job.stage = Stage::Fallocate {
-                    mode: how | libc::FALLOC_FL_KEEP_SIZE,
-                    or_write: true,
-                };
-                (job.offset, job.remaining) = (offset, len);
-            }
+            Request::Ranges(action) => job.ranges = Some(action),
         }
-        let flush = matches!(job.stage, Stage::Sync | Stage::Companion(Action::Flush));
-        let nothing = job.remaining == 0 && !flush;
+        let nothing = match (job.stage, job.ranges) {
+            (Stage::Transfer(_), _) => job.remaining == 0,
+            (_, Some(_)) => slots.new_ranges.is_empty(),
+            _ => false,
+        };
         if null || nothing {
             return Some(answer(mem, &job, Status::Ok));
         }
@@ -752,7 +741,14 @@ impl Turn<'_> {
                 side.hold(slot, segments, skip);
             }
         }
-        match self.advance(slots, slot, &mut job) {
+        let next = match job.ranges {
+            Some(action) => {
+                slots.keep_ranges(slot);
+                self.next_range(slots, slot, &mut job, action)
+            }
+            None => self.advance(slots, slot, &mut job),
+        };
+        match next {
             Next::Pending => {
                 slots.put(slot, job);
                 None
@@ -760,6 +756,47 @@ impl Turn<'_> {
             Next::Done(status) => {
                 slots.release(slot);
                 Some(answer(mem, &job, status))
+            }
+        }
+    }
+
+    /// Begins with the next range of a job; after the last, the job is done.
+    fn next_range(
+        &mut self,
+        slots: &mut Slots<'_>,
+        slot: u16,
+        job: &mut Job,
+        action: RangeAction,
+    ) -> Next {
+        if let Some(Range { offset, len, unmap }) = slots.next_range(slot) {
+            (job.offset, job.remaining, job.retries) = (offset, len, 0);
+            job.stage = self.stage_for(action, unmap);
+        } else if job.durable && self.side.is_none() {
+            job.stage = Stage::Sync;
+        } else {
+            return Next::Done(Status::Ok);
+        }
+        self.advance(slots, slot, job)
+    }
+
+    fn stage_for(&self, action: RangeAction, unmap: bool) -> Stage {
+        match (action, &self.side) {
+            (RangeAction::Discard, Some(_)) => Stage::Companion(Action::Discard),
+            (RangeAction::WriteZeroes, Some(_)) => Stage::Companion(Action::WriteZeroes { unmap }),
+            (RangeAction::Discard, None) => Stage::Fallocate {
+                mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                or_write: false,
+            },
+            (RangeAction::WriteZeroes, None) => {
+                let how = if unmap {
+                    libc::FALLOC_FL_PUNCH_HOLE
+                } else {
+                    libc::FALLOC_FL_ZERO_RANGE
+                };
+                Stage::Fallocate {
+                    mode: how | libc::FALLOC_FL_KEEP_SIZE,
+                    or_write: true,
+                }
             }
         }
     }
@@ -785,9 +822,8 @@ impl Turn<'_> {
                 .prepare_zeroes(slot, job.remaining)
                 .map_err(failed)
                 .and_then(|_| {
-                    let direction = Direction::Write {
-                        durable: job.durable,
-                    };
+                    // Made durable together with the other ranges.
+                    let direction = Direction::Write { durable: false };
                     self.uring.transfer(slot, direction, 0, job.offset)
                 }),
             Stage::Fallocate { mode, .. } => {
@@ -906,7 +942,7 @@ impl Turn<'_> {
                 job.stage = Stage::Sync;
                 self.advance(slots, slot, &mut job)
             }
-            Outcome::Done => Next::Done(Status::Ok),
+            Outcome::Done => self.range_done(slots, slot, &mut job),
             Outcome::Failed(libc::EOPNOTSUPP) => Next::Done(Status::Unsupported),
             // It is in the companion's log.
             Outcome::Failed(_) => Next::Done(Status::IoError),
@@ -982,13 +1018,7 @@ impl Turn<'_> {
         };
         match job.stage {
             Stage::Sync | Stage::Companion(_) => Next::Done(Status::Ok),
-            Stage::Fallocate { .. } => {
-                if job.durable {
-                    job.stage = Stage::Sync;
-                    return self.advance(slots, slot, job);
-                }
-                Next::Done(Status::Ok)
-            }
+            Stage::Fallocate { .. } => self.range_done(slots, slot, job),
             Stage::Transfer(_) | Stage::WriteZeroes => {
                 let moved = u64::try_from(bytes).unwrap_or(u64::MAX);
                 if bytes == 0 || moved > job.remaining {
@@ -1000,10 +1030,18 @@ impl Turn<'_> {
                 }
                 self.moved(slot, job, moved);
                 if job.remaining == 0 {
-                    return Next::Done(Status::Ok);
+                    return self.range_done(slots, slot, job);
                 }
                 self.advance(slots, slot, job)
             }
+        }
+    }
+
+    /// An operation is done, and the request with it unless that has more ranges.
+    fn range_done(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job) -> Next {
+        match job.ranges {
+            Some(action) => self.next_range(slots, slot, job, action),
+            None => Next::Done(Status::Ok),
         }
     }
 
@@ -1059,6 +1097,8 @@ fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
 /// Jobs and who has which slot.
 struct Slots<'q> {
     jobs: &'q mut Vec<Option<Job>>,
+    ranges: &'q mut Vec<Vec<Range>>,
+    new_ranges: &'q mut Vec<Range>,
     free: &'q mut Vec<u16>,
     waiting: &'q mut VecDeque<u16>,
     bouncing: &'q mut Option<u16>,
@@ -1077,6 +1117,18 @@ impl Slots<'_> {
         if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
             *place = Some(job);
         }
+    }
+
+    /// Gives a slot the ranges of the request that was parsed last.
+    fn keep_ranges(&mut self, slot: u16) {
+        if let Some(ranges) = self.ranges.get_mut(usize::from(slot)) {
+            std::mem::swap(ranges, self.new_ranges);
+            ranges.reverse();
+        }
+    }
+
+    fn next_range(&mut self, slot: u16) -> Option<Range> {
+        self.ranges.get_mut(usize::from(slot))?.pop()
     }
 
     /// Frees the slots of requests that ended with nobody to tell.
