@@ -39,6 +39,7 @@ const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
+const SECURE_ERASE: u32 = 14;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -380,7 +381,7 @@ fn what_was_not_negotiated_is_unsupported() {
     // Not offered at all.
     let daemon = serve(&image, &["--discard", "off"]);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    for kind in [DISCARD, WRITE_ZEROES] {
+    for kind in [DISCARD, WRITE_ZEROES, SECURE_ERASE] {
         let status = request(&mut front, 0, kind, 0, &range(2, 8, 0), 0).0;
         assert_eq!(status, UNSUPP);
     }
@@ -553,6 +554,43 @@ fn block_devices_are_served_with_their_geometry() {
         assert!(log.contains("in use by another program"), "{log}");
         daemon.stop();
     }
+}
+
+#[test]
+fn a_block_device_discards_as_much_as_it_says_and_erases_nothing_securely() {
+    let test = "a_block_device_discards_as_much_as_it_says_and_erases_nothing_securely";
+    let image = image();
+    let Some(device) = Loop::new(test, image.path(), 512) else {
+        return;
+    };
+    let daemon = Daemon::start(BLK, &["--path", &device.0]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    assert_eq!(front.features & 1 << 16, 0, "VIRTIO_BLK_F_SECURE_ERASE");
+    let flags = VhostUserConfigFlags::empty();
+    let (_, config) = front.messages.get_config(0, 72, flags, &[0; 72]).unwrap();
+    let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    let most = |name| {
+        let device = device.0.trim_start_matches("/dev/");
+        let limit = fs::read_to_string(format!("/sys/block/{device}/queue/{name}")).unwrap();
+        (limit.trim().parse::<u64>().unwrap().min(1 << 30) / 512) as u32
+    };
+    assert_eq!(u32_at(36), most("discard_max_bytes"));
+    assert_eq!(u32_at(44) % 8, 0, "the granularity");
+    assert_eq!(u32_at(48), most("write_zeroes_max_bytes"));
+    assert_eq!((u32_at(40), u32_at(52)), (32, 32));
+    assert_eq!((u32_at(60), u32_at(64)), (0, 0));
+    let mut status = |kind, list: &[u8]| request(&mut front, 0, kind, 0, list, 0).0;
+    let before = fs::metadata(image.path()).unwrap().blocks();
+    let holes = [range(2048, 1024, 0), range(3072, 1024, 0)].concat();
+    assert_eq!(status(DISCARD, &holes), OK);
+    assert!(fs::metadata(image.path()).unwrap().blocks() <= before - 2048);
+    assert_eq!(status(WRITE_ZEROES, &range(4096, 64, 1)), OK);
+    assert_eq!(status(SECURE_ERASE, &range(0, 64, 0)), UNSUPP);
+    let (status, _, data) = request(&mut front, 0, IN, 4096, &[], 65 * 512);
+    assert_eq!(status, OK);
+    assert!(data[..64 * 512].iter().all(|&b| b == 0));
+    assert_eq!(data[64 * 512..][..8], 4160_u64.to_le_bytes());
+    daemon.stop();
 }
 
 #[test]

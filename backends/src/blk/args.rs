@@ -134,6 +134,10 @@ pub struct BlkArgs {
     /// Offer discard and write-zeroes, which punch holes into an image, as far as the disk can do them
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub discard: OnOff,
+
+    /// Offer secure erase, if the disk is a block device that has it; an image file never has
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub secure_erase: OnOff,
 }
 
 /// Options that do not fit each other, or a disk that cannot be used.
@@ -226,10 +230,11 @@ impl BlkArgs {
             *place = byte;
         }
         let ranges = match &disk {
-            _ if self.discard == OnOff::Off || self.read_only => Ranges::NONE,
+            _ if self.read_only => Ranges::NONE,
             Some(disk) => disk.ranges,
             None => Ranges::of_blocks(block),
         };
+        let keep = |given: OnOff, bytes| if given == OnOff::On { bytes } else { 0 };
         Ok(BlkConfig {
             geometry: Geometry {
                 capacity,
@@ -239,10 +244,11 @@ impl BlkArgs {
                 min_io: fit("min-io-size", self.min_io_size, physical)?,
                 opt_io: fit("opt-io-size", self.opt_io_size, opt_io - opt_io % block)?,
                 queues: self.queues,
-                max_discard: ranges.max_discard,
+                max_discard: keep(self.discard, ranges.max_discard),
                 discard_align: ranges.discard_align,
-                max_write_zeroes: ranges.max_write_zeroes,
+                max_write_zeroes: keep(self.discard, ranges.max_write_zeroes),
                 zeroes_unmap: ranges.zeroes_unmap,
+                max_secure_erase: keep(self.secure_erase, ranges.max_secure_erase),
             },
             disk,
             read_only: self.read_only,

@@ -24,6 +24,8 @@ pub(super) mod feature {
     pub(in crate::blk) const DISCARD: u64 = 1 << 13;
     /// VIRTIO_BLK_F_WRITE_ZEROES: the write zeroes command exists.
     pub(in crate::blk) const WRITE_ZEROES: u64 = 1 << 14;
+    /// VIRTIO_BLK_F_SECURE_ERASE: the secure erase command exists.
+    pub(in crate::blk) const SECURE_ERASE: u64 = 1 << 16;
     /// VIRTIO_F_INDIRECT_DESC
     pub(in crate::blk) const INDIRECT_DESC: u64 = 1 << 28;
     /// VIRTIO_F_EVENT_IDX
@@ -34,8 +36,8 @@ pub(super) mod feature {
 
 /// Offset of `wce`, the only field that a driver writes.
 const WCE_OFFSET: u32 = 32;
-/// Length of the structure up to secure erase, which is not offered.
-const LEN: usize = 60;
+/// Length of the structure up to the zones, which are not offered.
+const LEN: usize = 72;
 
 /// What a driver is told about the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,12 +58,14 @@ pub struct Geometry {
     pub queues: u16,
     /// Most bytes to discard in one range; 0 if there are no such requests.
     pub max_discard: u64,
-    /// What is discarded should be aligned to this many bytes: a multiple of `block_size`.
+    /// What is discarded or erased should be aligned to this many bytes: a multiple of `block_size`.
     pub discard_align: u32,
     /// Most bytes to zero in one range; 0 if there are no such requests.
     pub max_write_zeroes: u64,
     /// Zeroing may give space back.
     pub zeroes_unmap: bool,
+    /// Most bytes to erase securely in one range; 0 if there are no such requests.
+    pub max_secure_erase: u64,
 }
 
 /// The configuration space as bytes, with `wce` as it stands.
@@ -98,6 +102,9 @@ pub(super) fn encode(geometry: &Geometry, writeback: bool) -> [u8; LEN] {
     out.put(&in_sectors(geometry.max_write_zeroes).to_le_bytes()); // max_write_zeroes_sectors
     out.put(&segments(geometry.max_write_zeroes).to_le_bytes()); // max_write_zeroes_seg
     out.put(&[u8::from(geometry.zeroes_unmap), 0, 0, 0]); // write_zeroes_may_unmap, unused
+    out.put(&in_sectors(geometry.max_secure_erase).to_le_bytes()); // max_secure_erase_sectors
+    out.put(&segments(geometry.max_secure_erase).to_le_bytes()); // max_secure_erase_seg
+    out.put(&in_sectors(geometry.discard_align.into()).to_le_bytes()); // secure_erase_sector_alignment
     out.bytes
 }
 
@@ -140,6 +147,7 @@ mod tests {
         discard_align: 8192,
         max_write_zeroes: 1 << 29,
         zeroes_unmap: true,
+        max_secure_erase: 1 << 28,
     };
 
     #[test]
@@ -164,6 +172,9 @@ mod tests {
         assert_eq!(u32_at(48), 1 << 20);
         assert_eq!(u32_at(52), 32);
         assert_eq!(bytes[56], 1);
+        assert_eq!(u32_at(60), 1 << 19);
+        assert_eq!(u32_at(64), 32);
+        assert_eq!(u32_at(68), 16);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use thiserror::Error;
 use tracing::{debug, warn};
 
+use super::device::{BlockDevice, Device};
 use super::image::{Image, QCOW2_MAGIC, Qcow2Error};
 use super::request::SECTOR;
 
@@ -133,17 +134,19 @@ pub struct DiskOptions {
     pub backing: bool,
 }
 
-/// How much of a disk can be discarded or zeroed at once.
+/// How much of a disk can be discarded, zeroed or erased at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ranges {
     /// Most bytes to discard; 0 if it is not possible.
     pub max_discard: u64,
-    /// What is discarded should be aligned to this many bytes.
+    /// What is discarded or erased should be aligned to this many bytes.
     pub discard_align: u32,
     /// Most bytes to zero; 0 if it is not possible.
     pub max_write_zeroes: u64,
     /// Zeroing can give space back.
     pub zeroes_unmap: bool,
+    /// Most bytes to erase securely; 0 if it is not possible.
+    pub max_secure_erase: u64,
 }
 
 impl Ranges {
@@ -153,20 +156,22 @@ impl Ranges {
         discard_align: 0,
         max_write_zeroes: 0,
         zeroes_unmap: false,
+        max_secure_erase: 0,
     };
 
-    /// Everything is possible, and best done in multiples of a block.
+    /// What is possible where nobody promises that nothing is left of what is erased; best done in multiples of a block.
     pub(super) fn of_blocks(block: u32) -> Self {
         Self {
             max_discard: MAX_RANGE,
             discard_align: block,
             max_write_zeroes: MAX_RANGE,
             zeroes_unmap: true,
+            max_secure_erase: 0,
         }
     }
 
     /// What the request queue of a block device can do, in `block`s: `value` reads from its directory in sysfs.
-    fn of_device(block: u32, value: impl Fn(&str) -> Option<u64>) -> Self {
+    fn of_device(block: u32, erases: bool, value: impl Fn(&str) -> Option<u64>) -> Self {
         let most = |limit: Option<u64>| {
             let bytes = limit.unwrap_or(MAX_RANGE).min(MAX_RANGE);
             bytes - bytes % u64::from(block.max(1))
@@ -182,6 +187,7 @@ impl Ranges {
             // What the device cannot do by itself is written.
             max_write_zeroes: if by_itself > 0 { by_itself } else { MAX_RANGE },
             zeroes_unmap: by_itself > 0,
+            max_secure_erase: if erases { MAX_RANGE } else { 0 },
         }
     }
 }
@@ -205,6 +211,8 @@ pub struct Disk {
     pub opt_io: u32,
     /// What can be done to ranges.
     pub ranges: Ranges,
+    /// What the file can do besides, if it is a block device and the disk's contents.
+    pub(super) device: Option<Arc<dyn BlockDevice>>,
     /// Transfers and buffers must be aligned to this many bytes; 1 if any will do.
     pub align: u32,
 }
@@ -245,12 +253,20 @@ impl Disk {
         let physical_block_size = storage.physical.max(block_size);
         let ranges = match (&image, &storage.queue) {
             (Some(image), _) if !image.ranges() => Ranges::NONE,
-            (None, Some(queue)) => Ranges::of_device(block_size, |name| attribute(queue, name)),
+            (None, Some(queue)) => {
+                let erases = !options.read_only && Device::new(Arc::clone(&file)).erases_securely();
+                Ranges::of_device(block_size, erases, |name| attribute(queue, name))
+            }
             _ => Ranges::of_blocks(physical_block_size),
         };
         Ok(Self {
             capacity,
             path: path.clone(),
+            device: if storage.queue.is_some() && image.is_none() {
+                Some(Arc::new(Device::new(Arc::clone(&file))))
+            } else {
+                None
+            },
             image,
             file,
             block_size,
@@ -536,37 +552,45 @@ mod tests {
 
     #[test]
     fn ranges_are_what_the_device_can_do() {
-        let device = |values: &[(&str, u64)]| {
+        let device = |erases, values: &[(&str, u64)]| {
             let values = values.to_vec();
-            Ranges::of_device(4096, move |name| {
+            Ranges::of_device(4096, erases, move |name| {
                 values.iter().find(|(n, _)| *n == name).map(|(_, v)| *v)
             })
         };
-        let able = device(&[
-            ("discard_max_bytes", (1 << 20) + 512),
-            ("discard_granularity", 6000),
-            ("write_zeroes_max_bytes", 1 << 40),
-        ]);
+        let able = device(
+            true,
+            &[
+                ("discard_max_bytes", (1 << 20) + 512),
+                ("discard_granularity", 6000),
+                ("write_zeroes_max_bytes", 1 << 40),
+            ],
+        );
         let expected = Ranges {
             max_discard: 1 << 20,
             discard_align: 8192,
             max_write_zeroes: MAX_RANGE,
             zeroes_unmap: true,
+            max_secure_erase: MAX_RANGE,
         };
         assert_eq!(able, expected);
-        let unable = device(&[
-            ("discard_max_bytes", 0),
-            ("discard_granularity", 0),
-            ("write_zeroes_max_bytes", 0),
-        ]);
+        let unable = device(
+            false,
+            &[
+                ("discard_max_bytes", 0),
+                ("discard_granularity", 0),
+                ("write_zeroes_max_bytes", 0),
+            ],
+        );
         let expected = Ranges {
             max_discard: 0,
             discard_align: 4096,
             max_write_zeroes: MAX_RANGE,
             zeroes_unmap: false,
+            max_secure_erase: 0,
         };
         assert_eq!(unable, expected);
-        let unknown = device(&[]);
+        let unknown = device(false, &[]);
         assert_eq!(
             (unknown.max_discard, unknown.max_write_zeroes),
             (MAX_RANGE, MAX_RANGE)

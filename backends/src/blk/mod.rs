@@ -5,13 +5,16 @@
 //!  (rings)       what is asked,  one thread    io_uring on    opened, examined,
 //!                is it valid?    for a queue   guest memory   locked
 //!                                   │
-//!                                   └────────▶ image/: what an image needs besides
+//!                                   ├────────▶ image/: what an image needs besides
+//!                                   └────────▶ offload.rs ──▶ device/: what a block device does by ioctl
 //! ```
 
 mod args;
 mod config;
+mod device;
 mod disk;
 mod image;
+mod offload;
 mod poll;
 mod request;
 mod uring;
@@ -118,7 +121,11 @@ impl Blk {
         if geometry.max_write_zeroes > 0 {
             features |= feature::WRITE_ZEROES;
         }
+        if geometry.max_secure_erase > 0 {
+            features |= feature::SECURE_ERASE;
+        }
         let align = disk.as_ref().map_or(1, |d| d.align);
+        let device = disk.as_ref().and_then(|d| d.device.clone());
         let (path, files, image) = match disk {
             None => (None, Vec::new(), None),
             Some(disk) => {
@@ -144,9 +151,12 @@ impl Blk {
                     flush: false,
                     max_discard: geometry.max_discard,
                     max_write_zeroes: geometry.max_write_zeroes,
+                    max_secure_erase: geometry.max_secure_erase,
                     align: u64::from(align),
                 },
                 files,
+                device,
+                offload: Arc::default(),
                 memory_align: align,
                 registers: register_memory,
                 poll: poll_limits(poll),

@@ -27,6 +27,7 @@ mod kind {
     pub(super) const GET_ID: u32 = 8;
     pub(super) const DISCARD: u32 = 11;
     pub(super) const WRITE_ZEROES: u32 = 13;
+    pub(super) const SECURE_ERASE: u32 = 14;
 }
 
 /// The status byte at the end of each chain (VIRTIO 1.3, 5.2.6).
@@ -55,6 +56,8 @@ pub(super) struct Limits {
     pub(super) max_discard: u64,
     /// Most bytes to zero in one range; 0 if the driver did not accept VIRTIO_BLK_F_WRITE_ZEROES.
     pub(super) max_write_zeroes: u64,
+    /// Most bytes to erase securely in one range; 0 if the driver did not accept VIRTIO_BLK_F_SECURE_ERASE.
+    pub(super) max_secure_erase: u64,
     /// Offsets and lengths of transfers must be multiples of this many bytes: a power of two, at least [`SECTOR`].
     pub(super) align: u64,
 }
@@ -96,6 +99,8 @@ pub(super) enum RangeAction {
     Discard,
     /// They are to read as zeroes.
     WriteZeroes,
+    /// They are to be lost, with all copies that the storage may have made.
+    SecureErase,
 }
 
 /// A range that lies within the disk and is not empty.
@@ -170,6 +175,9 @@ pub(super) fn parse<M: GuestMemory>(
         kind::WRITE_ZEROES if limits.max_write_zeroes > 0 => {
             limits.ranges(chain, mem, RangeAction::WriteZeroes, ranges)?
         }
+        kind::SECURE_ERASE if limits.max_secure_erase > 0 => {
+            limits.ranges(chain, mem, RangeAction::SecureErase, ranges)?
+        }
         // Also what exists, but was not negotiated (VIRTIO 1.3, 2.2.1, 5.2.6).
         _ => Err(Status::Unsupported),
     };
@@ -180,18 +188,12 @@ impl Limits {
     /// The limits for a driver that accepted these features.
     pub(super) fn negotiated(self, features: u64) -> Self {
         let has = |bits: u64| features & bits != 0;
+        let most = |bit: u64, bytes: u64| if has(bit) { bytes } else { 0 };
         Self {
             flush: has(feature::FLUSH | feature::CONFIG_WCE),
-            max_discard: if has(feature::DISCARD) {
-                self.max_discard
-            } else {
-                0
-            },
-            max_write_zeroes: if has(feature::WRITE_ZEROES) {
-                self.max_write_zeroes
-            } else {
-                0
-            },
+            max_discard: most(feature::DISCARD, self.max_discard),
+            max_write_zeroes: most(feature::WRITE_ZEROES, self.max_write_zeroes),
+            max_secure_erase: most(feature::SECURE_ERASE, self.max_secure_erase),
             ..self
         }
     }
@@ -200,6 +202,7 @@ impl Limits {
         match action {
             RangeAction::Discard => self.max_discard,
             RangeAction::WriteZeroes => self.max_write_zeroes,
+            RangeAction::SecureErase => self.max_secure_erase,
         }
     }
 
@@ -273,7 +276,7 @@ impl Limits {
         let flags = u32::from_le_bytes([f0, f1, f2, f3]);
         let known = match action {
             RangeAction::WriteZeroes => FLAG_UNMAP,
-            RangeAction::Discard => 0,
+            RangeAction::Discard | RangeAction::SecureErase => 0,
         };
         if flags & !known != 0 {
             return Err(Status::Unsupported);
@@ -300,6 +303,7 @@ mod tests {
         flush: true,
         max_discard: 1 << 18,
         max_write_zeroes: 1 << 19,
+        max_secure_erase: 1 << 17,
         align: SECTOR,
     };
 
@@ -348,6 +352,10 @@ mod tests {
             zeroes(range(8, 8, 1)),
             Ok(Range { unmap: true, .. })
         ));
+        let erase = |bytes| LIMITS.range(RangeAction::SecureErase, bytes);
+        assert!(erase(range(2048 - 256, 256, 0)).is_ok());
+        assert_eq!(erase(range(0, 257, 0)), Err(Status::IoError));
+        assert_eq!(erase(range(0, 8, 1)), Err(Status::Unsupported));
         assert!(discard(range(0, 512, 0)).is_ok());
         assert_eq!(discard(range(0, 513, 0)), Err(Status::IoError));
         assert!(zeroes(range(0, 1024, 0)).is_ok());
@@ -389,13 +397,15 @@ mod tests {
                 limits.flush,
                 limits.max_discard > 0,
                 limits.max_write_zeroes > 0,
+                limits.max_secure_erase > 0,
             )
         };
-        assert_eq!(of(0), (false, false, false));
-        assert_eq!(of(feature::FLUSH), (true, false, false));
-        assert_eq!(of(feature::CONFIG_WCE), (true, false, false));
-        assert_eq!(of(feature::DISCARD), (false, true, false));
-        assert_eq!(of(feature::WRITE_ZEROES), (false, false, true));
+        assert_eq!(of(0), (false, false, false, false));
+        assert_eq!(of(feature::FLUSH), (true, false, false, false));
+        assert_eq!(of(feature::CONFIG_WCE), (true, false, false, false));
+        assert_eq!(of(feature::DISCARD), (false, true, false, false));
+        assert_eq!(of(feature::WRITE_ZEROES), (false, false, true, false));
+        assert_eq!(of(feature::SECURE_ERASE), (false, false, false, true));
     }
 
     proptest! {
@@ -409,10 +419,10 @@ mod tests {
         #[test]
         fn no_range_reaches_beyond_the_disk(
             list in prop::collection::vec((0..4096_u64, 0..1200_u32, 0..3_u32), 0..=MAX_RANGES),
-            zeroes: bool,
+            what in 0..3_usize,
         ) {
             let bytes: Vec<u8> = list.iter().flat_map(|&(at, len, flags)| range(at, len, flags)).collect();
-            let action = if zeroes { RangeAction::WriteZeroes } else { RangeAction::Discard };
+            let action = [RangeAction::Discard, RangeAction::WriteZeroes, RangeAction::SecureErase][what];
             let mut ranges = vec![];
             let checked = LIMITS.check_ranges(action, &bytes, &mut ranges);
             for range in &ranges {

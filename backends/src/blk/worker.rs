@@ -28,7 +28,9 @@ use tracing::{debug, error, info, warn};
 use vm_memory::GuestAddress;
 
 use super::config::feature;
+use super::device::BlockDevice;
 use super::image::{Action, Outcome, Part, Place, Side};
+use super::offload::{self, DeviceLink, Offload};
 use super::poll::{PollLimits, PollWindow};
 use super::request::{self, HEADER_LEN, ID_LEN, Limits, Range, RangeAction, Request, Status};
 use super::uring::{Completion, Direction, PrepareError, Uring};
@@ -38,8 +40,12 @@ use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, 
 const SUBMISSIONS: u32 = 256;
 /// Tag of the poll on the command eventfd.
 const COMMANDS: u32 = 0;
-/// Tag of the poll on the companion's outcomes; kicks count up from the next.
+/// Tag of the poll on the companion's outcomes.
 const OUTCOMES: u32 = 1;
+/// Tag of the poll on the outcomes of what the device was asked for.
+const DEVICE: u32 = 2;
+/// Kicks count up from here.
+const KICKS: u32 = 3;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 /// After how many operations the storage gets them, while a batch is still being drained: it can begin meanwhile, and what is
@@ -57,6 +63,10 @@ const MAX_RETRIES: u8 = 100;
 pub(super) struct Shared {
     /// Where the data is; with none and without a companion, requests succeed at once, and no data moves.
     pub(super) files: Vec<Arc<File>>,
+    /// What the disk can do by ioctls, if it is a block device.
+    pub(super) device: Option<Arc<dyn BlockDevice>>,
+    /// Who does them.
+    pub(super) offload: Arc<Offload>,
     pub(super) limits: Limits,
     /// The disk's size in bytes, which may change: it stands in for `limits.capacity`.
     pub(super) capacity: Arc<AtomicU64>,
@@ -95,6 +105,47 @@ enum Stage {
     Sync,
     /// The companion does it.
     Companion(Action),
+    /// The device does it, on the disk's thread.
+    Device(DeviceCall),
+}
+
+/// What the device does on the disk's thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DeviceCall {
+    Discard,
+    SecureErase,
+}
+
+/// What ended since the last turn, and how.
+#[derive(Debug, Default)]
+struct Ended {
+    /// In the kernel.
+    completed: Vec<(u16, i32)>,
+    /// At the companion.
+    outcomes: Vec<(u16, Outcome)>,
+    /// On the disk's thread.
+    device: Vec<(u16, offload::Outcome)>,
+}
+
+impl Ended {
+    fn clear(&mut self) {
+        let Self {
+            completed,
+            outcomes,
+            device,
+        } = self;
+        completed.clear();
+        outcomes.clear();
+        device.clear();
+    }
+
+    /// The slots that were waiting for it.
+    fn slots(&self) -> impl Iterator<Item = u16> {
+        let completed = self.completed.iter().map(|&(slot, _)| slot);
+        let outcomes = self.outcomes.iter().map(|&(slot, _)| slot);
+        let device = self.device.iter().map(|&(slot, _)| slot);
+        completed.chain(outcomes).chain(device)
+    }
 }
 
 /// A request that is being served.
@@ -136,6 +187,7 @@ pub(super) struct Worker {
     /// Ends before `side` does: what it has under way is counted there.
     uring: Uring,
     side: Option<Side>,
+    device: Option<DeviceLink>,
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
@@ -183,14 +235,25 @@ impl Worker {
         if let Some(side) = &side {
             uring.poll(side.as_raw_fd(), OUTCOMES)?;
         }
+        let device = match &shared.device {
+            Some(device) => Some(DeviceLink::new(
+                Arc::clone(device),
+                Arc::clone(&shared.offload),
+            )?),
+            None => None,
+        };
+        if let Some(device) = &device {
+            uring.poll(device.mailbox().as_raw_fd(), DEVICE)?;
+        }
         Ok(Self {
             windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
             shared,
             commands,
             uring,
             side,
+            device,
             queue: None,
-            kick_tag: OUTCOMES,
+            kick_tag: KICKS,
             counters: Counters::default(),
             limit: LogLimit::default(),
         })
@@ -198,8 +261,7 @@ impl Worker {
 
     /// Serves until told to end.
     pub(super) fn run(mut self) {
-        let mut completed = Vec::new();
-        let mut outcomes = Vec::new();
+        let mut ended = Ended::default();
         let mut wait = false;
         loop {
             if let Err(e) = self.enter(wait) {
@@ -208,26 +270,29 @@ impl Worker {
                 return;
             }
             self.counters.turns = self.counters.turns.saturating_add(1);
-            completed.clear();
-            outcomes.clear();
-            let (mut commanded, mut answered) = (false, false);
+            ended.clear();
+            let (mut commanded, mut answered, mut asked) = (false, false, false);
             while let Some(completion) = self.uring.completion() {
                 match completion {
                     Completion::Io { slot, result } => {
                         if let Some(side) = &mut self.side {
                             side.ended(slot);
                         }
-                        completed.push((slot, result));
+                        ended.completed.push((slot, result));
                     }
                     Completion::Poll { tag, result, more } => {
                         commanded |= tag == COMMANDS;
                         answered |= tag == OUTCOMES;
+                        asked |= tag == DEVICE;
                         self.polled(tag, result, more);
                     }
                 }
             }
             if let (true, Some(side)) = (answered, &self.side) {
-                side.take(&mut outcomes);
+                side.take(&mut ended.outcomes);
+            }
+            if let (true, Some(device)) = (asked, &self.device) {
+                device.mailbox().take(&mut ended.device);
             }
             if commanded {
                 self.commands.acknowledge();
@@ -242,7 +307,7 @@ impl Worker {
                     }
                 }
             }
-            wait = !self.turn(&completed, &outcomes);
+            wait = !self.turn(&ended);
         }
     }
 
@@ -284,7 +349,7 @@ impl Worker {
     }
 
     fn polled(&mut self, tag: u32, result: i32, more: bool) {
-        if tag > OUTCOMES {
+        if tag >= KICKS {
             if tag != self.kick_tag {
                 return; // of a ring that was given back
             }
@@ -308,6 +373,7 @@ impl Worker {
         let fd = match tag {
             COMMANDS => Some(self.commands.as_raw_fd()),
             OUTCOMES => self.side.as_ref().map(AsRawFd::as_raw_fd),
+            DEVICE => self.device.as_ref().map(|d| d.mailbox().as_raw_fd()),
             _ => self.queue.as_ref().and_then(|q| q.vring.kick_fd()),
         };
         if let Some(fd) = fd
@@ -324,7 +390,7 @@ impl Worker {
             error!(queue = vring.index, "the worker has a ring already");
             return;
         }
-        self.kick_tag = self.kick_tag.wrapping_add(1).max(OUTCOMES.wrapping_add(1));
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(KICKS);
         if let Some(fd) = vring.kick_fd()
             && let Err(e) = self.uring.poll(fd, self.kick_tag)
             && let Some(held_back) = self.limit.check()
@@ -357,7 +423,7 @@ impl Worker {
     }
 
     /// One turn: what completed, then what is new. Returns whether to come back without waiting.
-    fn turn(&mut self, completed: &[(u16, i32)], outcomes: &[(u16, Outcome)]) -> bool {
+    fn turn(&mut self, ended: &Ended) -> bool {
         let Some(queue) = &mut self.queue else {
             return false;
         };
@@ -369,10 +435,11 @@ impl Worker {
             shared: &self.shared,
             uring: &mut self.uring,
             side: self.side.as_mut(),
+            device: self.device.as_ref(),
             counters: &mut self.counters,
             limit: &self.limit,
         };
-        let again = match turn.run(queue, completed, outcomes) {
+        let again = match turn.run(queue, ended) {
             Ok(again) => again,
             Err(error) => {
                 if !queue.broken {
@@ -413,7 +480,7 @@ impl Worker {
         {
             error!("cannot stop waiting for kicks: {e}");
         }
-        self.kick_tag = self.kick_tag.wrapping_add(1).max(OUTCOMES.wrapping_add(1));
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(KICKS);
         // The poll holds the descriptor; let it go before the ring does.
         if let Err(e) = self.uring.enter(0, None) {
             error!("io_uring failed: {e}");
@@ -510,17 +577,13 @@ struct Turn<'w> {
     shared: &'w Shared,
     uring: &'w mut Uring,
     side: Option<&'w mut Side>,
+    device: Option<&'w DeviceLink>,
     counters: &'w mut Counters,
     limit: &'w LogLimit,
 }
 
 impl Turn<'_> {
-    fn run(
-        &mut self,
-        queue: &mut Queue,
-        completed: &[(u16, i32)],
-        outcomes: &[(u16, Outcome)],
-    ) -> Result<bool, RingError> {
+    fn run(&mut self, queue: &mut Queue, ended: &Ended) -> Result<bool, RingError> {
         let serves = queue.serves();
         let features = queue.vring.features;
         let Queue {
@@ -545,26 +608,30 @@ impl Turn<'_> {
         };
         if *broken {
             // Requests end, but nobody can be told.
-            slots.release_all(completed, outcomes);
+            slots.release_all(ended);
             return Ok(false);
         }
         let call = vring.call.as_ref();
         let mut session = match vring.ring.session(vring.memory.as_ref()) {
             Ok(session) => session,
             Err(e) => {
-                slots.release_all(completed, outcomes);
+                slots.release_all(ended);
                 return Err(e);
             }
         };
         let mut first_error = None;
-        for &(slot, result) in completed {
-            let ended = self.completed(&mut slots, &mut session, slot, result);
+        for &(slot, result) in &ended.completed {
+            let told = self.completed(&mut slots, &mut session, slot, result);
             // All completions must be seen, or their slots are lost.
-            first_error = first_error.or(ended.err());
+            first_error = first_error.or(told.err());
         }
-        for &(slot, outcome) in outcomes {
-            let ended = self.answered(&mut slots, &mut session, slot, outcome);
-            first_error = first_error.or(ended.err());
+        for &(slot, outcome) in &ended.outcomes {
+            let told = self.answered(&mut slots, &mut session, slot, outcome);
+            first_error = first_error.or(told.err());
+        }
+        for &(slot, outcome) in &ended.device {
+            let told = self.device_answered(&mut slots, &mut session, slot, outcome);
+            first_error = first_error.or(told.err());
         }
         if let Some(error) = first_error {
             return Err(error);
@@ -781,6 +848,10 @@ impl Turn<'_> {
 
     fn stage_for(&self, action: RangeAction, unmap: bool) -> Stage {
         match (action, &self.side) {
+            (RangeAction::SecureErase, _) => Stage::Device(DeviceCall::SecureErase),
+            (RangeAction::Discard, None) if self.device.is_some() => {
+                Stage::Device(DeviceCall::Discard)
+            }
             (RangeAction::Discard, Some(_)) => Stage::Companion(Action::Discard),
             (RangeAction::WriteZeroes, Some(_)) => Stage::Companion(Action::WriteZeroes { unmap }),
             (RangeAction::Discard, None) => Stage::Fallocate {
@@ -831,6 +902,7 @@ impl Turn<'_> {
             }
             Stage::Sync => self.uring.fsync(slot),
             Stage::Companion(action) => return self.hand_over(slot, job, action),
+            Stage::Device(call) => self.ask_device(slot, job, call),
         };
         self.started(started)
     }
@@ -917,6 +989,36 @@ impl Turn<'_> {
             error!(held_back, "the image's thread is gone");
         }
         Next::Done(Status::IoError)
+    }
+
+    /// Lets the device do it, on the disk's thread.
+    fn ask_device(&self, slot: u16, job: &Job, call: DeviceCall) -> std::io::Result<()> {
+        let Some(link) = self.device else {
+            return Err(std::io::ErrorKind::Unsupported.into());
+        };
+        let (offset, len) = (job.offset, job.remaining);
+        link.ask(slot, move |device| match call {
+            DeviceCall::Discard => device.discard(offset, len).into(),
+            DeviceCall::SecureErase => device.secure_erase(offset, len).into(),
+        })
+    }
+
+    /// The device has done what it was asked for.
+    fn device_answered(
+        &mut self,
+        slots: &mut Slots<'_>,
+        session: &mut Session<'_, Memory>,
+        slot: u16,
+        outcome: offload::Outcome,
+    ) -> Result<(), RingError> {
+        let Some(mut job) = slots.get(slot) else {
+            return Ok(());
+        };
+        let next = match outcome {
+            offload::Outcome::Done => self.range_done(slots, slot, &mut job),
+            offload::Outcome::Failed(errno) => self.failed(slots, slot, &mut job, errno),
+        };
+        self.settle(slots, session, slot, job, next)
     }
 
     /// The companion has answered.
@@ -1017,7 +1119,7 @@ impl Turn<'_> {
             return self.failed(slots, slot, job, result.saturating_neg());
         };
         match job.stage {
-            Stage::Sync | Stage::Companion(_) => Next::Done(Status::Ok),
+            Stage::Sync | Stage::Companion(_) | Stage::Device(_) => Next::Done(Status::Ok),
             Stage::Fallocate { .. } => self.range_done(slots, slot, job),
             Stage::Transfer(_) | Stage::WriteZeroes => {
                 let moved = u64::try_from(bytes).unwrap_or(u64::MAX);
@@ -1055,9 +1157,10 @@ impl Turn<'_> {
                 job.stage = Stage::WriteZeroes;
                 self.advance(slots, slot, job)
             }
-            (libc::EOPNOTSUPP | libc::ENOSYS, Stage::Fallocate { .. }) => {
-                Next::Done(Status::Unsupported)
-            }
+            (
+                libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY,
+                Stage::Fallocate { .. } | Stage::Device(_),
+            ) => Next::Done(Status::Unsupported),
             _ => {
                 if let Some(held_back) = self.limit.check() {
                     let error = std::io::Error::from_raw_os_error(errno);
@@ -1132,9 +1235,8 @@ impl Slots<'_> {
     }
 
     /// Frees the slots of requests that ended with nobody to tell.
-    fn release_all(&mut self, completed: &[(u16, i32)], outcomes: &[(u16, Outcome)]) {
-        let ended = completed.iter().map(|&(slot, _)| slot);
-        for slot in ended.chain(outcomes.iter().map(|&(slot, _)| slot)) {
+    fn release_all(&mut self, ended: &Ended) {
+        for slot in ended.slots() {
             self.release(slot);
         }
     }
