@@ -237,6 +237,10 @@ impl BlkArgs {
         let keep = |given: OnOff, bytes| if given == OnOff::On { bytes } else { 0 };
         Ok(BlkConfig {
             geometry: Geometry {
+                zones: disk
+                    .as_ref()
+                    .and_then(|d| d.zones.as_ref())
+                    .map(|&(_, zones)| zones),
                 capacity,
                 seg_max: u32::from(SEG_MAX.min(self.queue_size.saturating_sub(2)).max(1)),
                 block_size: block,

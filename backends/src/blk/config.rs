@@ -26,6 +26,8 @@ pub(super) mod feature {
     pub(in crate::blk) const WRITE_ZEROES: u64 = 1 << 14;
     /// VIRTIO_BLK_F_SECURE_ERASE: the secure erase command exists.
     pub(in crate::blk) const SECURE_ERASE: u64 = 1 << 16;
+    /// VIRTIO_BLK_F_ZONED: the disk has zones, and commands for them.
+    pub(in crate::blk) const ZONED: u64 = 1 << 17;
     /// VIRTIO_F_INDIRECT_DESC
     pub(in crate::blk) const INDIRECT_DESC: u64 = 1 << 28;
     /// VIRTIO_F_EVENT_IDX
@@ -36,8 +38,10 @@ pub(super) mod feature {
 
 /// Offset of `wce`, the only field that a driver writes.
 const WCE_OFFSET: u32 = 32;
-/// Length of the structure up to the zones, which are not offered.
-const LEN: usize = 72;
+/// Length of the structure.
+const LEN: usize = 96;
+/// VIRTIO_BLK_Z_HM: sequential zones can only be written sequentially (VIRTIO 1.3, 5.2.4).
+const HOST_MANAGED: u8 = 1;
 
 /// What a driver is told about the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,6 +70,23 @@ pub struct Geometry {
     pub zeroes_unmap: bool,
     /// Most bytes to erase securely in one range; 0 if there are no such requests.
     pub max_secure_erase: u64,
+    /// The zones of a host-managed disk.
+    pub zones: Option<ZoneGeometry>,
+}
+
+/// What a driver is told about zones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ZoneGeometry {
+    /// Size of each zone in bytes; the last may be smaller.
+    pub size: u64,
+    /// Most zones that can be open; 0 if there is no limit.
+    pub max_open: u32,
+    /// Most zones that can be open or closed; 0 if there is no limit.
+    pub max_active: u32,
+    /// Most bytes to append at once.
+    pub max_append: u64,
+    /// Writes begin and end at multiples of this many bytes.
+    pub write_granularity: u32,
 }
 
 /// The configuration space as bytes, with `wce` as it stands.
@@ -105,6 +126,14 @@ pub(super) fn encode(geometry: &Geometry, writeback: bool) -> [u8; LEN] {
     out.put(&in_sectors(geometry.max_secure_erase).to_le_bytes()); // max_secure_erase_sectors
     out.put(&segments(geometry.max_secure_erase).to_le_bytes()); // max_secure_erase_seg
     out.put(&in_sectors(geometry.discard_align.into()).to_le_bytes()); // secure_erase_sector_alignment
+    if let Some(zones) = &geometry.zones {
+        out.put(&in_sectors(zones.size).to_le_bytes()); // zone_sectors
+        out.put(&zones.max_open.to_le_bytes()); // max_open_zones
+        out.put(&zones.max_active.to_le_bytes()); // max_active_zones
+        out.put(&in_sectors(zones.max_append).to_le_bytes()); // max_append_sectors
+        out.put(&zones.write_granularity.to_le_bytes());
+        out.put(&[HOST_MANAGED, 0, 0, 0]); // model, unused
+    }
     out.bytes
 }
 
@@ -148,6 +177,13 @@ mod tests {
         max_write_zeroes: 1 << 29,
         zeroes_unmap: true,
         max_secure_erase: 1 << 28,
+        zones: Some(ZoneGeometry {
+            size: 4 << 20,
+            max_open: 3,
+            max_active: 5,
+            max_append: 1 << 20,
+            write_granularity: 4096,
+        }),
     };
 
     #[test]
@@ -175,6 +211,14 @@ mod tests {
         assert_eq!(u32_at(60), 1 << 19);
         assert_eq!(u32_at(64), 32);
         assert_eq!(u32_at(68), 16);
+        let zones = [72, 76, 80, 84, 88].map(u32_at);
+        assert_eq!(zones, [8192, 3, 5, 2048, 4096]);
+        assert_eq!(bytes[92..], [1, 0, 0, 0]);
+        let plain = Geometry {
+            zones: None,
+            ..GEOMETRY
+        };
+        assert_eq!(encode(&plain, true)[72..], [0; 24]);
     }
 
     #[test]

@@ -14,12 +14,16 @@ use nix::fcntl::{FcntlArg, fcntl};
 use thiserror::Error;
 use tracing::{debug, warn};
 
+use super::config::ZoneGeometry;
 use super::device::{BlockDevice, Device};
 use super::image::{Image, QCOW2_MAGIC, Qcow2Error};
 use super::request::SECTOR;
+use super::zones::Zones;
 
 /// Most bytes to discard or zero at once, even if the storage would take more: other requests wait for it.
 const MAX_RANGE: u64 = 1 << 30;
+/// Most bytes to append to a zone at once. Appends are writes at the zone's pointer, for which the device has no limit.
+const MAX_APPEND: u64 = 1 << 20;
 /// How often to try to lock a disk.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -91,6 +95,23 @@ pub enum DiskError {
         path: PathBuf,
         /// The smallest block size in bytes.
         needed: u32,
+    },
+    /// It is zoned, and cannot be written through the page cache.
+    #[error(
+        "disk {path} is a host-managed zoned device, which the page cache cannot write in order; use --direct, or --read-only"
+    )]
+    ZonedNeedsDirect {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its zones cannot be read.
+    #[error("disk {path}: its zones cannot be read; does blkzone report {path} show them?")]
+    Zones {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// Another program uses it.
     #[error(
@@ -211,6 +232,8 @@ pub struct Disk {
     pub opt_io: u32,
     /// What can be done to ranges.
     pub ranges: Ranges,
+    /// Its zones, if it is a host-managed zoned device, and what a driver is told about them.
+    pub(super) zones: Option<(Arc<Zones>, ZoneGeometry)>,
     /// What the file can do besides, if it is a block device and the disk's contents.
     pub(super) device: Option<Arc<dyn BlockDevice>>,
     /// Transfers and buffers must be aligned to this many bytes; 1 if any will do.
@@ -250,9 +273,25 @@ impl Disk {
                 (in_blocks(image.capacity(), path, block_size)?, Some(image))
             }
         };
+        let zones = match (&image, &storage.zones) {
+            (None, Some(geometry)) if options.direct || options.read_only => {
+                let device = Device::new(Arc::clone(&file));
+                let zones = Zones::read(&device, geometry, capacity).map_err(|source| {
+                    DiskError::Zones {
+                        path: path.clone(),
+                        source,
+                    }
+                })?;
+                Some((Arc::new(zones), *geometry))
+            }
+            (_, Some(_)) => return Err(DiskError::ZonedNeedsDirect { path: path.clone() }),
+            (_, None) => None,
+        };
         let physical_block_size = storage.physical.max(block_size);
         let ranges = match (&image, &storage.queue) {
             (Some(image), _) if !image.ranges() => Ranges::NONE,
+            // To a zone that is written sequentially, only a reset gives space back (VIRTIO 1.3, 5.2.5.1).
+            _ if zones.is_some() => Ranges::NONE,
             (None, Some(queue)) => {
                 let erases = !options.read_only && Device::new(Arc::clone(&file)).erases_securely();
                 Ranges::of_device(block_size, erases, |name| attribute(queue, name))
@@ -267,6 +306,7 @@ impl Disk {
             } else {
                 None
             },
+            zones,
             image,
             file,
             block_size,
@@ -407,6 +447,7 @@ struct Storage {
     logical: u32,
     physical: u32,
     opt_io: u32,
+    zones: Option<ZoneGeometry>,
     /// Where sysfs describes it, if it is a block device.
     queue: Option<PathBuf>,
 }
@@ -420,10 +461,12 @@ impl Storage {
                 attribute(queue.as_ref()?, name).and_then(|value| u32::try_from(value).ok())
             };
             let logical = value("logical_block_size").unwrap_or(sector);
+            let physical = value("physical_block_size").unwrap_or(logical);
             return Self {
                 logical,
-                physical: value("physical_block_size").unwrap_or(logical),
+                physical,
                 opt_io: value("optimal_io_size").unwrap_or(0),
+                zones: queue.as_deref().and_then(|queue| zones_of(queue, physical)),
                 queue,
             };
         }
@@ -437,9 +480,32 @@ impl Storage {
                 sector
             },
             opt_io: 0,
+            zones: None,
             queue: None,
         }
     }
+}
+
+/// The zones of a host-managed device, whose request queue sysfs describes in a directory. A host-aware device may be
+/// written anywhere, and is served as one without zones.
+fn zones_of(queue: &Path, physical: u32) -> Option<ZoneGeometry> {
+    let model = fs::read_to_string(queue.join("zoned")).ok()?;
+    if model.trim() != "host-managed" {
+        return None;
+    }
+    let number = |name: &str| attribute(queue, name).and_then(|value| u32::try_from(value).ok());
+    let size = attribute(queue, "chunk_sectors")
+        .filter(|&sectors| sectors > 0)?
+        .checked_mul(SECTOR)?;
+    Some(ZoneGeometry {
+        size,
+        max_open: number("max_open_zones").unwrap_or(0),
+        max_active: number("max_active_zones").unwrap_or(0),
+        max_append: size.min(MAX_APPEND),
+        write_granularity: number("zone_write_granularity")
+            .filter(|&bytes| bytes > 0)
+            .unwrap_or(physical),
+    })
 }
 
 /// A number in a directory of sysfs.

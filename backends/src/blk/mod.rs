@@ -19,6 +19,7 @@ mod poll;
 mod request;
 mod uring;
 mod worker;
+mod zones;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -29,10 +30,10 @@ use std::time::Duration;
 
 use tracing::{info, warn};
 
-use crate::shell::{Commands, Device, DeviceError, config_range};
+use crate::shell::{Commands, Device, DeviceError, LogLimit, config_range};
 
 pub use args::{ArgsError, BlkArgs};
-pub use config::Geometry;
+pub use config::{Geometry, ZoneGeometry};
 pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges};
 pub use image::{HeaderError, Image, Qcow2Error};
 
@@ -79,6 +80,7 @@ pub struct Blk {
     path: Option<PathBuf>,
     image: Option<Image>,
     shared: Shared,
+    limit: LogLimit,
 }
 
 impl Blk {
@@ -124,8 +126,20 @@ impl Blk {
         if geometry.max_secure_erase > 0 {
             features |= feature::SECURE_ERASE;
         }
+        if geometry.zones.is_some() {
+            features |= feature::ZONED;
+        }
         let align = disk.as_ref().map_or(1, |d| d.align);
         let device = disk.as_ref().and_then(|d| d.device.clone());
+        let zones = disk.as_ref().and_then(|d| d.zones.as_ref());
+        let zones = zones.map(|(zones, _)| Arc::clone(zones));
+        if let (Some(zones), Some(geometry)) = (&zones, &geometry.zones) {
+            info!(
+                zones = zones.count(),
+                size = geometry.size,
+                "the disk is zoned"
+            );
+        }
         let (path, files, image) = match disk {
             None => (None, Vec::new(), None),
             Some(disk) => {
@@ -152,11 +166,14 @@ impl Blk {
                     max_discard: geometry.max_discard,
                     max_write_zeroes: geometry.max_write_zeroes,
                     max_secure_erase: geometry.max_secure_erase,
+                    zoned: false,
+                    max_append: geometry.zones.map_or(0, |zones| zones.max_append),
                     align: u64::from(align),
                 },
                 files,
                 device,
                 offload: Arc::default(),
+                zones,
                 memory_align: align,
                 registers: register_memory,
                 poll: poll_limits(poll),
@@ -165,6 +182,7 @@ impl Blk {
                 writeback: Arc::new(AtomicBool::new(writeback)),
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),
             },
+            limit: LogLimit::default(),
         }
     }
 }
@@ -204,8 +222,17 @@ impl Device for Blk {
     }
 
     fn set_features(&mut self, acked: u64) {
-        // Each ring carries what was accepted; nothing is common to all of them.
-        let _ = acked;
+        // Each ring carries what was accepted; nothing is common to all of them. The reset of a device that nobody
+        // drives accepts nothing.
+        if self.features & !acked & feature::ZONED != 0
+            && acked & feature::VERSION_1 != 0
+            && let Some(held_back) = self.limit.check()
+        {
+            warn!(
+                held_back,
+                "the driver or the VMM does not know zoned disks: writes that are not at a zone's write pointer will fail"
+            );
+        }
     }
 
     fn worker_count(&self) -> usize {
@@ -259,10 +286,15 @@ impl Device for Blk {
         }
     }
 
-    /// The disk may have another size now. Not so an image: nobody else can change it while it is locked.
+    /// The disk may have another size now. Not so an image: nobody else can change it while it is locked. Zones are what they
+    /// are.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(file), None) = (&self.path, self.shared.files.first(), &self.image)
-        else {
+        let (Some(path), Some(file), None, None) = (
+            &self.path,
+            self.shared.files.first(),
+            &self.image,
+            &self.geometry.zones,
+        ) else {
             return Ok(false);
         };
         let capacity = disk::capacity(file, path, self.geometry.block_size)
@@ -285,6 +317,7 @@ impl Device for Blk {
             path: _,
             image: _,
             shared,
+            limit: _,
         } = self;
         shared
             .writeback

@@ -26,6 +26,10 @@ use super::device::BlockDevice;
 pub(super) enum Outcome {
     /// It is done.
     Done,
+    /// It is done, and this many bytes of guest memory were written from the start.
+    Filled(u64),
+    /// The zone is held now, or its position was looked up: go on.
+    Granted,
     /// It failed, with this error number.
     Failed(i32),
 }

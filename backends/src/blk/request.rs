@@ -5,6 +5,7 @@ use thiserror::Error;
 use vm_memory::GuestMemory;
 
 use super::config::feature;
+use super::device::ZoneAction;
 
 /// Bytes in a sector, the unit of all addresses, whatever the block size (VIRTIO 1.3, 5.2.6).
 pub(super) const SECTOR: u64 = 512;
@@ -14,6 +15,8 @@ pub(super) const HEADER_LEN: u64 = 16;
 pub(super) const ID_LEN: usize = 20;
 /// Length of struct virtio_blk_discard_write_zeroes (VIRTIO 1.3, 5.2.6).
 const RANGE_LEN: usize = 16;
+/// Length of append_sector, behind which is the status (VIRTIO 1.3, 5.2.6, struct virtio_blk_req_za).
+pub(super) const APPEND_ANSWER_LEN: u64 = 8;
 /// Most of them in a request: max_discard_seg and its like (VIRTIO 1.3, 5.2.4).
 pub(super) const MAX_RANGES: usize = 32;
 /// `unmap` in the flags of such a range.
@@ -28,6 +31,13 @@ mod kind {
     pub(super) const DISCARD: u32 = 11;
     pub(super) const WRITE_ZEROES: u32 = 13;
     pub(super) const SECURE_ERASE: u32 = 14;
+    pub(super) const ZONE_APPEND: u32 = 15;
+    pub(super) const ZONE_REPORT: u32 = 16;
+    pub(super) const ZONE_OPEN: u32 = 18;
+    pub(super) const ZONE_CLOSE: u32 = 20;
+    pub(super) const ZONE_FINISH: u32 = 22;
+    pub(super) const ZONE_RESET: u32 = 24;
+    pub(super) const ZONE_RESET_ALL: u32 = 26;
 }
 
 /// The status byte at the end of each chain (VIRTIO 1.3, 5.2.6).
@@ -40,6 +50,14 @@ pub(super) enum Status {
     IoError = 1,
     /// VIRTIO_BLK_S_UNSUPP
     Unsupported = 2,
+    /// VIRTIO_BLK_S_ZONE_INVALID_CMD
+    ZoneInvalidCommand = 3,
+    /// VIRTIO_BLK_S_ZONE_UNALIGNED_WP
+    ZoneUnalignedWritePointer = 4,
+    /// VIRTIO_BLK_S_ZONE_OPEN_RESOURCE
+    ZoneOpenResource = 5,
+    /// VIRTIO_BLK_S_ZONE_ACTIVE_RESOURCE
+    ZoneActiveResource = 6,
 }
 
 /// What the disk can do, as far as it decides whether a request is valid.
@@ -58,6 +76,10 @@ pub(super) struct Limits {
     pub(super) max_write_zeroes: u64,
     /// Most bytes to erase securely in one range; 0 if the driver did not accept VIRTIO_BLK_F_SECURE_ERASE.
     pub(super) max_secure_erase: u64,
+    /// The driver accepted VIRTIO_BLK_F_ZONED.
+    pub(super) zoned: bool,
+    /// Most bytes to append to a zone.
+    pub(super) max_append: u64,
     /// Offsets and lengths of transfers must be multiples of this many bytes: a power of two, at least [`SECTOR`].
     pub(super) align: u64,
 }
@@ -86,6 +108,30 @@ pub(super) enum Request {
         /// Room for it.
         len: u64,
     },
+    /// Write from the readable segments, from [`HEADER_LEN`] on, to where the zone is written next. The answer is struct
+    /// virtio_blk_req_za's, with [`APPEND_ANSWER_LEN`] bytes.
+    ZoneAppend {
+        /// Where the zone should begin.
+        offset: u64,
+        /// How much.
+        len: u64,
+    },
+    /// Describe zones in the first `len` bytes of the writable segments.
+    ZoneReport {
+        /// In which zone to begin.
+        offset: u64,
+        /// How much room there is.
+        len: u64,
+    },
+    /// Change a zone.
+    Zone {
+        /// Where it should begin.
+        offset: u64,
+        /// How.
+        action: ZoneAction,
+    },
+    /// Reset all zones.
+    ZoneResetAll,
     /// Do this to each of the ranges that were found.
     Ranges(RangeAction),
     /// The request is answered with this status and nothing else.
@@ -178,6 +224,19 @@ pub(super) fn parse<M: GuestMemory>(
         kind::SECURE_ERASE if limits.max_secure_erase > 0 => {
             limits.ranges(chain, mem, RangeAction::SecureErase, ranges)?
         }
+        kind::ZONE_REPORT if limits.zoned => {
+            limits.zone_of(sector).map(|offset| Request::ZoneReport {
+                offset,
+                len: writable,
+            })
+        }
+        kind::ZONE_APPEND if limits.zoned => limits.append(sector, readable, writable),
+        kind::ZONE_OPEN if limits.zoned => limits.change(sector, ZoneAction::Open),
+        kind::ZONE_CLOSE if limits.zoned => limits.change(sector, ZoneAction::Close),
+        kind::ZONE_FINISH if limits.zoned => limits.change(sector, ZoneAction::Finish),
+        kind::ZONE_RESET if limits.zoned => limits.change(sector, ZoneAction::Reset),
+        kind::ZONE_RESET_ALL if limits.zoned && limits.read_only => Err(Status::IoError),
+        kind::ZONE_RESET_ALL if limits.zoned => Ok(Request::ZoneResetAll),
         // Also what exists, but was not negotiated (VIRTIO 1.3, 2.2.1, 5.2.6).
         _ => Err(Status::Unsupported),
     };
@@ -194,8 +253,40 @@ impl Limits {
             max_discard: most(feature::DISCARD, self.max_discard),
             max_write_zeroes: most(feature::WRITE_ZEROES, self.max_write_zeroes),
             max_secure_erase: most(feature::SECURE_ERASE, self.max_secure_erase),
+            zoned: has(feature::ZONED),
             ..self
         }
+    }
+
+    /// What the driver is told when a zone is in the way: those that know nothing of zones know none of the words for it.
+    pub(super) fn zone_status(&self, status: Status) -> Status {
+        if self.zoned { status } else { Status::IoError }
+    }
+
+    /// Byte offset of a sector in some zone.
+    fn zone_of(&self, sector: u64) -> Result<u64, Status> {
+        self.within(sector, SECTOR)
+            .map_err(|_| Status::ZoneInvalidCommand)
+    }
+
+    fn change(&self, sector: u64, action: ZoneAction) -> Result<Request, Status> {
+        if self.read_only {
+            return Err(Status::IoError);
+        }
+        let offset = self.zone_of(sector)?;
+        Ok(Request::Zone { offset, action })
+    }
+
+    fn append(&self, sector: u64, len: u64, room: u64) -> Result<Request, Status> {
+        if self.read_only || room < APPEND_ANSWER_LEN {
+            return Err(Status::IoError);
+        }
+        if len == 0 || len > self.max_append {
+            return Err(Status::ZoneInvalidCommand);
+        }
+        self.zone_of(sector)?;
+        let offset = self.transfer(sector, len)?;
+        Ok(Request::ZoneAppend { offset, len })
     }
 
     fn max_range(&self, action: RangeAction) -> u64 {
@@ -304,6 +395,8 @@ mod tests {
         max_discard: 1 << 18,
         max_write_zeroes: 1 << 19,
         max_secure_erase: 1 << 17,
+        zoned: true,
+        max_append: 1 << 16,
         align: SECTOR,
     };
 
@@ -406,6 +499,37 @@ mod tests {
         assert_eq!(of(feature::DISCARD), (false, true, false, false));
         assert_eq!(of(feature::WRITE_ZEROES), (false, false, true, false));
         assert_eq!(of(feature::SECURE_ERASE), (false, false, false, true));
+    }
+
+    #[test]
+    fn zones_are_for_those_who_know_them() {
+        assert!(LIMITS.negotiated(feature::ZONED).zoned);
+        let plain = LIMITS.negotiated(0);
+        assert!(!plain.zoned);
+        let status = Status::ZoneUnalignedWritePointer;
+        assert_eq!(plain.zone_status(status), Status::IoError);
+        assert_eq!(LIMITS.zone_status(status), status);
+    }
+
+    #[test]
+    fn appends_have_a_limit_and_room_for_their_answer() {
+        let append = |len| Request::ZoneAppend { offset: 4096, len };
+        assert_eq!(LIMITS.append(8, 512, 8), Ok(append(512)));
+        assert_eq!(LIMITS.append(8, 1 << 16, 9), Ok(append(1 << 16)));
+        assert_eq!(LIMITS.append(8, 512, 7), Err(Status::IoError));
+        let invalid = Err(Status::ZoneInvalidCommand);
+        assert_eq!(LIMITS.append(8, 0, 8), invalid);
+        assert_eq!(LIMITS.append(8, (1 << 16) + 512, 8), invalid);
+        assert_eq!(LIMITS.append(2048, 512, 8), invalid);
+        assert_eq!(LIMITS.append(8, 100, 8), Err(Status::IoError));
+        let frozen = Limits {
+            read_only: true,
+            ..LIMITS
+        };
+        assert_eq!(frozen.append(8, 512, 8), Err(Status::IoError));
+        let change = frozen.change(8, ZoneAction::Reset);
+        assert_eq!(change, Err(Status::IoError));
+        assert_eq!(LIMITS.change(2048, ZoneAction::Reset), invalid);
     }
 
     proptest! {

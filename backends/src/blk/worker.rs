@@ -28,12 +28,16 @@ use tracing::{debug, error, info, warn};
 use vm_memory::GuestAddress;
 
 use super::config::feature;
-use super::device::BlockDevice;
+use super::device::{BlockDevice, ZoneAction};
 use super::image::{Action, Outcome, Part, Place, Side};
 use super::offload::{self, DeviceLink, Offload};
 use super::poll::{PollLimits, PollWindow};
-use super::request::{self, HEADER_LEN, ID_LEN, Limits, Range, RangeAction, Request, Status};
+use super::request::{
+    self, APPEND_ANSWER_LEN, HEADER_LEN, ID_LEN, Limits, Range, RangeAction, Request, SECTOR,
+    Status,
+};
 use super::uring::{Completion, Direction, PrepareError, Uring};
+use super::zones::{Position, Zones};
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, signal};
 
 /// Entries of the submission queue; a larger batch takes a system call more.
@@ -67,6 +71,8 @@ pub(super) struct Shared {
     pub(super) device: Option<Arc<dyn BlockDevice>>,
     /// Who does them.
     pub(super) offload: Arc<Offload>,
+    /// The disk's zones, if it has some.
+    pub(super) zones: Option<Arc<Zones>>,
     pub(super) limits: Limits,
     /// The disk's size in bytes, which may change: it stands in for `limits.capacity`.
     pub(super) capacity: Arc<AtomicU64>,
@@ -114,6 +120,22 @@ enum Stage {
 enum DeviceCall {
     Discard,
     SecureErase,
+    /// Describes zones to the driver.
+    ZoneReport,
+    /// Changes the zone that is held.
+    Zone(ZoneAction),
+    ZoneResetAll,
+}
+
+/// Whether a job needs a zone for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    /// No.
+    None,
+    /// Yes, and it does not have it yet.
+    Wanted(u32),
+    /// It has it.
+    Held(u32),
 }
 
 /// What ended since the last turn, and how.
@@ -160,6 +182,11 @@ struct Job {
     remaining: u64,
     /// Bytes written to guest memory when it succeeds, without the status.
     reply: u64,
+    hold: Hold,
+    /// It is appended to its zone, and the driver is told where.
+    append: bool,
+    /// Where a write into a zone that is held begins.
+    start: u64,
     durable: bool,
     /// It goes through the bounce buffer.
     bounced: bool,
@@ -206,6 +233,8 @@ struct Queue {
     ranges: Vec<Vec<Range>>,
     /// Those of a request that has no slot yet.
     new_ranges: Vec<Range>,
+    /// Where a job that has more to say than its status writes it. Grows to the most that a slot has had, and is kept.
+    answers: Vec<Vec<Segment>>,
     free: Vec<u16>,
     /// Jobs that wait for the bounce buffer, which `bouncing` has.
     waiting: VecDeque<u16>,
@@ -405,6 +434,7 @@ impl Worker {
             jobs: vec![None; usize::from(size)],
             ranges: vec![Vec::new(); usize::from(size)],
             new_ranges: Vec::new(),
+            answers: vec![Vec::new(); usize::from(size)],
             free: (0..size).rev().collect(),
             waiting: VecDeque::with_capacity(usize::from(size)),
             bouncing: None,
@@ -444,7 +474,7 @@ impl Worker {
             Err(error) => {
                 if !queue.broken {
                     queue.broken = true;
-                    queue.abandon_waiting();
+                    queue.abandon_waiting(self.shared.zones.as_deref());
                     if let Some(held_back) = self.limit.check() {
                         warn!(
                             queue = queue.vring.index,
@@ -556,10 +586,12 @@ impl Queue {
     }
 
     /// Drops the requests that the kernel does not have: there is no ring to answer them on.
-    fn abandon_waiting(&mut self) {
+    fn abandon_waiting(&mut self, zones: Option<&Zones>) {
         while let Some(slot) = self.waiting.pop_front() {
-            if let Some(job) = self.jobs.get_mut(usize::from(slot)) {
-                *job = None;
+            if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
+                if let Some(job) = place.take() {
+                    abandon_zone(zones, &job);
+                }
                 self.free.push(slot);
             }
         }
@@ -592,6 +624,7 @@ impl Turn<'_> {
             jobs,
             ranges,
             new_ranges,
+            answers,
             free,
             waiting,
             bouncing,
@@ -602,20 +635,21 @@ impl Turn<'_> {
             jobs,
             ranges,
             new_ranges,
+            answers,
             free,
             waiting,
             bouncing,
         };
         if *broken {
             // Requests end, but nobody can be told.
-            slots.release_all(ended);
+            self.release_all(&mut slots, ended);
             return Ok(false);
         }
         let call = vring.call.as_ref();
         let mut session = match vring.ring.session(vring.memory.as_ref()) {
             Ok(session) => session,
             Err(e) => {
-                slots.release_all(ended);
+                self.release_all(&mut slots, ended);
                 return Err(e);
             }
         };
@@ -644,6 +678,16 @@ impl Turn<'_> {
         // What was finished before the driver broke its ring is returned all the same.
         self.publish(&mut session, call)?;
         taken
+    }
+
+    /// Frees the slots of requests that ended with nobody to tell. What waited for a zone has it now.
+    fn release_all(&self, slots: &mut Slots<'_>, ended: &Ended) {
+        for slot in ended.slots() {
+            if let Some(job) = slots.get(slot) {
+                abandon_zone(self.shared.zones.as_deref(), &job);
+            }
+            slots.release(slot);
+        }
     }
 
     /// Shows the driver what was answered, and interrupts it if it wants to be.
@@ -741,6 +785,9 @@ impl Turn<'_> {
             offset: 0,
             remaining: 0,
             reply: 0,
+            hold: Hold::None,
+            append: false,
+            start: 0,
             durable,
             bounced: false,
             missed: false,
@@ -766,6 +813,11 @@ impl Turn<'_> {
                 }
             }
             Request::Read { offset, len } => {
+                if let (Some(zones), true) = (&self.shared.zones, self.limits.zoned && len > 0)
+                    && let Err(status) = zones.check_read(offset, len)
+                {
+                    return Some(answer(mem, &job, status));
+                }
                 job.stage = Stage::Transfer(Direction::Read);
                 (job.offset, job.remaining, job.reply) = (offset, len, len);
             }
@@ -774,6 +826,24 @@ impl Turn<'_> {
                 (job.offset, job.remaining) = (offset, len);
             }
             Request::Ranges(action) => job.ranges = Some(action),
+            Request::ZoneAppend { offset, len } => {
+                job.stage = Stage::Transfer(Direction::Write { durable });
+                (job.offset, job.remaining, job.reply) = (offset, len, APPEND_ANSWER_LEN);
+                job.append = true;
+            }
+            Request::ZoneReport { offset, len } => {
+                job.stage = Stage::Device(DeviceCall::ZoneReport);
+                (job.offset, job.remaining) = (offset, len);
+            }
+            Request::Zone { offset, action } => {
+                job.stage = Stage::Device(DeviceCall::Zone(action));
+                job.offset = offset;
+            }
+            Request::ZoneResetAll => job.stage = Stage::Device(DeviceCall::ZoneResetAll),
+        }
+        match self.zone_to_hold(&job) {
+            Ok(hold) => job.hold = hold,
+            Err(status) => return Some(answer(mem, &job, self.limits.zone_status(status))),
         }
         let nothing = match (job.stage, job.ranges) {
             (Stage::Transfer(_), _) => job.remaining == 0,
@@ -808,6 +878,9 @@ impl Turn<'_> {
                 side.hold(slot, segments, skip);
             }
         }
+        if job.append || job.stage == Stage::Device(DeviceCall::ZoneReport) {
+            slots.keep_answer(slot, chain.writable());
+        }
         let next = match job.ranges {
             Some(action) => {
                 slots.keep_ranges(slot);
@@ -820,11 +893,94 @@ impl Turn<'_> {
                 slots.put(slot, job);
                 None
             }
-            Next::Done(status) => {
-                slots.release(slot);
-                Some(answer(mem, &job, status))
+            Next::Done(status) => Some(self.end(slots, mem, slot, &job, status)),
+        }
+    }
+
+    /// Ends a job that has a slot. Returns the length for the used ring.
+    fn end(
+        &self,
+        slots: &mut Slots<'_>,
+        mem: &Memory,
+        slot: u16,
+        job: &Job,
+        status: Status,
+    ) -> u32 {
+        if let (Hold::Held(zone), Some(zones)) = (job.hold, &self.shared.zones) {
+            match (job.stage, status) {
+                (Stage::Transfer(_), Status::Ok) => zones.wrote(zone, job.start, job.offset),
+                (Stage::Transfer(_), _) => zones.forget(zone),
+                // The device's call has seen to it.
+                _ => {}
+            }
+            zones.leave(zone);
+        }
+        let mut status = status;
+        if job.append && status == Status::Ok {
+            let sector = (job.start / SECTOR).to_le_bytes();
+            let (segments, place) = slots.append_answer(slot);
+            if write_segments(mem, segments, place, &sector).is_err() {
+                status = Status::IoError;
             }
         }
+        slots.release(slot);
+        answer(mem, job, status)
+    }
+
+    /// The zone that a job needs for itself.
+    fn zone_to_hold(&self, job: &Job) -> Result<Hold, Status> {
+        let Some(zones) = &self.shared.zones else {
+            return Ok(Hold::None);
+        };
+        match job.stage {
+            Stage::Device(DeviceCall::Zone(_)) => zones.sequential_at(job.offset).map(Hold::Wanted),
+            Stage::Transfer(Direction::Write { .. }) if job.append => {
+                zones.sequential_at(job.offset).map(Hold::Wanted)
+            }
+            Stage::Transfer(Direction::Write { .. }) if job.remaining > 0 => {
+                let zone = zones.to_hold(job.offset, job.remaining)?;
+                Ok(zone.map_or(Hold::None, Hold::Wanted))
+            }
+            _ => Ok(Hold::None),
+        }
+    }
+
+    /// Takes the zone that a job needs, and goes on if it is free.
+    fn enter_zone(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job, zone: u32) -> Next {
+        let (Some(zones), Some(link)) = (&self.shared.zones, self.device) else {
+            return Next::Done(Status::IoError);
+        };
+        if !zones.enter(zone, link.mailbox(), slot) {
+            return Next::Pending;
+        }
+        job.hold = Hold::Held(zone);
+        self.in_zone(slots, slot, job, zone)
+    }
+
+    /// Goes on with a job that holds its zone.
+    fn in_zone(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job, zone: u32) -> Next {
+        let (Some(zones), Some(link)) = (&self.shared.zones, self.device) else {
+            return Next::Done(Status::IoError);
+        };
+        if let Stage::Transfer(_) = job.stage {
+            let position = zones.position(zone);
+            if position == Position::Unknown {
+                let zones = Arc::clone(zones);
+                let asked = link.ask(slot, move |device| match zones.look_up(device, zone) {
+                    Ok(()) => offload::Outcome::Granted,
+                    Err(e) => Err(e).into(),
+                });
+                return self.started(asked);
+            }
+            if let (true, Position::At { next, .. }) = (job.append, position) {
+                job.offset = next;
+            }
+            if let Err(status) = zones.check_write(position, job.offset, job.remaining) {
+                return Next::Done(self.limits.zone_status(status));
+            }
+            job.start = job.offset;
+        }
+        self.advance(slots, slot, job)
     }
 
     /// Begins with the next range of a job; after the last, the job is done.
@@ -874,6 +1030,9 @@ impl Turn<'_> {
 
     /// Starts the next operation of a job.
     fn advance(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job) -> Next {
+        if let Hold::Wanted(zone) = job.hold {
+            return self.enter_zone(slots, slot, job, zone);
+        }
         let started = match job.stage {
             Stage::Transfer(direction) => {
                 if job.bounced && *slots.bouncing != Some(slot) {
@@ -902,7 +1061,7 @@ impl Turn<'_> {
             }
             Stage::Sync => self.uring.fsync(slot),
             Stage::Companion(action) => return self.hand_over(slot, job, action),
-            Stage::Device(call) => self.ask_device(slot, job, call),
+            Stage::Device(call) => self.ask_device(slots, slot, job, call),
         };
         self.started(started)
     }
@@ -992,15 +1151,44 @@ impl Turn<'_> {
     }
 
     /// Lets the device do it, on the disk's thread.
-    fn ask_device(&self, slot: u16, job: &Job, call: DeviceCall) -> std::io::Result<()> {
-        let Some(link) = self.device else {
-            return Err(std::io::ErrorKind::Unsupported.into());
-        };
+    fn ask_device(
+        &self,
+        slots: &Slots<'_>,
+        slot: u16,
+        job: &Job,
+        call: DeviceCall,
+    ) -> std::io::Result<()> {
+        let unsupported = || std::io::Error::from(std::io::ErrorKind::Unsupported);
+        let link = self.device.ok_or_else(unsupported)?;
+        let zones = || self.shared.zones.clone().ok_or_else(unsupported);
         let (offset, len) = (job.offset, job.remaining);
-        link.ask(slot, move |device| match call {
-            DeviceCall::Discard => device.discard(offset, len).into(),
-            DeviceCall::SecureErase => device.secure_erase(offset, len).into(),
-        })
+        match call {
+            DeviceCall::Discard => link.ask(slot, move |d| d.discard(offset, len).into()),
+            DeviceCall::SecureErase => link.ask(slot, move |d| d.secure_erase(offset, len).into()),
+            DeviceCall::ZoneReport => {
+                let (zones, memory) = (zones()?, self.uring.memory().ok_or_else(unsupported)?);
+                let segments = slots.answer(slot).to_vec();
+                link.ask(slot, move |device| {
+                    match zones.report(device, offset, &memory, &segments, len) {
+                        Ok(bytes) => offload::Outcome::Filled(bytes),
+                        Err(e) => Err(e).into(),
+                    }
+                })
+            }
+            DeviceCall::Zone(action) => {
+                let zones = zones()?;
+                let Hold::Held(zone) = job.hold else {
+                    return Err(unsupported());
+                };
+                link.ask(slot, move |device| {
+                    zones.manage(device, action, zone).into()
+                })
+            }
+            DeviceCall::ZoneResetAll => {
+                let zones = zones()?;
+                link.ask(slot, move |device| zones.reset_all(device).into())
+            }
+        }
     }
 
     /// The device has done what it was asked for.
@@ -1016,7 +1204,24 @@ impl Turn<'_> {
         };
         let next = match outcome {
             offload::Outcome::Done => self.range_done(slots, slot, &mut job),
-            offload::Outcome::Failed(errno) => self.failed(slots, slot, &mut job, errno),
+            offload::Outcome::Filled(bytes) => {
+                job.reply = bytes;
+                Next::Done(Status::Ok)
+            }
+            offload::Outcome::Granted => match job.hold {
+                Hold::Wanted(zone) | Hold::Held(zone) => {
+                    job.hold = Hold::Held(zone);
+                    self.in_zone(slots, slot, &mut job, zone)
+                }
+                Hold::None => Next::Done(Status::IoError),
+            },
+            offload::Outcome::Failed(errno) => {
+                if let Stage::Transfer(_) = job.stage {
+                    // The zone's position is not known: nothing can be tried again.
+                    job.retries = MAX_RETRIES;
+                }
+                self.failed(slots, slot, &mut job, errno)
+            }
         };
         self.settle(slots, session, slot, job, next)
     }
@@ -1082,8 +1287,8 @@ impl Turn<'_> {
                 Ok(())
             }
             Next::Done(status) => {
-                slots.release(slot);
-                let ended = session.push_used(job.head, answer(session.memory(), &job, status));
+                let len = self.end(slots, session.memory(), slot, &job, status);
+                let ended = session.push_used(job.head, len);
                 self.next_bounce(slots, session)?;
                 ended
             }
@@ -1106,8 +1311,8 @@ impl Turn<'_> {
             match self.advance(slots, slot, &mut job) {
                 Next::Pending => slots.put(slot, job),
                 Next::Done(status) => {
-                    slots.release(slot);
-                    session.push_used(job.head, answer(session.memory(), &job, status))?;
+                    let len = self.end(slots, session.memory(), slot, &job, status);
+                    session.push_used(job.head, len)?;
                 }
             }
         }
@@ -1161,6 +1366,17 @@ impl Turn<'_> {
                 libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY,
                 Stage::Fallocate { .. } | Stage::Device(_),
             ) => Next::Done(Status::Unsupported),
+            // What Linux makes of BLK_STS_ZONE_OPEN_RESOURCE and BLK_STS_ZONE_ACTIVE_RESOURCE.
+            (libc::ETOOMANYREFS, _) if job.hold != Hold::None => {
+                Next::Done(self.limits.zone_status(Status::ZoneOpenResource))
+            }
+            (libc::EOVERFLOW, _) if job.hold != Hold::None => {
+                Next::Done(self.limits.zone_status(Status::ZoneActiveResource))
+            }
+            // The zone cannot be brought into this state (VIRTIO 1.3, 5.2.6.2).
+            (_, Stage::Device(DeviceCall::Zone(_))) => {
+                Next::Done(self.limits.zone_status(Status::ZoneInvalidCommand))
+            }
             _ => {
                 if let Some(held_back) = self.limit.check() {
                     let error = std::io::Error::from_raw_os_error(errno);
@@ -1174,6 +1390,15 @@ impl Turn<'_> {
                 Next::Done(Status::IoError)
             }
         }
+    }
+}
+
+/// Gives up the zone that a job holds, or was granted, in which it may have written. Not for a job that still waits for
+/// its zone.
+fn abandon_zone(zones: Option<&Zones>, job: &Job) {
+    if let (Some(zones), Hold::Wanted(zone) | Hold::Held(zone)) = (zones, job.hold) {
+        zones.forget(zone);
+        zones.leave(zone);
     }
 }
 
@@ -1202,6 +1427,7 @@ struct Slots<'q> {
     jobs: &'q mut Vec<Option<Job>>,
     ranges: &'q mut Vec<Vec<Range>>,
     new_ranges: &'q mut Vec<Range>,
+    answers: &'q mut Vec<Vec<Segment>>,
     free: &'q mut Vec<u16>,
     waiting: &'q mut VecDeque<u16>,
     bouncing: &'q mut Option<u16>,
@@ -1230,15 +1456,35 @@ impl Slots<'_> {
         }
     }
 
-    fn next_range(&mut self, slot: u16) -> Option<Range> {
-        self.ranges.get_mut(usize::from(slot))?.pop()
+    /// Keeps where a job writes its answer, with the status at the end.
+    fn keep_answer(&mut self, slot: u16, segments: &[Segment]) {
+        if let Some(answer) = self.answers.get_mut(usize::from(slot)) {
+            answer.clear();
+            answer.extend_from_slice(segments);
+        }
     }
 
-    /// Frees the slots of requests that ended with nobody to tell.
-    fn release_all(&mut self, ended: &Ended) {
-        for slot in ended.slots() {
-            self.release(slot);
-        }
+    fn answer(&self, slot: u16) -> &[Segment] {
+        self.answers
+            .get(usize::from(slot))
+            .map_or(&[], Vec::as_slice)
+    }
+
+    /// Where append_sector is in an answer: directly before the status.
+    fn append_answer(&self, slot: u16) -> (&[Segment], u64) {
+        let segments = self.answer(slot);
+        let len = segments
+            .iter()
+            .map(|segment| u64::from(segment.len))
+            .sum::<u64>();
+        (
+            segments,
+            len.saturating_sub(APPEND_ANSWER_LEN.saturating_add(1)),
+        )
+    }
+
+    fn next_range(&mut self, slot: u16) -> Option<Range> {
+        self.ranges.get_mut(usize::from(slot))?.pop()
     }
 
     fn release(&mut self, slot: u16) {

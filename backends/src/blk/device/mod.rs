@@ -8,7 +8,9 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
-/// A block device. Offsets and lengths are in bytes, multiples of 512.
+use super::request::SECTOR;
+
+/// A block device. Offsets and lengths are in bytes, multiples of [`SECTOR`].
 pub(super) trait BlockDevice: Debug + Send + Sync {
     /// The range is not needed any more.
     ///
@@ -21,6 +23,49 @@ pub(super) trait BlockDevice: Debug + Send + Sync {
     /// # Errors
     /// What the system said.
     fn secure_erase(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Describes zones in their order, from the one in which `offset` is: at least one, if there is one. `zones` is emptied
+    /// first.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn zones(&self, offset: u64, zones: &mut Vec<ZoneInfo>) -> io::Result<()>;
+
+    /// Changes the state of the zones in a range.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn manage_zones(&self, action: ZoneAction, offset: u64, len: u64) -> io::Result<()>;
+}
+
+/// A zone; places and lengths are in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct ZoneInfo {
+    /// Its first byte.
+    pub(super) start: u64,
+    /// Its length.
+    pub(super) len: u64,
+    /// How much of it can be written.
+    pub(super) capacity: u64,
+    /// Where it is written next.
+    pub(super) write_pointer: u64,
+    /// enum blk_zone_type (linux/blkzoned.h).
+    pub(super) kind: u8,
+    /// enum blk_zone_cond (linux/blkzoned.h).
+    pub(super) condition: u8,
+}
+
+/// What can be done to a zone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum ZoneAction {
+    /// Keep it open until it is closed.
+    Open,
+    /// Give back what an open zone takes.
+    Close,
+    /// Let it be full.
+    Finish,
+    /// Let it be empty.
+    Reset,
 }
 
 /// The block device behind an open file.
@@ -54,9 +99,20 @@ impl BlockDevice for Device {
     fn secure_erase(&self, offset: u64, len: u64) -> io::Result<()> {
         self.secure_erase_bytes(offset, len)
     }
-}
 
-/// A block device of memory, which can be made to fail.
+    fn zones(&self, offset: u64, zones: &mut Vec<ZoneInfo>) -> io::Result<()> {
+        zones.clear();
+        Ok(ioctl::report_zones(&self.0, offset / SECTOR, |zone| {
+            zones.push(zone);
+        })?)
+    }
+
+    fn manage_zones(&self, action: ZoneAction, offset: u64, len: u64) -> io::Result<()> {
+        let range = [offset / SECTOR, len / SECTOR];
+        Ok(ioctl::manage_zones(&self.0, action, range)?)
+    }
+}
+/// A block device that remembers what it was asked for, and can be made to fail.
 #[cfg(test)]
 pub(super) mod fake {
     use std::sync::Mutex;
@@ -68,6 +124,8 @@ pub(super) mod fake {
     pub(in crate::blk) enum Call {
         Discard(u64, u64),
         SecureErase(u64, u64),
+        Zones(u64),
+        Manage(ZoneAction, u64, u64),
     }
 
     #[derive(Debug, Default)]
@@ -75,6 +133,9 @@ pub(super) mod fake {
         pub(in crate::blk) calls: Mutex<Vec<Call>>,
         /// What the next calls fail with.
         pub(in crate::blk) errno: Mutex<Option<i32>>,
+        pub(in crate::blk) zones: Mutex<Vec<ZoneInfo>>,
+        /// How many zones it describes at once.
+        pub(in crate::blk) at_once: usize,
     }
 
     impl Fake {
@@ -95,6 +156,26 @@ pub(super) mod fake {
         fn secure_erase(&self, offset: u64, len: u64) -> io::Result<()> {
             self.called(Call::SecureErase(offset, len))
         }
+
+        fn zones(&self, offset: u64, zones: &mut Vec<ZoneInfo>) -> io::Result<()> {
+            zones.clear();
+            self.called(Call::Zones(offset))?;
+            let all = self.zones.lock().unwrap();
+            let from = all.iter().filter(|z| z.start + z.len > offset);
+            zones.extend(from.take(self.at_once));
+            Ok(())
+        }
+
+        fn manage_zones(&self, action: ZoneAction, offset: u64, len: u64) -> io::Result<()> {
+            self.called(Call::Manage(action, offset, len))?;
+            for zone in self.zones.lock().unwrap().iter_mut() {
+                if action == ZoneAction::Reset && (offset..offset + len).contains(&zone.start) {
+                    zone.write_pointer = zone.start;
+                    zone.condition = u8::from(zone.kind != 1);
+                }
+            }
+            Ok(())
+        }
     }
 }
 
@@ -108,7 +189,12 @@ mod tests {
         file.set_len(1 << 20).unwrap();
         let device = Device::new(Arc::new(file));
         assert!(!device.erases_securely());
-        for tried in [device.discard(0, 512), device.secure_erase(0, 512)] {
+        for tried in [
+            device.discard(0, SECTOR),
+            device.secure_erase(0, SECTOR),
+            device.zones(0, &mut Vec::new()),
+            device.manage_zones(ZoneAction::Reset, 0, SECTOR),
+        ] {
             assert_eq!(tried.unwrap_err().raw_os_error(), Some(libc::ENOTTY));
         }
     }
