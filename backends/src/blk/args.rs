@@ -8,7 +8,6 @@ use thiserror::Error;
 
 use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions, Format};
-use super::image::Image;
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, SEG_MAX};
 use crate::shell::OpenError;
@@ -40,7 +39,9 @@ pub enum Cache {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Disk")]
 pub struct BlkArgs {
-    /// Image file or block device to serve
+    /// Image file, block device, or export of an NBD server to serve
+    ///
+    /// An export is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
     #[arg(long, alias = "blk-file", value_name = "FILE", required_unless_present_any = ["null", "print_capabilities"], conflicts_with = "null")]
     pub path: Option<PathBuf>,
 
@@ -60,6 +61,12 @@ pub struct BlkArgs {
     /// Open the backing files that a qcow2 image names, for reading; off refuses an image that has one
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub backing: OnOff,
+
+    /// How long requests wait for an NBD server that is gone, or does not answer, before they fail; 0: not at all
+    ///
+    /// Until then they are kept, and sent again when the server is back.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub reconnect_timeout: u32,
 
     /// Serve a disk of this size that moves no data, to measure everything else (K, M, G, T are powers of 1024)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -198,6 +205,7 @@ impl BlkArgs {
                 lock_wait: LOCK_WAIT,
                 format: self.format,
                 backing: self.backing == OnOff::On,
+                patience: Duration::from_secs(self.reconnect_timeout.into()),
             })?),
             (None, Some(_)) => None,
             (None, None) => return Err(ArgsError::NoDisk),
@@ -228,10 +236,7 @@ impl BlkArgs {
         for (place, byte) in serial.iter_mut().zip(self.serial.bytes()) {
             *place = byte;
         }
-        let possible = disk
-            .as_ref()
-            .and_then(|d| d.image.as_ref())
-            .is_none_or(Image::ranges);
+        let possible = disk.as_ref().is_none_or(|d| d.source.ranges());
         let discard = self.discard == OnOff::On && !self.read_only && possible;
         Ok(BlkConfig {
             geometry: Geometry {

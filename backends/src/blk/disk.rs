@@ -14,7 +14,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use thiserror::Error;
 use tracing::{debug, warn};
 
-use super::image::{Image, QCOW2_MAGIC, Qcow2Error};
+use super::image::{Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Side, Target};
 use super::request::SECTOR;
 
 /// How often to try to lock a disk.
@@ -101,6 +101,17 @@ pub enum DiskError {
     /// The image's format says no.
     #[error(transparent)]
     Qcow2(#[from] Box<Qcow2Error>),
+    /// The server says no.
+    #[error(transparent)]
+    Nbd(#[from] Box<NbdError>),
+    /// An image on a server.
+    #[error(
+        "{path}: an export is served as it is; let the server open the image, for example with qemu-nbd -f qcow2"
+    )]
+    FormatOfExport {
+        /// The URI.
+        path: PathBuf,
+    },
 }
 
 /// What a disk's bytes mean.
@@ -129,15 +140,15 @@ pub struct DiskOptions {
     pub format: Format,
     /// An image may have backing files.
     pub backing: bool,
+    /// How long requests wait for a server that is gone.
+    pub patience: Duration,
 }
 
 /// A disk that is open, locked and examined.
 #[derive(Debug)]
 pub struct Disk {
-    /// The open file; its lock lives as long as it.
-    pub file: Arc<File>,
-    /// What the file means, if it is not the disk's contents.
-    pub image: Option<Image>,
+    /// Where its contents are.
+    pub source: Source,
     /// Where it is.
     pub path: PathBuf,
     /// Size in bytes, a multiple of `block_size`.
@@ -148,8 +159,53 @@ pub struct Disk {
     pub physical_block_size: u32,
     /// Best transfer size in bytes, or 0.
     pub opt_io: u32,
-    /// Transfers and buffers must be aligned to this many bytes; 1 if any will do.
+    /// Transfers must be aligned to this many bytes; 1 if any will do.
     pub align: u32,
+    /// Buffers must be aligned to this many bytes; 1 if any will do.
+    pub memory_align: u32,
+}
+
+/// Where a disk's contents are.
+#[derive(Debug)]
+pub enum Source {
+    /// In a file, which is open and locked as long as it is.
+    Raw(Arc<File>),
+    /// In a qcow2 image.
+    Qcow2(Image),
+    /// On an NBD server.
+    Nbd(Nbd),
+}
+
+impl Source {
+    /// The files that io_uring reads and writes: number 0 is the one that is written.
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        match self {
+            Self::Raw(file) => vec![Arc::clone(file)],
+            Self::Qcow2(image) => image.files().to_vec(),
+            Self::Nbd(_) => Vec::new(),
+        }
+    }
+
+    /// What a worker needs besides its io_uring.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn attach(&mut self) -> io::Result<Option<Side>> {
+        match self {
+            Self::Raw(_) => Ok(None),
+            Self::Qcow2(image) => image.attach().map(Some),
+            Self::Nbd(nbd) => nbd.attach().map(Some),
+        }
+    }
+
+    /// Discarding and zeroing are possible.
+    pub(super) fn ranges(&self) -> bool {
+        match self {
+            Self::Raw(_) => true,
+            Self::Qcow2(image) => image.ranges(),
+            Self::Nbd(nbd) => nbd.ranges(),
+        }
+    }
 }
 
 impl Disk {
@@ -159,6 +215,10 @@ impl Disk {
     /// [`DiskError`]
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
         let path = &options.path;
+        if let Some(target) = Target::parse(path) {
+            let target = target.map_err(NbdError::from).map_err(Box::new)?;
+            return Self::connect(options, target);
+        }
         let file = Arc::new(open_locked(options)?);
         let meta = file.metadata().map_err(|source| DiskError::Open {
             path: path.clone(),
@@ -178,23 +238,60 @@ impl Disk {
                 needed,
             });
         }
-        let (capacity, image) = match options.format {
-            Format::Raw => (capacity(&file, path, block_size)?, None),
+        let (capacity, source) = match options.format {
+            Format::Raw => (capacity(&file, path, block_size)?, Source::Raw(file)),
             Format::Qcow2 => {
-                let image = Image::open(options, Arc::clone(&file)).map_err(Box::new)?;
-                (in_blocks(image.capacity(), path, block_size)?, Some(image))
+                let image = Image::open(options, file).map_err(Box::new)?;
+                let capacity = in_blocks(image.capacity(), path, block_size)?;
+                (capacity, Source::Qcow2(image))
             }
         };
         Ok(Self {
             capacity,
             path: path.clone(),
-            image,
-            file,
+            source,
             block_size,
             physical_block_size: storage.physical.max(block_size),
             opt_io: storage.opt_io,
             align,
+            memory_align: align,
         })
+    }
+
+    fn connect(options: &DiskOptions, target: Target) -> Result<Self, DiskError> {
+        let path = &options.path;
+        if options.format != Format::Raw {
+            return Err(DiskError::FormatOfExport { path: path.clone() });
+        }
+        let nbd = Nbd::open(target, options.read_only, options.patience).map_err(Box::new)?;
+        let sector = u32::try_from(SECTOR).unwrap_or(512);
+        let needed = nbd.min_block().max(sector);
+        let block_size = options.block_size.unwrap_or(needed);
+        if block_size < needed || needed > 4096 {
+            return Err(DiskError::BlockSize {
+                path: path.clone(),
+                needed,
+            });
+        }
+        Ok(Self {
+            capacity: in_blocks(nbd.capacity(), path, block_size)?,
+            path: path.clone(),
+            block_size,
+            physical_block_size: physical(nbd.preferred_block(), block_size),
+            opt_io: 0,
+            align: nbd.min_block(),
+            memory_align: 1,
+            source: Source::Nbd(nbd),
+        })
+    }
+}
+
+/// The block that a server prefers, if it can be a disk's.
+fn physical(preferred: u32, block: u32) -> u32 {
+    if preferred.is_power_of_two() && (block..=1 << 20).contains(&preferred) {
+        preferred
+    } else {
+        block
     }
 }
 
@@ -416,6 +513,7 @@ mod tests {
             lock_wait: Duration::ZERO,
             format: Format::Raw,
             backing: true,
+            patience: Duration::ZERO,
         }
     }
 

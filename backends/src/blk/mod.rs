@@ -30,8 +30,8 @@ use crate::shell::{Commands, Device, DeviceError, config_range};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::Geometry;
-pub use disk::{Disk, DiskError, DiskOptions, Format};
-pub use image::{HeaderError, Image, Qcow2Error};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Source};
+pub use image::{HandshakeError, HeaderError, Image, Nbd, NbdError, Qcow2Error, UriError};
 
 use config::feature;
 use poll::PollLimits;
@@ -74,7 +74,7 @@ pub struct Blk {
     max_queue_size: u16,
     default_writeback: bool,
     path: Option<PathBuf>,
-    image: Option<Image>,
+    source: Option<Source>,
     shared: Shared,
 }
 
@@ -117,23 +117,14 @@ impl Blk {
             features |= feature::DISCARD | feature::WRITE_ZEROES;
         }
         let align = disk.as_ref().map_or(1, |d| d.align);
-        let (path, files, image) = match disk {
-            None => (None, Vec::new(), None),
-            Some(disk) => {
-                let files = match &disk.image {
-                    None => vec![disk.file],
-                    Some(image) => image.files().to_vec(),
-                };
-                (Some(disk.path), files, disk.image)
-            }
-        };
+        let memory_align = disk.as_ref().map_or(1, |d| d.memory_align);
+        let (path, source) = disk.map(|d| (d.path, d.source)).unzip();
         Self {
             geometry,
             features,
             max_queue_size,
             default_writeback: writeback,
             path,
-            image,
             shared: Shared {
                 limits: Limits {
                     capacity: geometry.capacity,
@@ -145,8 +136,8 @@ impl Blk {
                     max_range: geometry.max_range,
                     align: u64::from(align),
                 },
-                files,
-                memory_align: align,
+                files: source.as_ref().map(Source::files).unwrap_or_default(),
+                memory_align,
                 registers: register_memory,
                 poll: poll_limits(poll),
                 poll_storage: poll_limits(poll_storage),
@@ -154,6 +145,7 @@ impl Blk {
                 writeback: Arc::new(AtomicBool::new(writeback)),
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),
             },
+            source,
         }
     }
 }
@@ -161,7 +153,7 @@ impl Blk {
 impl Drop for Blk {
     fn drop(&mut self) {
         // An image gives back its locks when it has written everything.
-        if let (None, Some(disk)) = (&self.image, self.shared.files.first()) {
+        if let Some(Source::Raw(disk)) = &self.source {
             disk::unlock(disk);
         }
     }
@@ -213,12 +205,11 @@ impl Device for Blk {
         let shared = self.shared.clone();
         let (ready, started) = mpsc::channel();
         let failed = |source| DeviceError::Worker { worker, source };
-        let side = match &mut self.image {
-            Some(image) => Some(image.attach().map_err(|e| failed(e.into()))?),
+        let side = match &mut self.source {
+            Some(source) => source.attach().map_err(|e| failed(e.into()))?,
             None => None,
         };
-        if let (0, None, Some(path), Some(file)) =
-            (worker, &side, &self.path, self.shared.files.first())
+        if let (0, Some(path), Some(Source::Raw(file))) = (worker, &self.path, &self.source)
             && disk::looks_like_qcow2(file)
         {
             warn!(
@@ -248,10 +239,10 @@ impl Device for Blk {
         }
     }
 
-    /// The disk may have another size now. Not so an image: nobody else can change it while it is locked.
+    /// The disk may have another size now. Not so an image, which nobody else can change while it is locked; an export
+    /// keeps the size that it had.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(file), None) = (&self.path, self.shared.files.first(), &self.image)
-        else {
+        let (Some(path), Some(Source::Raw(file))) = (&self.path, &self.source) else {
             return Ok(false);
         };
         let capacity = disk::capacity(file, path, self.geometry.block_size)
@@ -272,7 +263,7 @@ impl Device for Blk {
             max_queue_size: _,
             default_writeback,
             path: _,
-            image: _,
+            source: _,
             shared,
         } = self;
         shared
