@@ -61,6 +61,8 @@ pub(super) struct Shared {
     pub(super) memory_align: u32,
     /// Guest memory is to be registered with io_uring.
     pub(super) registers: bool,
+    /// Transfers are to be polled for.
+    pub(super) polls: bool,
     /// For how long to spin for requests, while nothing is in flight.
     pub(super) poll: PollLimits,
     /// For how long to spin while the storage works.
@@ -146,7 +148,12 @@ enum Next {
 impl Worker {
     /// A worker on the calling thread.
     pub(super) fn new(shared: Shared, commands: Commands) -> std::io::Result<Self> {
-        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone(), shared.registers)?;
+        let mut uring = Uring::new(
+            SUBMISSIONS,
+            shared.disk.clone(),
+            shared.registers,
+            shared.polls,
+        )?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
         Ok(Self {
             windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
@@ -202,7 +209,7 @@ impl Worker {
     /// Submits what was begun. To `wait` is to return only when there is something to do: the worker spins for a while if
     /// that pays, then lets the driver know that it wants to be kicked, and sleeps.
     fn enter(&mut self, wait: bool) -> std::io::Result<()> {
-        if !wait {
+        if !wait || self.uring.polling() {
             return self.uring.enter(0, None);
         }
         if self.polled_by_wish() {
