@@ -12,6 +12,18 @@
 //!  io_uring_enter  waits for the next kick, which is never read
 //! ```
 //!
+//! Between having nothing to do and sleeping lies the poll window (`poll.rs`): while events come fast, the worker looks for the
+//! next one without telling the driver that it sleeps, which saves its wake-up and the driver's kick:
+//!
+//! ```text
+//!  turn: drain, publish, interrupt ──▶ spin, notifications off ──▶ arm: notifications on ──▶ look once more ──▶ sleep
+//!    ▲                                   │ something came                                     │                  │
+//!    └───────────────────────────────────┴────────────────────────────────────────────────────┴──────────────────┘
+//! ```
+//!
+//! A long batch is not worked off in one go: the storage gets its operations in groups, and the driver what was answered at
+//! once, so that both work while the rest is drained.
+//!
 //! The interrupt does not go through the ring as well: io_uring hands a write to a blocking eventfd, which is what
 //! front-ends send, to another thread of the kernel, and a driver that does not take its interrupts could pile them up.
 
