@@ -124,6 +124,12 @@ pub struct BlkArgs {
     #[arg(long)]
     pub register_memory: bool,
 
+    /// Look for completions in the storage's own queues in place of taking its interrupts
+    ///
+    /// For devices with poll queues (NVMe: nvme.poll_queues=N). While transfers are under way the thread does not sleep.
+    #[arg(long, requires = "direct")]
+    pub io_poll: bool,
+
     /// How long a queue's thread without requests may spin for the next before it sleeps, in microseconds; 0: not at all
     ///
     /// It spins only while requests come as fast as that, and an idle disk sleeps.
@@ -255,6 +261,7 @@ impl BlkArgs {
             serial,
             max_queue_size: self.queue_size,
             register_memory: self.register_memory,
+            io_poll: self.io_poll,
             poll: Duration::from_micros(self.poll.into()),
             poll_storage: Duration::from_micros(self.poll_storage.into()),
             poll_budget: self.poll_budget,

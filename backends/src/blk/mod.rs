@@ -58,6 +58,8 @@ pub struct BlkConfig {
     pub max_queue_size: u16,
     /// Pin guest memory and register it with io_uring.
     pub register_memory: bool,
+    /// Look for completions in the storage's queues, without its interrupts.
+    pub io_poll: bool,
     /// Longest time that a worker without requests spins for before it sleeps.
     pub poll: Duration,
     /// Longest time that a worker spins for while the storage works.
@@ -90,6 +92,7 @@ impl Blk {
             serial,
             max_queue_size,
             register_memory,
+            io_poll,
             poll,
             poll_storage,
             poll_budget,
@@ -139,6 +142,7 @@ impl Blk {
                 files: source.as_ref().map(Source::files).unwrap_or_default(),
                 memory_align,
                 registers: register_memory,
+                polls: io_poll,
                 poll: poll_limits(poll),
                 poll_storage: poll_limits(poll_storage),
                 serial,
