@@ -441,6 +441,7 @@ fn open(path: &Path) -> Result<blk::Disk, blk::DiskError> {
         lock_wait: Duration::ZERO,
         format: Format::Qcow2,
         backing: true,
+        patience: Duration::ZERO,
     })
 }
 

@@ -37,7 +37,9 @@ pub enum Cache {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Disk")]
 pub struct BlkArgs {
-    /// Image file or block device to serve
+    /// Image file, block device, or export of an NBD server to serve
+    ///
+    /// An export is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
     #[arg(long, alias = "blk-file", value_name = "FILE", required_unless_present_any = ["null", "print_capabilities"], conflicts_with = "null")]
     pub path: Option<PathBuf>,
 
@@ -57,6 +59,12 @@ pub struct BlkArgs {
     /// Open the backing files that a qcow2 image names, for reading; off refuses an image that has one
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub backing: OnOff,
+
+    /// How long requests wait for an NBD server that is gone, or does not answer, before they fail; 0: not at all
+    ///
+    /// Until then they are kept, and sent again when the server is back.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub reconnect_timeout: u32,
 
     /// Serve a disk of this size that moves no data, to measure everything else (K, M, G, T are powers of 1024)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -113,6 +121,12 @@ pub struct BlkArgs {
     /// limit of locked memory, once for each queue.
     #[arg(long)]
     pub register_memory: bool,
+
+    /// Look for completions in the storage's own queues in place of taking its interrupts
+    ///
+    /// For devices with poll queues (NVMe: nvme.poll_queues=N). While transfers are under way the thread does not sleep.
+    #[arg(long, requires = "direct")]
+    pub io_poll: bool,
 
     /// How long a queue's thread without requests may spin for the next before it sleeps, in microseconds; 0: not at all
     ///
@@ -199,6 +213,7 @@ impl BlkArgs {
                 lock_wait: LOCK_WAIT,
                 format: self.format,
                 backing: self.backing == OnOff::On,
+                patience: Duration::from_secs(self.reconnect_timeout.into()),
             })?),
             (None, Some(_)) => None,
             (None, None) => return Err(ArgsError::NoDisk),
@@ -260,6 +275,7 @@ impl BlkArgs {
             serial,
             max_queue_size: self.queue_size,
             register_memory: self.register_memory,
+            io_poll: self.io_poll,
             poll: Duration::from_micros(self.poll.into()),
             poll_storage: Duration::from_micros(self.poll_storage.into()),
             poll_budget: self.poll_budget,

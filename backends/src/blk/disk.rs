@@ -16,7 +16,7 @@ use tracing::{debug, warn};
 
 use super::config::ZoneGeometry;
 use super::device::{BlockDevice, Device};
-use super::image::{Image, QCOW2_MAGIC, Qcow2Error};
+use super::image::{Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Side, Target};
 use super::request::SECTOR;
 use super::zones::Zones;
 
@@ -125,6 +125,17 @@ pub enum DiskError {
     /// The image's format says no.
     #[error(transparent)]
     Qcow2(#[from] Box<Qcow2Error>),
+    /// The server says no.
+    #[error(transparent)]
+    Nbd(#[from] Box<NbdError>),
+    /// An image on a server.
+    #[error(
+        "{path}: an export is served as it is; let the server open the image, for example with qemu-nbd -f qcow2"
+    )]
+    FormatOfExport {
+        /// The URI.
+        path: PathBuf,
+    },
 }
 
 /// What a disk's bytes mean.
@@ -153,6 +164,8 @@ pub struct DiskOptions {
     pub format: Format,
     /// An image may have backing files.
     pub backing: bool,
+    /// How long requests wait for a server that is gone.
+    pub patience: Duration,
 }
 
 /// How much of a disk can be discarded, zeroed or erased at once.
@@ -216,10 +229,8 @@ impl Ranges {
 /// A disk that is open, locked and examined.
 #[derive(Debug)]
 pub struct Disk {
-    /// The open file; its lock lives as long as it.
-    pub file: Arc<File>,
-    /// What the file means, if it is not the disk's contents.
-    pub image: Option<Image>,
+    /// Where its contents are.
+    pub source: Source,
     /// Where it is.
     pub path: PathBuf,
     /// Size in bytes, a multiple of `block_size`.
@@ -234,10 +245,55 @@ pub struct Disk {
     pub ranges: Ranges,
     /// Its zones, if it is a host-managed zoned device, and what a driver is told about them.
     pub(super) zones: Option<(Arc<Zones>, ZoneGeometry)>,
-    /// What the file can do besides, if it is a block device and the disk's contents.
+    /// What it can do besides, if it is in a block device as it is.
     pub(super) device: Option<Arc<dyn BlockDevice>>,
-    /// Transfers and buffers must be aligned to this many bytes; 1 if any will do.
+    /// Transfers must be aligned to this many bytes; 1 if any will do.
     pub align: u32,
+    /// Buffers must be aligned to this many bytes; 1 if any will do.
+    pub memory_align: u32,
+}
+
+/// Where a disk's contents are.
+#[derive(Debug)]
+pub enum Source {
+    /// In a file, which is open and locked as long as it is.
+    Raw(Arc<File>),
+    /// In a qcow2 image.
+    Qcow2(Image),
+    /// On an NBD server.
+    Nbd(Nbd),
+}
+
+impl Source {
+    /// The files that io_uring reads and writes: number 0 is the one that is written.
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        match self {
+            Self::Raw(file) => vec![Arc::clone(file)],
+            Self::Qcow2(image) => image.files().to_vec(),
+            Self::Nbd(_) => Vec::new(),
+        }
+    }
+
+    /// What a worker needs besides its io_uring.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn attach(&mut self) -> io::Result<Option<Side>> {
+        match self {
+            Self::Raw(_) => Ok(None),
+            Self::Qcow2(image) => image.attach().map(Some),
+            Self::Nbd(nbd) => nbd.attach().map(Some),
+        }
+    }
+
+    /// Discarding and zeroing are possible.
+    pub(super) fn ranges(&self) -> bool {
+        match self {
+            Self::Raw(_) => true,
+            Self::Qcow2(image) => image.ranges(),
+            Self::Nbd(nbd) => nbd.ranges(),
+        }
+    }
 }
 
 impl Disk {
@@ -247,6 +303,10 @@ impl Disk {
     /// [`DiskError`]
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
         let path = &options.path;
+        if let Some(target) = Target::parse(path) {
+            let target = target.map_err(NbdError::from).map_err(Box::new)?;
+            return Self::connect(options, target);
+        }
         let file = Arc::new(open_locked(options)?);
         let meta = file.metadata().map_err(|source| DiskError::Open {
             path: path.clone(),
@@ -266,55 +326,98 @@ impl Disk {
                 needed,
             });
         }
-        let (capacity, image) = match options.format {
-            Format::Raw => (capacity(&file, path, block_size)?, None),
+        let device = match (options.format, &storage.queue) {
+            (Format::Raw, Some(_)) => Some(Device::new(Arc::clone(&file))),
+            _ => None,
+        };
+        let (capacity, source) = match options.format {
+            Format::Raw => (capacity(&file, path, block_size)?, Source::Raw(file)),
             Format::Qcow2 => {
-                let image = Image::open(options, Arc::clone(&file)).map_err(Box::new)?;
-                (in_blocks(image.capacity(), path, block_size)?, Some(image))
+                let image = Image::open(options, file).map_err(Box::new)?;
+                let capacity = in_blocks(image.capacity(), path, block_size)?;
+                (capacity, Source::Qcow2(image))
             }
         };
-        let zones = match (&image, &storage.zones) {
-            (None, Some(geometry)) if options.direct || options.read_only => {
-                let device = Device::new(Arc::clone(&file));
-                let zones = Zones::read(&device, geometry, capacity).map_err(|source| {
-                    DiskError::Zones {
+        let zones = match (&device, &storage.zones) {
+            (Some(device), Some(geometry)) if options.direct || options.read_only => {
+                let zones =
+                    Zones::read(device, geometry, capacity).map_err(|source| DiskError::Zones {
                         path: path.clone(),
                         source,
-                    }
-                })?;
+                    })?;
                 Some((Arc::new(zones), *geometry))
             }
             (_, Some(_)) => return Err(DiskError::ZonedNeedsDirect { path: path.clone() }),
             (_, None) => None,
         };
         let physical_block_size = storage.physical.max(block_size);
-        let ranges = match (&image, &storage.queue) {
-            (Some(image), _) if !image.ranges() => Ranges::NONE,
+        let ranges = match (&device, &storage.queue) {
             // To a zone that is written sequentially, only a reset gives space back (VIRTIO 1.3, 5.2.5.1).
             _ if zones.is_some() => Ranges::NONE,
-            (None, Some(queue)) => {
-                let erases = !options.read_only && Device::new(Arc::clone(&file)).erases_securely();
+            (Some(device), Some(queue)) => {
+                let erases = !options.read_only && device.erases_securely();
                 Ranges::of_device(block_size, erases, |name| attribute(queue, name))
             }
-            _ => Ranges::of_blocks(physical_block_size),
+            _ if source.ranges() => Ranges::of_blocks(physical_block_size),
+            _ => Ranges::NONE,
         };
         Ok(Self {
             capacity,
             path: path.clone(),
-            device: if storage.queue.is_some() && image.is_none() {
-                Some(Arc::new(Device::new(Arc::clone(&file))))
-            } else {
-                None
-            },
+            source,
             zones,
-            image,
-            file,
+            ranges,
+            device: device.map(|device| -> Arc<dyn BlockDevice> { Arc::new(device) }),
             block_size,
             physical_block_size,
             opt_io: storage.opt_io,
-            ranges,
             align,
+            memory_align: align,
         })
+    }
+
+    fn connect(options: &DiskOptions, target: Target) -> Result<Self, DiskError> {
+        let path = &options.path;
+        if options.format != Format::Raw {
+            return Err(DiskError::FormatOfExport { path: path.clone() });
+        }
+        let nbd = Nbd::open(target, options.read_only, options.patience).map_err(Box::new)?;
+        let sector = u32::try_from(SECTOR).unwrap_or(512);
+        let needed = nbd.min_block().max(sector);
+        let block_size = options.block_size.unwrap_or(needed);
+        if block_size < needed || needed > 4096 {
+            return Err(DiskError::BlockSize {
+                path: path.clone(),
+                needed,
+            });
+        }
+        let physical_block_size = physical(nbd.preferred_block(), block_size);
+        Ok(Self {
+            capacity: in_blocks(nbd.capacity(), path, block_size)?,
+            path: path.clone(),
+            zones: None,
+            ranges: if nbd.ranges() {
+                Ranges::of_blocks(physical_block_size)
+            } else {
+                Ranges::NONE
+            },
+            device: None,
+            block_size,
+            physical_block_size,
+            opt_io: 0,
+            align: nbd.min_block(),
+            memory_align: 1,
+            source: Source::Nbd(nbd),
+        })
+    }
+}
+
+/// The block that a server prefers, if it can be a disk's.
+fn physical(preferred: u32, block: u32) -> u32 {
+    if preferred.is_power_of_two() && (block..=1 << 20).contains(&preferred) {
+        preferred
+    } else {
+        block
     }
 }
 
@@ -568,6 +671,7 @@ mod tests {
             lock_wait: Duration::ZERO,
             format: Format::Raw,
             backing: true,
+            patience: Duration::ZERO,
         }
     }
 

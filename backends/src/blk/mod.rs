@@ -34,8 +34,8 @@ use crate::shell::{Commands, Device, DeviceError, LogLimit, config_range};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, ZoneGeometry};
-pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges};
-pub use image::{HeaderError, Image, Qcow2Error};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges, Source};
+pub use image::{HandshakeError, HeaderError, Image, Nbd, NbdError, Qcow2Error, UriError};
 
 use config::feature;
 use poll::PollLimits;
@@ -62,6 +62,8 @@ pub struct BlkConfig {
     pub max_queue_size: u16,
     /// Pin guest memory and register it with io_uring.
     pub register_memory: bool,
+    /// Look for completions in the storage's queues, without its interrupts.
+    pub io_poll: bool,
     /// Longest time that a worker without requests spins for before it sleeps.
     pub poll: Duration,
     /// Longest time that a worker spins for while the storage works.
@@ -78,7 +80,7 @@ pub struct Blk {
     max_queue_size: u16,
     default_writeback: bool,
     path: Option<PathBuf>,
-    image: Option<Image>,
+    source: Option<Source>,
     shared: Shared,
     limit: LogLimit,
 }
@@ -95,6 +97,7 @@ impl Blk {
             serial,
             max_queue_size,
             register_memory,
+            io_poll,
             poll,
             poll_storage,
             poll_budget,
@@ -140,23 +143,14 @@ impl Blk {
                 "the disk is zoned"
             );
         }
-        let (path, files, image) = match disk {
-            None => (None, Vec::new(), None),
-            Some(disk) => {
-                let files = match &disk.image {
-                    None => vec![disk.file],
-                    Some(image) => image.files().to_vec(),
-                };
-                (Some(disk.path), files, disk.image)
-            }
-        };
+        let memory_align = disk.as_ref().map_or(1, |d| d.memory_align);
+        let (path, source) = disk.map(|d| (d.path, d.source)).unzip();
         Self {
             geometry,
             features,
             max_queue_size,
             default_writeback: writeback,
             path,
-            image,
             shared: Shared {
                 limits: Limits {
                     capacity: geometry.capacity,
@@ -170,12 +164,13 @@ impl Blk {
                     max_append: geometry.zones.map_or(0, |zones| zones.max_append),
                     align: u64::from(align),
                 },
-                files,
+                files: source.as_ref().map(Source::files).unwrap_or_default(),
                 device,
                 offload: Arc::default(),
                 zones,
-                memory_align: align,
+                memory_align,
                 registers: register_memory,
+                polls: io_poll,
                 poll: poll_limits(poll),
                 poll_storage: poll_limits(poll_storage),
                 serial,
@@ -183,6 +178,7 @@ impl Blk {
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),
             },
             limit: LogLimit::default(),
+            source,
         }
     }
 }
@@ -190,7 +186,7 @@ impl Blk {
 impl Drop for Blk {
     fn drop(&mut self) {
         // An image gives back its locks when it has written everything.
-        if let (None, Some(disk)) = (&self.image, self.shared.files.first()) {
+        if let Some(Source::Raw(disk)) = &self.source {
             disk::unlock(disk);
         }
     }
@@ -251,12 +247,11 @@ impl Device for Blk {
         let shared = self.shared.clone();
         let (ready, started) = mpsc::channel();
         let failed = |source| DeviceError::Worker { worker, source };
-        let side = match &mut self.image {
-            Some(image) => Some(image.attach().map_err(|e| failed(e.into()))?),
+        let side = match &mut self.source {
+            Some(source) => source.attach().map_err(|e| failed(e.into()))?,
             None => None,
         };
-        if let (0, None, Some(path), Some(file)) =
-            (worker, &side, &self.path, self.shared.files.first())
+        if let (0, Some(path), Some(Source::Raw(file))) = (worker, &self.path, &self.source)
             && disk::looks_like_qcow2(file)
         {
             warn!(
@@ -286,15 +281,12 @@ impl Device for Blk {
         }
     }
 
-    /// The disk may have another size now. Not so an image: nobody else can change it while it is locked. Zones are what they
-    /// are.
+    /// The disk may have another size now. Not so an image, which nobody else can change while it is locked; an export
+    /// keeps the size that it had, and so do zones.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(file), None, None) = (
-            &self.path,
-            self.shared.files.first(),
-            &self.image,
-            &self.geometry.zones,
-        ) else {
+        let (Some(path), Some(Source::Raw(file)), None) =
+            (&self.path, &self.source, &self.geometry.zones)
+        else {
             return Ok(false);
         };
         let capacity = disk::capacity(file, path, self.geometry.block_size)
@@ -315,7 +307,7 @@ impl Device for Blk {
             max_queue_size: _,
             default_writeback,
             path: _,
-            image: _,
+            source: _,
             shared,
             limit: _,
         } = self;

@@ -70,6 +70,26 @@ impl Disk {
         self.random
     }
 
+    /// Status of one request that may fail.
+    pub fn attempt(&mut self, kind: u32, offset: u64, len: u64) -> u8 {
+        self.drain();
+        let flight = Flight {
+            queue: 0,
+            offset,
+            len,
+            kind,
+            expected: match kind {
+                OUT => Expected::Data(vec![0x5a; len as usize]),
+                _ => Expected::Nothing,
+            },
+        };
+        self.submit(0, flight);
+        self.front.complete(0);
+        self.flights[0] = None;
+        let status = GuestAddress(self.buffers[0].0 + ROOM + 4096);
+        self.front.guest.memory.read_obj(status).unwrap()
+    }
+
     fn submit(&mut self, slot: usize, flight: Flight) {
         let base = self.buffers[slot];
         let at = |offset: u64| GuestAddress(base.0 + offset);

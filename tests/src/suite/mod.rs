@@ -3,6 +3,7 @@
 
 mod blk;
 mod boot;
+mod formats;
 mod net;
 mod others;
 mod vfio;
@@ -40,10 +41,16 @@ pub struct Test {
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [boot::TESTS, blk::TESTS, net::TESTS, others::TESTS]
-        .into_iter()
-        .flatten()
-        .chain(vfio::tests())
+    [
+        boot::TESTS,
+        blk::TESTS,
+        formats::TESTS,
+        net::TESTS,
+        others::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .chain(vfio::tests())
 }
 
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.

@@ -10,14 +10,15 @@
 
 use std::io;
 use std::mem;
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::sys::eventfd::{EfdFlags, EventFd};
 use ringside_rings::Segment;
 use tracing::error;
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::shell::Memory;
 
@@ -83,10 +84,10 @@ pub(super) struct SegmentLost {
 }
 
 impl Op {
-    /// The operation's part of guest memory.
-    pub(super) fn slices(&self) -> Result<Vec<VolatileSlice<'_>>, SegmentLost> {
+    /// Guest memory of `len` bytes of the operation's data, from `at` on.
+    pub(super) fn slices(&self, at: u64, len: u64) -> Result<Vec<VolatileSlice<'_>>, SegmentLost> {
         let mut slices = Vec::with_capacity(self.segments.len());
-        let (mut skip, mut left) = (self.skip, self.len);
+        let (mut skip, mut left) = (self.skip.saturating_add(at), len);
         for segment in &self.segments {
             let lost = || SegmentLost {
                 addr: segment.addr.0,
@@ -120,7 +121,24 @@ impl Op {
 
     /// Tells the worker.
     pub(super) fn end(self, outcome: Outcome) {
-        self.mailbox.put(self.slot, outcome);
+        if let Some(mailbox) = self.post(outcome) {
+            mailbox.ring();
+        }
+    }
+
+    /// Leaves the outcome for the worker. Returns the mailbox if it is to be rung, once everything is posted.
+    pub(super) fn post(self, outcome: Outcome) -> Option<Arc<Mailbox>> {
+        let first = {
+            let mut ended = self
+                .mailbox
+                .ended
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            ended.push((self.slot, outcome));
+            ended.len() == 1
+        };
+        // Who finds others there is announced with them.
+        first.then_some(self.mailbox)
     }
 }
 
@@ -135,20 +153,69 @@ impl Mailbox {
     pub(super) fn new() -> io::Result<Self> {
         Ok(Self {
             ended: Mutex::default(),
-            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
+            event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
         })
     }
 
-    fn put(&self, slot: u16, outcome: Outcome) {
-        let first = {
-            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-            ended.push((slot, outcome));
-            ended.len() == 1
-        };
-        // Who finds others there was announced with them.
-        if first && let Err(e) = self.event.write(1) {
+    /// Wakes the worker.
+    pub(super) fn ring(&self) {
+        if let Err(e) = self.event.write(1) {
             error!("cannot wake the worker: {e}");
         }
+    }
+}
+
+/// Wakes a thread that waits for operations and for something else.
+#[derive(Debug)]
+pub(super) struct Wake {
+    event: EventFd,
+    /// It looks at nothing before the event comes.
+    asleep: AtomicBool,
+}
+
+impl Wake {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
+            asleep: AtomicBool::new(false),
+        })
+    }
+
+    /// Wakes it, whatever it does.
+    pub(super) fn wake(&self) {
+        if let Err(e) = self.event.write(1) {
+            error!("cannot wake the connection's thread: {e}");
+        }
+    }
+
+    /// Something was put into the channel.
+    fn sent(&self) {
+        // Either the sleeper finds it with its last look, or it is seen to sleep here: on both sides a fence (SeqCst) is
+        // between the two.
+        fence(Ordering::SeqCst);
+        if self.asleep.swap(false, Ordering::Relaxed) {
+            self.wake();
+        }
+    }
+
+    /// About to wait for the event: one last look at the channel has to follow.
+    pub(super) fn lie_down(&self) {
+        self.asleep.store(true, Ordering::Relaxed);
+        fence(Ordering::SeqCst);
+    }
+
+    /// Awake again, by the event or not.
+    pub(super) fn get_up(&self, by_event: bool) {
+        self.asleep.store(false, Ordering::Relaxed);
+        if by_event && let Err(e) = self.event.read() {
+            error!("cannot read an eventfd: {e}");
+        }
+    }
+}
+
+impl AsFd for Wake {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.event.as_fd()
     }
 }
 
@@ -157,12 +224,12 @@ impl Mailbox {
 pub(super) struct Link {
     sender: Sender<Op>,
     /// Wakes a companion that waits for other things as well.
-    wake: Option<Arc<EventFd>>,
+    wake: Option<Arc<Wake>>,
     mailbox: Arc<Mailbox>,
 }
 
 impl Link {
-    pub(super) fn new(sender: Sender<Op>, wake: Option<Arc<EventFd>>) -> io::Result<Self> {
+    pub(super) fn new(sender: Sender<Op>, wake: Option<Arc<Wake>>) -> io::Result<Self> {
         Ok(Self {
             sender,
             wake,
@@ -180,10 +247,8 @@ impl Link {
         if self.sender.send(op).is_err() {
             return false;
         }
-        if let Some(wake) = &self.wake
-            && let Err(e) = wake.write(1)
-        {
-            error!("cannot wake the connection's thread: {e}");
+        if let Some(wake) = &self.wake {
+            wake.sent();
         }
         true
     }
@@ -203,6 +268,6 @@ impl Link {
 impl AsRawFd for Link {
     /// Readable when outcomes wait.
     fn as_raw_fd(&self) -> RawFd {
-        self.mailbox.event.as_raw_fd()
+        self.mailbox.event.as_fd().as_raw_fd()
     }
 }

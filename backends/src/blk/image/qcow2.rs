@@ -535,7 +535,7 @@ impl Companion {
         }
         match op.action {
             Action::Read => {
-                let slices = op.slices().map_err(io::Error::other)?;
+                let slices = op.slices(0, op.len).map_err(io::Error::other)?;
                 let (buffers, _guard) = IoVectorMut::from_volatile_slice(&slices);
                 self.access.readv(buffers, op.offset)?;
                 return Ok(Outcome::Done);
@@ -545,7 +545,7 @@ impl Companion {
                 return Ok(Outcome::Done);
             }
             Action::Write => {
-                let slices = op.slices().map_err(io::Error::other)?;
+                let slices = op.slices(0, op.len).map_err(io::Error::other)?;
                 let (buffers, _guard) = IoVector::from_volatile_slice(&slices);
                 self.change(op, |access| access.writev(buffers, op.offset))?;
                 self.look_up(op.offset, op.len)?;
