@@ -7,6 +7,7 @@ mod formats;
 mod net;
 mod others;
 mod vfio;
+mod zoned;
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -47,6 +48,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         formats::TESTS,
         net::TESTS,
         others::TESTS,
+        zoned::TESTS,
     ]
     .into_iter()
     .flatten()
