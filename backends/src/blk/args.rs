@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use ringside_control::Size;
 use thiserror::Error;
 
 use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions};
 use super::request::{ID_LEN, SECTOR};
-use super::{BlkConfig, SEG_MAX};
+use super::{BlkConfig, RateLimits, SEG_MAX};
 use crate::shell::OpenError;
 
 /// Most bytes in one discard or write-zeroes request.
@@ -91,6 +92,14 @@ pub struct BlkArgs {
     /// Best transfer size in bytes [default: what the storage says]
     #[arg(long, value_name = "BYTES", value_parser = parse_io_size)]
     pub opt_io_size: Option<u32>,
+
+    /// Limit the disk's rates: keys iops, bandwidth (bytes), and both with read- or write- in front, each in a second
+    ///
+    /// KEY-burst=N is how much may come at once after a pause; a tenth of a second's worth, unless given. Units K, M, G are
+    /// powers of 1024. Discards, write-zeroes and flushes are operations of writing, and move no bytes. `ringside-ctl limits`
+    /// changes the limits of a disk in use.
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
+    pub limit: Option<RateLimits>,
 
     /// Offer discard and write-zeroes, which punch holes into an image
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
@@ -201,26 +210,20 @@ impl BlkArgs {
             writeback: self.cache == Cache::Writeback,
             serial,
             max_queue_size: self.queue_size,
+            limits: self.limit.unwrap_or_default(),
         })
     }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (text.get(..at), 10),
-        Some((at, 'm' | 'M')) => (text.get(..at), 20),
-        Some((at, 'g' | 'G')) => (text.get(..at), 30),
-        Some((at, 't' | 'T')) => (text.get(..at), 40),
-        _ => (Some(text), 0),
-    };
-    let number: u64 = digits
-        .unwrap_or_default()
-        .parse()
-        .map_err(|_| "not a number of bytes; use for example 64M or 2G".to_owned())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|&size| i64::try_from(size).is_ok())
-        .ok_or_else(|| "larger than a disk can be".to_owned())
+    let Size(size) = text.parse()?;
+    i64::try_from(size)
+        .map(|_| size)
+        .map_err(|_| "larger than a disk can be".to_owned())
+}
+
+fn parse_limits(text: &str) -> Result<RateLimits, String> {
+    RateLimits::parse(text).map_err(|error| error.to_string())
 }
 
 fn parse_serial(text: &str) -> Result<String, String> {

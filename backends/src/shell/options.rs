@@ -93,6 +93,12 @@ pub struct ShellArgs {
     #[arg(long)]
     pub exit_on_disconnect: bool,
 
+    /// Unix socket to listen on for ringside-ctl and for collectors of metrics
+    ///
+    /// Created with mode 0600 and removed at exit, as the front-end's. `ringside-ctl --help` tells what can be asked.
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+
     /// Print what this program can do as JSON (QEMU's vhost-user.json), and end
     #[arg(long)]
     pub print_capabilities: bool,
