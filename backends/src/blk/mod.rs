@@ -10,6 +10,7 @@ mod args;
 mod config;
 mod disk;
 mod limits;
+mod poll;
 mod request;
 mod resize;
 mod stats;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
@@ -38,6 +40,7 @@ pub use limits::{LimitError, RateLimits};
 
 use config::feature;
 use limits::Throttle;
+use poll::PollLimits;
 use request::{ID_LEN, Limits};
 use resize::ResizeError;
 use stats::{Clock, QueueStats};
@@ -61,6 +64,14 @@ pub struct BlkConfig {
     pub serial: [u8; ID_LEN],
     /// The largest queue size, a power of two.
     pub max_queue_size: u16,
+    /// Pin guest memory and register it with io_uring.
+    pub register_memory: bool,
+    /// Longest time that a worker without requests spins for before it sleeps.
+    pub poll: Duration,
+    /// Longest time that a worker spins for while the storage works.
+    pub poll_storage: Duration,
+    /// Most that spinning in vain may take of a worker's time, in percent.
+    pub poll_budget: u32,
     /// Limits of its rates.
     pub limits: RateLimits,
 }
@@ -90,9 +101,17 @@ impl Blk {
             serial,
             max_queue_size,
             limits,
+            register_memory,
+            poll,
+            poll_storage,
+            poll_budget,
         } = config;
         let throttle = Throttle::default();
         throttle.set(limits);
+        let poll_limits = |window| PollLimits {
+            window,
+            budget: poll_budget,
+        };
         let discard = geometry.max_range > 0;
         let mut features = feature::VERSION_1
             | feature::EVENT_IDX
@@ -135,6 +154,9 @@ impl Blk {
                 },
                 disk: disk.map(|d| Arc::new(d.file)),
                 memory_align: align,
+                registers: register_memory,
+                poll: poll_limits(poll),
+                poll_storage: poll_limits(poll_storage),
                 serial,
                 writeback: Arc::new(AtomicBool::new(writeback)),
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),

@@ -53,4 +53,4 @@ pub use options::{LogFormat, Program, ShellArgs};
 pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;
-pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel};
+pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel, signal};
