@@ -2,6 +2,7 @@
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
 mod blk;
+mod blk_control;
 mod boot;
 mod net;
 mod others;
@@ -40,10 +41,16 @@ pub struct Test {
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [boot::TESTS, blk::TESTS, net::TESTS, others::TESTS]
-        .into_iter()
-        .flatten()
-        .chain(vfio::tests())
+    [
+        boot::TESTS,
+        blk::TESTS,
+        blk_control::TESTS,
+        net::TESTS,
+        others::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .chain(vfio::tests())
 }
 
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.
