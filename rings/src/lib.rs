@@ -94,14 +94,26 @@
 #![forbid(unsafe_code)]
 #![warn(clippy::arithmetic_side_effects)]
 
+/// Does the same with a ring or a session of either format.
+macro_rules! either {
+    ($kind:ident, $on:expr, $ring:ident => $what:expr) => {
+        match $on {
+            $kind::Split($ring) => $what,
+            $kind::Packed($ring) => $what,
+        }
+    };
+}
+
 mod area;
 mod chain;
-mod desc;
 mod device;
 mod driver;
 mod error;
-mod layout;
+mod order;
+mod packed;
 mod segment;
+mod split;
+mod table;
 
 pub use chain::{Chain, ChainBuf};
 pub use device::{DeviceRing, RingConfig, Session};

@@ -43,6 +43,8 @@ fn config() -> RingConfig {
         desc_table: GuestAddress(DESC),
         avail_ring: GuestAddress(AVAIL),
         used_ring: GuestAddress(USED),
+        packed: false,
+        in_order: false,
         event_idx: false,
         indirect: true,
         next_avail: 0,
@@ -285,7 +287,8 @@ fn used_ring_overlaps() {
     assert!(matches!(
         error,
         RingError::Overlap {
-            area: Area::Descriptors
+            with: Area::Descriptors,
+            ..
         }
     ));
     let error = refused(RingConfig {
@@ -295,7 +298,8 @@ fn used_ring_overlaps() {
     assert!(matches!(
         error,
         RingError::Overlap {
-            area: Area::Available
+            with: Area::Available,
+            ..
         }
     ));
     let adjoining = RingConfig {
