@@ -1,6 +1,9 @@
 //! What descriptors of both formats refer to: buffers, and indirect tables.
 
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions,
+    VolatileMemory,
+};
 
 use crate::area::SliceOf;
 use crate::error::ChainError;
@@ -15,27 +18,60 @@ pub(crate) const fn desc_offset(index: u16) -> usize {
     (index as usize).wrapping_mul(DESC_SIZE)
 }
 
-/// Checks the buffer that a descriptor names.
-#[inline]
-pub(crate) fn segment<M: GuestMemory>(
-    mem: &M,
-    addr: u64,
-    len: u32,
-    writable: bool,
-) -> Result<Segment, ChainError> {
-    if len == 0 {
-        return Err(ChainError::Empty { addr });
+/// The region of guest memory in which the last buffer lay: the next one mostly lies there too, and to look
+/// regions up costs more than all else that is done for a descriptor.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LastRegion {
+    start: u64,
+    len: u64,
+}
+
+impl LastRegion {
+    #[inline]
+    fn holds(self, addr: u64, len: u32) -> bool {
+        let offset = addr.wrapping_sub(self.start);
+        self.len
+            .checked_sub(offset)
+            .is_some_and(|rest| u64::from(len) <= rest)
     }
-    let access = if writable {
-        Permissions::Write
-    } else {
-        Permissions::Read
-    };
-    let bytes = usize::try_from(len).map_err(|_| ChainError::NotInMemory { addr, len })?;
-    if !mem.check_range(GuestAddress(addr), bytes, access) {
-        return Err(ChainError::NotInMemory { addr, len });
+
+    /// Checks the buffer that a descriptor names. `mem` is to be the same each time.
+    #[inline]
+    pub(crate) fn segment<M: GuestMemory>(
+        &mut self,
+        mem: &M,
+        addr: u64,
+        len: u32,
+        writable: bool,
+    ) -> Result<Segment, ChainError> {
+        if len == 0 {
+            return Err(ChainError::Empty { addr });
+        }
+        if !self.holds(addr, len) && !self.look_up(mem, addr, len, writable) {
+            return Err(ChainError::NotInMemory { addr, len });
+        }
+        Ok(Segment::new(GuestAddress(addr), len))
     }
-    Ok(Segment::new(GuestAddress(addr), len))
+
+    #[inline(never)]
+    fn look_up<M: GuestMemory>(&mut self, mem: &M, addr: u64, len: u32, writable: bool) -> bool {
+        let start = GuestAddress(addr);
+        if let Some(region) = mem.physical_memory().and_then(|mem| mem.find_region(start)) {
+            *self = Self {
+                start: region.start_addr().0,
+                len: region.len(),
+            };
+            if self.holds(addr, len) {
+                return true;
+            }
+        }
+        let access = if writable {
+            Permissions::Write
+        } else {
+            Permissions::Read
+        };
+        usize::try_from(len).is_ok_and(|len| mem.check_range(start, len, access))
+    }
 }
 
 /// An indirect table, which may be at any address.

@@ -23,9 +23,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::time::Duration;
 
-use ringside_rings::{Chain, ChainBuf, PopError, RingError, Session, write_segments};
+use ringside_rings::{Chain, ChainBuf, PopError, RingError, Segment, Session, write_segments};
 use tracing::{debug, error, info, warn};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::config::feature;
 use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
@@ -758,7 +758,8 @@ fn failed(error: PrepareError) -> std::io::Error {
 
 /// Writes the status, and returns the length for the used ring: bytes written, with the status.
 fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
-    if mem.write_obj(status as u8, job.status).is_err() {
+    let place = Segment::new(job.status, 1);
+    if write_segments(mem, &[place], 0, &[status as u8]).is_err() {
         return 0;
     }
     let data = if status == Status::Ok { job.reply } else { 0 };

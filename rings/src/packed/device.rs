@@ -12,7 +12,7 @@ use crate::area::{AreaRef, resolve};
 use crate::chain::{Chain, ChainBuf};
 use crate::device::{DESC_ALIGN, MAX_SIZE, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
-use crate::table::{self, Table, desc_offset};
+use crate::table::{LastRegion, Table, desc_offset};
 
 /// How many buffer ids there are: 16 bits, whatever the size of the queue (VIRTIO 1.3, 2.8.13).
 pub(crate) const IDS: usize = 1 << 16;
@@ -150,6 +150,7 @@ impl DeviceRing {
             desc,
             driver_event,
             device_event,
+            region: LastRegion::default(),
         })
     }
 }
@@ -161,6 +162,7 @@ pub(crate) struct Session<'a, M: GuestMemory> {
     desc: AreaRef<'a, BS<'a, M::Bitmap>>,
     driver_event: AreaRef<'a, BS<'a, M::Bitmap>>,
     device_event: AreaRef<'a, BS<'a, M::Bitmap>>,
+    region: LastRegion,
 }
 
 /// A chain as it was found in the ring.
@@ -356,10 +358,10 @@ impl<M: GuestMemory> Session<'_, M> {
     /// in its last descriptor, so that it is walked to its end whatever is wrong with its contents; but no
     /// further than there can be descriptors that the driver wrote.
     #[inline]
-    fn gather(&self, rest: Rest, buf: &mut ChainBuf) -> Result<Found, PopError> {
-        let ring = &*self.ring;
-        let room = ring.size.saturating_sub(ring.busy);
-        let mut cursor = ring.next_avail;
+    fn gather(&mut self, rest: Rest, buf: &mut ChainBuf) -> Result<Found, PopError> {
+        let (size, start) = (self.ring.size, self.ring.next_avail);
+        let room = size.saturating_sub(self.ring.busy);
+        let mut cursor = start;
         let mut rest = rest;
         let mut count = 1_u16;
         let mut contents = Ok(());
@@ -377,11 +379,11 @@ impl<M: GuestMemory> Session<'_, M> {
                 });
             }
             if count >= room {
-                let at = ring.next_avail.at();
+                let at = start.at();
                 return Err(RingError::AvailDescriptor { at, room }.into());
             }
             count = count.saturating_add(1);
-            cursor = cursor.after(1, ring.size);
+            cursor = cursor.after(1, size);
             let offset = desc_offset(cursor.at()).wrapping_add(8);
             rest = Rest::from_word(self.desc.load_u64(offset)?);
         }
@@ -390,7 +392,7 @@ impl<M: GuestMemory> Session<'_, M> {
     /// Adds what one descriptor of the ring refers to.
     #[inline]
     fn append(
-        &self,
+        &mut self,
         addr: u64,
         rest: Rest,
         follows: bool,
@@ -399,13 +401,14 @@ impl<M: GuestMemory> Session<'_, M> {
         if rest.is_indirect() {
             return self.append_table(addr, rest, follows, buf);
         }
-        let segment = table::segment(self.mem, addr, rest.len, rest.is_writable())?;
-        buf.push(segment, rest.is_writable(), self.ring.size)
+        let writable = rest.is_writable();
+        let segment = self.region.segment(self.mem, addr, rest.len, writable)?;
+        buf.push(segment, writable, self.ring.size)
     }
 
     /// Adds what an indirect table refers to: all its descriptors, in order (VIRTIO 1.3, 2.8.7).
     fn append_table(
-        &self,
+        &mut self,
         addr: u64,
         rest: Rest,
         follows: bool,
@@ -427,8 +430,9 @@ impl<M: GuestMemory> Session<'_, M> {
             let (addr, word) = table.words(self.mem, index)?;
             // WRITE is the only flag here, the rest is to be ignored.
             let entry = Rest::from_word(word);
-            let segment = table::segment(self.mem, addr, entry.len, entry.is_writable())?;
-            buf.push(segment, entry.is_writable(), size)?;
+            let writable = entry.is_writable();
+            let segment = self.region.segment(self.mem, addr, entry.len, writable)?;
+            buf.push(segment, writable, size)?;
         }
         Ok(())
     }

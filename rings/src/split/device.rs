@@ -15,7 +15,7 @@ use crate::area::{AreaRef, resolve};
 use crate::chain::{Chain, ChainBuf};
 use crate::device::{DESC_ALIGN, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
-use crate::table::{self, Table, desc_offset};
+use crate::table::{LastRegion, Table, desc_offset};
 
 /// The device's state of one split virtqueue.
 #[derive(Debug)]
@@ -133,6 +133,7 @@ impl DeviceRing {
             desc,
             avail,
             used,
+            region: LastRegion::default(),
         })
     }
 }
@@ -171,9 +172,10 @@ pub(crate) struct Session<'a, M: GuestMemory> {
     desc: AreaRef<'a, BS<'a, M::Bitmap>>,
     avail: AreaRef<'a, BS<'a, M::Bitmap>>,
     used: AreaRef<'a, BS<'a, M::Bitmap>>,
+    region: LastRegion,
 }
 
-impl<M: GuestMemory> Session<'_, M> {
+impl<'a, M: GuestMemory> Session<'a, M> {
     #[inline]
     pub(crate) fn memory(&self) -> &M {
         self.mem
@@ -341,10 +343,10 @@ impl<M: GuestMemory> Session<'_, M> {
 
     /// Walks the chain from `head` and gathers its segments. At most `size` segments and one
     /// indirect descriptor are looked at, so that a loop ends.
-    fn gather(&self, head: u16, buf: &mut ChainBuf) -> Result<(), PopError> {
+    fn gather(&mut self, head: u16, buf: &mut ChainBuf) -> Result<(), PopError> {
         let bad = |error| PopError::Chain { head, error };
         let size = self.ring.size;
-        let mut table: Option<Table<'_, M>> = None;
+        let mut table: Option<Table<'a, M>> = None;
         let mut entries = size;
         let mut index = head;
         loop {
@@ -370,8 +372,9 @@ impl<M: GuestMemory> Session<'_, M> {
                 index = 0;
                 continue;
             }
-            let segment = table::segment(self.mem, desc.addr, desc.len, desc.is_writable());
-            buf.push(segment.map_err(bad)?, desc.is_writable(), size)
+            let writable = desc.is_writable();
+            let segment = self.region.segment(self.mem, desc.addr, desc.len, writable);
+            buf.push(segment.map_err(bad)?, writable, size)
                 .map_err(bad)?;
             if !desc.has_next() {
                 return Ok(());
