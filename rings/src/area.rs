@@ -38,6 +38,9 @@ pub(crate) fn resolve<'a, M: GuestMemory>(
         Some(first) => first.map_err(|e| missing(Some(e)))?,
         None => return Err(missing(None)),
     };
+    if slice.len() == len {
+        return Ok(AreaRef { area, slice });
+    }
     match slices.next() {
         None => Ok(AreaRef { area, slice }),
         Some(Ok(_)) => Err(RingError::Split {
