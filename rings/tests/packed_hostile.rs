@@ -246,7 +246,7 @@ proptest! {
         turns in prop::collection::vec(turn(), 1..40),
     ) {
         let mem = memory();
-        let index = at % size | if wrap { 0x8000 } else { 0 };
+        let index = (at % size) | if wrap { 0x8000 } else { 0 };
         let config = RingConfig {
             size,
             desc_table: GuestAddress(RING),
@@ -421,7 +421,7 @@ proptest! {
                 added += 1;
             }
             session.publish().unwrap();
-            let turn = [0, AVAIL | USED, AVAIL, USED][usize::from(flags >> 8 & 3)];
+            let turn = [0, AVAIL | USED, AVAIL, USED][usize::from((flags >> 8) & 3)];
             let desc = Desc { addr: 0, len, id, flags: flags & !(AVAIL | USED) | turn };
             mem.write_slice(&desc.bytes(), GuestAddress(RING + 16 * u64::from(at))).unwrap();
             mem.write_obj(u32::from(flags) << 8, layout.used_ring()).unwrap();

@@ -191,7 +191,10 @@ impl World {
         let (mut layout, start) = if kind.packed {
             let layout = DriverLayout::packed(GuestAddress(BASE), size, entries).unwrap();
             // A place, with the wrap counter in bit 15.
-            (layout, (kind.start & 0x7fff) % size | kind.start & 0x8000)
+            (
+                layout,
+                ((kind.start & 0x7fff) % size) | (kind.start & 0x8000),
+            )
         } else {
             let layout = DriverLayout::new(GuestAddress(BASE), size, entries).unwrap();
             (layout, kind.start)
