@@ -642,6 +642,24 @@ fn driver_event() {
     }
 }
 
+/// What an earlier owner of the queue told the driver is not known.
+#[test]
+fn first_publication_interrupts() {
+    let mut rogue = Rogue::with(RingConfig {
+        event_idx: true,
+        ..config()
+    });
+    rogue.put(DRIVER_EVENT, 0x8005);
+    rogue.put(DRIVER_EVENT + 2, 2);
+    for interrupt in [true, false] {
+        rogue.offer(DATA, 4, 0, 0);
+        rogue.served();
+        let mut session = rogue.ring.session(&rogue.mem).unwrap();
+        session.push_used(0, 0).unwrap();
+        assert_eq!(session.publish().unwrap(), interrupt);
+    }
+}
+
 #[test]
 fn device_event() {
     let event = |rogue: &Rogue| {

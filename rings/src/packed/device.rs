@@ -165,13 +165,22 @@ pub(crate) struct Session<'a, M: GuestMemory> {
     region: LastRegion,
 }
 
-/// A chain as it was found in the ring.
-struct Found {
-    id: u16,
-    /// Descriptors of the ring that it takes.
-    count: u16,
-    /// What is wrong with its contents, if anything is.
-    contents: Result<(), ChainError>,
+/// Why the segments of a chain were not gathered.
+enum Stopped {
+    /// The queue is broken.
+    Ring(RingError),
+    /// The contents of the chain are malformed, in its descriptor number `count`, which says `rest`.
+    Chain {
+        count: u16,
+        rest: Rest,
+        error: ChainError,
+    },
+}
+
+impl From<RingError> for Stopped {
+    fn from(error: RingError) -> Self {
+        Self::Ring(error)
+    }
 }
 
 impl<M: GuestMemory> Session<'_, M> {
@@ -213,11 +222,18 @@ impl<M: GuestMemory> Session<'_, M> {
             return Ok(None);
         };
         buf.clear();
-        let Found {
-            id,
-            count,
-            contents,
-        } = self.gather(rest, buf)?;
+        match self.gather(rest, buf) {
+            Ok((id, count)) => {
+                self.take(id, count)?;
+                Ok(Some(buf.chain(id)))
+            }
+            Err(stopped) => Err(self.malformed(stopped)),
+        }
+    }
+
+    /// Notes that a chain is in flight.
+    #[inline]
+    fn take(&mut self, id: u16, count: u16) -> Result<(), RingError> {
         let ring = &mut *self.ring;
         let next = ring.next_avail.after(count, ring.size);
         let last = next.before(1, ring.size);
@@ -226,7 +242,7 @@ impl<M: GuestMemory> Session<'_, M> {
             ring.taken.get_mut(usize::from(last.at())),
         ) {
             if *held != 0 {
-                return Err(RingError::HeadInFlight { head: id }.into());
+                return Err(RingError::HeadInFlight { head: id });
             }
             *held = count;
             *taken = id;
@@ -234,9 +250,30 @@ impl<M: GuestMemory> Session<'_, M> {
         ring.next_avail = next;
         ring.busy = ring.busy.saturating_add(count);
         ring.in_flight = ring.in_flight.saturating_add(1);
-        match contents {
-            Ok(()) => Ok(Some(buf.chain(id))),
-            Err(error) => Err(PopError::Chain { head: id, error }),
+        Ok(())
+    }
+
+    /// Takes a chain whose contents are malformed. Its id stands in its last descriptor.
+    #[cold]
+    fn malformed(&mut self, stopped: Stopped) -> PopError {
+        let (mut count, mut rest, error) = match stopped {
+            Stopped::Ring(error) => return error.into(),
+            Stopped::Chain { count, rest, error } => (count, rest, error),
+        };
+        let start = self.ring.next_avail;
+        while rest.has_next() {
+            rest = match self.following(start, count) {
+                Ok(rest) => rest,
+                Err(error) => return error.into(),
+            };
+            count = count.saturating_add(1);
+        }
+        match self.take(rest.id, count) {
+            Ok(()) => PopError::Chain {
+                head: rest.id,
+                error,
+            },
+            Err(error) => error.into(),
         }
     }
 
@@ -354,39 +391,40 @@ impl<M: GuestMemory> Session<'_, M> {
         Ok(self.available()? != 0)
     }
 
-    /// Walks the chain that begins with `rest` at the next place and gathers its segments. Its id stands
-    /// in its last descriptor, so that it is walked to its end whatever is wrong with its contents; but no
-    /// further than there can be descriptors that the driver wrote.
+    /// Walks the chain that begins with `rest` at the next place and gathers its segments. Returns its id and
+    /// how many descriptors it has.
     #[inline]
-    fn gather(&mut self, rest: Rest, buf: &mut ChainBuf) -> Result<Found, PopError> {
-        let (size, start) = (self.ring.size, self.ring.next_avail);
-        let room = size.saturating_sub(self.ring.busy);
+    fn gather(&mut self, rest: Rest, buf: &mut ChainBuf) -> Result<(u16, u16), Stopped> {
+        let start = self.ring.next_avail;
         let mut cursor = start;
         let mut rest = rest;
         let mut count = 1_u16;
-        let mut contents = Ok(());
         loop {
-            let offset = desc_offset(cursor.at());
-            let addr = self.desc.load_u64(offset)?;
-            if contents.is_ok() {
-                contents = self.append(addr, rest, count > 1, buf);
+            let addr = self.desc.load_u64(desc_offset(cursor.at()))?;
+            if let Err(error) = self.append(addr, rest, count > 1, buf) {
+                return Err(Stopped::Chain { count, rest, error });
             }
             if !rest.has_next() {
-                return Ok(Found {
-                    id: rest.id,
-                    count,
-                    contents,
-                });
+                return Ok((rest.id, count));
             }
-            if count >= room {
-                let at = start.at();
-                return Err(RingError::AvailDescriptor { at, room }.into());
-            }
+            rest = self.following(start, count)?;
+            cursor = cursor.after(1, self.ring.size);
             count = count.saturating_add(1);
-            cursor = cursor.after(1, size);
-            let offset = desc_offset(cursor.at()).wrapping_add(8);
-            rest = Rest::from_word(self.desc.load_u64(offset)?);
         }
+    }
+
+    /// The descriptor `count` behind that at `start`: no further than there can be any that the driver wrote, so that
+    /// a chain without end ends.
+    #[inline]
+    fn following(&self, start: Cursor, count: u16) -> Result<Rest, RingError> {
+        let room = self.ring.size.saturating_sub(self.ring.busy);
+        if count >= room {
+            let at = start.at();
+            return Err(RingError::AvailDescriptor { at, room });
+        }
+        let cursor = start.after(count, self.ring.size);
+        let offset = desc_offset(cursor.at()).wrapping_add(8);
+        Ok(Rest::from_word(self.desc.load_u64(offset)?))
     }
 
     /// Adds what one descriptor of the ring refers to.

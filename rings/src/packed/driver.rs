@@ -85,20 +85,10 @@ impl<T> DriverRing<T> {
             batch: None,
         };
         let session = ring.session(mem)?;
+        // Zeroes are available in no round, and the driver looks for used ones only where it wrote.
         session.desc.clear()?;
         session.driver_event.clear()?;
         session.device_event.clear()?;
-        // As if all descriptors had been used up to here: those behind it in the round before.
-        for distance in 0..size {
-            let before = start.before(distance.wrapping_add(1), size);
-            let used = Rest {
-                len: 0,
-                id: 0,
-                flags: desc::used(before),
-            };
-            let offset = desc_offset(before.at()).wrapping_add(8);
-            session.desc.store_u64(offset, used.to_word())?;
-        }
         drop(session);
         Ok(ring)
     }
