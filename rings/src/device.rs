@@ -53,6 +53,14 @@ pub struct RingConfig {
     pub next_used: u16,
 }
 
+impl RingConfig {
+    /// Where both indices of a fresh queue stand.
+    #[must_use]
+    pub const fn fresh_index(packed: bool) -> u16 {
+        if packed { packed::layout::FRESH } else { 0 }
+    }
+}
+
 /// The device's state of one virtqueue.
 ///
 /// It begins with no chain in flight: whatever `next_avail` and `next_used` say, chains taken by an
@@ -109,6 +117,13 @@ impl DeviceRing {
     #[must_use]
     pub fn next_used(&self) -> u16 {
         either!(Format, &self.format, ring => ring.next_used())
+    }
+
+    /// Chains were taken from the queue, by this owner or one before it, as far as the index tells: it goes around.
+    #[must_use]
+    pub fn has_begun(&self) -> bool {
+        let packed = matches!(self.format, Format::Packed(_));
+        self.next_avail() != RingConfig::fresh_index(packed)
     }
 
     /// Chains taken and not yet returned by [`Session::push_used`].

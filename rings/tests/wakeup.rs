@@ -264,3 +264,43 @@ fn publishing_races_with_going_to_sleep() {
         race(layout, true);
     }
 }
+
+/// A device that asked to be notified and then goes on looking for itself says so, with and without EVENT_IDX.
+#[test]
+fn a_device_that_looks_for_itself_again_is_not_notified() {
+    for (layout, event_idx) in [
+        (split(8), false),
+        (split(8), true),
+        (packed(8), false),
+        (packed(8), true),
+    ] {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+        let mut driver = DriverRing::new(layout, event_idx, &memory).unwrap();
+        let mut device = DeviceRing::new(&layout.config(event_idx), &memory).unwrap();
+        let mut buf = ChainBuf::new(8);
+        let notified = |driver: &mut DriverRing<u8>| {
+            let mut session = driver.session(&memory).unwrap();
+            while session.poll_used().unwrap().is_some() {}
+            session
+                .add(&[Segment::new(GuestAddress(0x8000), 1)], &[], 0)
+                .unwrap();
+            session.publish().unwrap()
+        };
+        for _ in 0..100_000_u32 {
+            let mut session = device.session(&memory).unwrap();
+            assert!(!session.enable_notifications().unwrap());
+            session.disable_notifications().unwrap();
+            assert!(!notified(&mut driver));
+            assert_eq!(session.available().unwrap(), 1);
+            let head = session.pop(&mut buf).unwrap().unwrap().head();
+            session.push_used(head, 0).unwrap();
+            session.publish().unwrap();
+            assert!(!session.enable_notifications().unwrap());
+            assert!(notified(&mut driver));
+            session.disable_notifications().unwrap();
+            let head = session.pop(&mut buf).unwrap().unwrap().head();
+            session.push_used(head, 0).unwrap();
+            session.publish().unwrap();
+        }
+    }
+}

@@ -16,15 +16,19 @@ use std::time::Duration;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
-use ringside_rings::Segment;
+use ringside_rings::{Segment, in_one_region};
 use thiserror::Error;
-use tracing::debug;
-use vm_memory::{GuestMemory, MmapRegion, Permissions};
+use tracing::{debug, warn};
+use vm_memory::{
+    GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions, VolatileSlice,
+};
 
 use crate::shell::Memory;
 
 /// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
 pub(super) const MAX_IOVECS: usize = 1024;
+/// Most bytes in one registered buffer (io_uring_register(2), IORING_REGISTER_BUFFERS).
+const MAX_REGISTERED: usize = 1 << 30;
 /// Size of the bounce buffer, and of the buffer that zeroes are written from.
 const BUFFER: usize = 1 << 20;
 /// The disk's place among the ring's registered files.
@@ -108,28 +112,76 @@ pub(super) struct Uring {
     ring: IoUring,
     slots: Vec<Slot>,
     in_flight: u32,
+    /// Operations that the kernel does not know of yet.
+    unsubmitted: u32,
     /// What the iovecs point into.
     memory: Option<Arc<Memory>>,
+    /// Guest memory is to be registered with the ring.
+    registers: bool,
+    /// The registered buffers, by their place in the kernel's table: address and length in bytes.
+    registered: Vec<(usize, usize)>,
     bounce: Option<MmapRegion<()>>,
     zeroes: Option<MmapRegion<()>>,
     /// Registered; kept open with the ring.
     _disk: Option<Arc<File>>,
+    /// Takes the transfers, if they are to be polled for: without interrupts of the storage, and without sleep while
+    /// there are any.
+    polled: Option<Polled>,
     /// System calls made.
     pub(super) syscalls: u64,
 }
 
+/// A second ring, whose completions the kernel looks for in the storage's own queues (io_uring_setup(2),
+/// IORING_SETUP_IOPOLL). Nothing but transfers can go through it.
+struct Polled {
+    ring: IoUring,
+    in_flight: u32,
+    /// The storage cannot do it. Transfers go through the other ring.
+    refused: bool,
+}
+
+impl Polled {
+    fn new(entries: u32, disk: &File) -> io::Result<Self> {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_clamp().setup_iopoll();
+        let ring = builder.build(entries)?;
+        ring.submitter().register_files(&[disk.as_raw_fd()])?;
+        Ok(Self {
+            ring,
+            in_flight: 0,
+            refused: false,
+        })
+    }
+}
+
 impl Uring {
     /// A ring of the calling thread, on this disk.
-    pub(super) fn new(entries: u32, disk: Option<Arc<File>>) -> io::Result<Self> {
+    ///
+    /// With `registers`, guest memory is pinned and known to the kernel as long as it is attached; with `polls`, transfers are
+    /// polled for.
+    pub(super) fn new(
+        entries: u32,
+        disk: Option<Arc<File>>,
+        registers: bool,
+        polls: bool,
+    ) -> io::Result<Self> {
         let ring = build(entries)?;
         if let Some(disk) = &disk {
             ring.submitter().register_files(&[disk.as_raw_fd()])?;
         }
+        let polled = match &disk {
+            Some(disk) if polls => Some(Polled::new(entries, disk)?),
+            _ => None,
+        };
         Ok(Self {
             ring,
+            polled,
             slots: Vec::new(),
             in_flight: 0,
+            unsubmitted: 0,
             memory: None,
+            registers,
+            registered: Vec::new(),
             bounce: None,
             zeroes: None,
             _disk: disk,
@@ -146,13 +198,67 @@ impl Uring {
             slot.iovecs.clear();
         }
         self.slots.resize_with(usize::from(slots), Slot::default);
+        if !std::mem::take(&mut self.registered).is_empty()
+            && let Err(e) = self.transfers().submitter().unregister_buffers()
+        {
+            warn!("guest memory stays pinned until the thread ends: {e}");
+        }
         self.memory = memory;
+        if self.registers
+            && let Err(e) = self.register()
+        {
+            warn!(
+                "guest memory is not registered with io_uring: {e}; is the limit of locked memory (`ulimit -l`) as large as the guest?"
+            );
+        }
         true
     }
 
-    /// Operations that the kernel has.
+    /// Tells the kernel of all guest memory, so that it need not look up the pages of each transfer.
+    fn register(&mut self) -> io::Result<()> {
+        let Some(memory) = &self.memory else {
+            return Ok(());
+        };
+        let mut buffers = Vec::new();
+        for region in memory.iter() {
+            let slice = region.as_volatile_slice().map_err(io::Error::other)?;
+            let (base, len) = (slice.ptr_guard_mut().as_ptr(), slice.len());
+            for start in (0..len).step_by(MAX_REGISTERED) {
+                buffers.push(libc::iovec {
+                    iov_base: base.wrapping_add(start).cast(),
+                    iov_len: len.saturating_sub(start).min(MAX_REGISTERED),
+                });
+            }
+        }
+        // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped until they are unregistered.
+        unsafe { self.transfers().submitter().register_buffers(&buffers)? };
+        self.registered = buffers
+            .iter()
+            .map(|buffer| (buffer.iov_base.addr(), buffer.iov_len))
+            .collect();
+        Ok(())
+    }
+
+    /// The ring that knows the registered buffers.
+    fn transfers(&self) -> &IoUring {
+        self.polled
+            .as_ref()
+            .map_or(&self.ring, |polled| &polled.ring)
+    }
+
+    /// Transfers are under way that nothing but [`enter`](Self::enter) finds the end of.
+    pub(super) fn polling(&self) -> bool {
+        self.polled.as_ref().is_some_and(|p| p.in_flight > 0)
+    }
+
+    /// Operations that were started and have not ended.
     pub(super) fn in_flight(&self) -> u32 {
         self.in_flight
+    }
+
+    /// Operations that were started and not submitted.
+    pub(super) fn unsubmitted(&self) -> u32 {
+        self.unsubmitted
     }
 
     fn free_slot(&mut self, slot: u16) -> Result<&mut Slot, PrepareError> {
@@ -198,15 +304,8 @@ impl Uring {
             skip = 0;
             left = left.saturating_sub(take);
             let count = usize::try_from(take).map_err(|_| failed())?;
-            let slices = memory
-                .get_slices(
-                    vm_memory::GuestAddress(start),
-                    count,
-                    Permissions::ReadWrite,
-                )
-                .map_err(|_| failed())?;
-            for slice in slices {
-                let slice = slice.map_err(|_| failed())?;
+            let start = vm_memory::GuestAddress(start);
+            let mut add = |slice: VolatileSlice<'_, ()>| {
                 if state.iovecs.len() == MAX_IOVECS {
                     return Err(PrepareError::TooManySegments);
                 }
@@ -216,6 +315,17 @@ impl Uring {
                     iov_base: base.cast(),
                     iov_len: slice.len(),
                 });
+                Ok(())
+            };
+            if let Some(slice) = in_one_region(memory.as_ref(), start, count) {
+                add(slice)?;
+                continue;
+            }
+            let slices =
+                GuestMemory::get_slices(memory.as_ref(), start, count, Permissions::ReadWrite)
+                    .map_err(|_| failed())?;
+            for slice in slices {
+                add(slice.map_err(|_| failed())?)?;
             }
         }
         if left != 0 {
@@ -332,20 +442,59 @@ impl Uring {
         direction: Direction,
         offset: u64,
     ) -> io::Result<()> {
-        let state = self.free_slot(slot).map_err(io::Error::other)?;
+        let state = free(&mut self.slots, slot).map_err(io::Error::other)?;
         let iovecs = match &state.bounce {
             Some(iovec) => std::slice::from_ref(iovec),
             None => state.iovecs.get(state.next..).unwrap_or_default(),
         };
-        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
         let base = iovecs.as_ptr();
-        let entry = match direction {
-            Direction::Read => opcode::Readv::new(DISK, base, count).offset(offset).build(),
-            Direction::Write { durable } => opcode::Writev::new(DISK, base, count)
+        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
+        let flags = match direction {
+            Direction::Write { durable: true } => libc::RWF_DSYNC,
+            _ => 0,
+        };
+        // Cheaper than a vector of one: the kernel has no iovec to copy.
+        let single = match iovecs {
+            [iovec] => u32::try_from(iovec.iov_len).ok().map(|len| {
+                let base: *mut u8 = iovec.iov_base.cast();
+                (
+                    base,
+                    len,
+                    containing(&self.registered, base.addr(), iovec.iov_len),
+                )
+            }),
+            _ => None,
+        };
+        let entry = match (direction, single) {
+            (Direction::Read, Some((base, len, Some(buffer)))) => {
+                opcode::ReadFixed::new(DISK, base, len, buffer)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Read, Some((base, len, None))) => {
+                opcode::Read::new(DISK, base, len).offset(offset).build()
+            }
+            (Direction::Read, None) => opcode::Readv::new(DISK, base, count).offset(offset).build(),
+            (Direction::Write { .. }, Some((base, len, Some(buffer)))) => {
+                opcode::WriteFixed::new(DISK, base, len, buffer)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (Direction::Write { .. }, Some((base, len, None))) => {
+                opcode::Write::new(DISK, base, len)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (Direction::Write { .. }, None) => opcode::Writev::new(DISK, base, count)
                 .offset(offset)
-                .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
+                .rw_flags(flags)
                 .build(),
         };
+        if self.polled.as_ref().is_some_and(|p| !p.refused) {
+            return self.start_polled(slot, entry);
+        }
         self.start(slot, entry)
     }
 
@@ -376,11 +525,31 @@ impl Uring {
         // SAFETY: what the entry points to are the slot's own iovecs, which stay as they are while it is busy, and
         // guest memory or a buffer that this structure keeps until nothing is in flight.
         unsafe { self.push(&entry.user_data(IO | u64::from(slot)))? };
+        self.started(slot);
+        Ok(())
+    }
+
+    fn start_polled(&mut self, slot: u16, entry: Entry) -> io::Result<()> {
+        let entry = entry.user_data(IO | u64::from(slot));
+        let Some(polled) = &mut self.polled else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        // SAFETY: as in `start`.
+        while unsafe { polled.ring.submission().push(&entry) }.is_err() {
+            self.syscalls = self.syscalls.saturating_add(1);
+            polled.ring.submit()?;
+        }
+        polled.in_flight = polled.in_flight.saturating_add(1);
+        self.started(slot);
+        Ok(())
+    }
+
+    fn started(&mut self, slot: u16) {
         if let Some(state) = self.slots.get_mut(usize::from(slot)) {
             state.busy = true;
         }
         self.in_flight = self.in_flight.saturating_add(1);
-        Ok(())
+        self.unsubmitted = self.unsubmitted.saturating_add(1);
     }
 
     /// Reports each time a descriptor becomes readable, until told otherwise. The descriptor is never read: an eventfd
@@ -413,7 +582,13 @@ impl Uring {
 
     /// Submits what was pushed and waits for `want` completions, or for the time given. Returns also when a signal
     /// came: look at the completions, there may be none.
-    pub(super) fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+    pub(super) fn enter(&mut self, mut want: usize, timeout: Option<Duration>) -> io::Result<()> {
+        if let Some(polled) = self.polled.as_mut().filter(|p| p.in_flight > 0) {
+            self.syscalls = self.syscalls.saturating_add(1);
+            self.unsubmitted = 0;
+            tolerate(polled.ring.submit_and_wait(0))?;
+            want = 0;
+        }
         if want == 0 {
             let queue = self.ring.submission();
             // Completions are worked off in the kernel only when it is entered. A worker that is kept busy by its
@@ -423,6 +598,7 @@ impl Uring {
             }
         }
         self.syscalls = self.syscalls.saturating_add(1);
+        self.unsubmitted = 0;
         let result = match timeout {
             None => self.ring.submit_and_wait(want),
             Some(time) => {
@@ -431,24 +607,26 @@ impl Uring {
                 self.ring.submitter().submit_with_args(want, &args)
             }
         };
-        match result {
-            Ok(_) => Ok(()),
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
-                ) =>
-            {
-                Ok(())
-            }
-            Err(e) => Err(e),
+        tolerate(result)
+    }
+
+    /// Whether something can be had without waiting: completions, or work that the kernel does when it is entered.
+    pub(super) fn ready(&mut self) -> bool {
+        let polling = self.polling();
+        let queue = self.ring.submission();
+        polling || queue.taskrun() || queue.cq_overflow() || {
+            drop(queue);
+            !self.ring.completion().is_empty()
         }
     }
 
     /// The next thing that the ring reports, or `None` when there is nothing more now.
     pub(super) fn completion(&mut self) -> Option<Completion> {
         loop {
-            let entry = self.ring.completion().next()?;
+            let next = self.ring.completion().next();
+            let Some(entry) = next else {
+                return self.polled_completion();
+            };
             let (data, result) = (entry.user_data(), entry.result());
             let number = data & !SORT;
             match data & SORT {
@@ -460,17 +638,66 @@ impl Uring {
                     });
                 }
                 IO => {
-                    let slot = u16::try_from(number).unwrap_or(u16::MAX);
-                    self.in_flight = self.in_flight.saturating_sub(1);
-                    if let Some(state) = self.slots.get_mut(usize::from(slot)) {
-                        state.busy = false;
-                    }
-                    return Some(Completion::Io { slot, result });
+                    return Some(self.ended(number, result));
                 }
                 _ => {}
             }
         }
     }
+
+    fn polled_completion(&mut self) -> Option<Completion> {
+        let polled = self.polled.as_mut().filter(|p| p.in_flight > 0)?;
+        let entry = polled.ring.completion().next()?;
+        polled.in_flight = polled.in_flight.saturating_sub(1);
+        let mut result = entry.result();
+        if result.saturating_neg() == libc::EOPNOTSUPP {
+            if !polled.refused {
+                warn!(
+                    "the storage cannot be polled (a device needs poll queues: nvme.poll_queues, for example); it interrupts as usual"
+                );
+                polled.refused = true;
+                // Known to the other ring only.
+                self.registered.clear();
+            }
+            // To be begun again, now through the ring that sleeps.
+            result = libc::EAGAIN.saturating_neg();
+        }
+        Some(self.ended(entry.user_data() & !SORT, result))
+    }
+
+    fn ended(&mut self, number: u64, result: i32) -> Completion {
+        let slot = u16::try_from(number).unwrap_or(u16::MAX);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        if let Some(state) = self.slots.get_mut(usize::from(slot)) {
+            state.busy = false;
+        }
+        Completion::Io { slot, result }
+    }
+}
+
+/// Lets pass what only says that there is nothing, or not now.
+fn tolerate(entered: io::Result<usize>) -> io::Result<()> {
+    match entered {
+        Ok(_) => Ok(()),
+        Err(e)
+            if matches!(
+                e.raw_os_error(),
+                Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
+            ) =>
+        {
+            Ok(())
+        }
+        Err(e) => Err(e),
+    }
+}
+
+/// The one of these registered buffers in which bytes lie.
+fn containing(registered: &[(usize, usize)], base: usize, len: usize) -> Option<u16> {
+    let at = registered.iter().position(|&(start, room)| {
+        base.checked_sub(start)
+            .is_some_and(|skip| skip.checked_add(len).is_some_and(|end| end <= room))
+    })?;
+    u16::try_from(at).ok()
 }
 
 /// A slot that the kernel does not have.

@@ -123,7 +123,7 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
         (None, Some(fd)) => socket::inherit(fd)?,
         (None, None) => return Err(ShellError::NoSocket),
     };
-    let handler = Arc::new(Mutex::new(Handler::new(device)?));
+    let handler = Arc::new(Mutex::new(Handler::new(device, &args.placement())?));
     let served = Daemon::new(signals, &handler, args.exit_on_disconnect)
         .and_then(|mut daemon| daemon.serve(program, endpoint));
     let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);

@@ -51,6 +51,7 @@ use super::device::{Device, DeviceError};
 use super::limit::LogLimit;
 use super::log::Chain;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
+use super::placement::{Placement, PlacementError};
 use super::vring::{Command, CommandSender, Vring, command_channel};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, the one virtio feature bit that is vhost-user's own.
@@ -121,6 +122,9 @@ pub enum HandlerError {
     /// The device refuses.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A worker cannot run where it is to.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// A worker thread has ended; nothing can be served any more.
     #[error("worker {worker} has ended unexpectedly")]
     WorkerLost {
@@ -212,14 +216,16 @@ const CONFIG_CHANGE: u32 = 2;
 
 impl<D: Device> Handler<D> {
     /// Starts the device's workers.
-    pub(super) fn new(mut device: D) -> Result<Self, HandlerError> {
+    pub(super) fn new(mut device: D, placement: &Placement) -> Result<Self, HandlerError> {
         let mut workers = Vec::new();
         for number in 0..device.worker_count() {
             let (commands, receiver) = command_channel().map_err(|e| DeviceError::Worker {
                 worker: number,
                 source: e.into(),
             })?;
+            let pinned = placement.pin(number)?;
             let thread = device.spawn_worker(number, receiver)?;
+            drop(pinned);
             workers.push(Worker { commands, thread });
         }
         let rings = (0..device.queue_count())

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::log;
+use super::placement::{Placement, parse_cpus};
 
 /// What a back-end program is, for `--print-capabilities` and for its log.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -93,6 +94,14 @@ pub struct ShellArgs {
     #[arg(long)]
     pub exit_on_disconnect: bool,
 
+    /// Processors to run the queues' threads on, in turn: a list such as 2,3 or 4-7
+    #[arg(long, value_name = "LIST", value_parser = Cpus::parse, conflicts_with = "numa_node")]
+    pub worker_cpus: Option<Cpus>,
+
+    /// NUMA node to run the queues' threads on: best that of the guest's memory and of the storage or network card
+    #[arg(long, value_name = "NUMBER")]
+    pub numa_node: Option<u32>,
+
     /// Print what this program can do as JSON (QEMU's vhost-user.json), and end
     #[arg(long)]
     pub print_capabilities: bool,
@@ -106,6 +115,27 @@ pub struct ShellArgs {
     /// How log lines look; they go to standard error
     #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
     pub log_format: LogFormat,
+}
+
+/// A list of processors, not empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cpus(Vec<usize>);
+
+impl Cpus {
+    fn parse(text: &str) -> Result<Self, String> {
+        parse_cpus(text).map(Self)
+    }
+}
+
+impl ShellArgs {
+    /// Where workers are to run.
+    pub(super) fn placement(&self) -> Placement {
+        match (&self.worker_cpus, self.numa_node) {
+            (Some(Cpus(cpus)), _) => Placement::Cpus(cpus.clone()),
+            (None, Some(node)) => Placement::Node(node),
+            (None, None) => Placement::Anywhere,
+        }
+    }
 }
 
 /// What all back-ends' `--help` ends with.

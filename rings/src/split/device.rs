@@ -45,6 +45,8 @@ pub(crate) struct DeviceRing {
     published: bool,
     /// What the driver was last told about notifications, if it was told by this owner.
     notifications: Option<bool>,
+    /// With EVENT_IDX: the index from which on it was to notify.
+    asked_from: u16,
 }
 
 impl DeviceRing {
@@ -72,6 +74,7 @@ impl DeviceRing {
             taken: vec![0; usize::from(size)].into_boxed_slice(),
             published: false,
             notifications: None,
+            asked_from: config.next_avail,
         };
         ring.session(mem)?;
         Ok(ring)
@@ -317,12 +320,18 @@ impl<'a, M: GuestMemory> Session<'a, M> {
         if self.ring.notifications == Some(false) {
             return Ok(());
         }
-        // With EVENT_IDX leaving avail_event where it is does it: the driver passed it already.
-        if !self.ring.event_idx {
+        let ring = &mut *self.ring;
+        if !ring.event_idx {
             self.used
                 .store_u16_atomic(FLAGS, USED_F_NO_NOTIFY, Ordering::Relaxed)?;
+        } else if ring.avail_idx == ring.asked_from {
+            // To leave avail_event where it is does it, unless the driver has yet to pass it: put it behind the driver then.
+            let offset = layout::avail_event(ring.size);
+            let passed = ring.asked_from.wrapping_sub(1);
+            self.used
+                .store_u16_atomic(offset, passed, Ordering::Relaxed)?;
         }
-        self.ring.notifications = Some(false);
+        ring.notifications = Some(false);
         Ok(())
     }
 
@@ -332,6 +341,7 @@ impl<'a, M: GuestMemory> Session<'a, M> {
             let offset = layout::avail_event(self.ring.size);
             self.used
                 .store_u16_atomic(offset, self.ring.next_avail, Ordering::Relaxed)?;
+            self.ring.asked_from = self.ring.next_avail;
         } else if self.ring.notifications != Some(true) {
             self.used.store_u16_atomic(FLAGS, 0, Ordering::Relaxed)?;
         }
