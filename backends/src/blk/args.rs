@@ -10,21 +10,12 @@ use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, SEG_MAX};
-use crate::shell::OpenError;
+use crate::shell::{OnOff, OpenError};
 
 /// Most bytes in one discard or write-zeroes request.
 const MAX_RANGE: u64 = 1 << 30;
 /// How long a disk may stay locked by a program that is ending.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
-
-/// Whether something is to be offered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum OnOff {
-    /// Offered, if the disk can be written.
-    On,
-    /// Not offered.
-    Off,
-}
 
 /// The cache that the driver is told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -122,9 +113,19 @@ pub struct BlkArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poll_budget: u32,
 
-    /// Offer discard and write-zeroes, which punch holes into an image
+    /// Offer discard and write-zeroes, which punch holes into an image, if the disk can be written
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub discard: OnOff,
+
+    /// Offer packed virtqueues; the guest decides
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub packed: OnOff,
+
+    /// Offer to complete requests in the order in which they came
+    ///
+    /// A request that is done then waits for slower ones before it.
+    #[arg(long, value_enum, default_value = "off", value_name = "on|off")]
+    pub in_order: OnOff,
 }
 
 /// Options that do not fit each other, or a disk that cannot be used.
@@ -236,6 +237,8 @@ impl BlkArgs {
             poll: Duration::from_micros(self.poll.into()),
             poll_storage: Duration::from_micros(self.poll_storage.into()),
             poll_budget: self.poll_budget,
+            packed: self.packed == OnOff::On,
+            in_order: self.in_order == OnOff::On,
         })
     }
 }

@@ -62,6 +62,10 @@ pub struct BlkConfig {
     pub poll_storage: Duration,
     /// Most that spinning in vain may take of a worker's time, in percent.
     pub poll_budget: u32,
+    /// Packed virtqueues are offered.
+    pub packed: bool,
+    /// Use in order is offered.
+    pub in_order: bool,
 }
 
 /// The block device.
@@ -91,6 +95,8 @@ impl Blk {
             poll,
             poll_storage,
             poll_budget,
+            packed,
+            in_order,
         } = config;
         let poll_limits = |window| PollLimits {
             window,
@@ -110,6 +116,12 @@ impl Blk {
         }
         if geometry.queues > 1 {
             features |= feature::MQ;
+        }
+        if packed {
+            features |= feature::RING_PACKED;
+        }
+        if in_order {
+            features |= feature::IN_ORDER;
         }
         if discard {
             features |= feature::DISCARD | feature::WRITE_ZEROES;

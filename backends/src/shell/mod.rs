@@ -44,7 +44,7 @@ pub use handler::HandlerError;
 pub use limit::LogLimit;
 pub use log::Chain;
 pub use memory::MemoryError;
-pub use options::{LogFormat, Program, ShellArgs};
+pub use options::{LogFormat, OnOff, Program, ShellArgs};
 pub use placement::PlacementError;
 pub use session::SessionError;
 pub use socket::SocketError;

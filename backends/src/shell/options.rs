@@ -71,6 +71,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// Whether something is offered to the driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// Offered
+    On,
+    /// Not offered
+    Off,
+}
+
 /// Options of every back-end.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connection and logs")]
