@@ -320,7 +320,7 @@ fn a_ring_that_waits_for_its_limit_can_be_stopped() {
     assert!(begin.elapsed() < Duration::from_secs(1));
     assert!((2..5).contains(&base), "{base}");
     ask(&daemon, "limits", json!({"iops": 0}));
-    front.start(0, base as u16);
+    front.start(0, base);
     for _ in 2..10 {
         front.complete(0);
     }

@@ -11,21 +11,12 @@ use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, RateLimits, SEG_MAX};
-use crate::shell::OpenError;
+use crate::shell::{OnOff, OpenError};
 
 /// Most bytes in one discard or write-zeroes request.
 const MAX_RANGE: u64 = 1 << 30;
 /// How long a disk may stay locked by a program that is ending.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
-
-/// Whether something is to be offered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum OnOff {
-    /// Offered, if the disk can be written.
-    On,
-    /// Not offered.
-    Off,
-}
 
 /// The cache that the driver is told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -100,6 +91,12 @@ pub struct BlkArgs {
     #[arg(long)]
     pub register_memory: bool,
 
+    /// Look for completions in the storage's own queues in place of taking its interrupts
+    ///
+    /// For devices with poll queues (NVMe: nvme.poll_queues=N). While transfers are under way the thread does not sleep.
+    #[arg(long, requires = "direct")]
+    pub io_poll: bool,
+
     /// How long a queue's thread without requests may spin for the next before it sleeps, in microseconds; 0: not at all
     ///
     /// It spins only while requests come as fast as that, and an idle disk sleeps.
@@ -125,9 +122,19 @@ pub struct BlkArgs {
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
     pub limit: Option<RateLimits>,
 
-    /// Offer discard and write-zeroes, which punch holes into an image
+    /// Offer discard and write-zeroes, which punch holes into an image, if the disk can be written
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub discard: OnOff,
+
+    /// Offer packed virtqueues; the guest decides
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub packed: OnOff,
+
+    /// Offer to complete requests in the order in which they came
+    ///
+    /// A request that is done then waits for slower ones before it.
+    #[arg(long, value_enum, default_value = "off", value_name = "on|off")]
+    pub in_order: OnOff,
 }
 
 /// Options that do not fit each other, or a disk that cannot be used.
@@ -235,9 +242,12 @@ impl BlkArgs {
             serial,
             max_queue_size: self.queue_size,
             register_memory: self.register_memory,
+            io_poll: self.io_poll,
             poll: Duration::from_micros(self.poll.into()),
             poll_storage: Duration::from_micros(self.poll_storage.into()),
             poll_budget: self.poll_budget,
+            packed: self.packed == OnOff::On,
+            in_order: self.in_order == OnOff::On,
             limits: self.limit.unwrap_or_default(),
         })
     }

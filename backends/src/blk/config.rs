@@ -30,6 +30,10 @@ pub(super) mod feature {
     pub(in crate::blk) const EVENT_IDX: u64 = 1 << 29;
     /// VIRTIO_F_VERSION_1
     pub(in crate::blk) const VERSION_1: u64 = 1 << 32;
+    /// VIRTIO_F_RING_PACKED
+    pub(in crate::blk) const RING_PACKED: u64 = 1 << 34;
+    /// VIRTIO_F_IN_ORDER
+    pub(in crate::blk) const IN_ORDER: u64 = 1 << 35;
 }
 
 /// The name of a feature bit of block devices (VIRTIO 1.3, 5.2.3).

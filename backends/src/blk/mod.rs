@@ -66,12 +66,18 @@ pub struct BlkConfig {
     pub max_queue_size: u16,
     /// Pin guest memory and register it with io_uring.
     pub register_memory: bool,
+    /// Look for completions in the storage's queues, without its interrupts.
+    pub io_poll: bool,
     /// Longest time that a worker without requests spins for before it sleeps.
     pub poll: Duration,
     /// Longest time that a worker spins for while the storage works.
     pub poll_storage: Duration,
     /// Most that spinning in vain may take of a worker's time, in percent.
     pub poll_budget: u32,
+    /// Packed virtqueues are offered.
+    pub packed: bool,
+    /// Use in order is offered.
+    pub in_order: bool,
     /// Limits of its rates.
     pub limits: RateLimits,
 }
@@ -102,9 +108,12 @@ impl Blk {
             max_queue_size,
             limits,
             register_memory,
+            io_poll,
             poll,
             poll_storage,
             poll_budget,
+            packed,
+            in_order,
         } = config;
         let throttle = Throttle::default();
         throttle.set(limits);
@@ -126,6 +135,12 @@ impl Blk {
         }
         if geometry.queues > 1 {
             features |= feature::MQ;
+        }
+        if packed {
+            features |= feature::RING_PACKED;
+        }
+        if in_order {
+            features |= feature::IN_ORDER;
         }
         if discard {
             features |= feature::DISCARD | feature::WRITE_ZEROES;
@@ -155,6 +170,7 @@ impl Blk {
                 disk: disk.map(|d| Arc::new(d.file)),
                 memory_align: align,
                 registers: register_memory,
+                polls: io_poll,
                 poll: poll_limits(poll),
                 poll_storage: poll_limits(poll_storage),
                 serial,

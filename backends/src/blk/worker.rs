@@ -12,6 +12,18 @@
 //!  io_uring_enter  waits for the next kick, which is never read
 //! ```
 //!
+//! Between having nothing to do and sleeping lies the poll window (`poll.rs`): while events come fast, the worker looks for the
+//! next one without telling the driver that it sleeps, which saves its wake-up and the driver's kick:
+//!
+//! ```text
+//!  turn: drain, publish, interrupt ──▶ spin, notifications off ──▶ arm: notifications on ──▶ look once more ──▶ sleep
+//!    ▲                                   │ something came                                     │                  │
+//!    └───────────────────────────────────┴────────────────────────────────────────────────────┴──────────────────┘
+//! ```
+//!
+//! A long batch is not worked off in one go: the storage gets its operations in groups, and the driver what was answered at
+//! once, so that both work while the rest is drained.
+//!
 //! The interrupt does not go through the ring as well: io_uring hands a write to a blocking eventfd, which is what
 //! front-ends send, to another thread of the kernel, and a driver that does not take its interrupts could pile them up.
 
@@ -67,6 +79,8 @@ pub(super) struct Shared {
     pub(super) memory_align: u32,
     /// Guest memory is to be registered with io_uring.
     pub(super) registers: bool,
+    /// Transfers are to be polled for.
+    pub(super) polls: bool,
     /// For how long to spin for requests, while nothing is in flight.
     pub(super) poll: PollLimits,
     /// For how long to spin while the storage works.
@@ -157,7 +171,12 @@ impl Worker {
         commands: Commands,
         stats: Arc<QueueStats>,
     ) -> std::io::Result<Self> {
-        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone(), shared.registers)?;
+        let mut uring = Uring::new(
+            SUBMISSIONS,
+            shared.disk.clone(),
+            shared.registers,
+            shared.polls,
+        )?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
         Ok(Self {
             windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
@@ -244,7 +263,7 @@ impl Worker {
     /// Submits what was begun. To `wait` is to return only when there is something to do: the worker spins for a while if
     /// that pays, then lets the driver know that it wants to be kicked, and sleeps.
     fn enter(&mut self, wait: bool) -> std::io::Result<()> {
-        if !wait {
+        if !wait || self.uring.polling() {
             return self.uring.enter(0, None);
         }
         if let Some(throttled) = self.queue.as_ref().and_then(|queue| queue.throttled) {
@@ -451,8 +470,11 @@ fn spin(
     let queue = queue?;
     let serves = queue.serves();
     let mut session = queue.vring.session().ok()?;
+    // A ring that is broken shows in the turn.
+    if serves {
+        session.disable_notifications().ok()?;
+    }
     loop {
-        // A ring that is broken shows in the turn.
         let found = uring.ready() || serves && session.available().is_ok_and(|waiting| waiting > 0);
         let passed = start.elapsed();
         if found {
@@ -563,7 +585,7 @@ impl Turn<'_> {
             return Err(error);
         }
         let mut taken = Ok(false);
-        if serves {
+        if serves && session.available()? > 0 {
             session.disable_notifications()?;
             taken = self.drain(&mut slots, &mut session, chain, features, call);
         }

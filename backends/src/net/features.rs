@@ -1,6 +1,6 @@
 //! The virtio features of a network device, and the offloads of the TAP that belong to them.
 
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
     VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
@@ -122,6 +122,10 @@ pub(super) struct Extras {
     pub(super) speed: bool,
     /// There is more than one queue pair.
     pub(super) multi_queue: bool,
+    /// Packed virtqueues were not ruled out.
+    pub(super) packed: bool,
+    /// Use in order was not ruled out.
+    pub(super) in_order: bool,
 }
 
 /// All features that a device offers on a TAP with these `TUN_F_*` offloads.
@@ -142,6 +146,8 @@ pub(super) fn offered(tun: u32, extras: Extras) -> u64 {
         (extras.mtu, VIRTIO_NET_F_MTU),
         (extras.speed, VIRTIO_NET_F_SPEED_DUPLEX),
         (extras.multi_queue, VIRTIO_NET_F_MQ),
+        (extras.packed, VIRTIO_F_RING_PACKED),
+        (extras.in_order, VIRTIO_F_IN_ORDER),
         (tun != 0, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS),
     ];
     for (on, feature) in optional {
@@ -260,6 +266,8 @@ mod tests {
         mtu: false,
         speed: false,
         multi_queue: false,
+        packed: false,
+        in_order: false,
     };
 
     #[test]

@@ -129,7 +129,7 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
         (None, Some(fd)) => socket::inherit(fd)?,
         (None, None) => return Err(ShellError::NoSocket),
     };
-    let handler = Arc::new(Mutex::new(Handler::new(device)?));
+    let handler = Arc::new(Mutex::new(Handler::new(device, &args.placement())?));
     let mut daemon = Daemon::new(signals, &handler, args.exit_on_disconnect)?;
     // To the end: what was asked before is answered.
     let _control = args
