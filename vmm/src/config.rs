@@ -126,7 +126,9 @@ pub struct Cli {
     /// A disk served by a vhost-user back-end; repeat for more. Keys: socket=PATH,
     /// num-queues=N [default: one for each CPU, as far as the back-end has them], queue-size=N
     /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10]
-    /// (one that goes later is waited for without a limit).
+    /// (one that goes later is waited for without a limit), packed=on|off to offer packed virtqueues
+    /// [default: off for a device that, without them, goes on by itself when its back-end dies and
+    /// another comes, else on].
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<BlkOptions>)]
     pub blk: Vec<BlkOptions>,
 
@@ -267,6 +269,8 @@ pub struct BlkOptions {
     num_queues: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     queue_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -282,6 +286,8 @@ pub struct NetOptions {
     num_queues: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     queue_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -299,6 +305,8 @@ pub struct VhostUserOptions {
     queue_size: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     config_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -512,6 +520,8 @@ pub struct DeviceConfig {
     pub mac: Option<Mac>,
     /// Size of the device configuration space in bytes; `None` leaves it to the device.
     pub config_size: Option<u16>,
+    /// Whether packed virtqueues are offered; `None` leaves it to the device.
+    pub packed: Option<bool>,
     /// How long to wait for the back-end.
     pub reconnect_timeout: Duration,
 }
@@ -681,6 +691,7 @@ impl BlkOptions {
             queue_size,
             mac: None,
             config_size: None,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -706,6 +717,7 @@ impl NetOptions {
             queue_size,
             mac: self.mac,
             config_size: None,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -722,6 +734,7 @@ impl VhostUserOptions {
             queue_size,
             mac: None,
             config_size: self.config_size,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
