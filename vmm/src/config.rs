@@ -1023,7 +1023,7 @@ mod tests {
                 "--kernel=k",
                 "--cpus=8",
                 "--memory=size=6G,max=8G,hugepages=2M,prefault=on",
-                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0",
+                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0,packed=off",
                 "--blk=/b,,c",
                 "--net=socket=/n,mac=52:54:00:01:02:03,num-queues=4",
                 "--vhost-user=type=fs,socket=/fs,config-size=40",
@@ -1042,6 +1042,7 @@ mod tests {
         };
         assert_eq!((a.num_queues, a.queue_size), (Some(4), 1024));
         assert_eq!(a.reconnect_timeout, Duration::ZERO);
+        assert_eq!((a.packed, b.packed), (Some(false), None));
         assert_eq!(b.socket, PathBuf::from("/b,c"));
         assert_eq!((b.num_queues, b.queue_size), (None, 256));
         assert_eq!(n.mac, Some(Mac([0x52, 0x54, 0, 1, 2, 3])));
