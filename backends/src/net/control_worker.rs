@@ -109,6 +109,8 @@ impl ControlWorker {
                         let _ = done.send(vring);
                     }
                 }
+                // Not for this device, whose drain is refused.
+                Command::Pause { .. } | Command::Resume => {}
                 Command::Exit => return false,
             }
         }

@@ -25,12 +25,14 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ringside_control::{ApiError, Chain, ErrorCode};
 use ringside_rings::{DeviceRing, RingConfig, RingError};
+use serde_json::{Value, json};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 use vhost::vhost_user::message::{
@@ -47,10 +49,10 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
+use super::control::{Reply, Request, Statistics, feature_names};
 use super::daemon::wake_signal;
 use super::device::{Device, DeviceError};
 use super::limit::LogLimit;
-use super::log::Chain;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
 use super::placement::{Placement, PlacementError};
 use super::vring::{Command, CommandSender, Vring, command_channel};
@@ -210,6 +212,10 @@ pub(super) struct Handler<D> {
     acked_protocol: u64,
     /// Where the front-end takes requests of ours (VHOST_USER_SET_BACKEND_REQ_FD).
     requests: Option<UnixStream>,
+    /// A front-end is connected.
+    connected: Arc<AtomicBool>,
+    /// The workers are to take no chains.
+    paused: bool,
     /// For what front-ends can bring about as often as they like.
     log: LogLimit,
 }
@@ -242,8 +248,106 @@ impl<D: Device> Handler<D> {
             acked_features: 0,
             acked_protocol: 0,
             requests: None,
+            connected: Arc::default(),
+            paused: false,
             log: LogLimit::default(),
         })
+    }
+
+    /// What the device counts, and whether a front-end is connected.
+    pub(super) fn observables(&self) -> (Arc<dyn Statistics>, Arc<AtomicBool>) {
+        (self.device.statistics(), Arc::clone(&self.connected))
+    }
+
+    /// A front-end is there.
+    pub(super) fn begin_session(&mut self) {
+        self.connected.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers what a client of the control socket asks for.
+    pub(super) fn control(&mut self, request: &Request) -> Result<Reply, ApiError> {
+        let value = match request {
+            Request::Status => self.status(),
+            Request::Resize(arguments) => {
+                let arguments = arguments.unwrap_or_default();
+                let changed = self.device.resize(arguments.size, arguments.shrink)?;
+                self.configured(changed)
+            }
+            Request::Announce => {
+                let changed = self.device.announce()?;
+                self.configured(changed)
+            }
+            Request::Limits(changes) => self.device.limits(&changes.clone().unwrap_or_default())?,
+            Request::Drain(_) => return self.drain(),
+            Request::Resume => {
+                self.paused = false;
+                self.tell_workers(|| Command::Resume)?;
+                json!({})
+            }
+            Request::Quit => json!({}),
+            // Their clients have them without asking this thread.
+            Request::Stats => Value::Object(self.device.statistics().stats()),
+            Request::Metrics => Value::Null,
+        };
+        Ok(Reply::Done(value))
+    }
+
+    /// Tells the driver of a change, and the client whether there was one.
+    fn configured(&mut self, changed: bool) -> Value {
+        if changed {
+            self.config_changed();
+        }
+        json!({ "changed": changed })
+    }
+
+    fn drain(&mut self) -> Result<Reply, ApiError> {
+        let then = self.device.drained()?;
+        self.paused = true;
+        let (done, idle) = mpsc::channel();
+        self.tell_workers(|| Command::Pause { done: done.clone() })?;
+        Ok(Reply::Drain {
+            idle,
+            workers: self.workers.len(),
+            then,
+        })
+    }
+
+    fn tell_workers(&self, command: impl Fn() -> Command) -> Result<(), ApiError> {
+        for (worker, found) in self.workers.iter().enumerate() {
+            found
+                .commands
+                .send(command())
+                .map_err(|source| HandlerError::WorkerLost { worker, source })
+                .map_err(|error| ApiError::new(ErrorCode::Failed, &error))?;
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> Value {
+        let names = |features| feature_names(features, |bit| self.device.feature_name(bit));
+        let packed = self.acked_features & (1 << VIRTIO_F_RING_PACKED) != 0;
+        let queues = self.rings.iter().enumerate().map(|(index, ring)| {
+            json!({
+                "index": index,
+                "size": ring.size,
+                "enabled": ring.enabled,
+                "running": ring.running,
+                "format": if packed { "packed" } else { "split" },
+            })
+        });
+        let mut status = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "front-end": if self.connected.load(Ordering::Relaxed) { "connected" } else { "none" },
+            "drained": self.paused,
+            "offered": names(self.device.features() | PROTOCOL_FEATURES),
+            "features": names(self.acked_features),
+            "queues": queues.collect::<Vec<_>>(),
+        });
+        if let Some(status) = status.as_object_mut() {
+            status.append(&mut self.device.status());
+        }
+        status
     }
 
     /// Whether the front-end may send SET_BACKEND_REQ_FD.
@@ -319,6 +423,7 @@ impl<D: Device> Handler<D> {
 
     /// The front-end is gone: stop all rings, and forget it.
     pub(super) fn end_session(&mut self) -> Result<(), HandlerError> {
+        self.connected.store(false, Ordering::Relaxed);
         self.reset_rings()?;
         self.memory = MemoryTable::default();
         self.acked_features = 0;

@@ -111,6 +111,12 @@ pub struct ShellArgs {
     #[arg(long, value_name = "NUMBER")]
     pub numa_node: Option<u32>,
 
+    /// Unix socket to listen on for ringside-ctl and for collectors of metrics
+    ///
+    /// Created with mode 0600 and removed at exit, as the front-end's. `ringside-ctl --help` tells what can be asked.
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+
     /// Print what this program can do as JSON (QEMU's vhost-user.json), and end
     #[arg(long)]
     pub print_capabilities: bool,

@@ -557,10 +557,15 @@ impl Raw {
 
     /// Whether the back-end closes the connection.
     pub fn is_closed(&mut self) -> bool {
-        match self.0.read(&mut [0; 64]) {
-            Ok(count) => count == 0,
+        let read = self.0.read(&mut [0; 64]);
+        let closed = match &read {
+            Ok(count) => *count == 0,
             // Closed with bytes unread.
             Err(e) => e.kind() == io::ErrorKind::ConnectionReset,
+        };
+        if !closed {
+            eprintln!("in place of the end: {read:?}");
         }
+        closed
     }
 }
