@@ -689,7 +689,11 @@ impl<D: Device> Handler<D> {
         state.kick = vring.kick.map_or(Kick::Polled, Kick::Fd);
         state.call = vring.call;
         state.err = vring.err;
-        debug!(queue = index, base, "ring stopped");
+        debug!(
+            queue = index,
+            base = format_args!("{base:#x}"),
+            "ring stopped"
+        );
         Ok(())
     }
 
