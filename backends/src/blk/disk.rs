@@ -16,6 +16,7 @@ use tracing::{debug, warn};
 
 use super::image::{Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Side, Target};
 use super::request::SECTOR;
+use crate::shell::Drained;
 
 /// How often to try to lock a disk.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
@@ -195,6 +196,30 @@ impl Source {
             Self::Raw(_) => Ok(None),
             Self::Qcow2(image) => image.attach().map(Some),
             Self::Nbd(nbd) => nbd.attach().map(Some),
+        }
+    }
+
+    /// What makes durable all that was written, once nothing is in flight.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn flush(&self) -> io::Result<Drained> {
+        match self {
+            Self::Raw(file) => {
+                let file = Arc::clone(file);
+                Ok(Box::new(move || file.sync_all()))
+            }
+            Self::Qcow2(image) => {
+                let (link, file) = (image.link()?, image.files().first().cloned());
+                Ok(Box::new(move || {
+                    link.flush()?;
+                    file.map_or(Ok(()), |file| file.sync_all())
+                }))
+            }
+            Self::Nbd(nbd) => {
+                let link = nbd.link()?;
+                Ok(Box::new(move || link.flush()))
+            }
         }
     }
 
