@@ -8,7 +8,7 @@ use ringside_control::Size;
 use thiserror::Error;
 
 use super::config::Geometry;
-use super::disk::{Disk, DiskError, DiskOptions};
+use super::disk::{Disk, DiskError, DiskOptions, Format};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, RateLimits, SEG_MAX};
 use crate::shell::{OnOff, OpenError};
@@ -31,9 +31,34 @@ pub enum Cache {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Disk")]
 pub struct BlkArgs {
-    /// Raw image file or block device to serve
+    /// Image file, block device, or export of an NBD server to serve
+    ///
+    /// An export is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
     #[arg(long, alias = "blk-file", value_name = "FILE", required_unless_present_any = ["null", "print_capabilities"], conflicts_with = "null")]
     pub path: Option<PathBuf>,
+
+    /// Format of the image: raw or qcow2
+    ///
+    /// It is never guessed: a guest can write what looks like a qcow2 image into its raw disk, and would have any file of
+    /// the host opened as a backing file the next time.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "raw",
+        value_name = "FORMAT",
+        conflicts_with = "null"
+    )]
+    pub format: Format,
+
+    /// Open the backing files that a qcow2 image names, for reading; off refuses an image that has one
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub backing: OnOff,
+
+    /// How long requests wait for an NBD server that is gone, or does not answer, before they fail; 0: not at all
+    ///
+    /// Until then they are kept, and sent again when the server is back.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub reconnect_timeout: u32,
 
     /// Serve a disk of this size that moves no data, to measure everything else (K, M, G, T are powers of 1024)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
@@ -194,6 +219,9 @@ impl BlkArgs {
                 direct: self.direct,
                 block_size: self.block_size,
                 lock_wait: LOCK_WAIT,
+                format: self.format,
+                backing: self.backing == OnOff::On,
+                patience: Duration::from_secs(self.reconnect_timeout.into()),
             })?),
             (None, Some(_)) => None,
             (None, None) => return Err(ArgsError::NoDisk),
@@ -224,7 +252,8 @@ impl BlkArgs {
         for (place, byte) in serial.iter_mut().zip(self.serial.bytes()) {
             *place = byte;
         }
-        let discard = self.discard == OnOff::On && !self.read_only;
+        let possible = disk.as_ref().is_none_or(|d| d.source.ranges());
+        let discard = self.discard == OnOff::On && !self.read_only && possible;
         Ok(BlkConfig {
             geometry: Geometry {
                 capacity,

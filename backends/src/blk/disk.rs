@@ -4,15 +4,19 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
+use clap::ValueEnum;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
 use thiserror::Error;
 use tracing::{debug, warn};
 
+use super::image::{Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Side, Target};
 use super::request::SECTOR;
+use crate::shell::Drained;
 
 /// How often to try to lock a disk.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
@@ -95,6 +99,29 @@ pub enum DiskError {
         /// The path.
         path: PathBuf,
     },
+    /// The image's format says no.
+    #[error(transparent)]
+    Qcow2(#[from] Box<Qcow2Error>),
+    /// The server says no.
+    #[error(transparent)]
+    Nbd(#[from] Box<NbdError>),
+    /// An image on a server.
+    #[error(
+        "{path}: an export is served as it is; let the server open the image, for example with qemu-nbd -f qcow2"
+    )]
+    FormatOfExport {
+        /// The URI.
+        path: PathBuf,
+    },
+}
+
+/// What a disk's bytes mean.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// They are the disk's contents.
+    Raw,
+    /// A qcow2 image.
+    Qcow2,
 }
 
 /// How to open a disk.
@@ -110,13 +137,19 @@ pub struct DiskOptions {
     pub block_size: Option<u32>,
     /// How long to wait for a lock that another program holds.
     pub lock_wait: Duration,
+    /// What its bytes mean.
+    pub format: Format,
+    /// An image may have backing files.
+    pub backing: bool,
+    /// How long requests wait for a server that is gone.
+    pub patience: Duration,
 }
 
 /// A disk that is open, locked and examined.
 #[derive(Debug)]
 pub struct Disk {
-    /// The open file; its lock lives as long as it.
-    pub file: File,
+    /// Where its contents are.
+    pub source: Source,
     /// Where it is.
     pub path: PathBuf,
     /// Size in bytes, a multiple of `block_size`.
@@ -127,8 +160,77 @@ pub struct Disk {
     pub physical_block_size: u32,
     /// Best transfer size in bytes, or 0.
     pub opt_io: u32,
-    /// Transfers and buffers must be aligned to this many bytes; 1 if any will do.
+    /// Transfers must be aligned to this many bytes; 1 if any will do.
     pub align: u32,
+    /// Buffers must be aligned to this many bytes; 1 if any will do.
+    pub memory_align: u32,
+}
+
+/// Where a disk's contents are.
+#[derive(Debug)]
+pub enum Source {
+    /// In a file, which is open and locked as long as it is.
+    Raw(Arc<File>),
+    /// In a qcow2 image.
+    Qcow2(Image),
+    /// On an NBD server.
+    Nbd(Nbd),
+}
+
+impl Source {
+    /// The files that io_uring reads and writes: number 0 is the one that is written.
+    pub(super) fn files(&self) -> Vec<Arc<File>> {
+        match self {
+            Self::Raw(file) => vec![Arc::clone(file)],
+            Self::Qcow2(image) => image.files().to_vec(),
+            Self::Nbd(_) => Vec::new(),
+        }
+    }
+
+    /// What a worker needs besides its io_uring.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn attach(&mut self) -> io::Result<Option<Side>> {
+        match self {
+            Self::Raw(_) => Ok(None),
+            Self::Qcow2(image) => image.attach().map(Some),
+            Self::Nbd(nbd) => nbd.attach().map(Some),
+        }
+    }
+
+    /// What makes durable all that was written, once nothing is in flight.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn flush(&self) -> io::Result<Drained> {
+        match self {
+            Self::Raw(file) => {
+                let file = Arc::clone(file);
+                Ok(Box::new(move || file.sync_all()))
+            }
+            Self::Qcow2(image) => {
+                let (link, file) = (image.link()?, image.files().first().cloned());
+                Ok(Box::new(move || {
+                    link.flush()?;
+                    file.map_or(Ok(()), |file| file.sync_all())
+                }))
+            }
+            Self::Nbd(nbd) => {
+                let link = nbd.link()?;
+                Ok(Box::new(move || link.flush()))
+            }
+        }
+    }
+
+    /// Discarding and zeroing are possible.
+    pub(super) fn ranges(&self) -> bool {
+        match self {
+            Self::Raw(_) => true,
+            Self::Qcow2(image) => image.ranges(),
+            Self::Nbd(nbd) => nbd.ranges(),
+        }
+    }
 }
 
 impl Disk {
@@ -138,20 +240,16 @@ impl Disk {
     /// [`DiskError`]
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
         let path = &options.path;
-        let meta = fs::metadata(path).map_err(|source| match source.kind() {
-            io::ErrorKind::NotFound => DiskError::Absent { path: path.clone() },
-            _ => DiskError::Open {
-                path: path.clone(),
-                source,
-            },
-        })?;
-        let device = meta.file_type().is_block_device();
-        if !device && !meta.is_file() {
-            return Err(DiskError::NotADisk { path: path.clone() });
+        if let Some(target) = Target::parse(path) {
+            let target = target.map_err(NbdError::from).map_err(Box::new)?;
+            return Self::connect(options, target);
         }
-        let file = open(options)?;
-        lock(&file, options)?;
-        let storage = Storage::examine(&meta, device);
+        let file = Arc::new(open_locked(options)?);
+        let meta = file.metadata().map_err(|source| DiskError::Open {
+            path: path.clone(),
+            source,
+        })?;
+        let storage = Storage::examine(&meta, meta.file_type().is_block_device());
         let align = if options.direct {
             direct_alignment(&file, storage.logical).max(storage.logical)
         } else {
@@ -165,15 +263,60 @@ impl Disk {
                 needed,
             });
         }
+        let (capacity, source) = match options.format {
+            Format::Raw => (capacity(&file, path, block_size)?, Source::Raw(file)),
+            Format::Qcow2 => {
+                let image = Image::open(options, file).map_err(Box::new)?;
+                let capacity = in_blocks(image.capacity(), path, block_size)?;
+                (capacity, Source::Qcow2(image))
+            }
+        };
         Ok(Self {
-            capacity: capacity(&file, path, block_size)?,
+            capacity,
             path: path.clone(),
-            file,
+            source,
             block_size,
             physical_block_size: storage.physical.max(block_size),
             opt_io: storage.opt_io,
             align,
+            memory_align: align,
         })
+    }
+
+    fn connect(options: &DiskOptions, target: Target) -> Result<Self, DiskError> {
+        let path = &options.path;
+        if options.format != Format::Raw {
+            return Err(DiskError::FormatOfExport { path: path.clone() });
+        }
+        let nbd = Nbd::open(target, options.read_only, options.patience).map_err(Box::new)?;
+        let sector = u32::try_from(SECTOR).unwrap_or(512);
+        let needed = nbd.min_block().max(sector);
+        let block_size = options.block_size.unwrap_or(needed);
+        if block_size < needed || needed > 4096 {
+            return Err(DiskError::BlockSize {
+                path: path.clone(),
+                needed,
+            });
+        }
+        Ok(Self {
+            capacity: in_blocks(nbd.capacity(), path, block_size)?,
+            path: path.clone(),
+            block_size,
+            physical_block_size: physical(nbd.preferred_block(), block_size),
+            opt_io: 0,
+            align: nbd.min_block(),
+            memory_align: 1,
+            source: Source::Nbd(nbd),
+        })
+    }
+}
+
+/// The block that a server prefers, if it can be a disk's.
+fn physical(preferred: u32, block: u32) -> u32 {
+    if preferred.is_power_of_two() && (block..=1 << 20).contains(&preferred) {
+        preferred
+    } else {
+        block
     }
 }
 
@@ -188,17 +331,43 @@ pub(super) fn capacity(file: &File, path: &Path, block: u32) -> Result<u64, Disk
             path: path(),
             source,
         })?;
+    in_blocks(size, &path(), block)
+}
+
+fn in_blocks(size: u64, path: &Path, block: u32) -> Result<u64, DiskError> {
+    let path = path.to_owned();
     if size == 0 {
-        return Err(DiskError::Empty { path: path() });
+        return Err(DiskError::Empty { path });
     }
     if !size.is_multiple_of(u64::from(block)) {
-        return Err(DiskError::Unaligned {
-            path: path(),
-            size,
-            block,
-        });
+        return Err(DiskError::Unaligned { path, size, block });
     }
     Ok(size)
+}
+
+/// Whether a file begins as a qcow2 image does. It may be a raw disk all the same: a guest can make anything of
+/// the disk that it writes.
+pub(super) fn looks_like_qcow2(file: &File) -> bool {
+    let mut start = AlignedBlock::default();
+    file.read_at(start.bytes(), 0).is_ok() && start.bytes().starts_with(&QCOW2_MAGIC)
+}
+
+/// Opens a file or device, and locks it.
+pub(super) fn open_locked(options: &DiskOptions) -> Result<File, DiskError> {
+    let path = &options.path;
+    let meta = fs::metadata(path).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => DiskError::Absent { path: path.clone() },
+        _ => DiskError::Open {
+            path: path.clone(),
+            source,
+        },
+    })?;
+    if !meta.file_type().is_block_device() && !meta.is_file() {
+        return Err(DiskError::NotADisk { path: path.clone() });
+    }
+    let file = open(options)?;
+    lock(&file, options)?;
+    Ok(file)
 }
 
 fn open(options: &DiskOptions) -> Result<File, DiskError> {
@@ -325,16 +494,28 @@ fn queue_directory(rdev: u64) -> Option<PathBuf> {
         .find(|dir| dir.is_dir())
 }
 
+/// A block that direct I/O can fill.
+#[derive(Debug)]
+#[repr(align(4096))]
+pub(super) struct AlignedBlock([u8; 4096]);
+
+impl Default for AlignedBlock {
+    fn default() -> Self {
+        Self([0; 4096])
+    }
+}
+
+impl AlignedBlock {
+    pub(super) fn bytes(&mut self) -> &mut [u8] {
+        &mut self.0
+    }
+}
+
 /// The alignment that direct I/O needs: found by trying.
 fn direct_alignment(file: &File, logical: u32) -> u32 {
-    const LARGE: usize = 4096;
-    let mut buffer = vec![0_u8; 2 * LARGE];
-    let start = buffer.as_ptr().align_offset(LARGE);
-    let logical_len = usize::try_from(logical).unwrap_or(LARGE);
-    let Some(aligned) = start
-        .checked_add(logical_len)
-        .and_then(|end| buffer.get_mut(start..end))
-    else {
+    let mut block = AlignedBlock::default();
+    let len = usize::try_from(logical).unwrap_or(usize::MAX);
+    let Some(aligned) = block.bytes().get_mut(..len) else {
         return 4096;
     };
     match file.read_at(aligned, u64::from(logical)) {
@@ -355,6 +536,9 @@ mod tests {
             direct: false,
             block_size: None,
             lock_wait: Duration::ZERO,
+            format: Format::Raw,
+            backing: true,
+            patience: Duration::ZERO,
         }
     }
 

@@ -1,14 +1,17 @@
-//! The block device: a raw image file or a block device, served over vhost-user (VIRTIO 1.3, 5.2).
+//! The block device: a disk image or a block device, served over vhost-user (VIRTIO 1.3, 5.2).
 //!
 //! ```text
 //!  virtqueue ──▶ request.rs ──▶ worker.rs ──▶ uring.rs ──▶ disk.rs' file
 //!  (rings)       what is asked,  one thread    io_uring on    opened, examined,
 //!                is it valid?    for a queue   guest memory   locked
+//!                                   │
+//!                                   └────────▶ image/: what an image needs besides
 //! ```
 
 mod args;
 mod config;
 mod disk;
+mod image;
 mod limits;
 mod poll;
 mod request;
@@ -18,7 +21,6 @@ mod uring;
 mod worker;
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,13 +31,14 @@ use std::time::Duration;
 use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use serde_json::{Map, Value, json};
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::shell::{Commands, Device, DeviceError, Drained, Statistics, config_range};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::Geometry;
-pub use disk::{Disk, DiskError, DiskOptions};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Source};
+pub use image::{HandshakeError, HeaderError, Image, Nbd, NbdError, Qcow2Error, UriError};
 pub use limits::{LimitError, RateLimits};
 
 use config::feature;
@@ -90,6 +93,7 @@ pub struct Blk {
     max_queue_size: u16,
     default_writeback: bool,
     path: Option<PathBuf>,
+    source: Option<Source>,
     /// By queue.
     stats: Vec<Arc<QueueStats>>,
     shared: Shared,
@@ -146,7 +150,8 @@ impl Blk {
             features |= feature::DISCARD | feature::WRITE_ZEROES;
         }
         let align = disk.as_ref().map_or(1, |d| d.align);
-        let path = disk.as_ref().map(|d| d.path.clone());
+        let memory_align = disk.as_ref().map_or(1, |d| d.memory_align);
+        let (path, source) = disk.map(|d| (d.path, d.source)).unzip();
         Self {
             geometry,
             features,
@@ -167,8 +172,8 @@ impl Blk {
                     max_range: geometry.max_range,
                     align: u64::from(align),
                 },
-                disk: disk.map(|d| Arc::new(d.file)),
-                memory_align: align,
+                files: source.as_ref().map(Source::files).unwrap_or_default(),
+                memory_align,
                 registers: register_memory,
                 polls: io_poll,
                 poll: poll_limits(poll),
@@ -177,6 +182,7 @@ impl Blk {
                 writeback: Arc::new(AtomicBool::new(writeback)),
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),
             },
+            source,
         }
     }
 }
@@ -196,7 +202,8 @@ impl Blk {
 
 impl Drop for Blk {
     fn drop(&mut self) {
-        if let Some(disk) = &self.shared.disk {
+        // An image gives back its locks when it has written everything.
+        if let Some(Source::Raw(disk)) = &self.source {
             disk::unlock(disk);
         }
     }
@@ -249,10 +256,22 @@ impl Device for Blk {
         let stats = self.stats.get(worker).cloned().unwrap_or_default();
         let (ready, started) = mpsc::channel();
         let failed = |source| DeviceError::Worker { worker, source };
+        let side = match &mut self.source {
+            Some(source) => source.attach().map_err(|e| failed(e.into()))?,
+            None => None,
+        };
+        if let (0, Some(path), Some(Source::Raw(file))) = (worker, &self.path, &self.source)
+            && disk::looks_like_qcow2(file)
+        {
+            warn!(
+                "disk {} looks like a qcow2 image, and is served as it is; was --format qcow2 forgotten?",
+                path.display()
+            );
+        }
         let thread = thread::Builder::new()
             .name(format!("blk-queue-{worker}"))
             // The io_uring belongs to the thread that makes it.
-            .spawn(move || match Worker::new(shared, commands, stats) {
+            .spawn(move || match Worker::new(shared, side, commands, stats) {
                 Ok(worker) => {
                     if ready.send(Ok(())).is_ok() {
                         worker.run();
@@ -271,9 +290,10 @@ impl Device for Blk {
         }
     }
 
-    /// The disk may have another size now.
+    /// The disk may have another size now. Not so an image, which nobody else can change while it is locked; an export
+    /// keeps the size that it had.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(file)) = (&self.path, &self.shared.disk) else {
+        let (Some(path), Some(Source::Raw(file))) = (&self.path, &self.source) else {
             return Ok(false);
         };
         let capacity = disk::capacity(file, path, self.geometry.block_size)
@@ -326,11 +346,15 @@ impl Device for Blk {
             self.geometry.block_size,
             shrink,
         )?;
-        if let (Some(path), Some(file)) = (&self.path, &self.shared.disk) {
+        if let (Some(path), Some(source)) = (&self.path, &self.source) {
+            let path = path.clone();
+            let Source::Raw(file) = source else {
+                return Err(ResizeError::NotRaw { path }.into());
+            };
             if self.shared.limits.read_only {
-                return Err(ResizeError::ReadOnly { path: path.clone() }.into());
+                return Err(ResizeError::ReadOnly { path }.into());
             }
-            resize::set_len(file, path, size)?;
+            resize::set_len(file, &path, size)?;
         }
         Ok(self.set_capacity(size))
     }
@@ -347,10 +371,12 @@ impl Device for Blk {
     }
 
     fn drained(&self) -> Result<Drained, ApiError> {
-        let disk = self.shared.disk.clone();
-        Ok(Box::new(move || -> io::Result<()> {
-            disk.map_or(Ok(()), |file| file.sync_all())
-        }))
+        match &self.source {
+            Some(source) => source
+                .flush()
+                .map_err(|error| ApiError::new(ErrorCode::Failed, &error)),
+            None => Ok(Box::new(|| Ok(()))),
+        }
     }
 
     fn reset(&mut self) {
@@ -360,6 +386,7 @@ impl Device for Blk {
             max_queue_size: _,
             default_writeback,
             path: _,
+            source: _,
             stats: _,
             shared,
         } = self;

@@ -19,6 +19,14 @@ pub(super) enum ResizeError {
         /// The path.
         path: PathBuf,
     },
+    /// It is an image, or on a server.
+    #[error(
+        "disk {path} is not a raw file, and keeps its size while it is served; enlarge an image with qemu-img resize before"
+    )]
+    NotRaw {
+        /// The path.
+        path: PathBuf,
+    },
     /// The driver may only read it, and so may this program.
     #[error("disk {path} is open for reading only: start ringside-blk without --read-only")]
     ReadOnly {

@@ -102,6 +102,8 @@ struct Slot {
     iovecs: Vec<libc::iovec>,
     /// The first that is not done.
     next: usize,
+    /// Behind the last that the next operation is for; `None`: all.
+    end: Option<usize>,
     /// What the kernel gets in place of `iovecs`, when it goes through the bounce buffer.
     bounce: Option<libc::iovec>,
     /// The kernel has it.
@@ -123,7 +125,7 @@ pub(super) struct Uring {
     bounce: Option<MmapRegion<()>>,
     zeroes: Option<MmapRegion<()>>,
     /// Registered; kept open with the ring.
-    _disk: Option<Arc<File>>,
+    _files: Vec<Arc<File>>,
     /// Takes the transfers, if they are to be polled for: without interrupts of the storage, and without sleep while
     /// there are any.
     polled: Option<Polled>,
@@ -141,11 +143,11 @@ struct Polled {
 }
 
 impl Polled {
-    fn new(entries: u32, disk: &File) -> io::Result<Self> {
+    fn new(entries: u32, files: &[RawFd]) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_iopoll();
         let ring = builder.build(entries)?;
-        ring.submitter().register_files(&[disk.as_raw_fd()])?;
+        ring.submitter().register_files(files)?;
         Ok(Self {
             ring,
             in_flight: 0,
@@ -155,23 +157,24 @@ impl Polled {
 }
 
 impl Uring {
-    /// A ring of the calling thread, on this disk.
+    /// A ring of the calling thread, on these files. The first is the disk; an image has others with more of its data.
     ///
     /// With `registers`, guest memory is pinned and known to the kernel as long as it is attached; with `polls`, transfers are
     /// polled for.
     pub(super) fn new(
         entries: u32,
-        disk: Option<Arc<File>>,
+        files: Vec<Arc<File>>,
         registers: bool,
         polls: bool,
     ) -> io::Result<Self> {
         let ring = build(entries)?;
-        if let Some(disk) = &disk {
-            ring.submitter().register_files(&[disk.as_raw_fd()])?;
+        let numbers: Vec<RawFd> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        if !numbers.is_empty() {
+            ring.submitter().register_files(&numbers)?;
         }
-        let polled = match &disk {
-            Some(disk) if polls => Some(Polled::new(entries, disk)?),
-            _ => None,
+        let polled = match polls && !numbers.is_empty() {
+            true => Some(Polled::new(entries, &numbers)?),
+            false => None,
         };
         Ok(Self {
             ring,
@@ -184,7 +187,7 @@ impl Uring {
             registered: Vec::new(),
             bounce: None,
             zeroes: None,
-            _disk: disk,
+            _files: files,
             syscalls: 0,
         })
     }
@@ -212,6 +215,11 @@ impl Uring {
             );
         }
         true
+    }
+
+    /// What requests are in.
+    pub(super) fn memory(&self) -> Option<Arc<Memory>> {
+        self.memory.clone()
     }
 
     /// Tells the kernel of all guest memory, so that it need not look up the pages of each transfer.
@@ -279,6 +287,7 @@ impl Uring {
         let state = free(&mut self.slots, slot)?;
         state.iovecs.clear();
         state.next = 0;
+        state.end = None;
         state.bounce = None;
         let (mut skip, mut left) = (skip, len);
         let mask = usize::try_from(align)
@@ -347,6 +356,7 @@ impl Uring {
         let state = self.free_slot(slot)?;
         state.iovecs.clear();
         state.next = 0;
+        state.end = None;
         state.bounce = None;
         let mut left = len;
         while left > 0 && state.iovecs.len() < MAX_IOVECS {
@@ -435,19 +445,70 @@ impl Uring {
         }
     }
 
-    /// Transfers what is not done yet of a slot.
+    /// Lets the next operation of a slot end after `len` bytes.
+    pub(super) fn limit(&mut self, slot: u16, len: u64) -> io::Result<()> {
+        let state = self.free_slot(slot).map_err(io::Error::other)?;
+        let mut left = usize::try_from(len).unwrap_or(usize::MAX);
+        if let Some(bounce) = &mut state.bounce {
+            bounce.iov_len = bounce.iov_len.min(left);
+        }
+        for at in state.next..state.iovecs.len() {
+            let Some(iovec) = state.iovecs.get_mut(at) else {
+                break;
+            };
+            if left >= iovec.iov_len {
+                left = left.saturating_sub(iovec.iov_len);
+                continue;
+            }
+            if left > 0 {
+                let rest = libc::iovec {
+                    iov_base: iovec.iov_base.wrapping_byte_add(left),
+                    iov_len: iovec.iov_len.saturating_sub(left),
+                };
+                iovec.iov_len = left;
+                state.iovecs.insert(at.saturating_add(1), rest);
+            }
+            state.end = Some(at.saturating_add(usize::from(left > 0)));
+            return Ok(());
+        }
+        state.end = None;
+        Ok(())
+    }
+
+    /// Fills the next `len` bytes of a slot's memory with zeroes; they are done then.
+    pub(super) fn fill(&mut self, slot: u16, len: u64) -> Result<(), PrepareError> {
+        let state = self.free_slot(slot)?;
+        state.bounce = None;
+        let all = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut left = all;
+        for iovec in state.iovecs.get(state.next..).unwrap_or_default() {
+            let piece = iovec.iov_len.min(left);
+            // SAFETY: the iovec lies in guest memory, which `self.memory` keeps mapped, and `piece` is within it.
+            unsafe { ptr::write_bytes(iovec.iov_base.cast::<u8>(), 0, piece) };
+            left = left.saturating_sub(piece);
+        }
+        self.advance(slot, all, Direction::Read);
+        Ok(())
+    }
+
+    /// Transfers what is not done yet of a slot, up to its limit.
     pub(super) fn transfer(
         &mut self,
         slot: u16,
         direction: Direction,
+        file: u8,
         offset: u64,
     ) -> io::Result<()> {
         let state = free(&mut self.slots, slot).map_err(io::Error::other)?;
         let iovecs = match &state.bounce {
             Some(iovec) => std::slice::from_ref(iovec),
-            None => state.iovecs.get(state.next..).unwrap_or_default(),
+            None => {
+                let end = state.end.unwrap_or(state.iovecs.len());
+                state.iovecs.get(state.next..end).unwrap_or_default()
+            }
         };
         let base = iovecs.as_ptr();
+        let file = Fixed(file.into());
         let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
         let flags = match direction {
             Direction::Write { durable: true } => libc::RWF_DSYNC,
@@ -467,27 +528,27 @@ impl Uring {
         };
         let entry = match (direction, single) {
             (Direction::Read, Some((base, len, Some(buffer)))) => {
-                opcode::ReadFixed::new(DISK, base, len, buffer)
+                opcode::ReadFixed::new(file, base, len, buffer)
                     .offset(offset)
                     .build()
             }
             (Direction::Read, Some((base, len, None))) => {
-                opcode::Read::new(DISK, base, len).offset(offset).build()
+                opcode::Read::new(file, base, len).offset(offset).build()
             }
-            (Direction::Read, None) => opcode::Readv::new(DISK, base, count).offset(offset).build(),
+            (Direction::Read, None) => opcode::Readv::new(file, base, count).offset(offset).build(),
             (Direction::Write { .. }, Some((base, len, Some(buffer)))) => {
-                opcode::WriteFixed::new(DISK, base, len, buffer)
+                opcode::WriteFixed::new(file, base, len, buffer)
                     .offset(offset)
                     .rw_flags(flags)
                     .build()
             }
             (Direction::Write { .. }, Some((base, len, None))) => {
-                opcode::Write::new(DISK, base, len)
+                opcode::Write::new(file, base, len)
                     .offset(offset)
                     .rw_flags(flags)
                     .build()
             }
-            (Direction::Write { .. }, None) => opcode::Writev::new(DISK, base, count)
+            (Direction::Write { .. }, None) => opcode::Writev::new(file, base, count)
                 .offset(offset)
                 .rw_flags(flags)
                 .build(),

@@ -40,6 +40,7 @@ use tracing::{debug, error, info, warn};
 use vm_memory::GuestAddress;
 
 use super::config::feature;
+use super::image::{Action, Outcome, Part, Place, Side};
 use super::limits::Throttle;
 use super::poll::{PollLimits, PollWindow};
 use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
@@ -49,8 +50,10 @@ use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, 
 
 /// Entries of the submission queue; a larger batch takes a system call more.
 const SUBMISSIONS: u32 = 256;
-/// Tag of the poll on the command eventfd; kicks count up from the next.
+/// Tag of the poll on the command eventfd.
 const COMMANDS: u32 = 0;
+/// Tag of the poll on the companion's outcomes; kicks count up from the next.
+const OUTCOMES: u32 = 1;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 /// After how long a ring whose driver is over a limit is looked at again in any case: the limit may have changed.
@@ -70,8 +73,8 @@ const MAX_RETRIES: u8 = 100;
 pub(super) struct Shared {
     pub(super) clock: Clock,
     pub(super) throttle: Arc<Throttle>,
-    /// `None`: requests succeed at once, and no data moves.
-    pub(super) disk: Option<Arc<File>>,
+    /// Where the data is; with none and without a companion, requests succeed at once, and no data moves.
+    pub(super) files: Vec<Arc<File>>,
     pub(super) limits: Limits,
     /// The disk's size in bytes, which may change: it stands in for `limits.capacity`.
     pub(super) capacity: Arc<AtomicU64>,
@@ -101,6 +104,8 @@ enum Stage {
     Fallocate { mode: i32, or_write: bool },
     /// Makes durable what came before, and is the last.
     Sync,
+    /// The companion does it.
+    Companion(Action),
 }
 
 /// A request that is being served.
@@ -119,13 +124,30 @@ struct Job {
     durable: bool,
     /// It goes through the bounce buffer.
     bounced: bool,
+    /// The companion was asked where its data is.
+    missed: bool,
     retries: u8,
+}
+
+impl Job {
+    /// What is left of it, for the companion.
+    fn part(&self, slot: u16, action: Action) -> Part {
+        Part {
+            slot,
+            action,
+            offset: self.offset,
+            len: self.remaining,
+            durable: self.durable && action != Action::Read,
+        }
+    }
 }
 
 pub(super) struct Worker {
     shared: Shared,
     commands: Commands,
+    /// Ends before `side` does: what it has under way is counted there.
     uring: Uring,
+    side: Option<Side>,
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
@@ -168,23 +190,28 @@ impl Worker {
     /// A worker on the calling thread.
     pub(super) fn new(
         shared: Shared,
+        side: Option<Side>,
         commands: Commands,
         stats: Arc<QueueStats>,
     ) -> std::io::Result<Self> {
         let mut uring = Uring::new(
             SUBMISSIONS,
-            shared.disk.clone(),
+            shared.files.clone(),
             shared.registers,
             shared.polls,
         )?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
+        if let Some(side) = &side {
+            uring.poll(side.as_raw_fd(), OUTCOMES)?;
+        }
         Ok(Self {
             windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
             shared,
             commands,
             uring,
+            side,
             queue: None,
-            kick_tag: COMMANDS,
+            kick_tag: OUTCOMES,
             paused: false,
             pausing: Vec::new(),
             stats,
@@ -195,6 +222,7 @@ impl Worker {
     /// Serves until told to end.
     pub(super) fn run(mut self) {
         let mut completed = Vec::new();
+        let mut outcomes = Vec::new();
         let mut wait = false;
         loop {
             if let Err(e) = self.enter(wait) {
@@ -203,15 +231,25 @@ impl Worker {
                 return;
             }
             completed.clear();
-            let mut commanded = false;
+            outcomes.clear();
+            let (mut commanded, mut answered) = (false, false);
             while let Some(completion) = self.uring.completion() {
                 match completion {
-                    Completion::Io { slot, result } => completed.push((slot, result)),
+                    Completion::Io { slot, result } => {
+                        if let Some(side) = &mut self.side {
+                            side.ended(slot);
+                        }
+                        completed.push((slot, result));
+                    }
                     Completion::Poll { tag, result, more } => {
                         commanded |= tag == COMMANDS;
+                        answered |= tag == OUTCOMES;
                         self.polled(tag, result, more);
                     }
                 }
+            }
+            if let (true, Some(side)) = (answered, &self.side) {
+                side.take(&mut outcomes);
             }
             if commanded {
                 self.commands.acknowledge();
@@ -234,7 +272,7 @@ impl Worker {
                     }
                 }
             }
-            wait = !self.turn(&completed);
+            wait = !self.turn(&completed, &outcomes);
             self.tell_paused();
         }
     }
@@ -301,7 +339,7 @@ impl Worker {
     }
 
     fn polled(&mut self, tag: u32, result: i32, more: bool) {
-        if tag != COMMANDS {
+        if tag > OUTCOMES {
             if tag != self.kick_tag {
                 return; // of a ring that was given back
             }
@@ -322,10 +360,10 @@ impl Worker {
             return;
         }
         // The kernel ended the poll (a full completion queue): begin a new one, which reports at once what was missed.
-        let fd = if tag == COMMANDS {
-            Some(self.commands.as_raw_fd())
-        } else {
-            self.queue.as_ref().and_then(|q| q.vring.kick_fd())
+        let fd = match tag {
+            COMMANDS => Some(self.commands.as_raw_fd()),
+            OUTCOMES => self.side.as_ref().map(AsRawFd::as_raw_fd),
+            _ => self.queue.as_ref().and_then(|q| q.vring.kick_fd()),
         };
         if let Some(fd) = fd
             && let Err(e) = self.uring.poll(fd, tag)
@@ -341,12 +379,15 @@ impl Worker {
             error!(queue = vring.index, "the worker has a ring already");
             return;
         }
-        self.kick_tag = self.kick_tag.wrapping_add(1).max(COMMANDS.wrapping_add(1));
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(OUTCOMES.wrapping_add(1));
         if let Some(fd) = vring.kick_fd()
             && let Err(e) = self.uring.poll(fd, self.kick_tag)
             && let Some(held_back) = self.limit.check()
         {
             error!(queue = vring.index, held_back, "cannot wait for kicks: {e}");
+        }
+        if let Some(side) = &mut self.side {
+            side.attach(size);
         }
         self.queue = Some(Queue {
             chain: ChainBuf::new(size),
@@ -371,7 +412,7 @@ impl Worker {
     }
 
     /// One turn: what completed, then what is new. Returns whether to come back without waiting.
-    fn turn(&mut self, completed: &[(u16, i32)]) -> bool {
+    fn turn(&mut self, completed: &[(u16, i32)], outcomes: &[(u16, Outcome)]) -> bool {
         let Some(queue) = &mut self.queue else {
             return false;
         };
@@ -382,13 +423,14 @@ impl Worker {
             },
             shared: &self.shared,
             uring: &mut self.uring,
+            side: self.side.as_mut(),
             stats: &self.stats,
             now: self.shared.clock.now(),
             unpublished: false,
             throttled: None,
             limit: &self.limit,
         };
-        let again = match turn.run(queue, completed) {
+        let again = match turn.run(queue, completed, outcomes) {
             Ok(again) => again,
             Err(error) => {
                 if !queue.broken {
@@ -436,7 +478,7 @@ impl Worker {
         {
             error!("cannot stop waiting for kicks: {e}");
         }
-        self.kick_tag = self.kick_tag.wrapping_add(1).max(COMMANDS.wrapping_add(1));
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(OUTCOMES.wrapping_add(1));
         // The poll holds the descriptor; let it go before the ring does.
         if let Err(e) = self.uring.enter(0, None) {
             error!("io_uring failed: {e}");
@@ -528,6 +570,7 @@ struct Turn<'w> {
     limits: Limits,
     shared: &'w Shared,
     uring: &'w mut Uring,
+    side: Option<&'w mut Side>,
     stats: &'w QueueStats,
     /// When the turn began.
     now: u64,
@@ -539,7 +582,12 @@ struct Turn<'w> {
 }
 
 impl Turn<'_> {
-    fn run(&mut self, queue: &mut Queue, completed: &[(u16, i32)]) -> Result<bool, RingError> {
+    fn run(
+        &mut self,
+        queue: &mut Queue,
+        completed: &[(u16, i32)],
+        outcomes: &[(u16, Outcome)],
+    ) -> Result<bool, RingError> {
         let serves = queue.serves();
         let features = queue.vring.features;
         let Queue {
@@ -560,18 +608,14 @@ impl Turn<'_> {
         };
         if *broken {
             // Requests end, but nobody can be told.
-            for &(slot, _) in completed {
-                slots.release(slot);
-            }
+            slots.release_all(completed, outcomes);
             return Ok(false);
         }
         let call = vring.call.as_ref();
         let mut session = match vring.ring.session(vring.memory.as_ref()) {
             Ok(session) => session,
             Err(e) => {
-                for &(slot, _) in completed {
-                    slots.release(slot);
-                }
+                slots.release_all(completed, outcomes);
                 return Err(e);
             }
         };
@@ -579,6 +623,10 @@ impl Turn<'_> {
         for &(slot, result) in completed {
             let ended = self.completed(&mut slots, &mut session, slot, result);
             // All completions must be seen, or their slots are lost.
+            first_error = first_error.or(ended.err());
+        }
+        for &(slot, outcome) in outcomes {
+            let ended = self.answered(&mut slots, &mut session, slot, outcome);
             first_error = first_error.or(ended.err());
         }
         if let Some(error) = first_error {
@@ -734,9 +782,11 @@ impl Turn<'_> {
             began: self.now,
             durable,
             bounced: false,
+            missed: false,
             retries: 0,
         };
-        let null = self.shared.disk.is_none();
+        let companion = self.side.is_some();
+        let null = self.shared.files.is_empty() && !companion;
         match request {
             Request::Refuse(status) => return Some(self.answer(mem, &job, status)),
             Request::GetId { len } => {
@@ -750,13 +800,25 @@ impl Turn<'_> {
                     Err(_) => self.answer(mem, &job, Status::IoError),
                 });
             }
-            Request::Flush => {}
+            Request::Flush => {
+                if self.side.as_ref().is_some_and(|side| side.flushes()) {
+                    job.stage = Stage::Companion(Action::Flush);
+                }
+            }
             Request::Read { offset, len } => {
                 job.stage = Stage::Transfer(Direction::Read);
                 (job.offset, job.remaining) = (offset, len);
             }
             Request::Write { offset, len } => {
                 job.stage = Stage::Transfer(Direction::Write { durable });
+                (job.offset, job.remaining) = (offset, len);
+            }
+            Request::Discard { offset, len } if companion => {
+                job.stage = Stage::Companion(Action::Discard);
+                (job.offset, job.remaining) = (offset, len);
+            }
+            Request::WriteZeroes { offset, len, unmap } if companion => {
+                job.stage = Stage::Companion(Action::WriteZeroes { unmap });
                 (job.offset, job.remaining) = (offset, len);
             }
             Request::Discard { offset, len } => {
@@ -779,7 +841,8 @@ impl Turn<'_> {
                 (job.offset, job.remaining) = (offset, len);
             }
         }
-        let nothing = job.remaining == 0 && job.stage != Stage::Sync;
+        let flush = matches!(job.stage, Stage::Sync | Stage::Companion(Action::Flush));
+        let nothing = job.remaining == 0 && !flush;
         if null || nothing {
             return Some(self.answer(mem, &job, Status::Ok));
         }
@@ -803,6 +866,9 @@ impl Turn<'_> {
                     slots.release(slot);
                     return Some(self.answer(mem, &job, Status::IoError));
                 }
+            }
+            if let Some(side) = &mut self.side {
+                side.hold(slot, segments, skip);
             }
         }
         match self.advance(slots, slot, &mut job) {
@@ -828,14 +894,10 @@ impl Turn<'_> {
                     }
                     *slots.bouncing = Some(slot);
                 }
-                let prepared = if job.bounced {
-                    self.uring.bounce(slot, direction)
-                } else {
-                    Ok(())
-                };
-                prepared
-                    .map_err(failed)
-                    .and_then(|()| self.uring.transfer(slot, direction, job.offset))
+                if self.side.is_some() {
+                    return self.transfer_by_map(slot, job, direction);
+                }
+                self.transfer(slot, job, direction, 0, job.offset, None)
             }
             Stage::WriteZeroes => self
                 .uring
@@ -845,13 +907,18 @@ impl Turn<'_> {
                     let direction = Direction::Write {
                         durable: job.durable,
                     };
-                    self.uring.transfer(slot, direction, job.offset)
+                    self.uring.transfer(slot, direction, 0, job.offset)
                 }),
             Stage::Fallocate { mode, .. } => {
                 self.uring.fallocate(slot, mode, job.offset, job.remaining)
             }
             Stage::Sync => self.uring.fsync(slot),
+            Stage::Companion(action) => return self.hand_over(slot, job, action),
         };
+        self.started(started)
+    }
+
+    fn started(&mut self, started: std::io::Result<()>) -> Next {
         match started {
             Ok(()) => Next::Pending,
             Err(e) => {
@@ -859,6 +926,111 @@ impl Turn<'_> {
                 Next::Done(Status::IoError)
             }
         }
+    }
+
+    /// Transfers the next bytes of a job at `offset` of a file: all of them, or `len`.
+    fn transfer(
+        &mut self,
+        slot: u16,
+        job: &Job,
+        direction: Direction,
+        file: u8,
+        offset: u64,
+        len: Option<u64>,
+    ) -> std::io::Result<()> {
+        if job.bounced {
+            self.uring.bounce(slot, direction).map_err(failed)?;
+        }
+        if let Some(len) = len {
+            self.uring.limit(slot, len)?;
+        }
+        self.uring.transfer(slot, direction, file, offset)
+    }
+
+    /// Transfers the next bytes of a job where the map says that they are, or lets the companion see to it.
+    fn transfer_by_map(&mut self, slot: u16, job: &mut Job, direction: Direction) -> Next {
+        let action = match direction {
+            Direction::Read => Action::Read,
+            Direction::Write { .. } => Action::Write,
+        };
+        while job.remaining > 0 {
+            let part = job.part(slot, action);
+            let place = self.side.as_mut().map(|side| side.find(&part));
+            match place {
+                Some(Place::File { layer, offset, len }) => {
+                    let started = self.transfer(slot, job, direction, layer, offset, Some(len));
+                    if let (Err(_), Some(side)) = (&started, &mut self.side) {
+                        side.ended(slot);
+                    }
+                    return self.started(started);
+                }
+                Some(Place::Zeroes { len }) => {
+                    if let Err(e) = self.uring.fill(slot, len) {
+                        self.complain(&e);
+                        return Next::Done(Status::IoError);
+                    }
+                    self.moved(slot, job, len);
+                }
+                Some(Place::Unknown) | None => return self.hand_over(slot, job, action),
+            }
+        }
+        Next::Done(Status::Ok)
+    }
+
+    /// Notes that the next bytes of a job are done.
+    fn moved(&mut self, slot: u16, job: &mut Job, bytes: u64) {
+        job.remaining = job.remaining.saturating_sub(bytes);
+        job.offset = job.offset.saturating_add(bytes);
+        job.missed = false;
+        if let Some(side) = &mut self.side {
+            side.advance(slot, bytes);
+        }
+    }
+
+    fn hand_over(&mut self, slot: u16, job: &Job, action: Action) -> Next {
+        let part = job.part(slot, action);
+        let taken = match (&self.side, self.uring.memory()) {
+            (Some(side), Some(memory)) => side.hand_over(&part, job.missed, memory),
+            _ => false,
+        };
+        if taken {
+            return Next::Pending;
+        }
+        if let Some(held_back) = self.limit.check() {
+            error!(held_back, "the image's thread is gone");
+        }
+        Next::Done(Status::IoError)
+    }
+
+    /// The companion has answered.
+    fn answered(
+        &mut self,
+        slots: &mut Slots<'_>,
+        session: &mut Session<'_, Memory>,
+        slot: u16,
+        outcome: Outcome,
+    ) -> Result<(), RingError> {
+        let Some(mut job) = slots.get(slot) else {
+            return Ok(());
+        };
+        let next = match outcome {
+            Outcome::Again => {
+                job.missed = true;
+                self.advance(slots, slot, &mut job)
+            }
+            Outcome::Done
+                if job.stage == Stage::Companion(Action::Flush)
+                    && self.side.as_ref().is_some_and(|side| side.syncs()) =>
+            {
+                job.stage = Stage::Sync;
+                self.advance(slots, slot, &mut job)
+            }
+            Outcome::Done => Next::Done(Status::Ok),
+            Outcome::Failed(libc::EOPNOTSUPP) => Next::Done(Status::Unsupported),
+            // It is in the companion's log.
+            Outcome::Failed(_) => Next::Done(Status::IoError),
+        };
+        self.settle(slots, session, slot, job, next)
     }
 
     /// An operation ended.
@@ -872,7 +1044,20 @@ impl Turn<'_> {
         let Some(mut job) = slots.get(slot) else {
             return Ok(());
         };
-        match self.result(slots, slot, &mut job, result) {
+        let next = self.result(slots, slot, &mut job, result);
+        self.settle(slots, session, slot, job, next)
+    }
+
+    /// Goes on with a job, or answers it.
+    fn settle(
+        &mut self,
+        slots: &mut Slots<'_>,
+        session: &mut Session<'_, Memory>,
+        slot: u16,
+        job: Job,
+        next: Next,
+    ) -> Result<(), RingError> {
+        match next {
             Next::Pending => {
                 slots.put(slot, job);
                 Ok(())
@@ -917,7 +1102,7 @@ impl Turn<'_> {
             return self.failed(slots, slot, job, result.saturating_neg());
         };
         match job.stage {
-            Stage::Sync => Next::Done(Status::Ok),
+            Stage::Sync | Stage::Companion(_) => Next::Done(Status::Ok),
             Stage::Fallocate { .. } => {
                 if job.durable {
                     job.stage = Stage::Sync;
@@ -927,16 +1112,15 @@ impl Turn<'_> {
             }
             Stage::Transfer(_) | Stage::WriteZeroes => {
                 let moved = u64::try_from(bytes).unwrap_or(u64::MAX);
-                let Some(left) = job.remaining.checked_sub(moved).filter(|_| bytes > 0) else {
+                if bytes == 0 || moved > job.remaining {
                     // The end of the file, which is shorter than it was.
                     return Next::Done(Status::IoError);
-                };
+                }
                 if let Stage::Transfer(direction) = job.stage {
                     self.uring.advance(slot, bytes, direction);
                 }
-                job.remaining = left;
-                job.offset = job.offset.saturating_add(moved);
-                if left == 0 {
+                self.moved(slot, job, moved);
+                if job.remaining == 0 {
                     return Next::Done(Status::Ok);
                 }
                 self.advance(slots, slot, job)
@@ -1018,6 +1202,14 @@ impl Slots<'_> {
     fn put(&mut self, slot: u16, job: Job) {
         if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
             *place = Some(job);
+        }
+    }
+
+    /// Frees the slots of requests that ended with nobody to tell.
+    fn release_all(&mut self, completed: &[(u16, i32)], outcomes: &[(u16, Outcome)]) {
+        let ended = completed.iter().map(|&(slot, _)| slot);
+        for slot in ended.chain(outcomes.iter().map(|&(slot, _)| slot)) {
+            self.release(slot);
         }
     }
 

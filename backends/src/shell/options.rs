@@ -71,12 +71,12 @@ pub enum LogFormat {
     Json,
 }
 
-/// Whether something is offered to the driver.
+/// Whether something is done or offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
-    /// Offered
+    /// It is
     On,
-    /// Not offered
+    /// It is not
     Off,
 }
 

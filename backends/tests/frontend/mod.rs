@@ -12,6 +12,8 @@
     clippy::cast_possible_truncation
 )] // test support: a panic is how it fails
 
+pub mod disk;
+
 use std::fmt::Display;
 use std::fs::File;
 use std::io::{self, Read, Write};

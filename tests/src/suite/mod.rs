@@ -4,6 +4,7 @@
 mod blk;
 mod blk_control;
 mod boot;
+mod formats;
 mod net;
 mod others;
 mod vfio;
@@ -45,6 +46,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         boot::TESTS,
         blk::TESTS,
         blk_control::TESTS,
+        formats::TESTS,
         net::TESTS,
         others::TESTS,
     ]

@@ -1,0 +1,246 @@
+//! A disk on an NBD server.
+//!
+//! Each worker has a connection of its own if the server says that this is safe (NBD_FLAG_CAN_MULTI_CONN), otherwise all
+//! share one. A connection has a thread, which sends the workers' requests as they come and takes the replies in whatever order
+//! they come. Data goes straight between the socket and guest memory where that saves more than it costs; small transfers
+//! share a system call.
+//!
+//! ```text
+//!  worker ──Op──▶ channel, eventfd ──▶ client.rs: sends ──▶ socket ──▶ server
+//!    ▲                                             receives ◀───────────┘
+//!    └── mailbox ◀── outcome ◀─────────────────────┘
+//! ```
+//!
+//! When a server is gone, its requests are kept, and sent again when it is back: each of them does the same when it is done
+//! twice. What a server acknowledged before, and lost with its cache because nobody flushed, is lost, as with any disk.
+
+mod client;
+mod proto;
+mod target;
+mod vectored;
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use thiserror::Error;
+use tracing::{error, info};
+
+use super::ops::{Link, Op, Wake};
+use super::side::Side;
+use client::Client;
+use proto::Export;
+
+pub use proto::HandshakeError;
+pub use target::UriError;
+
+pub(in crate::blk) use target::Target;
+
+/// How long connecting, and each step of the handshake, may take.
+const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(3);
+
+/// An export cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum NbdError {
+    /// The URI is wrong.
+    #[error(transparent)]
+    Uri(#[from] UriError),
+    /// The server cannot be reached, or does not give the export.
+    #[error("NBD: {target}: {source}")]
+    Handshake {
+        /// The export.
+        target: String,
+        /// What failed.
+        #[source]
+        source: HandshakeError,
+    },
+    /// It may not be written.
+    #[error("NBD: {target} is read-only; use --read-only")]
+    ReadOnly {
+        /// The export.
+        target: String,
+    },
+}
+
+/// An export that is open.
+#[derive(Debug)]
+pub struct Nbd {
+    target: Target,
+    export: Export,
+    patience: Duration,
+    /// The first connection, until its thread starts.
+    socket: Option<File>,
+    connections: Vec<Connection>,
+    /// The server takes no more connections.
+    full: bool,
+}
+
+#[derive(Debug)]
+struct Connection {
+    sender: Sender<Op>,
+    wake: Arc<Wake>,
+    thread: JoinHandle<()>,
+    users: usize,
+}
+
+impl Nbd {
+    /// Connects to the server. `patience`: how long requests wait for a server that is gone.
+    ///
+    /// # Errors
+    /// [`NbdError`]
+    pub(in crate::blk) fn open(
+        target: Target,
+        read_only: bool,
+        patience: Duration,
+    ) -> Result<Self, NbdError> {
+        let (socket, export) = connect(&target).map_err(|source| NbdError::Handshake {
+            target: target.to_string(),
+            source,
+        })?;
+        if export.read_only() && !read_only {
+            return Err(NbdError::ReadOnly {
+                target: target.to_string(),
+            });
+        }
+        Ok(Self {
+            target,
+            export,
+            patience,
+            socket: Some(socket),
+            connections: Vec::new(),
+            full: !export.multi_conn(),
+        })
+    }
+
+    /// Size in bytes.
+    pub(in crate::blk) fn capacity(&self) -> u64 {
+        self.export.size
+    }
+
+    /// Smallest block that the server takes, in bytes.
+    pub(in crate::blk) fn min_block(&self) -> u32 {
+        self.export.min_block
+    }
+
+    /// The block that the server likes best, in bytes, or 0.
+    pub(in crate::blk) fn preferred_block(&self) -> u32 {
+        self.export.preferred_block
+    }
+
+    /// Discarding and zeroing are possible.
+    pub(in crate::blk) fn ranges(&self) -> bool {
+        self.export.zeroes()
+    }
+
+    /// What a worker needs: a connection of its own, if the server gives one.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(in crate::blk) fn attach(&mut self) -> io::Result<Side> {
+        let socket = match self.socket.take() {
+            Some(socket) => Some(socket),
+            None if self.full => None,
+            None => match connect(&self.target) {
+                Ok((socket, export)) if export.succeeds(&self.export).is_ok() => Some(socket),
+                _ => {
+                    self.full = true;
+                    info!(
+                        connections = self.connections.len(),
+                        "the NBD server takes no more connections; queues share them"
+                    );
+                    None
+                }
+            },
+        };
+        if let Some(socket) = socket {
+            self.start(socket)?;
+        }
+        let connection = self
+            .connections
+            .iter_mut()
+            .min_by_key(|connection| connection.users)
+            .ok_or(io::ErrorKind::NotConnected)?;
+        connection.users = connection.users.saturating_add(1);
+        let link = Link::new(
+            connection.sender.clone(),
+            Some(Arc::clone(&connection.wake)),
+        )?;
+        Ok(Side::new(link, None))
+    }
+
+    /// A way to the server: what one connection flushes, is flushed for all.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(in crate::blk) fn link(&self) -> io::Result<Link> {
+        match self.connections.first() {
+            Some(Connection { sender, wake, .. }) => {
+                Link::new(sender.clone(), Some(Arc::clone(wake)))
+            }
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
+    fn start(&mut self, socket: File) -> io::Result<()> {
+        let (sender, ops) = mpsc::channel();
+        let wake = Arc::new(Wake::new()?);
+        let client = Client::new(
+            self.target.clone(),
+            self.export,
+            self.patience,
+            socket,
+            ops,
+            Arc::clone(&wake),
+        )?;
+        let number = self.connections.len();
+        if number == 0 {
+            let Export {
+                size,
+                min_block,
+                max_block,
+                structured,
+                ..
+            } = self.export;
+            info!(%self.target, size, min_block, max_block, structured, "NBD export");
+        }
+        let thread = thread::Builder::new()
+            .name(format!("blk-nbd-{number}"))
+            .spawn(move || client.run())?;
+        self.connections.push(Connection {
+            sender,
+            wake,
+            thread,
+            users: 0,
+        });
+        Ok(())
+    }
+}
+
+impl Drop for Nbd {
+    /// Takes leave of the server. All workers have ended.
+    fn drop(&mut self) {
+        for Connection {
+            sender,
+            wake,
+            thread,
+            users: _,
+        } in self.connections.drain(..)
+        {
+            drop(sender);
+            wake.wake();
+            if thread.join().is_err() {
+                error!("the thread of an NBD connection failed");
+            }
+        }
+    }
+}
+
+fn connect(target: &Target) -> Result<(File, Export), HandshakeError> {
+    let socket = target.connect(HANDSHAKE_PATIENCE)?;
+    let export = proto::handshake(&socket, &target.export)?;
+    Ok((socket, export))
+}

@@ -1,0 +1,453 @@
+//! `ringside-blk` with NBD servers: QEMU's, one that comes and goes, and hostile ones.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // helpers of tests: a panic is how they fail
+
+mod frontend;
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::thread::{self, sleep};
+use std::time::{Duration, Instant};
+
+use frontend::disk::{Disk, FLUSH, IN, OK, OUT};
+use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network, skip};
+
+const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
+const MIB: usize = 1 << 20;
+const IOERR: u8 = 1;
+
+/// QEMU's server, ended when dropped.
+struct Server {
+    dir: tempfile::TempDir,
+    child: Child,
+    args: Vec<String>,
+}
+
+impl Server {
+    /// Serves `disk` of 16 MiB under the name "disk"; `None`, and a word on standard error, if there is no qemu-nbd.
+    fn new(test: &str, args: &[&str]) -> Option<Self> {
+        if Command::new("qemu-nbd").arg("--version").output().is_err() {
+            skip(test, "qemu-nbd is not installed (package qemu-utils)");
+            return None;
+        }
+        let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+        let disk = fs::File::create(dir.path().join("disk")).unwrap();
+        disk.set_len(16 << 20).unwrap();
+        let args: Vec<String> = args.iter().map(ToString::to_string).collect();
+        let child = Self::spawn(&dir, &args);
+        Some(Self { dir, child, args })
+    }
+
+    fn spawn(dir: &tempfile::TempDir, args: &[String]) -> Child {
+        let mut command = Command::new("qemu-nbd");
+        command
+            .args(["-f", "raw", "-x", "disk", "-t", "--discard=unmap"])
+            .args(args)
+            .arg("disk")
+            .current_dir(dir.path())
+            .stdin(Stdio::null());
+        if !args.iter().any(|arg| arg == "-p") {
+            command.arg("-k").arg(dir.path().join("s"));
+        }
+        let child = command.spawn().unwrap();
+        sleep(Duration::from_millis(300));
+        child
+    }
+
+    fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+
+    fn restart(&mut self) {
+        let _ = fs::remove_file(self.dir.path().join("s"));
+        self.child = Self::spawn(&self.dir, &self.args);
+    }
+
+    fn uri(&self) -> String {
+        format!(
+            "nbd+unix:///disk?socket={}",
+            self.dir.path().join("s").display()
+        )
+    }
+
+    fn disk(&self) -> Vec<u8> {
+        fs::read(self.dir.path().join("disk")).unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn serve(uri: &str, args: &[&str]) -> Daemon {
+    Daemon::start(BLK, &[&["--path", uri], args].concat())
+}
+
+fn refusal(uri: &str, args: &[&str]) -> String {
+    let (code, log) = Daemon::spawn(BLK, &[&["--path", uri], args].concat()).outcome();
+    assert_eq!(code, Some(1), "{log}");
+    log
+}
+
+fn connect(daemon: &Daemon, queues: usize, model: Vec<u8>) -> Disk {
+    let setup = Setup {
+        queues,
+        ..Setup::default()
+    };
+    Disk::new(FrontEnd::new(&daemon.socket(), setup), model)
+}
+
+#[test]
+fn random_requests_leave_what_they_wrote() {
+    let test = "random_requests_leave_what_they_wrote";
+    // One connection for each queue, and one for all.
+    for shared in ["--shared=4", "--shared=1"] {
+        let Some(server) = Server::new(test, &[shared]) else {
+            return;
+        };
+        let daemon = serve(&server.uri(), &["--queues", "3"]);
+        let mut disk = connect(&daemon, 3, vec![0; 16 * MIB]);
+        disk.exercise(2000, true);
+        disk.verify();
+        disk.flush();
+        assert!(server.disk() == disk.model);
+        drop(disk);
+        daemon.assert_idle();
+        daemon.stop();
+    }
+}
+
+#[test]
+fn an_export_is_found_over_tcp_and_by_writethrough() {
+    let test = "an_export_is_found_over_tcp_and_by_writethrough";
+    if !own_network(test) {
+        return;
+    }
+    let up = Command::new("ip")
+        .args(["link", "set", "lo", "up"])
+        .status();
+    if !up.is_ok_and(|status| status.success()) {
+        skip(test, "the loopback device cannot be set up with ip");
+        return;
+    }
+    let Some(server) = Server::new(test, &["-b", "127.0.0.1", "-p", "10809", "--shared=0"]) else {
+        return;
+    };
+    let daemon = serve(
+        "nbd://localhost/disk",
+        &["--cache", "writethrough", "--queues", "2"],
+    );
+    let mut disk = connect(&daemon, 2, vec![0; 16 * MIB]);
+    disk.exercise(500, true);
+    disk.verify();
+    assert!(server.disk() == disk.model);
+    drop(disk);
+    daemon.stop();
+}
+
+#[test]
+fn requests_outlive_a_server_that_comes_back() {
+    let test = "requests_outlive_a_server_that_comes_back";
+    let Some(mut server) = Server::new(test, &["--shared=4"]) else {
+        return;
+    };
+    let daemon = serve(&server.uri(), &["--queues", "2"]);
+    let mut disk = connect(&daemon, 2, vec![0; 16 * MIB]);
+    for _ in 0..4 {
+        disk.exercise(200, true);
+        // Requests are in flight when it goes.
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                sleep(Duration::from_millis(20));
+                server.kill();
+                sleep(Duration::from_millis(200));
+                server.restart();
+            });
+            let start = Instant::now();
+            while start.elapsed() < Duration::from_millis(800) {
+                disk.exercise(50, true);
+            }
+        });
+    }
+    disk.verify();
+    assert!(daemon.log().contains("connected to"), "{}", daemon.log());
+    assert!(server.disk() == disk.model);
+    drop(disk);
+    daemon.stop();
+}
+
+#[test]
+fn requests_fail_when_a_server_stays_away() {
+    let test = "requests_fail_when_a_server_stays_away";
+    let Some(mut server) = Server::new(test, &[]) else {
+        return;
+    };
+    let daemon = serve(&server.uri(), &["--reconnect-timeout", "1"]);
+    let mut disk = connect(&daemon, 1, vec![0; 16 * MIB]);
+    assert_eq!(disk.attempt(OUT, 0, 4096), OK);
+    server.kill();
+    let start = Instant::now();
+    assert_eq!(disk.attempt(OUT, 0, 4096), IOERR);
+    let waited = start.elapsed();
+    assert!(
+        waited > Duration::from_millis(900) && waited < PATIENCE,
+        "{waited:?}"
+    );
+    // From now on they do not wait.
+    let start = Instant::now();
+    assert_eq!(disk.attempt(IN, 0, 4096), IOERR);
+    assert!(start.elapsed() < Duration::from_millis(900));
+    daemon.assert_idle();
+    server.restart();
+    let start = Instant::now();
+    while disk.attempt(IN, 0, 4096) != OK {
+        assert!(start.elapsed() < PATIENCE, "does not come back");
+        sleep(Duration::from_millis(50));
+    }
+    server.kill();
+    drop(disk);
+    daemon.stop();
+}
+
+#[test]
+fn what_cannot_be_served_is_refused_with_a_reason() {
+    let test = "what_cannot_be_served_is_refused_with_a_reason";
+    let Some(server) = Server::new(test, &["-r", "--shared=4"]) else {
+        return;
+    };
+    assert!(refusal(&server.uri(), &[]).contains("use --read-only"));
+    serve(&server.uri(), &["--read-only"]).stop();
+    let other = server.uri().replace("/disk?", "/other?");
+    assert!(refusal(&other, &["--read-only"]).contains("no such export"));
+    let qcow2 = ["--read-only", "--format", "qcow2"];
+    assert!(refusal(&server.uri(), &qcow2).contains("let the server open the image"));
+    let nobody: PathBuf = server.dir.path().join("nobody");
+    let nobody = format!("nbd+unix:///?socket={}", nobody.display());
+    assert!(refusal(&nobody, &[]).contains("connection failed"));
+    assert!(refusal("nbds://h/x", &[]).contains("no TLS"));
+}
+
+/// A server of one connection after the other, that answers each request by `answer`, given its type, cookie, offset and
+/// length.
+fn hostile(
+    listener: UnixListener,
+    structured: bool,
+    answer: impl Fn(u16, u64, u64, u32) -> Vec<u8> + Send + 'static,
+) {
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let _ = converse(&mut stream.unwrap(), structured, &answer);
+        }
+    });
+}
+
+fn converse(
+    stream: &mut UnixStream,
+    structured: bool,
+    answer: &dyn Fn(u16, u64, u64, u32) -> Vec<u8>,
+) -> std::io::Result<()> {
+    let option_reply = |option: u32, kind: u32, data: &[u8]| {
+        let mut bytes = 0x0003_e889_0455_65a9_u64.to_be_bytes().to_vec();
+        for word in [option, kind, data.len() as u32] {
+            bytes.extend(word.to_be_bytes());
+        }
+        bytes.extend(data);
+        bytes
+    };
+    stream.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
+    stream.read_exact(&mut [0; 4])?;
+    for option in [8_u32, 7] {
+        let mut head = [0; 16];
+        stream.read_exact(&mut head)?;
+        let len = u32::from_be_bytes(head[12..].try_into().unwrap());
+        stream.read_exact(&mut vec![0; len as usize])?;
+        if option == 8 {
+            let kind = if structured { 1 } else { 0x8000_0001 };
+            stream.write_all(&option_reply(8, kind, &[]))?;
+        } else {
+            // 1 MiB; flush, FUA, trim and write-zeroes.
+            let info = [&[0; 2][..], &(1_u64 << 20).to_be_bytes(), &[0, 0x6d]].concat();
+            stream.write_all(&option_reply(7, 3, &info))?;
+            stream.write_all(&option_reply(7, 1, &[]))?;
+        }
+    }
+    loop {
+        let mut head = [0; 28];
+        stream.read_exact(&mut head)?;
+        assert_eq!(head[..4], 0x2560_9513_u32.to_be_bytes());
+        let kind = u16::from_be_bytes(head[6..8].try_into().unwrap());
+        let cookie = u64::from_be_bytes(head[8..16].try_into().unwrap());
+        let offset = u64::from_be_bytes(head[16..24].try_into().unwrap());
+        let len = u32::from_be_bytes(head[24..].try_into().unwrap());
+        if kind == 1 {
+            stream.read_exact(&mut vec![0; len as usize])?;
+        }
+        stream.write_all(&answer(kind, cookie, offset, len))?;
+    }
+}
+
+fn simple(error: u32, cookie: u64) -> Vec<u8> {
+    let mut bytes = 0x6744_6698_u32.to_be_bytes().to_vec();
+    bytes.extend(error.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes
+}
+
+fn chunk(flags: u16, kind: u16, cookie: u64, data: &[u8]) -> Vec<u8> {
+    let mut bytes = 0x668e_33ef_u32.to_be_bytes().to_vec();
+    bytes.extend(flags.to_be_bytes());
+    bytes.extend(kind.to_be_bytes());
+    bytes.extend(cookie.to_be_bytes());
+    bytes.extend((data.len() as u32).to_be_bytes());
+    bytes.extend(data);
+    bytes
+}
+
+#[test]
+fn a_server_that_breaks_the_protocol_gets_no_further() {
+    type Answer = fn(u16, u64, u64, u32) -> Vec<u8>;
+    let cases: [(&str, bool, Answer); 14] = [
+        ("nothing but noise", false, |_, _, _, _| vec![0xaa; 64]),
+        ("another cookie", false, |_, cookie, _, _| {
+            simple(0, cookie ^ 1)
+        }),
+        ("another generation", false, |_, cookie, _, _| {
+            simple(0, cookie ^ 1 << 40)
+        }),
+        ("a chunk not asked for", false, |_, cookie, _, _| {
+            chunk(1, 0, cookie, &[])
+        }),
+        ("no answer at all", true, |_, _, _, _| Vec::new()),
+        ("simple for a read", true, |_, cookie, _, _| {
+            simple(0, cookie)
+        }),
+        ("no data", true, |_, cookie, _, _| chunk(1, 0, cookie, &[])),
+        ("less data", true, |_, cookie, offset, _| {
+            chunk(
+                1,
+                1,
+                cookie,
+                &[&offset.to_be_bytes()[..], &[7; 512]].concat(),
+            )
+        }),
+        ("more data", true, |_, cookie, offset, len| {
+            chunk(
+                1,
+                1,
+                cookie,
+                &[&offset.to_be_bytes()[..], &vec![7; len as usize + 1]].concat(),
+            )
+        }),
+        ("data before", true, |_, cookie, offset, len| {
+            chunk(
+                1,
+                1,
+                cookie,
+                &[&(offset - 1).to_be_bytes()[..], &vec![7; len as usize]].concat(),
+            )
+        }),
+        ("data twice", true, |_, cookie, offset, len| {
+            let data = [&offset.to_be_bytes()[..], &vec![7; len as usize]].concat();
+            [chunk(0, 1, cookie, &data), chunk(1, 1, cookie, &data)].concat()
+        }),
+        ("a hole too far", true, |_, cookie, offset, _| {
+            chunk(
+                1,
+                2,
+                cookie,
+                &[&offset.to_be_bytes()[..], &u32::MAX.to_be_bytes()].concat(),
+            )
+        }),
+        ("an unknown chunk", true, |_, cookie, _, _| {
+            chunk(1, 99, cookie, &[0; 40])
+        }),
+        ("a long error", true, |_, cookie, _, _| {
+            chunk(1, 0x8001, cookie, &[0; 9000])
+        }),
+    ];
+    thread::scope(|scope| {
+        for (what, structured, answer) in cases {
+            scope.spawn(move || {
+                let dir = tempfile::tempdir().unwrap();
+                let path = dir.path().join("s");
+                hostile(UnixListener::bind(&path).unwrap(), structured, answer);
+                let uri = format!("nbd+unix:///?socket={}", path.display());
+                let daemon = serve(&uri, &["--reconnect-timeout", "1"]);
+                let mut disk = connect(&daemon, 1, vec![0; MIB]);
+                let start = Instant::now();
+                assert_eq!(disk.attempt(IN, 8192, 4096), IOERR, "{what}");
+                assert!(start.elapsed() < PATIENCE, "{what}");
+                drop(disk);
+                daemon.stop();
+            });
+        }
+    });
+}
+
+#[test]
+fn errors_of_a_server_reach_the_guest_and_nothing_else() {
+    for structured in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        hostile(
+            UnixListener::bind(&path).unwrap(),
+            structured,
+            move |kind, cookie, offset, len| {
+                match kind {
+                    // The first 64 KiB can be read: in chunks, from the end to the start, with a hole.
+                    0 if offset + u64::from(len) <= 65536 && structured => {
+                        let half = u64::from(len / 2);
+                        let data =
+                            [&(offset + half).to_be_bytes()[..], &vec![7; half as usize]].concat();
+                        let hole = [&offset.to_be_bytes()[..], &(len / 2).to_be_bytes()].concat();
+                        [
+                            chunk(0, 1, cookie, &data),
+                            chunk(0, 2, cookie, &hole),
+                            chunk(1, 0, cookie, &[]),
+                        ]
+                        .concat()
+                    }
+                    0 if offset + u64::from(len) <= 65536 => {
+                        let half = len as usize / 2;
+                        [simple(0, cookie), vec![0; half], vec![7; half]].concat()
+                    }
+                    0 if structured => {
+                        let mut error = 5_u32.to_be_bytes().to_vec();
+                        error.extend([0, 3]);
+                        error.extend(b"bad");
+                        chunk(1, 0x8001, cookie, &error)
+                    }
+                    1 => simple(28, cookie),
+                    _ => simple(if kind == 3 { 0 } else { 5 }, cookie),
+                }
+            },
+        );
+        let uri = format!("nbd+unix:///?socket={}", path.display());
+        let daemon = serve(&uri, &[]);
+        let mut disk = connect(&daemon, 1, [vec![0; 2048], vec![7; 2048]].concat());
+        for _ in 0..3 {
+            assert_eq!(disk.attempt(OUT, 0, 4096), IOERR);
+            assert_eq!(disk.attempt(IN, 1 << 17, 4096), IOERR);
+            assert_eq!(disk.attempt(FLUSH, 0, 0), OK);
+            // By the buffer.
+            disk.verify();
+        }
+        // Straight into guest memory.
+        disk.model = [vec![0; 32768], vec![7; 32768]].concat();
+        disk.verify();
+        assert!(!daemon.log().contains("lost"), "{}", daemon.log());
+        drop(disk);
+        daemon.stop();
+    }
+}
