@@ -12,6 +12,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use ringside_control::Size;
+use ringside_control::options::keys_and_values;
 use ringside_vfio::address::PciAddress;
 use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
@@ -20,7 +22,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
 use uuid::Uuid;
 
 use crate::layout;
-use crate::memory::{self, PageSize, Size};
+use crate::memory::{self, PageSize};
 
 /// Most processors a guest can have: 8-bit local APIC IDs, of which 255 means all of them.
 pub const MAX_CPUS: u32 = 254;
@@ -126,7 +128,9 @@ pub struct Cli {
     /// A disk served by a vhost-user back-end; repeat for more. Keys: socket=PATH,
     /// num-queues=N [default: one for each CPU, as far as the back-end has them], queue-size=N
     /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10]
-    /// (one that goes later is waited for without a limit).
+    /// (one that goes later is waited for without a limit), packed=on|off to offer packed virtqueues
+    /// [default: off for a device that, without them, goes on by itself when its back-end dies and
+    /// another comes, else on].
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<BlkOptions>)]
     pub blk: Vec<BlkOptions>,
 
@@ -249,9 +253,9 @@ impl FromStr for FileOptions {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct MemoryOptions {
     #[serde(deserialize_with = "some")]
-    size: Option<SizeValue>,
+    size: Option<Size>,
     #[serde(deserialize_with = "some")]
-    max: Option<SizeValue>,
+    max: Option<Size>,
     #[serde(deserialize_with = "some")]
     hugepages: Option<HugepagesValue>,
     #[serde(deserialize_with = "switch")]
@@ -267,6 +271,8 @@ pub struct BlkOptions {
     num_queues: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     queue_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -282,6 +288,8 @@ pub struct NetOptions {
     num_queues: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     queue_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -299,6 +307,8 @@ pub struct VhostUserOptions {
     queue_size: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     config_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -512,6 +522,8 @@ pub struct DeviceConfig {
     pub mac: Option<Mac>,
     /// Size of the device configuration space in bytes; `None` leaves it to the device.
     pub config_size: Option<u16>,
+    /// Whether packed virtqueues are offered; `None` leaves it to the device.
+    pub packed: Option<bool>,
     /// How long to wait for the back-end.
     pub reconnect_timeout: Duration,
 }
@@ -625,7 +637,7 @@ impl Config {
 /// What RAM is like at the start, and how far it can grow.
 fn merge_memory(cli: MemoryOptions, file: MemoryOptions) -> Result<(memory::Options, Size), Error> {
     let options = memory::Options {
-        size: cli.size.or(file.size).map_or(DEFAULT_MEMORY, |s| s.0),
+        size: cli.size.or(file.size).unwrap_or(DEFAULT_MEMORY),
         pages: cli
             .hugepages
             .or(file.hugepages)
@@ -634,7 +646,7 @@ fn merge_memory(cli: MemoryOptions, file: MemoryOptions) -> Result<(memory::Opti
     };
     options.check().map_err(|e| Error::Memory(e.to_string()))?;
     let size = options.size;
-    let max = cli.max.or(file.max).map_or(size, |s| s.0);
+    let max = cli.max.or(file.max).unwrap_or(size);
     let Some(growth) = max.0.checked_sub(size.0) else {
         return Err(Error::MemoryMax { max, size });
     };
@@ -681,6 +693,7 @@ impl BlkOptions {
             queue_size,
             mac: None,
             config_size: None,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -706,6 +719,7 @@ impl NetOptions {
             queue_size,
             mac: self.mac,
             config_size: None,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -722,6 +736,7 @@ impl VhostUserOptions {
             queue_size,
             mac: None,
             config_size: self.config_size,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -738,46 +753,12 @@ impl VfioOptions {
     }
 }
 
-/// Splits `key=value,key=value`, as options have it, into keys and values; a first item without `=` is the value of `main_key`.
-/// Fails if an item is neither.
-pub fn keys_and_values(text: &str, main_key: &str) -> Result<Vec<(String, String)>, String> {
-    let mut pairs = Vec::new();
-    for (i, item) in split_items(text).into_iter().enumerate() {
-        match item.split_once('=') {
-            Some((key, value)) => pairs.push((key.to_owned(), value.to_owned())),
-            None if i == 0 && !item.is_empty() => pairs.push((main_key.to_owned(), item)),
-            None => return Err(format!("`{item}` is not KEY=VALUE")),
-        }
-    }
-    Ok(pairs)
-}
-
 /// Reads `key=value,key=value`; a first item without `=` is the value of the type's main key.
 fn parse<T: DeserializeOwned + MainKey>(text: &str) -> Result<T, String> {
     let pairs = keys_and_values(text, T::MAIN_KEY)?;
     let map: MapDeserializer<'_, _, serde::de::value::Error> =
         MapDeserializer::new(pairs.into_iter());
     T::deserialize(map).map_err(|e| e.to_string())
-}
-
-/// Splits at single commas; a doubled one stands for itself.
-fn split_items(text: &str) -> Vec<String> {
-    let mut items = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        if c != ',' {
-            if let Some(last) = items.last_mut() {
-                last.push(c);
-            }
-        } else if chars.next_if_eq(&',').is_some() {
-            if let Some(last) = items.last_mut() {
-                last.push(',');
-            }
-        } else {
-            items.push(String::new());
-        }
-    }
-    items
 }
 
 /// The key whose name may be left out.
@@ -897,20 +878,6 @@ fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D:
     }
 }
 
-/// A size as options, the file and requests have it: a number of bytes, or a text with a unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SizeValue(pub Size);
-
-impl<'de> Deserialize<'de> for SizeValue {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match Scalar::deserialize(deserializer)? {
-            Scalar::Number(bytes) => Ok(Self(Size(bytes))),
-            Scalar::Text(text) => text.parse().map(Self).map_err(D::Error::custom),
-            Scalar::Bool(value) => Err(D::Error::custom(format!("{value} is not a size"))),
-        }
-    }
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct HugepagesValue(PageSize);
 
@@ -1010,7 +977,7 @@ mod tests {
                 "--kernel=k",
                 "--cpus=8",
                 "--memory=size=6G,max=8G,hugepages=2M,prefault=on",
-                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0",
+                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0,packed=off",
                 "--blk=/b,,c",
                 "--net=socket=/n,mac=52:54:00:01:02:03,num-queues=4",
                 "--vhost-user=type=fs,socket=/fs,config-size=40",
@@ -1029,6 +996,7 @@ mod tests {
         };
         assert_eq!((a.num_queues, a.queue_size), (Some(4), 1024));
         assert_eq!(a.reconnect_timeout, Duration::ZERO);
+        assert_eq!((a.packed, b.packed), (Some(false), None));
         assert_eq!(b.socket, PathBuf::from("/b,c"));
         assert_eq!((b.num_queues, b.queue_size), (None, 256));
         assert_eq!(n.mac, Some(Mac([0x52, 0x54, 0, 1, 2, 3])));

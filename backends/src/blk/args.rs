@@ -4,25 +4,17 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use ringside_control::Size;
 use thiserror::Error;
 
 use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions, Format, Ranges};
 use super::request::{ID_LEN, SECTOR};
-use super::{BlkConfig, SEG_MAX};
-use crate::shell::OpenError;
+use super::{BlkConfig, RateLimits, SEG_MAX};
+use crate::shell::{OnOff, OpenError};
 
 /// How long a disk may stay locked by a program that is ending.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
-
-/// Whether something is to be.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum OnOff {
-    /// If it is possible.
-    On,
-    /// Not at all.
-    Off,
-}
 
 /// The cache that the driver is told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -145,6 +137,14 @@ pub struct BlkArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poll_budget: u32,
 
+    /// Limit the disk's rates: keys iops, bandwidth (bytes), and both with read- or write- in front, each in a second
+    ///
+    /// KEY-burst=N is how much may come at once after a pause; a tenth of a second's worth, unless given. Units K, M, G are
+    /// powers of 1024. Discards, write-zeroes and flushes are operations of writing, and move no bytes. `ringside-ctl limits`
+    /// changes the limits of a disk in use.
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
+    pub limit: Option<RateLimits>,
+
     /// Offer discard and write-zeroes, which punch holes into an image, as far as the disk can do them
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub discard: OnOff,
@@ -152,6 +152,16 @@ pub struct BlkArgs {
     /// Offer secure erase, if the disk is a block device that has it; an image file never has
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub secure_erase: OnOff,
+
+    /// Offer packed virtqueues; the guest decides
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub packed: OnOff,
+
+    /// Offer to complete requests in the order in which they came
+    ///
+    /// A request that is done then waits for slower ones before it.
+    #[arg(long, value_enum, default_value = "off", value_name = "on|off")]
+    pub in_order: OnOff,
 }
 
 /// Options that do not fit each other, or a disk that cannot be used.
@@ -279,26 +289,22 @@ impl BlkArgs {
             poll: Duration::from_micros(self.poll.into()),
             poll_storage: Duration::from_micros(self.poll_storage.into()),
             poll_budget: self.poll_budget,
+            packed: self.packed == OnOff::On,
+            in_order: self.in_order == OnOff::On,
+            limits: self.limit.unwrap_or_default(),
         })
     }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (text.get(..at), 10),
-        Some((at, 'm' | 'M')) => (text.get(..at), 20),
-        Some((at, 'g' | 'G')) => (text.get(..at), 30),
-        Some((at, 't' | 'T')) => (text.get(..at), 40),
-        _ => (Some(text), 0),
-    };
-    let number: u64 = digits
-        .unwrap_or_default()
-        .parse()
-        .map_err(|_| "not a number of bytes; use for example 64M or 2G".to_owned())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|&size| i64::try_from(size).is_ok())
-        .ok_or_else(|| "larger than a disk can be".to_owned())
+    let Size(size) = text.parse()?;
+    i64::try_from(size)
+        .map(|_| size)
+        .map_err(|_| "larger than a disk can be".to_owned())
+}
+
+fn parse_limits(text: &str) -> Result<RateLimits, String> {
+    RateLimits::parse(text).map_err(|error| error.to_string())
 }
 
 fn parse_serial(text: &str) -> Result<String, String> {

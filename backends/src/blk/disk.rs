@@ -19,6 +19,7 @@ use super::device::{BlockDevice, Device};
 use super::image::{Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Side, Target};
 use super::request::SECTOR;
 use super::zones::Zones;
+use crate::shell::Drained;
 
 /// Most bytes to discard or zero at once, even if the storage would take more: other requests wait for it.
 const MAX_RANGE: u64 = 1 << 30;
@@ -283,6 +284,30 @@ impl Source {
             Self::Raw(_) => Ok(None),
             Self::Qcow2(image) => image.attach().map(Some),
             Self::Nbd(nbd) => nbd.attach().map(Some),
+        }
+    }
+
+    /// What makes durable all that was written, once nothing is in flight.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(super) fn flush(&self) -> io::Result<Drained> {
+        match self {
+            Self::Raw(file) => {
+                let file = Arc::clone(file);
+                Ok(Box::new(move || file.sync_all()))
+            }
+            Self::Qcow2(image) => {
+                let (link, file) = (image.link()?, image.files().first().cloned());
+                Ok(Box::new(move || {
+                    link.flush()?;
+                    file.map_or(Ok(()), |file| file.sync_all())
+                }))
+            }
+            Self::Nbd(nbd) => {
+                let link = nbd.link()?;
+                Ok(Box::new(move || link.flush()))
+            }
         }
     }
 

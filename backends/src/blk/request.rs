@@ -6,6 +6,7 @@ use vm_memory::GuestMemory;
 
 use super::config::feature;
 use super::device::ZoneAction;
+use super::stats::Kind;
 
 /// Bytes in a sector, the unit of all addresses, whatever the block size (VIRTIO 1.3, 5.2.6).
 pub(super) const SECTOR: u64 = 512;
@@ -158,6 +159,27 @@ pub(super) struct Range {
     pub(super) len: u64,
     /// The space may be given back, if it is to read as zeroes.
     pub(super) unmap: bool,
+}
+
+impl Request {
+    /// How it is counted, and how many bytes it is about, with the ranges that were found.
+    pub(super) fn measure(&self, ranges: &[Range]) -> (Kind, u64) {
+        match *self {
+            Self::Read { len, .. } => (Kind::Read, len),
+            Self::Write { len, .. } | Self::ZoneAppend { len, .. } => (Kind::Write, len),
+            Self::Flush => (Kind::Flush, 0),
+            Self::Ranges(action) => {
+                let kind = match action {
+                    RangeAction::Discard => Kind::Discard,
+                    RangeAction::WriteZeroes => Kind::WriteZeroes,
+                    RangeAction::SecureErase => Kind::SecureErase,
+                };
+                (kind, ranges.iter().map(|range| range.len).sum())
+            }
+            Self::ZoneReport { .. } | Self::Zone { .. } | Self::ZoneResetAll => (Kind::Zone, 0),
+            Self::GetId { .. } | Self::Refuse(_) => (Kind::Other, 0),
+        }
+    }
 }
 
 /// The chain has no room for an answer, or no header to tell what it asks: it is returned with length 0.

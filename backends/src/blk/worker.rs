@@ -42,12 +42,14 @@ use vm_memory::GuestAddress;
 use super::config::feature;
 use super::device::{BlockDevice, ZoneAction};
 use super::image::{Action, Outcome, Part, Place, Side};
+use super::limits::Throttle;
 use super::offload::{self, DeviceLink, Offload};
 use super::poll::{PollLimits, PollWindow};
 use super::request::{
     self, APPEND_ANSWER_LEN, HEADER_LEN, ID_LEN, Limits, Range, RangeAction, Request, SECTOR,
     Status,
 };
+use super::stats::{Clock, Kind, QueueStats};
 use super::uring::{Completion, Direction, PrepareError, Uring};
 use super::zones::{Position, Zones};
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, signal};
@@ -64,6 +66,8 @@ const DEVICE: u32 = 2;
 const KICKS: u32 = 3;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
+/// After how long a ring whose driver is over a limit is looked at again in any case: the limit may have changed.
+const THROTTLE_INTERVAL: Duration = Duration::from_millis(100);
 /// After how many operations the storage gets them, while a batch is still being drained: it can begin meanwhile, and what is
 /// begun apart ends apart, so that the driver has something to go on with.
 const SUBMIT: u32 = 8;
@@ -77,6 +81,8 @@ const MAX_RETRIES: u8 = 100;
 /// What all workers of a disk have in common.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
+    pub(super) clock: Clock,
+    pub(super) throttle: Arc<Throttle>,
     /// Where the data is; with none and without a companion, requests succeed at once, and no data moves.
     pub(super) files: Vec<Arc<File>>,
     /// What the disk can do by ioctls, if it is a block device.
@@ -101,15 +107,6 @@ pub(super) struct Shared {
     pub(super) serial: [u8; ID_LEN],
     /// `wce` in the configuration space.
     pub(super) writeback: Arc<AtomicBool>,
-}
-
-/// What a worker did, for its log.
-#[derive(Debug, Clone, Copy, Default)]
-struct Counters {
-    requests: u64,
-    kicks: u64,
-    notifications: u64,
-    turns: u64,
 }
 
 /// What an operation in a slot is for.
@@ -194,13 +191,16 @@ struct Job {
     ranges: Option<RangeAction>,
     offset: u64,
     remaining: u64,
-    /// Bytes written to guest memory when it succeeds, without the status.
-    reply: u64,
     hold: Hold,
     /// It is appended to its zone, and the driver is told where.
     append: bool,
     /// Where a write into a zone that is held begins.
     start: u64,
+    kind: Kind,
+    /// Bytes that the request is about.
+    len: u64,
+    /// When it was taken.
+    began: u64,
     durable: bool,
     /// It goes through the bounce buffer.
     bounced: bool,
@@ -232,9 +232,13 @@ pub(super) struct Worker {
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
+    /// Take no chains.
+    paused: bool,
+    /// Who waits for that to have taken effect.
+    pausing: Vec<Sender<()>>,
+    stats: Arc<QueueStats>,
     /// For requests, and for the storage.
     windows: [PollWindow; 2],
-    counters: Counters,
     limit: LogLimit,
 }
 
@@ -253,6 +257,9 @@ struct Queue {
     /// Jobs that wait for the bounce buffer, which `bouncing` has.
     waiting: VecDeque<u16>,
     bouncing: Option<u16>,
+    paused: bool,
+    /// Chains wait because of a limit, probably for so long.
+    throttled: Option<Duration>,
     /// The driver broke the ring; it is kept until the shell takes it back.
     broken: bool,
     /// Where to give it back, once nothing is in flight.
@@ -272,6 +279,7 @@ impl Worker {
         shared: Shared,
         side: Option<Side>,
         commands: Commands,
+        stats: Arc<QueueStats>,
     ) -> std::io::Result<Self> {
         let mut uring = Uring::new(
             SUBMISSIONS,
@@ -302,7 +310,9 @@ impl Worker {
             device,
             queue: None,
             kick_tag: KICKS,
-            counters: Counters::default(),
+            paused: false,
+            pausing: Vec::new(),
+            stats,
             limit: LogLimit::default(),
         })
     }
@@ -317,7 +327,6 @@ impl Worker {
                 error!("io_uring failed: {e}");
                 return;
             }
-            self.counters.turns = self.counters.turns.saturating_add(1);
             ended.clear();
             let (mut commanded, mut answered, mut asked) = (false, false, false);
             while let Some(completion) = self.uring.completion() {
@@ -348,6 +357,14 @@ impl Worker {
                     match command {
                         Command::Start(vring) => self.start(vring),
                         Command::Stop { index, done } => self.stop(index, done),
+                        Command::Pause { done } => {
+                            self.pause(true);
+                            self.pausing.push(done);
+                        }
+                        Command::Resume => {
+                            self.pause(false);
+                            self.pausing.clear();
+                        }
                         Command::Exit => {
                             self.report();
                             return;
@@ -356,6 +373,28 @@ impl Worker {
                 }
             }
             wait = !self.turn(&ended);
+            self.tell_paused();
+        }
+    }
+
+    /// Takes no chains from now on, or takes them again.
+    fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+        if let Some(queue) = &mut self.queue {
+            queue.paused = paused;
+        }
+    }
+
+    /// Tells who waits for it that nothing is in flight.
+    fn tell_paused(&mut self) {
+        if !self.pausing.is_empty()
+            && self.uring.in_flight() == 0
+            && self.queue.as_ref().is_none_or(Queue::idle)
+        {
+            for done in self.pausing.drain(..) {
+                // Its client may have left.
+                let _ = done.send(());
+            }
         }
     }
 
@@ -364,6 +403,9 @@ impl Worker {
     fn enter(&mut self, wait: bool) -> std::io::Result<()> {
         if !wait || self.uring.polling() {
             return self.uring.enter(0, None);
+        }
+        if let Some(throttled) = self.queue.as_ref().and_then(|queue| queue.throttled) {
+            return self.uring.enter(1, Some(throttled));
         }
         if self.polled_by_wish() {
             return self.uring.enter(1, Some(POLL_INTERVAL));
@@ -401,7 +443,7 @@ impl Worker {
             if tag != self.kick_tag {
                 return; // of a ring that was given back
             }
-            self.counters.kicks = self.counters.kicks.saturating_add(1);
+            self.stats.kicks.add(1);
         }
         let gone = i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL);
         if result < 0 || result & gone != 0 {
@@ -457,6 +499,8 @@ impl Worker {
             free: (0..size).rev().collect(),
             waiting: VecDeque::with_capacity(usize::from(size)),
             bouncing: None,
+            paused: self.paused,
+            throttled: None,
             broken: false,
             stop: None,
             vring,
@@ -485,7 +529,10 @@ impl Worker {
             uring: &mut self.uring,
             side: self.side.as_mut(),
             device: self.device.as_ref(),
-            counters: &mut self.counters,
+            stats: &self.stats,
+            now: self.shared.clock.now(),
+            unpublished: false,
+            throttled: None,
             limit: &self.limit,
         };
         let again = match turn.run(queue, ended) {
@@ -513,6 +560,12 @@ impl Worker {
                 false
             }
         };
+        queue.throttled = turn.throttled;
+        self.stats.turns.add(1);
+        self.stats.enters.set(self.uring.syscalls);
+        self.stats
+            .in_flight
+            .set(queue.vring.ring.in_flight().into());
         if queue.stop.is_some() && queue.idle() && self.uring.in_flight() == 0 {
             self.give_back();
         }
@@ -524,6 +577,7 @@ impl Worker {
             return;
         };
         self.uring.attach(None, 0);
+        self.stats.in_flight.set(0);
         if queue.vring.kick.is_some()
             && let Err(e) = self.uring.unpoll(self.kick_tag)
         {
@@ -541,12 +595,8 @@ impl Worker {
     }
 
     fn report(&self) {
-        let Counters {
-            requests,
-            kicks,
-            notifications,
-            turns,
-        } = self.counters;
+        let (requests, kicks) = (self.stats.total(), self.stats.kicks.get());
+        let (notifications, turns) = (self.stats.notifications.get(), self.stats.turns.get());
         let syscalls = self.uring.syscalls.saturating_add(notifications);
         if requests > 0 {
             info!(
@@ -601,7 +651,7 @@ fn arm(queue: Option<&mut Queue>) -> bool {
 impl Queue {
     /// New chains are to be taken.
     fn serves(&self) -> bool {
-        self.vring.enabled && !self.broken && self.stop.is_none()
+        self.vring.enabled && !self.broken && !self.paused && self.stop.is_none()
     }
 
     /// Drops the requests that the kernel does not have: there is no ring to answer them on.
@@ -629,7 +679,13 @@ struct Turn<'w> {
     uring: &'w mut Uring,
     side: Option<&'w mut Side>,
     device: Option<&'w DeviceLink>,
-    counters: &'w mut Counters,
+    stats: &'w QueueStats,
+    /// When the turn began.
+    now: u64,
+    /// Something was answered that the driver has not been shown.
+    unpublished: bool,
+    /// A limit was reached.
+    throttled: Option<Duration>,
     limit: &'w LogLimit,
 }
 
@@ -715,8 +771,12 @@ impl Turn<'_> {
         session: &mut Session<'_, Memory>,
         call: Option<&File>,
     ) -> Result<(), RingError> {
-        if session.publish()? && call.is_some() {
-            self.counters.notifications = self.counters.notifications.saturating_add(1);
+        let notify = session.publish()?;
+        if std::mem::take(&mut self.unpublished) && !notify {
+            self.stats.suppressed.add(1);
+        }
+        if notify && call.is_some() {
+            self.stats.notifications.add(1);
             if let Err(e) = signal(call) {
                 debug!("cannot signal the call eventfd: {e}");
             }
@@ -747,7 +807,6 @@ impl Turn<'_> {
                         // What it fails with shows when the worker waits.
                         let _ = self.uring.enter(0, None);
                     }
-                    self.counters.requests = self.counters.requests.saturating_add(1);
                     let head = chain.head();
                     let durable = self.durable(features);
                     if let Some(len) = self.begin(slots, session.memory(), &chain, durable) {
@@ -756,12 +815,15 @@ impl Turn<'_> {
                         if answered.is_multiple_of(ANSWERS) {
                             self.publish(session, call)?;
                         }
+                    } else if self.throttled.is_some() {
+                        session.rewind(1);
+                        return Ok(false);
                     }
                 }
                 Ok(None) => return Ok(false),
                 Err(PopError::Ring(e)) => return Err(e),
                 Err(PopError::Chain { head, error }) => {
-                    self.complain(&error);
+                    self.malformed(&error);
                     session.push_used(head, 0)?;
                 }
             }
@@ -775,7 +837,39 @@ impl Turn<'_> {
         }
     }
 
-    /// Begins a request. Returns the length for the used ring if it is answered already.
+    /// A chain that there is no answer to is returned.
+    fn malformed(&mut self, error: &dyn std::error::Error) {
+        self.complain(error);
+        self.stats.malformed();
+        self.unpublished = true;
+    }
+
+    /// Answers a request. Returns the length for the used ring.
+    fn answer(&mut self, mem: &Memory, job: &Job, status: Status) -> u32 {
+        let took = self.now.saturating_sub(job.began);
+        self.stats.answered(job.kind, job.len, status, took);
+        self.unpublished = true;
+        answer(mem, job, status)
+    }
+
+    /// Whether the disk's limits allow a request now; otherwise after what time in nanoseconds they may.
+    fn allowed(&self, request: &Request) -> Result<(), u64> {
+        let throttle = &self.shared.throttle;
+        match *request {
+            Request::Read { len, .. } => throttle.take(false, len, self.now),
+            Request::Write { len, .. } | Request::ZoneAppend { len, .. } => {
+                throttle.take(true, len, self.now)
+            }
+            Request::Flush
+            | Request::Ranges(_)
+            | Request::ZoneReport { .. }
+            | Request::Zone { .. }
+            | Request::ZoneResetAll => throttle.take(true, 0, self.now),
+            Request::GetId { .. } | Request::Refuse(_) => Ok(()),
+        }
+    }
+
+    /// Begins a request, unless it is `throttled`. Returns the length for the used ring if it is answered already.
     fn begin(
         &mut self,
         slots: &mut Slots<'_>,
@@ -786,10 +880,18 @@ impl Turn<'_> {
         let request = match request::parse(chain, mem, &self.limits, slots.new_ranges) {
             Ok(request) => request,
             Err(e) => {
-                self.complain(&e);
+                self.malformed(&e);
                 return Some(0);
             }
         };
+        if self.shared.throttle.active()
+            && let Err(wait) = self.allowed(&request)
+        {
+            self.stats.throttled.add(1);
+            self.throttled = Some(Duration::from_nanos(wait).min(THROTTLE_INTERVAL));
+            return None;
+        }
+        let (kind, len) = request.measure(slots.new_ranges);
         // The last writable byte; `parse` saw that there is one.
         let status = chain
             .writable()
@@ -803,10 +905,12 @@ impl Turn<'_> {
             ranges: None,
             offset: 0,
             remaining: 0,
-            reply: 0,
             hold: Hold::None,
             append: false,
             start: 0,
+            kind,
+            len,
+            began: self.now,
             durable,
             bounced: false,
             missed: false,
@@ -814,16 +918,16 @@ impl Turn<'_> {
         };
         let null = self.shared.files.is_empty() && self.side.is_none();
         match request {
-            Request::Refuse(status) => return Some(answer(mem, &job, status)),
+            Request::Refuse(status) => return Some(self.answer(mem, &job, status)),
             Request::GetId { len } => {
                 let count = ID_LEN.min(usize::try_from(len).unwrap_or(ID_LEN));
                 let id = self.shared.serial.get(..count).unwrap_or_default();
                 return Some(match write_segments(mem, chain.writable(), 0, id) {
                     Ok(()) => {
-                        job.reply = u64::try_from(count).unwrap_or(0);
-                        answer(mem, &job, Status::Ok)
+                        job.len = u64::try_from(count).unwrap_or(0);
+                        self.answer(mem, &job, Status::Ok)
                     }
-                    Err(_) => answer(mem, &job, Status::IoError),
+                    Err(_) => self.answer(mem, &job, Status::IoError),
                 });
             }
             Request::Flush => {
@@ -835,10 +939,10 @@ impl Turn<'_> {
                 if let (Some(zones), true) = (&self.shared.zones, self.limits.zoned && len > 0)
                     && let Err(status) = zones.check_read(offset, len)
                 {
-                    return Some(answer(mem, &job, status));
+                    return Some(self.answer(mem, &job, status));
                 }
                 job.stage = Stage::Transfer(Direction::Read);
-                (job.offset, job.remaining, job.reply) = (offset, len, len);
+                (job.offset, job.remaining) = (offset, len);
             }
             Request::Write { offset, len } => {
                 job.stage = Stage::Transfer(Direction::Write { durable });
@@ -847,7 +951,7 @@ impl Turn<'_> {
             Request::Ranges(action) => job.ranges = Some(action),
             Request::ZoneAppend { offset, len } => {
                 job.stage = Stage::Transfer(Direction::Write { durable });
-                (job.offset, job.remaining, job.reply) = (offset, len, APPEND_ANSWER_LEN);
+                (job.offset, job.remaining) = (offset, len);
                 job.append = true;
             }
             Request::ZoneReport { offset, len } => {
@@ -862,7 +966,10 @@ impl Turn<'_> {
         }
         match self.zone_to_hold(&job) {
             Ok(hold) => job.hold = hold,
-            Err(status) => return Some(answer(mem, &job, self.limits.zone_status(status))),
+            Err(status) => {
+                let status = self.limits.zone_status(status);
+                return Some(self.answer(mem, &job, status));
+            }
         }
         let nothing = match (job.stage, job.ranges) {
             (Stage::Transfer(_), _) => job.remaining == 0,
@@ -870,11 +977,11 @@ impl Turn<'_> {
             _ => false,
         };
         if null || nothing {
-            return Some(answer(mem, &job, Status::Ok));
+            return Some(self.answer(mem, &job, Status::Ok));
         }
         let Some(slot) = slots.take() else {
             // Not reachable while the ring holds no more chains than it has descriptors.
-            return Some(answer(mem, &job, Status::IoError));
+            return Some(self.answer(mem, &job, Status::IoError));
         };
         if let Stage::Transfer(direction) = job.stage {
             let (segments, skip) = match direction {
@@ -890,7 +997,7 @@ impl Turn<'_> {
                 Err(e) => {
                     self.complain(&e);
                     slots.release(slot);
-                    return Some(answer(mem, &job, Status::IoError));
+                    return Some(self.answer(mem, &job, Status::IoError));
                 }
             }
             if let Some(side) = &mut self.side {
@@ -918,7 +1025,7 @@ impl Turn<'_> {
 
     /// Ends a job that has a slot. Returns the length for the used ring.
     fn end(
-        &self,
+        &mut self,
         slots: &mut Slots<'_>,
         mem: &Memory,
         slot: u16,
@@ -943,7 +1050,7 @@ impl Turn<'_> {
             }
         }
         slots.release(slot);
-        answer(mem, job, status)
+        self.answer(mem, job, status)
     }
 
     /// The zone that a job needs for itself.
@@ -1224,7 +1331,7 @@ impl Turn<'_> {
         let next = match outcome {
             offload::Outcome::Done => self.range_done(slots, slot, &mut job),
             offload::Outcome::Filled(bytes) => {
-                job.reply = bytes;
+                job.len = bytes;
                 Next::Done(Status::Ok)
             }
             offload::Outcome::Granted => match job.hold {
@@ -1379,6 +1486,8 @@ impl Turn<'_> {
             }
             (libc::EOPNOTSUPP | libc::ENOSYS, Stage::Fallocate { or_write: true, .. }) => {
                 job.stage = Stage::WriteZeroes;
+                // It moves bytes after all.
+                self.shared.throttle.charge(job.remaining, self.now);
                 self.advance(slots, slot, job)
             }
             (
@@ -1437,7 +1546,11 @@ fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
     if write_segments(mem, &[place], 0, &[status as u8]).is_err() {
         return 0;
     }
-    let data = if status == Status::Ok { job.reply } else { 0 };
+    let data = match (status, job.kind) {
+        (Status::Ok, Kind::Read | Kind::Zone | Kind::Other) => job.len,
+        (Status::Ok, Kind::Write) if job.append => APPEND_ANSWER_LEN,
+        _ => 0,
+    };
     u32::try_from(data.saturating_add(1)).unwrap_or(u32::MAX)
 }
 

@@ -71,6 +71,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// Whether something is done or offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// It is
+    On,
+    /// It is not
+    Off,
+}
+
 /// Options of every back-end.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connection and logs")]
@@ -101,6 +110,12 @@ pub struct ShellArgs {
     /// NUMA node to run the queues' threads on: best that of the guest's memory and of the storage or network card
     #[arg(long, value_name = "NUMBER")]
     pub numa_node: Option<u32>,
+
+    /// Unix socket to listen on for ringside-ctl and for collectors of metrics
+    ///
+    /// Created with mode 0600 and removed at exit, as the front-end's. `ringside-ctl --help` tells what can be asked.
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
 
     /// Print what this program can do as JSON (QEMU's vhost-user.json), and end
     #[arg(long)]

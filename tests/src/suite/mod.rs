@@ -2,6 +2,7 @@
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
 mod blk;
+mod blk_control;
 mod boot;
 mod formats;
 mod net;
@@ -45,6 +46,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
     [
         boot::TESTS,
         blk::TESTS,
+        blk_control::TESTS,
         formats::TESTS,
         net::TESTS,
         others::TESTS,

@@ -15,6 +15,8 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use ringside_rings::Segment;
 use tracing::error;
@@ -221,7 +223,7 @@ impl AsFd for Wake {
 
 /// A worker's end: where it hands operations over, and takes outcomes back.
 #[derive(Debug)]
-pub(super) struct Link {
+pub(in crate::blk) struct Link {
     sender: Sender<Op>,
     /// Wakes a companion that waits for other things as well.
     wake: Option<Arc<Wake>>,
@@ -251,6 +253,40 @@ impl Link {
             wake.sent();
         }
         true
+    }
+
+    /// Flushes, and waits until that is done.
+    ///
+    /// # Errors
+    /// What the companion, or the system, said.
+    pub(in crate::blk) fn flush(&self) -> io::Result<()> {
+        let op = Op {
+            slot: 0,
+            action: Action::Flush,
+            offset: 0,
+            len: 0,
+            durable: true,
+            serve: true,
+            segments: Vec::new(),
+            skip: 0,
+            memory: Arc::default(),
+            mailbox: self.mailbox(),
+        };
+        if !self.hand_over(op) {
+            return Err(io::ErrorKind::BrokenPipe.into());
+        }
+        let mut outcomes = Vec::new();
+        while outcomes.is_empty() {
+            let mut fds = [PollFd::new(self.mailbox.event.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) | Err(Errno::EINTR) => self.take(&mut outcomes),
+                Err(e) => return Err(e.into()),
+            }
+        }
+        match outcomes.first() {
+            Some((_, Outcome::Failed(error))) => Err(io::Error::from_raw_os_error(*error)),
+            _ => Ok(()),
+        }
     }
 
     /// Takes all outcomes; `ended` is emptied first. The eventfd is never read: who waits for it is told of each write.

@@ -321,6 +321,17 @@ impl Image {
         Ok(Side::new(link, Some(paths)))
     }
 
+    /// A way to the companion, which runs.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(in crate::blk) fn link(&self) -> io::Result<Link> {
+        match &self.running {
+            Some((sender, _)) => Link::new(sender.clone(), None),
+            None => Err(io::ErrorKind::BrokenPipe.into()),
+        }
+    }
+
     fn sender(&mut self) -> io::Result<Sender<Op>> {
         if let Some((sender, _)) = &self.running {
             return Ok(sender.clone());

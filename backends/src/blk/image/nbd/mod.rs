@@ -172,6 +172,19 @@ impl Nbd {
         Ok(Side::new(link, None))
     }
 
+    /// A way to the server: what one connection flushes, is flushed for all.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(in crate::blk) fn link(&self) -> io::Result<Link> {
+        match self.connections.first() {
+            Some(Connection { sender, wake, .. }) => {
+                Link::new(sender.clone(), Some(Arc::clone(wake)))
+            }
+            None => Err(io::ErrorKind::NotConnected.into()),
+        }
+    }
+
     fn start(&mut self, socket: File) -> io::Result<()> {
         let (sender, ops) = mpsc::channel();
         let wake = Arc::new(Wake::new()?);
