@@ -28,7 +28,7 @@ use crate::layout::{
     self, AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, DESC_ALIGN, DESC_SIZE, FLAGS, IDX, USED_ALIGN,
     USED_F_NO_NOTIFY,
 };
-use crate::segment::Segment;
+use crate::segment::{Segment, in_one_region};
 
 /// What the transport negotiated for one virtqueue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -505,7 +505,9 @@ impl<M: GuestMemory> Session<'_, M> {
             Permissions::Read
         };
         let bytes = usize::try_from(len).map_err(|_| ChainError::NotInMemory { addr, len })?;
-        if !self.mem.check_range(GuestAddress(addr), bytes, access) {
+        if in_one_region(self.mem, GuestAddress(addr), bytes).is_none()
+            && !self.mem.check_range(GuestAddress(addr), bytes, access)
+        {
             return Err(ChainError::NotInMemory { addr, len });
         }
         Ok(Segment::new(GuestAddress(addr), len))

@@ -107,4 +107,4 @@ pub use chain::{Chain, ChainBuf};
 pub use device::{DeviceRing, RingConfig, Session};
 pub use driver::{DriverLayout, DriverRing, DriverSession};
 pub use error::{Area, ChainError, DriverError, PopError, RingError, SegmentError};
-pub use segment::{Segment, read_segments, total_len, write_segments};
+pub use segment::{Segment, in_one_region, read_segments, total_len, write_segments};

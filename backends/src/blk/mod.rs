@@ -9,6 +9,7 @@
 mod args;
 mod config;
 mod disk;
+mod poll;
 mod request;
 mod uring;
 mod worker;
@@ -18,6 +19,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
+use std::time::Duration;
 
 use tracing::info;
 
@@ -28,6 +30,7 @@ pub use config::Geometry;
 pub use disk::{Disk, DiskError, DiskOptions};
 
 use config::feature;
+use poll::PollLimits;
 use request::{ID_LEN, Limits};
 use worker::{Shared, Worker};
 
@@ -49,6 +52,14 @@ pub struct BlkConfig {
     pub serial: [u8; ID_LEN],
     /// The largest queue size, a power of two.
     pub max_queue_size: u16,
+    /// Pin guest memory and register it with io_uring.
+    pub register_memory: bool,
+    /// Longest time that a worker without requests spins for before it sleeps.
+    pub poll: Duration,
+    /// Longest time that a worker spins for while the storage works.
+    pub poll_storage: Duration,
+    /// Most that spinning in vain may take of a worker's time, in percent.
+    pub poll_budget: u32,
 }
 
 /// The block device.
@@ -73,7 +84,15 @@ impl Blk {
             writeback,
             serial,
             max_queue_size,
+            register_memory,
+            poll,
+            poll_storage,
+            poll_budget,
         } = config;
+        let poll_limits = |window| PollLimits {
+            window,
+            budget: poll_budget,
+        };
         let discard = geometry.max_range > 0;
         let mut features = feature::VERSION_1
             | feature::EVENT_IDX
@@ -113,6 +132,9 @@ impl Blk {
                 },
                 disk: disk.map(|d| Arc::new(d.file)),
                 memory_align: align,
+                registers: register_memory,
+                poll: poll_limits(poll),
+                poll_storage: poll_limits(poll_storage),
                 serial,
                 writeback: Arc::new(AtomicBool::new(writeback)),
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),

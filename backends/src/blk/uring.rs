@@ -16,15 +16,19 @@ use std::time::Duration;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode};
-use ringside_rings::Segment;
+use ringside_rings::{Segment, in_one_region};
 use thiserror::Error;
-use tracing::debug;
-use vm_memory::{GuestMemory, MmapRegion, Permissions};
+use tracing::{debug, warn};
+use vm_memory::{
+    GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions, VolatileSlice,
+};
 
 use crate::shell::Memory;
 
 /// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
 pub(super) const MAX_IOVECS: usize = 1024;
+/// Most bytes in one registered buffer (io_uring_register(2), IORING_REGISTER_BUFFERS).
+const MAX_REGISTERED: usize = 1 << 30;
 /// Size of the bounce buffer, and of the buffer that zeroes are written from.
 const BUFFER: usize = 1 << 20;
 /// The disk's place among the ring's registered files.
@@ -108,8 +112,14 @@ pub(super) struct Uring {
     ring: IoUring,
     slots: Vec<Slot>,
     in_flight: u32,
+    /// Operations that the kernel does not know of yet.
+    unsubmitted: u32,
     /// What the iovecs point into.
     memory: Option<Arc<Memory>>,
+    /// Guest memory is to be registered with the ring.
+    registers: bool,
+    /// The registered buffers, by their place in the kernel's table: address and length in bytes.
+    registered: Vec<(usize, usize)>,
     bounce: Option<MmapRegion<()>>,
     zeroes: Option<MmapRegion<()>>,
     /// Registered; kept open with the ring.
@@ -120,7 +130,9 @@ pub(super) struct Uring {
 
 impl Uring {
     /// A ring of the calling thread, on this disk.
-    pub(super) fn new(entries: u32, disk: Option<Arc<File>>) -> io::Result<Self> {
+    ///
+    /// With `registers`, guest memory is pinned and known to the kernel as long as it is attached.
+    pub(super) fn new(entries: u32, disk: Option<Arc<File>>, registers: bool) -> io::Result<Self> {
         let ring = build(entries)?;
         if let Some(disk) = &disk {
             ring.submitter().register_files(&[disk.as_raw_fd()])?;
@@ -129,7 +141,10 @@ impl Uring {
             ring,
             slots: Vec::new(),
             in_flight: 0,
+            unsubmitted: 0,
             memory: None,
+            registers,
+            registered: Vec::new(),
             bounce: None,
             zeroes: None,
             _disk: disk,
@@ -146,13 +161,55 @@ impl Uring {
             slot.iovecs.clear();
         }
         self.slots.resize_with(usize::from(slots), Slot::default);
+        if !std::mem::take(&mut self.registered).is_empty()
+            && let Err(e) = self.ring.submitter().unregister_buffers()
+        {
+            warn!("guest memory stays pinned until the thread ends: {e}");
+        }
         self.memory = memory;
+        if self.registers
+            && let Err(e) = self.register()
+        {
+            warn!(
+                "guest memory is not registered with io_uring: {e}; is the limit of locked memory (`ulimit -l`) as large as the guest?"
+            );
+        }
         true
     }
 
-    /// Operations that the kernel has.
+    /// Tells the kernel of all guest memory, so that it need not look up the pages of each transfer.
+    fn register(&mut self) -> io::Result<()> {
+        let Some(memory) = &self.memory else {
+            return Ok(());
+        };
+        let mut buffers = Vec::new();
+        for region in memory.iter() {
+            let slice = region.as_volatile_slice().map_err(io::Error::other)?;
+            let (base, len) = (slice.ptr_guard_mut().as_ptr(), slice.len());
+            for start in (0..len).step_by(MAX_REGISTERED) {
+                buffers.push(libc::iovec {
+                    iov_base: base.wrapping_add(start).cast(),
+                    iov_len: len.saturating_sub(start).min(MAX_REGISTERED),
+                });
+            }
+        }
+        // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped until they are unregistered.
+        unsafe { self.ring.submitter().register_buffers(&buffers)? };
+        self.registered = buffers
+            .iter()
+            .map(|buffer| (buffer.iov_base.addr(), buffer.iov_len))
+            .collect();
+        Ok(())
+    }
+
+    /// Operations that were started and have not ended.
     pub(super) fn in_flight(&self) -> u32 {
         self.in_flight
+    }
+
+    /// Operations that were started and not submitted.
+    pub(super) fn unsubmitted(&self) -> u32 {
+        self.unsubmitted
     }
 
     fn free_slot(&mut self, slot: u16) -> Result<&mut Slot, PrepareError> {
@@ -198,15 +255,8 @@ impl Uring {
             skip = 0;
             left = left.saturating_sub(take);
             let count = usize::try_from(take).map_err(|_| failed())?;
-            let slices = memory
-                .get_slices(
-                    vm_memory::GuestAddress(start),
-                    count,
-                    Permissions::ReadWrite,
-                )
-                .map_err(|_| failed())?;
-            for slice in slices {
-                let slice = slice.map_err(|_| failed())?;
+            let start = vm_memory::GuestAddress(start);
+            let mut add = |slice: VolatileSlice<'_, ()>| {
                 if state.iovecs.len() == MAX_IOVECS {
                     return Err(PrepareError::TooManySegments);
                 }
@@ -216,6 +266,17 @@ impl Uring {
                     iov_base: base.cast(),
                     iov_len: slice.len(),
                 });
+                Ok(())
+            };
+            if let Some(slice) = in_one_region(memory.as_ref(), start, count) {
+                add(slice)?;
+                continue;
+            }
+            let slices =
+                GuestMemory::get_slices(memory.as_ref(), start, count, Permissions::ReadWrite)
+                    .map_err(|_| failed())?;
+            for slice in slices {
+                add(slice.map_err(|_| failed())?)?;
             }
         }
         if left != 0 {
@@ -332,18 +393,54 @@ impl Uring {
         direction: Direction,
         offset: u64,
     ) -> io::Result<()> {
-        let state = self.free_slot(slot).map_err(io::Error::other)?;
+        let state = free(&mut self.slots, slot).map_err(io::Error::other)?;
         let iovecs = match &state.bounce {
             Some(iovec) => std::slice::from_ref(iovec),
             None => state.iovecs.get(state.next..).unwrap_or_default(),
         };
-        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
         let base = iovecs.as_ptr();
-        let entry = match direction {
-            Direction::Read => opcode::Readv::new(DISK, base, count).offset(offset).build(),
-            Direction::Write { durable } => opcode::Writev::new(DISK, base, count)
+        let count = u32::try_from(iovecs.len().min(MAX_IOVECS)).unwrap_or(0);
+        let flags = match direction {
+            Direction::Write { durable: true } => libc::RWF_DSYNC,
+            _ => 0,
+        };
+        // Cheaper than a vector of one: the kernel has no iovec to copy.
+        let single = match iovecs {
+            [iovec] => u32::try_from(iovec.iov_len).ok().map(|len| {
+                let base: *mut u8 = iovec.iov_base.cast();
+                (
+                    base,
+                    len,
+                    containing(&self.registered, base.addr(), iovec.iov_len),
+                )
+            }),
+            _ => None,
+        };
+        let entry = match (direction, single) {
+            (Direction::Read, Some((base, len, Some(buffer)))) => {
+                opcode::ReadFixed::new(DISK, base, len, buffer)
+                    .offset(offset)
+                    .build()
+            }
+            (Direction::Read, Some((base, len, None))) => {
+                opcode::Read::new(DISK, base, len).offset(offset).build()
+            }
+            (Direction::Read, None) => opcode::Readv::new(DISK, base, count).offset(offset).build(),
+            (Direction::Write { .. }, Some((base, len, Some(buffer)))) => {
+                opcode::WriteFixed::new(DISK, base, len, buffer)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (Direction::Write { .. }, Some((base, len, None))) => {
+                opcode::Write::new(DISK, base, len)
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build()
+            }
+            (Direction::Write { .. }, None) => opcode::Writev::new(DISK, base, count)
                 .offset(offset)
-                .rw_flags(if durable { libc::RWF_DSYNC } else { 0 })
+                .rw_flags(flags)
                 .build(),
         };
         self.start(slot, entry)
@@ -380,6 +477,7 @@ impl Uring {
             state.busy = true;
         }
         self.in_flight = self.in_flight.saturating_add(1);
+        self.unsubmitted = self.unsubmitted.saturating_add(1);
         Ok(())
     }
 
@@ -423,6 +521,7 @@ impl Uring {
             }
         }
         self.syscalls = self.syscalls.saturating_add(1);
+        self.unsubmitted = 0;
         let result = match timeout {
             None => self.ring.submit_and_wait(want),
             Some(time) => {
@@ -442,6 +541,15 @@ impl Uring {
                 Ok(())
             }
             Err(e) => Err(e),
+        }
+    }
+
+    /// Whether something can be had without waiting: completions, or work that the kernel does when it is entered.
+    pub(super) fn ready(&mut self) -> bool {
+        let queue = self.ring.submission();
+        queue.taskrun() || queue.cq_overflow() || {
+            drop(queue);
+            !self.ring.completion().is_empty()
         }
     }
 
@@ -471,6 +579,15 @@ impl Uring {
             }
         }
     }
+}
+
+/// The one of these registered buffers in which bytes lie.
+fn containing(registered: &[(usize, usize)], base: usize, len: usize) -> Option<u16> {
+    let at = registered.iter().position(|&(start, room)| {
+        base.checked_sub(start)
+            .is_some_and(|skip| skip.checked_add(len).is_some_and(|end| end <= room))
+    })?;
+    u16::try_from(at).ok()
 }
 
 /// A slot that the kernel does not have.

@@ -21,16 +21,17 @@ use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use ringside_rings::{Chain, ChainBuf, PopError, RingError, Session, write_segments};
+use ringside_rings::{Chain, ChainBuf, PopError, RingError, Segment, Session, write_segments};
 use tracing::{debug, error, info, warn};
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::GuestAddress;
 
 use super::config::feature;
+use super::poll::{PollLimits, PollWindow};
 use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
 use super::uring::{Completion, Direction, PrepareError, Uring};
-use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring};
+use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, signal};
 
 /// Entries of the submission queue; a larger batch takes a system call more.
 const SUBMISSIONS: u32 = 256;
@@ -38,6 +39,13 @@ const SUBMISSIONS: u32 = 256;
 const COMMANDS: u32 = 0;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
+/// After how many operations the storage gets them, while a batch is still being drained: it can begin meanwhile, and what is
+/// begun apart ends apart, so that the driver has something to go on with.
+const SUBMIT: u32 = 8;
+/// After how many requests that were answered at once the driver is shown them: it can go on meanwhile.
+const ANSWERS: u32 = 8;
+/// Pauses between two looks while spinning: about as long as the look.
+const SPINS: u32 = 4;
 /// How often an operation that the kernel wants repeated is repeated.
 const MAX_RETRIES: u8 = 100;
 
@@ -51,6 +59,12 @@ pub(super) struct Shared {
     pub(super) capacity: Arc<AtomicU64>,
     /// Buffers must be aligned to this many bytes.
     pub(super) memory_align: u32,
+    /// Guest memory is to be registered with io_uring.
+    pub(super) registers: bool,
+    /// For how long to spin for requests, while nothing is in flight.
+    pub(super) poll: PollLimits,
+    /// For how long to spin while the storage works.
+    pub(super) poll_storage: PollLimits,
     pub(super) serial: [u8; ID_LEN],
     /// `wce` in the configuration space.
     pub(super) writeback: Arc<AtomicBool>,
@@ -101,6 +115,8 @@ pub(super) struct Worker {
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
+    /// For requests, and for the storage.
+    windows: [PollWindow; 2],
     counters: Counters,
     limit: LogLimit,
 }
@@ -130,9 +146,10 @@ enum Next {
 impl Worker {
     /// A worker on the calling thread.
     pub(super) fn new(shared: Shared, commands: Commands) -> std::io::Result<Self> {
-        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone())?;
+        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone(), shared.registers)?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
         Ok(Self {
+            windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
             shared,
             commands,
             uring,
@@ -146,10 +163,9 @@ impl Worker {
     /// Serves until told to end.
     pub(super) fn run(mut self) {
         let mut completed = Vec::new();
-        let mut wait = true;
+        let mut wait = false;
         loop {
-            let timeout = self.polling().then_some(POLL_INTERVAL);
-            if let Err(e) = self.uring.enter(usize::from(wait), timeout) {
+            if let Err(e) = self.enter(wait) {
                 // Nothing can be served without it, and the shell sees that the thread is gone.
                 error!("io_uring failed: {e}");
                 return;
@@ -183,8 +199,38 @@ impl Worker {
         }
     }
 
+    /// Submits what was begun. To `wait` is to return only when there is something to do: the worker spins for a while if
+    /// that pays, then lets the driver know that it wants to be kicked, and sleeps.
+    fn enter(&mut self, wait: bool) -> std::io::Result<()> {
+        if !wait {
+            return self.uring.enter(0, None);
+        }
+        if self.polled_by_wish() {
+            return self.uring.enter(1, Some(POLL_INTERVAL));
+        }
+        let [for_requests, for_storage] = &mut self.windows;
+        let poll = match (&self.queue, self.uring.in_flight()) {
+            (Some(_), 0) => for_requests,
+            _ => for_storage,
+        };
+        let start = Instant::now();
+        let window = poll.now();
+        if !window.is_zero() {
+            self.uring.enter(0, None)?;
+            let queue = self.queue.as_mut();
+            if let Some(after) = spin(queue, &mut self.uring, start, window) {
+                poll.hit(after);
+                return self.uring.enter(0, None);
+            }
+        }
+        let waiting = arm(self.queue.as_mut());
+        self.uring.enter(usize::from(!waiting), None)?;
+        poll.slept(start.elapsed(), window);
+        Ok(())
+    }
+
     /// The front-end wants its ring to be polled.
-    fn polling(&self) -> bool {
+    fn polled_by_wish(&self) -> bool {
         self.queue
             .as_ref()
             .is_some_and(|q| q.vring.kick.is_none() && q.serves())
@@ -342,6 +388,44 @@ impl Worker {
     }
 }
 
+/// Looks for something to do until there is some, and returns after what time it came, or `None` when `window` is over.
+fn spin(
+    queue: Option<&mut Queue>,
+    uring: &mut Uring,
+    start: Instant,
+    window: Duration,
+) -> Option<Duration> {
+    let queue = queue?;
+    let serves = queue.serves();
+    let mut session = queue.vring.session().ok()?;
+    loop {
+        // A ring that is broken shows in the turn.
+        let found = uring.ready() || serves && session.available().is_ok_and(|waiting| waiting > 0);
+        let passed = start.elapsed();
+        if found {
+            return Some(passed);
+        }
+        if passed >= window {
+            return None;
+        }
+        for _ in 0..SPINS {
+            std::hint::spin_loop();
+        }
+    }
+}
+
+/// Asks the driver to kick. Returns whether there is something to do already, for which it will not kick.
+fn arm(queue: Option<&mut Queue>) -> bool {
+    let Some(queue) = queue.filter(|queue| queue.serves()) else {
+        return false;
+    };
+    let session = queue.vring.session();
+    // A ring that is broken shows in the turn.
+    session
+        .and_then(|mut session| session.enable_notifications())
+        .unwrap_or(true)
+}
+
 impl Queue {
     /// New chains are to be taken.
     fn serves(&self) -> bool {
@@ -400,6 +484,7 @@ impl Turn<'_> {
             }
             return Ok(false);
         }
+        let call = vring.call.as_ref();
         let mut session = match vring.ring.session(vring.memory.as_ref()) {
             Ok(session) => session,
             Err(e) => {
@@ -421,21 +506,26 @@ impl Turn<'_> {
         let mut taken = Ok(false);
         if serves {
             session.disable_notifications()?;
-            taken = self.drain(&mut slots, &mut session, chain, features);
+            taken = self.drain(&mut slots, &mut session, chain, features, call);
         }
         // What was finished before the driver broke its ring is returned all the same.
-        let notify = session.publish()?;
-        let mut more = taken?;
-        if serves && !more {
-            more = session.enable_notifications()?;
-        }
-        if notify && vring.call.is_some() {
+        self.publish(&mut session, call)?;
+        taken
+    }
+
+    /// Shows the driver what was answered, and interrupts it if it wants to be.
+    fn publish(
+        &mut self,
+        session: &mut Session<'_, Memory>,
+        call: Option<&File>,
+    ) -> Result<(), RingError> {
+        if session.publish()? && call.is_some() {
             self.counters.notifications = self.counters.notifications.saturating_add(1);
-            if let Err(e) = vring.notify_driver() {
+            if let Err(e) = signal(call) {
                 debug!("cannot signal the call eventfd: {e}");
             }
         }
-        Ok(more)
+        Ok(())
     }
 
     /// Writes are to be durable when they complete. Ask for each request after it was taken: a driver that was told that
@@ -451,15 +541,25 @@ impl Turn<'_> {
         session: &mut Session<'_, Memory>,
         buf: &mut ChainBuf,
         features: u64,
+        call: Option<&File>,
     ) -> Result<bool, RingError> {
+        let mut answered = 0_u32;
         for _ in 0..slots.jobs.len() {
             match session.pop(buf) {
                 Ok(Some(chain)) => {
+                    if self.uring.unsubmitted() >= SUBMIT {
+                        // What it fails with shows when the worker waits.
+                        let _ = self.uring.enter(0, None);
+                    }
                     self.counters.requests = self.counters.requests.saturating_add(1);
                     let head = chain.head();
                     let durable = self.durable(features);
                     if let Some(len) = self.begin(slots, session.memory(), &chain, durable) {
                         session.push_used(head, len)?;
+                        answered = answered.wrapping_add(1);
+                        if answered.is_multiple_of(ANSWERS) {
+                            self.publish(session, call)?;
+                        }
                     }
                 }
                 Ok(None) => return Ok(false),
@@ -758,7 +858,8 @@ fn failed(error: PrepareError) -> std::io::Error {
 
 /// Writes the status, and returns the length for the used ring: bytes written, with the status.
 fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
-    if mem.write_obj(status as u8, job.status).is_err() {
+    let place = Segment::new(job.status, 1);
+    if write_segments(mem, &[place], 0, &[status as u8]).is_err() {
         return 0;
     }
     let data = if status == Status::Ok { job.reply } else { 0 };

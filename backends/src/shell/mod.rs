@@ -46,4 +46,4 @@ pub use memory::MemoryError;
 pub use options::{LogFormat, Program, ShellArgs};
 pub use session::SessionError;
 pub use socket::SocketError;
-pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel};
+pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel, signal};

@@ -73,9 +73,12 @@ impl Vring {
     }
 }
 
-/// Adds 1 to an eventfd. A peer can make this block (a counter at its maximum, a full pipe); the shell
+/// Adds 1 to an eventfd, if there is one. A peer can make this block (a counter at its maximum, a full pipe); the shell
 /// then interrupts the worker by a signal when it wants the ring back.
-fn signal(fd: Option<&File>) -> io::Result<()> {
+///
+/// # Errors
+/// What the write said.
+pub fn signal(fd: Option<&File>) -> io::Result<()> {
     let Some(mut fd) = fd else { return Ok(()) };
     match fd.write(&1_u64.to_ne_bytes()) {
         Ok(_) => Ok(()),
