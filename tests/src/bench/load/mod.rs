@@ -32,6 +32,8 @@ pub use error::LoadError;
 pub use options::{Completions, LoadArgs, Shape};
 pub use report::{Latency, Report, Usage};
 
+pub(super) use options::{parse_seconds, parse_size};
+
 use front::FrontEnd;
 use lane::{Lane, Measured};
 

@@ -1,0 +1,332 @@
+//! `cargo lab bench blk`: what it is asked for, and its course.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use clap::Args;
+use serde::Serialize;
+
+use super::cells::{self, Cell};
+use super::contender::{self, Contender, Family};
+use super::load::{parse_seconds, parse_size};
+use super::measure::{Bench, Perf, Processors, Sample};
+use super::outcome::{CellOutcome, Row};
+use super::storage::Storage;
+use crate::error::{Doing, LabError, Result};
+use crate::programs;
+use crate::setup::Systems;
+
+/// What a measurement takes besides measuring: starting, connecting, warming up, ending.
+const OVERHEAD: f64 = 0.45;
+/// What counting system calls takes.
+const COUNTING: f64 = 1.4;
+
+/// Options of `cargo lab bench blk`.
+#[derive(Debug, Clone, Args)]
+pub struct BlkBench {
+    /// Only cells whose name contains this, such as `null` or `file randread 4k d32`
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
+
+    /// Few cells, few rounds: a first impression in a minute or two
+    #[arg(long)]
+    quick: bool,
+
+    /// How often each back-end is measured in each cell [default: 5, or 3 of a quick run]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    rounds: Option<u32>,
+
+    /// How long each measurement takes
+    #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = parse_seconds)]
+    seconds: f64,
+
+    /// Size of the disk that is read and written
+    #[arg(long, value_name = "SIZE", default_value = "2G", value_parser = parse_size)]
+    size: u64,
+
+    /// Directory on the disk to be measured [default: the lab's, in the user's cache]
+    #[arg(long, value_name = "DIR")]
+    dir: Option<PathBuf>,
+
+    /// Another back-end: its name and its command line, with {socket}, for real storage {path}, and if it wants {queues}
+    #[arg(long = "back-end", value_name = "NAME=COMMAND")]
+    back_ends: Vec<String>,
+
+    /// Only back-ends whose name contains this
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+
+    /// Directory with ringside-blk and ringside-load to be used in place of fresh builds
+    #[arg(long, value_name = "DIR")]
+    programs: Option<PathBuf>,
+
+    /// Write all samples as JSON
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+/// All that was measured, and where.
+#[derive(Debug, Serialize)]
+struct Outcome {
+    kernel: String,
+    processor: String,
+    seconds: f64,
+    rounds: u32,
+    cells: Vec<CellOutcome>,
+    /// What could not be measured, and why.
+    skipped: Vec<String>,
+}
+
+/// Runs the benchmark, and prints what it gives.
+///
+/// # Errors
+/// Fails if a back-end does, or nothing can be measured.
+pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
+    let programs = match &options.programs {
+        Some(directory) => directory.clone(),
+        None => {
+            eprintln!("lab: building the programs (static, release)");
+            programs::build()?
+        }
+    };
+    let scratch = tempfile::tempdir().doing(|| "make a directory for sockets".into())?;
+    let site = systems.host_site(&programs, scratch.path());
+    let contenders: Vec<Contender> = contender::all(&options.back_ends)?
+        .into_iter()
+        .filter(|contender| contains(&contender.name, options.only.as_deref()))
+        .collect();
+    let cells: Vec<Cell> = cells::all(options.quick)
+        .into_iter()
+        .filter(|cell| contains(&cell.name(), options.filter.as_deref()))
+        .collect();
+    if cells.is_empty() || contenders.is_empty() {
+        let names: Vec<String> = cells::all(false).iter().map(Cell::name).collect();
+        return Err(LabError::Setup(format!(
+            "no cell or no back-end has such a name; cells: {}",
+            names.join(", ")
+        )));
+    }
+    let mut course = Course {
+        bench: Bench {
+            site: &site,
+            processors: Processors::of_this_process()?,
+            directory: scratch.path(),
+            seconds: options.seconds,
+        },
+        rounds: options.rounds.unwrap_or(if options.quick { 3 } else { 5 }),
+        contenders,
+        perf: None,
+        skipped: Vec::new(),
+    };
+    match Perf::find(scratch.path()) {
+        Ok(perf) => course.perf = Some(perf),
+        Err(error) => course.skip(&error)?,
+    }
+    eprintln!(
+        "lab: {} cells, {} back-ends, {} rounds: about {} minutes",
+        cells.len(),
+        course.contenders.len(),
+        course.rounds,
+        (course.estimate(&cells) / 60.0).ceil()
+    );
+    let directory = options.dir.as_deref().unwrap_or(systems.path());
+    let outcomes = course.all(&cells, directory, options.size)?;
+    let outcome = Outcome {
+        kernel: first_line("/proc/sys/kernel/osrelease"),
+        processor: processor(),
+        seconds: options.seconds,
+        rounds: course.rounds,
+        cells: outcomes,
+        skipped: course.skipped,
+    };
+    println!("{}", summary(&outcome));
+    if let Some(path) = &options.json {
+        let text = serde_json::to_string_pretty(&outcome)
+            .map_err(std::io::Error::from)
+            .doing(|| format!("write {}", path.display()))?;
+        fs::write(path, text).doing(|| format!("write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// All words of the filter are in the name.
+fn contains(name: &str, filter: Option<&str>) -> bool {
+    filter.is_none_or(|filter| {
+        filter
+            .split_whitespace()
+            .all(|word| name.split_whitespace().any(|part| part.contains(word)))
+    })
+}
+
+/// A run through the cells.
+struct Course<'a> {
+    bench: Bench<'a>,
+    rounds: u32,
+    contenders: Vec<Contender>,
+    perf: Option<Perf>,
+    skipped: Vec<String>,
+}
+
+impl Course<'_> {
+    /// Says why something is not measured; other errors are passed on.
+    fn skip(&mut self, error: &LabError) -> Result<()> {
+        match error {
+            LabError::Skipped(why) => {
+                eprintln!("lab: skipped: {why}");
+                self.skipped.push(why.clone());
+                Ok(())
+            }
+            error => Err(LabError::Setup(error.to_string())),
+        }
+    }
+
+    /// How long it will take, in seconds.
+    fn estimate(&self, cells: &[Cell]) -> f64 {
+        let one = self.bench.seconds + OVERHEAD;
+        let rounds = f64::from(self.rounds);
+        let contenders = self.contenders.len() as f64;
+        let counting = if self.perf.is_some() {
+            COUNTING * contenders
+        } else {
+            0.0
+        };
+        cells.len() as f64 * (rounds * one * (contenders + 1.0) + counting)
+    }
+
+    fn all(&mut self, cells: &[Cell], directory: &Path, size: u64) -> Result<Vec<CellOutcome>> {
+        let mut outcomes = Vec::new();
+        let start = Instant::now();
+        let mut done = 0;
+        for group in cells.chunk_by(|a, b| a.storage == b.storage) {
+            let Some(first) = group.first() else { continue };
+            let prepared = Storage::prepare(first.storage, self.bench.site, directory, size);
+            done += group.len();
+            let storage = match prepared {
+                Ok(storage) => storage,
+                Err(error) => {
+                    self.skip(&error)?;
+                    continue;
+                }
+            };
+            println!("\n{}", storage.describe());
+            for (index, cell) in group.iter().enumerate() {
+                let number = done - group.len() + index + 1;
+                eprintln!(
+                    "lab: {number} of {}: {}, after {} s",
+                    cells.len(),
+                    cell.name(),
+                    start.elapsed().as_secs()
+                );
+                let outcome = self.cell(&storage, cell)?;
+                println!("{}", outcome.table());
+                outcomes.push(outcome);
+            }
+        }
+        Ok(outcomes)
+    }
+
+    /// All back-ends in one cell, in turn, between measurements of the storage itself.
+    fn cell(&self, storage: &Storage, cell: &Cell) -> Result<CellOutcome> {
+        let serving: Vec<&Contender> = self
+            .contenders
+            .iter()
+            .filter(|contender| contender.serves(storage))
+            .collect();
+        let mut raw: Vec<Sample> = Vec::new();
+        let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); serving.len()];
+        for round in 0..self.rounds {
+            raw.extend(self.bench.raw(storage, cell)?);
+            let mut order: Vec<_> = serving.iter().zip(&mut samples).collect();
+            // None always comes first.
+            let places = order.len().max(1);
+            order.rotate_left(usize::try_from(round).unwrap_or_default() % places);
+            for (contender, samples) in order {
+                samples.push(self.bench.back_end(contender, storage, cell)?);
+            }
+        }
+        raw.extend(self.bench.raw(storage, cell)?);
+        let mut rows = Vec::new();
+        for (contender, samples) in serving.into_iter().zip(samples) {
+            let mut row = Row {
+                name: contender.name.clone(),
+                family: contender.family,
+                samples,
+                system_calls: None,
+                to_raw: None,
+                to_qsd: None,
+            };
+            if let Some(perf) = &self.perf {
+                let bench = &self.bench;
+                let count = bench.system_calls(perf, contender, storage, cell, row.iops())?;
+                row.system_calls = Some(count);
+            }
+            rows.push(row);
+        }
+        Ok(CellOutcome::new(cell, raw, rows))
+    }
+}
+
+/// The ratios of all cells, one line each.
+fn summary(outcome: &Outcome) -> String {
+    let mut text = format!(
+        "{}, Linux {}\n{:<28} {:>14} {:>14} {:>16}\n",
+        outcome.processor,
+        outcome.kernel,
+        "medians",
+        "ringside/raw",
+        "qsd best/raw",
+        "ringside/qsd best"
+    );
+    for cell in &outcome.cells {
+        let ours = cell.rows.iter().find(|row| row.family == Family::Ringside);
+        let number = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        text.push_str(&format!(
+            "{:<28} {:>14} {:>14} {:>16}\n",
+            cell.name,
+            number(ours.and_then(|row| Some(row.to_raw?.median))),
+            number(
+                cell.best(Family::Qemu)
+                    .and_then(|row| Some(row.to_raw?.median))
+            ),
+            number(ours.and_then(|row| Some(row.to_qsd?.median))),
+        ));
+    }
+    for why in &outcome.skipped {
+        text.push_str(&format!("skipped: {why}\n"));
+    }
+    text
+}
+
+fn first_line(path: &str) -> String {
+    let text = fs::read_to_string(path).unwrap_or_default();
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// Model and number of the processors.
+fn processor() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let model = text
+        .lines()
+        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
+        .map_or("unknown processor", |(_, model)| model);
+    let count = text
+        .lines()
+        .filter(|line| line.starts_with("processor"))
+        .count();
+    format!("{count} × {model}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn filters_are_words() {
+        let name = "file randread 4k d32";
+        assert!(contains(name, None));
+        assert!(contains(name, Some("file d32")));
+        assert!(contains(name, Some("rand")));
+        assert!(!contains(name, Some("file d1 null")));
+    }
+}
