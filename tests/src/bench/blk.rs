@@ -9,9 +9,12 @@ use serde::Serialize;
 
 use super::cells::{self, Cell};
 use super::contender::{self, Contender, Family};
+use super::idle::{self, Idle};
+use super::instructions::{self, Instructions};
 use super::load::{parse_seconds, parse_size};
 use super::measure::{Bench, Perf, Processors, Sample};
 use super::outcome::{CellOutcome, Row};
+use super::picture;
 use super::storage::Storage;
 use crate::error::{Doing, LabError, Result};
 use crate::programs;
@@ -61,9 +64,21 @@ pub struct BlkBench {
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
 
+    /// Only count the instructions of ringside-blk for a request, under valgrind
+    #[arg(long, conflicts_with_all = ["quick", "filter", "json", "svg"])]
+    instructions: bool,
+
     /// Write all samples as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+
+    /// Draw the ratios into an SVG file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
+
+    /// Keep sockets and logs
+    #[arg(long)]
+    keep: bool,
 }
 
 /// All that was measured, and where.
@@ -74,8 +89,20 @@ struct Outcome {
     seconds: f64,
     rounds: u32,
     cells: Vec<CellOutcome>,
+    idle: Vec<Idle>,
+    instructions: Option<Instructions>,
     /// What could not be measured, and why.
     skipped: Vec<String>,
+}
+
+impl Outcome {
+    /// Where it was measured, in words.
+    fn machine(&self) -> String {
+        format!(
+            "{}, Linux {}; medians of {} rounds of {} s",
+            self.processor, self.kernel, self.rounds, self.seconds
+        )
+    }
 }
 
 /// Runs the benchmark, and prints what it gives.
@@ -90,8 +117,16 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
             programs::build()?
         }
     };
-    let scratch = tempfile::tempdir().doing(|| "make a directory for sockets".into())?;
+    let mut scratch = tempfile::tempdir().doing(|| "make a directory for sockets".into())?;
+    if options.keep {
+        scratch.disable_cleanup(true);
+        eprintln!("lab: sockets and logs stay in {}", scratch.path().display());
+    }
     let site = systems.host_site(&programs, scratch.path());
+    if options.instructions {
+        println!("{}", instructions::count(&site, scratch.path())?);
+        return Ok(());
+    }
     let contenders: Vec<Contender> = contender::all(&options.back_ends)?
         .into_iter()
         .filter(|contender| contains(&contender.name, options.only.as_deref()))
@@ -132,12 +167,25 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
     );
     let directory = options.dir.as_deref().unwrap_or(systems.path());
     let outcomes = course.all(&cells, directory, options.size)?;
+    let idle = course.idle()?;
+    let instructions = match instructions::count(&site, scratch.path()) {
+        Ok(instructions) => {
+            println!("{instructions}");
+            Some(instructions)
+        }
+        Err(error) => {
+            course.skip(&error)?;
+            None
+        }
+    };
     let outcome = Outcome {
         kernel: first_line("/proc/sys/kernel/osrelease"),
         processor: processor(),
         seconds: options.seconds,
         rounds: course.rounds,
         cells: outcomes,
+        idle,
+        instructions,
         skipped: course.skipped,
     };
     println!("{}", summary(&outcome));
@@ -146,6 +194,10 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
             .map_err(std::io::Error::from)
             .doing(|| format!("write {}", path.display()))?;
         fs::write(path, text).doing(|| format!("write {}", path.display()))?;
+    }
+    if let Some(path) = &options.svg {
+        let picture = picture::draw(&outcome.cells, &outcome.machine());
+        fs::write(path, picture).doing(|| format!("write {}", path.display()))?;
     }
     Ok(())
 }
@@ -192,6 +244,21 @@ impl Course<'_> {
             0.0
         };
         cells.len() as f64 * (rounds * one * (contenders + 1.0) + counting)
+    }
+
+    /// What each costs that has nothing to do: ours and QEMU's as they come.
+    fn idle(&self) -> Result<Vec<Idle>> {
+        let mut seen = Vec::new();
+        let mut found = Vec::new();
+        for contender in &self.contenders {
+            if contender.family != Family::Other && !seen.contains(&contender.family) {
+                seen.push(contender.family);
+                let idle = idle::watch(&self.bench, contender)?;
+                println!("{idle}");
+                found.push(idle);
+            }
+        }
+        Ok(found)
     }
 
     fn all(&mut self, cells: &[Cell], directory: &Path, size: u64) -> Result<Vec<CellOutcome>> {
@@ -270,10 +337,9 @@ impl Course<'_> {
 /// The ratios of all cells, one line each.
 fn summary(outcome: &Outcome) -> String {
     let mut text = format!(
-        "{}, Linux {}\n{:<28} {:>14} {:>14} {:>16}\n",
-        outcome.processor,
-        outcome.kernel,
-        "medians",
+        "{}\n{:<28} {:>14} {:>14} {:>16}\n",
+        outcome.machine(),
+        "",
         "ringside/raw",
         "qsd best/raw",
         "ringside/qsd best"

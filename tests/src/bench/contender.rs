@@ -48,7 +48,7 @@ enum Settings {
     Line(String),
 }
 
-/// Busy waiting without a limit worth the name, as SPDK's reactor does it.
+/// Busy waiting for a millisecond, whatever it costs.
 const BUSY: &[&str] = &[
     "--poll",
     "10000",
@@ -87,12 +87,21 @@ pub(super) fn all(others: &[String]) -> Result<Vec<Contender>> {
                 "--back-end {name}: the command line must have {{socket}}"
             )));
         }
-        all.push(contender(name, Family::Other, Settings::Line(line.into())));
+        all.push(Contender::line(name, line.into()));
     }
     Ok(all)
 }
 
 impl Contender {
+    /// A back-end that is started by a command line, with {socket} and, for real storage, {path}.
+    pub(super) fn line(name: &str, line: String) -> Self {
+        Self {
+            name: name.into(),
+            family: Family::Other,
+            settings: Settings::Line(line),
+        }
+    }
+
     /// Whether it can serve this storage: a command line without {path} has no data, and one with it has some.
     pub(super) fn serves(&self, storage: &Storage) -> bool {
         match &self.settings {
@@ -249,6 +258,12 @@ impl Process {
     pub(super) fn text(&self) -> String {
         let text = fs::read(&self.log).unwrap_or_default();
         last_lines(&String::from_utf8_lossy(&text), 20).join("\n")
+    }
+
+    /// Ends it, and gives what it wrote.
+    pub(super) fn end(mut self) -> String {
+        end_tree(&mut self.child, GRACE);
+        self.text()
     }
 }
 

@@ -9,16 +9,22 @@
 //!              │
 //!           measure      one back-end, one load (ringside-load), one sample; fio on the storage itself
 //!              │
-//!           outcome      medians and ratios: table, JSON, picture
+//!           outcome ──── picture
+//!                        medians and ratios: table, JSON, SVG
 //! ```
+//!
+//! Beside that: what an idle back-end costs (`idle`), and the instructions of a request (`instructions`).
 
 mod blk;
 mod cells;
 mod contender;
+mod idle;
 mod measure;
 mod outcome;
+mod picture;
 mod storage;
 
+pub mod instructions;
 pub mod load;
 
 pub use blk::{BlkBench, run};

@@ -14,6 +14,8 @@ use crate::site::Site;
 
 /// How long writing and reading a whole file may take on a slow disk.
 const PREPARE_LIMIT: Duration = Duration::from_secs(900);
+/// How long losetup may take.
+const LOSETUP_LIMIT: Duration = Duration::from_secs(60);
 /// Space that is left to others.
 const SPARE: u64 = 512 << 20;
 
@@ -51,24 +53,47 @@ pub(super) struct Storage {
     pub(super) size: u64,
     /// O_DIRECT works.
     pub(super) direct: bool,
-    /// A loop device to detach.
-    device: Option<PathBuf>,
+    // Dropped in this order: the device before its file.
+    _device: Option<LoopDevice>,
     _directory: Option<tempfile::TempDir>,
 }
 
-impl Drop for Storage {
+/// A loop device; it is detached when dropped.
+#[derive(Debug)]
+struct LoopDevice(PathBuf);
+
+impl LoopDevice {
+    fn on(file: &Path) -> Result<Self> {
+        let mut losetup = Command::new("losetup");
+        losetup.args(["--find", "--show", "--direct-io=on"]);
+        let device = command::run(losetup.arg(file), LOSETUP_LIMIT)?;
+        Ok(Self(device.trim().into()))
+    }
+}
+
+impl Drop for LoopDevice {
     fn drop(&mut self) {
-        if let Some(device) = &self.device {
-            let mut losetup = Command::new("losetup");
-            losetup.arg("--detach").arg(device);
-            if let Err(error) = command::run(&mut losetup, Duration::from_secs(60)) {
-                eprintln!("lab: {} stays: {error}", device.display());
-            }
+        let mut losetup = Command::new("losetup");
+        losetup.arg("--detach").arg(&self.0);
+        if let Err(error) = command::run(&mut losetup, LOSETUP_LIMIT) {
+            eprintln!("lab: {} stays: {error}", self.0.display());
         }
     }
 }
 
 impl Storage {
+    /// No storage: requests without data.
+    pub(super) fn null() -> Self {
+        Self {
+            kind: Kind::Null,
+            path: None,
+            size: 1 << 30,
+            direct: true,
+            _device: None,
+            _directory: None,
+        }
+    }
+
     /// Makes storage of this kind and size ready; on the disk in `directory`.
     ///
     /// # Errors
@@ -76,11 +101,8 @@ impl Storage {
     pub(super) fn prepare(kind: Kind, site: &Site, directory: &Path, size: u64) -> Result<Self> {
         let mut storage = Self {
             kind,
-            path: None,
             size,
-            direct: true,
-            device: None,
-            _directory: None,
+            ..Self::null()
         };
         let parent = match kind {
             Kind::Null => return Ok(storage),
@@ -121,14 +143,9 @@ impl Storage {
         }
         storage.path = Some(file.clone());
         if kind == Kind::Loop {
-            let mut losetup = Command::new("losetup");
-            losetup.args(["--find", "--show", "--direct-io=on"]);
-            losetup.arg(&file);
-            let device = command::run(&mut losetup, Duration::from_secs(60))
-                .map_err(|error| skipped(error.to_string()))?;
-            let device = PathBuf::from(device.trim());
-            storage.device = Some(device.clone());
-            storage.path = Some(device);
+            let device = LoopDevice::on(&file).map_err(|error| skipped(error.to_string()))?;
+            storage.path = Some(device.0.clone());
+            storage._device = Some(device);
         }
         Ok(storage)
     }

@@ -78,7 +78,7 @@ pub struct Report {
 
 impl Usage {
     /// What the process has used up to now, all its threads together.
-    pub(super) fn of(pid: u32) -> Result<Self, LoadError> {
+    pub(in crate::bench) fn of(pid: u32) -> Result<Self, LoadError> {
         let failed = |source| LoadError::Watch { pid, source };
         let mut usage = Self {
             cpu: 0,
@@ -107,7 +107,7 @@ impl Usage {
     }
 
     /// What it has used since then.
-    pub(super) fn since(self, before: Self) -> Self {
+    pub(in crate::bench) fn since(self, before: Self) -> Self {
         Self {
             cpu: self.cpu.saturating_sub(before.cpu),
             voluntary: self.voluntary.saturating_sub(before.voluntary),
