@@ -10,7 +10,7 @@
 //!                  │ ───── demo
 //!                harness             back-ends, guests, networks, counters: what tests are written with
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod app;
 pub mod bench;

@@ -13,6 +13,7 @@ use super::idle::{self, Idle};
 use super::instructions::{self, Instructions};
 use super::load::{parse_seconds, parse_size};
 use super::measure::{Bench, Perf, Processors, Sample};
+use super::others::{self, Other};
 use super::outcome::{CellOutcome, Row};
 use super::picture;
 use super::storage::Storage;
@@ -23,7 +24,7 @@ use crate::setup::Systems;
 /// What a measurement takes besides measuring: starting, connecting, warming up, ending.
 const OVERHEAD: f64 = 0.45;
 /// What counting system calls takes.
-const COUNTING: f64 = 1.4;
+const COUNTING: f64 = 1.1;
 
 /// Options of `cargo lab bench blk`.
 #[derive(Debug, Clone, Args)]
@@ -89,6 +90,7 @@ struct Outcome {
     seconds: f64,
     rounds: u32,
     cells: Vec<CellOutcome>,
+    others: Vec<Other>,
     idle: Vec<Idle>,
     instructions: Option<Instructions>,
     /// What could not be measured, and why.
@@ -167,6 +169,11 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
     );
     let directory = options.dir.as_deref().unwrap_or(systems.path());
     let outcomes = course.all(&cells, directory, options.size)?;
+    let others = if options.filter.is_none() {
+        course.others(directory)?
+    } else {
+        Vec::new()
+    };
     let idle = course.idle()?;
     let instructions = match instructions::count(&site, scratch.path()) {
         Ok(instructions) => {
@@ -184,6 +191,7 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
         seconds: options.seconds,
         rounds: course.rounds,
         cells: outcomes,
+        others,
         idle,
         instructions,
         skipped: course.skipped,
@@ -244,6 +252,18 @@ impl Course<'_> {
             0.0
         };
         cells.len() as f64 * (rounds * one * (contenders + 1.0) + counting)
+    }
+
+    /// Front-ends of others.
+    fn others(&mut self, directory: &Path) -> Result<Vec<Other>> {
+        println!("\nFront-ends of others, null randread 4k, requests/s:");
+        let found = others::measure(&self.bench, &self.contenders, self.rounds)?;
+        match others::checked_disk(&self.bench, directory) {
+            Ok(disk) => println!("{}", others::check(&self.bench, &self.contenders, &disk)?),
+            Err(error) => self.skip(&error)?,
+        }
+        println!("{}\n", others::fio_engine(&self.bench)?);
+        Ok(found)
     }
 
     /// What each costs that has nothing to do: ours and QEMU's as they come.

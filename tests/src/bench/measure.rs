@@ -24,9 +24,9 @@ const LOAD_LIMIT: Duration = Duration::from_secs(60);
 /// Load before measuring, in seconds.
 const WARM_UP: f64 = 0.15;
 /// How long system calls are counted, in seconds.
-const COUNTED: f64 = 0.4;
+const COUNTED: f64 = 0.3;
 /// Until perf has attached.
-const PERF_START: Duration = Duration::from_millis(400);
+const PERF_START: Duration = Duration::from_millis(300);
 
 /// What one measurement gave.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -109,6 +109,27 @@ impl Bench<'_> {
         }
     }
 
+    /// Does something on the processors of the front-end.
+    pub(super) fn on_front<T>(&self, queues: u16, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        match self.processors.split(queues) {
+            Some((front, _)) => self.processors.on(front, work),
+            None => work(),
+        }
+    }
+
+    /// Loads a back-end for the usual time.
+    pub(super) fn report(
+        &self,
+        process: &Process,
+        cell: &Cell,
+        options: &[&str],
+    ) -> Result<Report> {
+        let mut load = self.load(process, cell);
+        load.arg("--seconds").arg(self.seconds.to_string());
+        load.arg("--warm-up").arg(WARM_UP.to_string());
+        run_load(load.args(options), process)
+    }
+
     fn load(&self, process: &Process, cell: &Cell) -> Command {
         let mut load = self.site.program("ringside-load");
         load.arg("--socket-path").arg(&process.socket);
@@ -139,10 +160,7 @@ impl Bench<'_> {
         cell: &Cell,
     ) -> Result<Sample> {
         let process = self.start(contender, storage, cell.queues)?;
-        let mut load = self.load(&process, cell);
-        load.arg("--seconds").arg(self.seconds.to_string());
-        load.arg("--warm-up").arg(WARM_UP.to_string());
-        let report = run_load(&mut load, &process)?;
+        let report = self.report(&process, cell, &[])?;
         let each = |count: u64| count as f64 / report.requests.max(1) as f64;
         Ok(Sample {
             iops: report.iops,

@@ -13,13 +13,14 @@
 //!                        medians and ratios: table, JSON, SVG
 //! ```
 //!
-//! Beside that: what an idle back-end costs (`idle`), and the instructions of a request (`instructions`).
+//! Beside that: other people's front-ends (`others`), what an idle back-end costs (`idle`), and the instructions of a request (`instructions`).
 
 mod blk;
 mod cells;
 mod contender;
 mod idle;
 mod measure;
+mod others;
 mod outcome;
 mod picture;
 mod storage;

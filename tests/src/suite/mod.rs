@@ -1,6 +1,7 @@
 //! The end-to-end tests, and what runs them: each in a process of its own, in its own process, mount and network namespaces, so
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
+mod bench;
 mod blk;
 mod boot;
 mod net;
@@ -40,10 +41,16 @@ pub struct Test {
 
 /// All tests, in the order they run.
 fn tests() -> impl Iterator<Item = &'static Test> {
-    [boot::TESTS, blk::TESTS, net::TESTS, others::TESTS]
-        .into_iter()
-        .flatten()
-        .chain(vfio::tests())
+    [
+        boot::TESTS,
+        blk::TESTS,
+        bench::TESTS,
+        net::TESTS,
+        others::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .chain(vfio::tests())
 }
 
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.

@@ -16,7 +16,9 @@ use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
 
+use super::Job;
 use super::error::LoadError;
+use super::lane::Lane;
 use super::options::LoadArgs;
 
 /// VIRTIO_F_INDIRECT_DESC (VIRTIO 1.3, 6)
@@ -26,11 +28,11 @@ pub(super) const EVENT_IDX: u64 = 1 << 29;
 /// VHOST_USER_F_PROTOCOL_FEATURES (vhost-user, "Feature negotiation")
 const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_VERSION_1 (VIRTIO 1.3, 6)
-const VERSION_1: u64 = 1 << 32;
+pub(super) const VERSION_1: u64 = 1 << 32;
 /// VIRTIO_BLK_F_FLUSH (VIRTIO 1.3, 5.2.3): without it, each write has to be durable
-const FLUSH: u64 = 1 << 9;
+pub(super) const FLUSH: u64 = 1 << 9;
 /// VIRTIO_BLK_F_MQ (VIRTIO 1.3, 5.2.3)
-const MQ: u64 = 1 << 12;
+pub(super) const MQ: u64 = 1 << 12;
 
 /// Bytes of the configuration space that are read: those up to `num_queues` (VIRTIO 1.3, 5.2.4).
 const CONFIG_LEN: u32 = 36;
@@ -192,6 +194,29 @@ impl FrontEnd {
         })
     }
 
+    /// The load of each queue.
+    pub(super) fn jobs<'a>(&'a mut self, args: &'a LoadArgs) -> Result<Vec<Job<'a>>, LoadError> {
+        let ranges = args.ranges(self.capacity)?;
+        let memory = &self.memory;
+        let job = |(index, (queue, range)): (usize, (&'a mut Queue, _))| -> Job<'a> {
+            Box::new(move |phase, ready| {
+                let lane = args
+                    .pin(index)
+                    .and_then(|()| Lane::new(args, index, memory, queue, range));
+                // The others wait for this one, whatever became of it.
+                ready.wait();
+                lane?.run(phase)
+            })
+        };
+        Ok(self
+            .queues
+            .iter_mut()
+            .zip(ranges)
+            .enumerate()
+            .map(job)
+            .collect())
+    }
+
     /// Takes the rings back, which the back-end may have used up to now, and leaves.
     pub(super) fn leave(self) {
         for index in 0..self.queues.len() {
@@ -293,7 +318,7 @@ pub(super) fn data_offset(slot: u16, block: u32) -> u64 {
 }
 
 /// Memory that both sides map: one region from guest-physical address 0 on.
-fn guest_memory(size: u64, huge: bool) -> Result<(File, GuestMemoryMmap), LoadError> {
+pub(super) fn guest_memory(size: u64, huge: bool) -> Result<(File, GuestMemoryMmap), LoadError> {
     let failed = |source: io::Error| LoadError::Memory { size, source };
     let mut flags = MFdFlags::MFD_CLOEXEC;
     if huge {

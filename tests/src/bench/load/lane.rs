@@ -30,13 +30,9 @@ const STATUS: usize = 32;
 /// Sector size of request headers (VIRTIO 1.3, 5.2.6).
 const SECTOR: u64 = 512;
 /// How long no request may complete.
-const PATIENCE: Duration = Duration::from_secs(20);
-/// Of deep queues, one request in so many is timed: reading the clock costs as much as the rest.
-const SAMPLE: u32 = 16;
-/// Up to this depth each request is timed.
-const SHALLOW: u16 = 8;
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 /// How often a polling lane looks in vain between looks at the clock.
-const SPINS: u32 = 1 << 16;
+pub(super) const SPINS: u32 = 1 << 16;
 /// Digits of latencies that are kept.
 const DIGITS: u8 = 3;
 
@@ -68,7 +64,7 @@ pub(super) struct Measured {
 }
 
 impl Measured {
-    fn new() -> Result<Self, LoadError> {
+    pub(super) fn new() -> Result<Self, LoadError> {
         Ok(Self {
             requests: 0,
             elapsed: Duration::ZERO,
@@ -117,11 +113,6 @@ impl<'m> Lane<'m> {
         let slots = (0..args.depth)
             .map(|slot| place(memory, queue, slot, block))
             .collect::<Result<Vec<_>, _>>()?;
-        // What does not divide evenly is the first lane's.
-        let left = args.count.map(|count| {
-            let queues = u64::from(args.queues);
-            count / queues + if index == 0 { count % queues } else { 0 }
-        });
         Ok(Self {
             ring: &mut queue.ring,
             kick: &queue.kick,
@@ -133,8 +124,8 @@ impl<'m> Lane<'m> {
             block,
             slots,
             pattern: Pattern::new(args, range)?,
-            left,
-            sample: if args.depth <= SHALLOW { 1 } else { SAMPLE },
+            left: args.share(index),
+            sample: args.sample(),
         })
     }
 

@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! options ── front     connection, guest memory, rings
-//!    │         │
+//!    │         │          (foreign: the same by the crate `virtio-driver`)
 //!    └──── pattern     which request comes next; what a block must hold (verification)
 //!              │
 //!            lane      one queue in a thread: add, publish, kick, wait, collect
@@ -14,6 +14,7 @@
 //! ```
 
 mod error;
+mod foreign;
 mod front;
 mod lane;
 mod options;
@@ -29,13 +30,14 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 
 pub use error::LoadError;
-pub use options::{Completions, LoadArgs, Shape};
+pub use options::{Completions, Driver, LoadArgs, Shape};
 pub use report::{Latency, Report, Usage};
 
 pub(super) use options::{parse_seconds, parse_size};
 
+use foreign::Foreign;
 use front::FrontEnd;
-use lane::{Lane, Measured};
+use lane::Measured;
 
 /// `ringside-load`: puts a vhost-user block back-end under load, and measures it.
 #[derive(Debug, Parser)]
@@ -77,53 +79,46 @@ impl Phase {
     }
 }
 
+/// One queue under load: what its thread does once all are ready.
+type Job<'a> = Box<dyn FnOnce(&Phase, &Barrier) -> Result<Measured, LoadError> + Send + 'a>;
+
 /// Connects, loads, measures and prints.
 fn run(args: &LoadArgs) -> Result<(), LoadError> {
     args.check()?;
-    let mut front = FrontEnd::connect(args)?;
-    let report = measure(args, &mut front)?;
-    report.print(args.json)?;
-    // Connected, with nothing to do: what an idle back-end costs shows now.
-    thread::sleep(args.linger());
-    front.leave();
+    match args.front_end {
+        Driver::Ringside => {
+            let mut front = FrontEnd::connect(args)?;
+            measure(args, front.features, front.jobs(args)?)?;
+            front.leave();
+        }
+        Driver::VirtioDriver => {
+            let mut front = Foreign::connect(args)?;
+            let features = front.features();
+            measure(args, features, front.jobs(args)?)?;
+        }
+    }
     Ok(())
 }
 
-fn measure(args: &LoadArgs, front: &mut FrontEnd) -> Result<Report, LoadError> {
-    let ranges = args.ranges(front.capacity)?;
+/// Runs the jobs and prints what they measured; then stays as long as it is to.
+fn measure(args: &LoadArgs, features: u64, jobs: Vec<Job<'_>>) -> Result<(), LoadError> {
     let phase = Phase(AtomicU8::new(if args.count.is_some() {
         Phase::MEASURE
     } else {
         Phase::WARM_UP
     }));
-    let FrontEnd {
-        memory,
-        queues,
-        features,
-        ..
-    } = front;
-    let memory = &*memory;
-    let ready = Barrier::new(queues.len().saturating_add(1));
+    let ready = Barrier::new(jobs.len().saturating_add(1));
     let (lanes, usage, elapsed) = thread::scope(|scope| {
-        let threads: Vec<_> = (0..)
-            .zip(queues.iter_mut().zip(ranges))
-            .map(|(index, (queue, range))| {
-                let (phase, ready) = (&phase, &ready);
-                scope.spawn(move || -> Result<Measured, LoadError> {
-                    let lane = args
-                        .pin(index)
-                        .and_then(|()| Lane::new(args, index, memory, queue, range));
-                    // The others wait for this lane, whatever became of it.
-                    ready.wait();
-                    lane?.run(phase)
-                })
-            })
+        let (phase, ready) = (&phase, &ready);
+        let threads: Vec<_> = jobs
+            .into_iter()
+            .map(|job| scope.spawn(move || job(phase, ready)))
             .collect();
         ready.wait();
         if args.count.is_none() {
             thread::sleep(args.warm_up());
         }
-        let before = args.watch.map(Usage::of).transpose()?;
+        let before = args.watch.map(Usage::of).transpose();
         let start = Instant::now();
         phase.set(Phase::MEASURE);
         if args.count.is_none() {
@@ -139,15 +134,19 @@ fn measure(args: &LoadArgs, front: &mut FrontEnd) -> Result<Report, LoadError> {
         }
         let elapsed = start.elapsed();
         let after = args.watch.map(Usage::of).transpose();
+        // Whatever failed, the lanes end.
         phase.set(Phase::END);
         let mut lanes = Vec::new();
         for thread in threads {
             lanes.push(thread.join().map_err(|_| LoadError::Lane)??);
         }
-        let usage = before
+        let usage = before?
             .zip(after?)
             .map(|(before, after)| after.since(before));
         Ok::<_, LoadError>((lanes, usage, elapsed))
     })?;
-    Ok(Report::new(args, *features, &lanes, usage, elapsed))
+    Report::new(args, features, &lanes, usage, elapsed).print(args.json)?;
+    // Connected, with nothing to do: what an idle back-end costs shows now.
+    thread::sleep(args.linger());
+    Ok(())
 }

@@ -27,6 +27,11 @@ Writing shapes overwrite the disk.
 
 Exit status: 0 all requests succeeded, 1 something failed, 2 wrong usage.";
 
+/// Up to this depth each request is timed.
+const SHALLOW: u16 = 8;
+/// Beyond it, one of so many.
+const SAMPLE: u32 = 16;
+
 /// Where requests go and what they do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Shape {
@@ -65,12 +70,25 @@ pub enum Completions {
     Polling,
 }
 
+/// Whose driver puts the requests into the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Driver {
+    /// That of this project's rings
+    Ringside,
+    /// The crate virtio-driver, which libblkio is built on; no verification
+    VirtioDriver,
+}
+
 /// Options of the load.
 #[derive(Debug, Clone, Args)]
 pub struct LoadArgs {
     /// Unix socket that the back-end listens on
     #[arg(long, value_name = "PATH")]
     pub socket_path: PathBuf,
+
+    /// Whose driver to use
+    #[arg(long, value_enum, default_value = "ringside")]
+    pub front_end: Driver,
 
     /// What the requests do
     #[arg(long, value_enum, default_value = "randread")]
@@ -171,6 +189,9 @@ impl LoadArgs {
         if !self.start.is_multiple_of(512) {
             return refuse(format!("--start {} is not a multiple of 512", self.start));
         }
+        if self.front_end == Driver::VirtioDriver && (self.verify || self.huge_pages) {
+            return refuse("--front-end virtio-driver has no --verify and no --huge-pages".into());
+        }
         if self.verify && matches!(self.shape, Shape::Read | Shape::Randread) {
             return refuse(
                 "--verify compares with what was written: give --shape randrw, write or randwrite"
@@ -243,6 +264,19 @@ impl LoadArgs {
     /// How long to stay afterwards.
     pub(super) fn linger(&self) -> Duration {
         Duration::from_secs_f64(self.linger)
+    }
+
+    /// How many of the requests are for this queue to do, where they are counted.
+    pub(super) fn share(&self, index: usize) -> Option<u64> {
+        let queues = u64::from(self.queues);
+        // What does not divide evenly is the first one's.
+        self.count
+            .map(|count| count / queues + if index == 0 { count % queues } else { 0 })
+    }
+
+    /// Of so many requests one is timed: reading the clock costs as much as all the rest of one.
+    pub(super) fn sample(&self) -> u32 {
+        if self.depth <= SHALLOW { 1 } else { SAMPLE }
     }
 
     /// Entries of a virtqueue in which a chain takes so many.
