@@ -82,12 +82,12 @@ impl Panel<'_> {
         let bottom = top + count * CELL_HEIGHT;
         let mut mark = 0.0;
         while mark <= full + step / 2.0 {
-            let colour = if mark == 1.0 { "#444" } else { "#ddd" };
             let at = x(mark);
-            line(body, (at, top), (at, bottom), colour);
+            line(body, (at, top), (at, bottom), "#ddd");
             text(body, at, top - 4.0, "middle", &format!("{mark}"));
             mark += step;
         }
+        line(body, (x(1.0), top), (x(1.0), bottom), "#444");
         for (index, cell) in (0_u32..).zip(&self.cells) {
             let at = top + f64::from(index) * CELL_HEIGHT + 4.0;
             text(
