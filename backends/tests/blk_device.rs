@@ -159,8 +159,11 @@ fn reads_and_writes_what_the_image_holds() {
             without: frontend::PROTOCOL_FEATURES,
             ..Setup::default()
         },
-    ] {
-        let mut m = Machine::new(&[], setup);
+    ]
+    .into_iter()
+    .flat_map(Setup::formats)
+    {
+        let mut m = Machine::new(&["--in-order", "on"], setup);
         let before = m.disk();
         let (status, used, data) = m.request(IN, 3, &[], 8192);
         assert_eq!((status, used), (OK, 8193));
@@ -632,34 +635,86 @@ fn a_full_queue_completes_with_fewer_interrupts_than_requests() {
 
 #[test]
 fn get_vring_base_drains_and_the_ring_goes_on_from_there() {
-    let mut m = Machine::plain();
-    let memory = m.front.guest.memory.clone();
-    let head = m.front.guest.alloc(16, 16);
-    memory.write_slice(&header(IN, 0), head).unwrap();
-    let out = m.front.guest.alloc(65537, 4096);
-    let mut base = 0_u16;
-    for round in 0..50 {
-        let count = 1 + round % 30;
-        for token in 0..count {
-            let writable = [Segment::new(out, 65537)];
-            let queue = &mut m.front.queues[0];
-            queue.submit(&m.front.guest, &[Segment::new(head, 16)], &writable, token);
+    for setup in Setup::default().formats() {
+        let mut m = Machine::new(&["--in-order", "on"], setup);
+        let memory = m.front.guest.memory.clone();
+        let head = m.front.guest.alloc(16, 16);
+        memory.write_slice(&header(IN, 0), head).unwrap();
+        let out = m.front.guest.alloc(65537, 4096);
+        let mut place = m.front.fresh();
+        for round in 0..50 {
+            let count = 1 + round % 30;
+            for token in 0..count {
+                let writable = [Segment::new(out, 65537)];
+                let queue = &mut m.front.queues[0];
+                queue.submit(&m.front.guest, &[Segment::new(head, 16)], &writable, token);
+            }
+            let stopped = m.front.messages.get_vring_base(0).unwrap();
+            // What was taken is finished, and nothing else.
+            let mut session = m.front.queues[0].ring.session(&memory).unwrap();
+            let mut done = 0;
+            while session.poll_used().unwrap().is_some() {
+                done += 1;
+            }
+            place = moved(place, done, setup);
+            assert_eq!(stopped, place);
+            m.front.start(0, stopped);
+            for _ in u64::from(done)..count {
+                assert_eq!(m.front.complete(0).1, 65537);
+            }
+            place = moved(place, count as u16 - done, setup);
         }
-        let stopped = m.front.messages.get_vring_base(0).unwrap() as u16;
-        // What was taken is finished, and nothing else.
-        let mut session = m.front.queues[0].ring.session(&memory).unwrap();
-        let mut done = 0;
-        while session.poll_used().unwrap().is_some() {
-            done += 1;
-        }
-        assert_eq!(stopped.wrapping_sub(base), done);
-        m.front.start(0, stopped);
-        for _ in u64::from(done)..count {
-            assert_eq!(m.front.complete(0).1, 65537);
-        }
-        base = base.wrapping_add(count as u16);
+        m.daemon.stop();
     }
+}
+
+/// The base of a ring that is `chains` requests of two descriptors further.
+fn moved(base: u32, chains: u16, setup: Setup) -> u32 {
+    if !setup.packed {
+        return u32::from((base as u16).wrapping_add(chains));
+    }
+    // The used half is the same: nothing is in flight.
+    let (mut at, mut wrap) = (base as u16 & 0x7fff, base & 0x8000);
+    at += 2 * chains;
+    if at >= setup.size {
+        (at, wrap) = (at - setup.size, wrap ^ 0x8000);
+    }
+    (u32::from(at) | wrap) * 0x1_0001
+}
+
+/// A front-end that knows of half the base of a packed queue, the available one.
+#[test]
+fn half_a_base_is_enough() {
+    let setup = Setup {
+        packed: true,
+        ..Setup::default()
+    };
+    let mut m = Machine::new(&[], setup);
+    for _ in 0..100 {
+        assert_eq!(m.status(IN, 7, &[], 512), OK);
+        let base = m.front.messages.get_vring_base(0).unwrap();
+        m.front.start(0, base & 0xffff);
+    }
+    m.front.messages.get_vring_base(0).unwrap();
     m.daemon.stop();
+}
+
+#[test]
+fn what_is_not_to_be_offered_is_not() {
+    for (args, offered) in [
+        (&[] as &[&str], frontend::RING_PACKED),
+        (&["--packed", "off"], 0),
+        (
+            &["--in-order", "on"],
+            frontend::RING_PACKED | frontend::IN_ORDER,
+        ),
+    ] {
+        let m = Machine::new(args, Setup::default());
+        let features = m.front.messages.get_features().unwrap();
+        let both = frontend::RING_PACKED | frontend::IN_ORDER;
+        assert_eq!(features & both, offered, "{args:?}");
+        m.daemon.stop();
+    }
 }
 
 #[test]
@@ -688,27 +743,41 @@ fn a_driver_that_breaks_its_ring_stops_that_ring_only() {
         queues: 2,
         ..Setup::default()
     };
-    let mut m = Machine::new(&["--queues", "2"], setup);
-    assert_eq!(request(&mut m.front, 0, IN, 0, &[], 512).0, OK);
-    let avail = m.front.queues[0].ring.layout().avail_ring();
-    let memory = m.front.guest.memory.clone();
-    memory
-        .write_obj(0x7fff_u16, GuestAddress(avail.0 + 2))
-        .unwrap();
-    m.front.queues[0].kick.write(1).unwrap();
-    assert!(m.front.queues[0].failed());
-    assert_eq!(request(&mut m.front, 1, IN, 5, &[], 512).0, OK);
-    m.daemon.assert_idle();
-    assert!(
-        m.daemon.log().contains("queue stopped"),
-        "{}",
-        m.daemon.log()
-    );
-    // A new front-end finds everything in order.
-    drop(m.front);
-    m.front = FrontEnd::new(&m.daemon.socket(), Setup::default());
-    assert_eq!(request(&mut m.front, 0, IN, 5, &[], 512).0, OK);
-    m.daemon.stop();
+    for setup in setup.formats() {
+        let mut m = Machine::new(&["--queues", "2", "--in-order", "on"], setup);
+        assert_eq!(request(&mut m.front, 0, IN, 0, &[], 512).0, OK);
+        let layout = *m.front.queues[0].ring.layout();
+        let memory = m.front.guest.memory.clone();
+        if setup.packed {
+            // All descriptors available, each continued in the next. The request before had two.
+            for index in 0..u64::from(setup.size) {
+                let flags = if index < 2 {
+                    1_u16 << 15 | 1
+                } else {
+                    1 << 7 | 1
+                };
+                let at = layout.desc_table().0 + 16 * index + 14;
+                memory.write_obj(flags, GuestAddress(at)).unwrap();
+            }
+        } else {
+            let idx = GuestAddress(layout.avail_ring().0 + 2);
+            memory.write_obj(0x7fff_u16, idx).unwrap();
+        }
+        m.front.queues[0].kick.write(1).unwrap();
+        assert!(m.front.queues[0].failed());
+        assert_eq!(request(&mut m.front, 1, IN, 5, &[], 512).0, OK);
+        m.daemon.assert_idle();
+        assert!(
+            m.daemon.log().contains("queue stopped"),
+            "{}",
+            m.daemon.log()
+        );
+        // A new front-end finds everything in order.
+        drop(m.front);
+        m.front = FrontEnd::new(&m.daemon.socket(), Setup { queues: 1, ..setup });
+        assert_eq!(request(&mut m.front, 0, IN, 5, &[], 512).0, OK);
+        m.daemon.stop();
+    }
 }
 
 #[test]

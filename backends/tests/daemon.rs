@@ -603,7 +603,7 @@ fn a_ring_that_is_set_up_anew_waits_for_its_kick_descriptor() {
     ];
     for restart in restarts {
         works(&mut front);
-        let base = front.messages.get_vring_base(0).unwrap() as u16;
+        let base = front.messages.get_vring_base(0).unwrap();
         front.start(0, base);
         restart(&mut front);
         // Whatever happens to its old place: it is not looked at, and no message fails for it.

@@ -46,11 +46,11 @@ fn serve(args: &[&str]) -> Daemon {
 }
 
 fn connect(daemon: &Daemon, queues: usize) -> FrontEnd {
-    let setup = Setup {
-        queues,
-        ..Setup::default()
-    };
-    FrontEnd::new(&daemon.socket(), setup)
+    connect_as(daemon, queues, Setup::default())
+}
+
+fn connect_as(daemon: &Daemon, queues: usize, setup: Setup) -> FrontEnd {
+    FrontEnd::new(&daemon.socket(), Setup { queues, ..setup })
 }
 
 /// Posts receive buffers.
@@ -123,20 +123,22 @@ fn the_host_answers_and_rings_come_back() {
     if !own_network("the_host_answers_and_rings_come_back") {
         return;
     }
-    let daemon = serve(&["--tap", "ring0"]);
-    let mut front = connect(&daemon, 2);
-    post(&mut front, 32);
-    let mut received = ask_host(&mut front);
-    // No buffer is lost when the ring is taken back in between.
-    for _ in 0..3 {
-        let base = front.messages.get_vring_base(RX).unwrap();
-        assert!(base >= received.into());
-        front.start(RX, base as u16);
-        received += ask_host(&mut front);
+    for setup in Setup::default().formats() {
+        let daemon = serve(&["--tap", "ring0"]);
+        let mut front = connect_as(&daemon, 2, setup);
+        post(&mut front, 32);
+        let mut received = ask_host(&mut front);
+        // No buffer is lost when the ring is taken back in between.
+        for _ in 0..3 {
+            let base = front.messages.get_vring_base(RX).unwrap();
+            assert!(base - front.fresh() >= received.into());
+            front.start(RX, base);
+            received += ask_host(&mut front);
+        }
+        daemon.assert_idle();
+        daemon.stop();
+        assert!(if_nametoindex("ring0").is_err(), "the TAP stays");
     }
-    daemon.assert_idle();
-    daemon.stop();
-    assert!(if_nametoindex("ring0").is_err(), "the TAP stays");
 }
 
 #[test]
@@ -256,43 +258,45 @@ fn a_guest_that_goes_on_is_asked_to_announce_itself() {
     const CONTROL: usize = 2;
     const LINK_UP: u8 = 1;
     const ANNOUNCE: u8 = 2;
-    let daemon = serve(&["--tap", "ring0"]);
-    let mut front = connect(&daemon, 3);
-    let connect_channel = |front: &mut FrontEnd| {
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        front.messages.set_backend_request_fd(&theirs).unwrap();
-        ours
-    };
-    let channel = connect_channel(&mut front);
-    post(&mut front, 32);
-    ask_host(&mut front);
-    // Nothing to announce while the connection lasts, whatever happens to the rings.
-    let base = front.messages.get_vring_base(TX).unwrap() as u16;
-    assert_ne!(base, 0);
-    front.start(TX, base);
-    assert_eq!(told(&mut front, &channel), (false, LINK_UP));
+    for setup in Setup::default().formats() {
+        let daemon = serve(&["--tap", "ring0"]);
+        let mut front = connect_as(&daemon, 3, setup);
+        let connect_channel = |front: &mut FrontEnd| {
+            let (ours, theirs) = UnixStream::pair().unwrap();
+            front.messages.set_backend_request_fd(&theirs).unwrap();
+            ours
+        };
+        let channel = connect_channel(&mut front);
+        post(&mut front, 32);
+        ask_host(&mut front);
+        // Nothing to announce while the connection lasts, whatever happens to the rings.
+        let base = front.messages.get_vring_base(TX).unwrap();
+        assert_ne!(base, front.fresh());
+        front.start(TX, base);
+        assert_eq!(told(&mut front, &channel), (false, LINK_UP));
 
-    let bases = front.reconnect(&daemon.socket());
-    let mut channel = connect_channel(&mut front);
-    for (index, base) in bases.into_iter().enumerate() {
-        front.start(index, base);
-    }
-    assert_eq!(told(&mut front, &channel), (true, LINK_UP | ANNOUNCE));
-    let mut message = [0; 12];
-    channel.read_exact(&mut message).unwrap();
-    assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-    assert_eq!(command(&mut front, CONTROL, &[3, 0]), OK);
-    assert_eq!(told(&mut front, &channel), (false, LINK_UP));
-    ask_host(&mut front);
+        let bases = front.reconnect(&daemon.socket());
+        let mut channel = connect_channel(&mut front);
+        for (index, base) in bases.into_iter().enumerate() {
+            front.start(index, base);
+        }
+        assert_eq!(told(&mut front, &channel), (true, LINK_UP | ANNOUNCE));
+        let mut message = [0; 12];
+        channel.read_exact(&mut message).unwrap();
+        assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(command(&mut front, CONTROL, &[3, 0]), OK);
+        assert_eq!(told(&mut front, &channel), (false, LINK_UP));
+        ask_host(&mut front);
 
-    // A front-end without a channel cannot pass it on.
-    let bases = front.reconnect(&daemon.socket());
-    for (index, base) in bases.into_iter().enumerate() {
-        front.start(index, base);
+        // A front-end without a channel cannot pass it on.
+        let bases = front.reconnect(&daemon.socket());
+        for (index, base) in bases.into_iter().enumerate() {
+            front.start(index, base);
+        }
+        assert_eq!(told(&mut front, &channel).1, LINK_UP);
+        ask_host(&mut front);
+        daemon.stop();
     }
-    assert_eq!(told(&mut front, &channel).1, LINK_UP);
-    ask_host(&mut front);
-    daemon.stop();
 }
 
 #[test]

@@ -27,14 +27,13 @@ const DATA: [Segment; 2] = [
     Segment::new(GuestAddress(0x10_0010), 1),
 ];
 
-fn run(name: &str, indirect: bool, event_idx: bool) {
+fn run(name: &str, layout: DriverLayout, indirect: bool, event_idx: bool) {
     let mem = GuestMemoryMmap::<()>::from_ranges(&[
         (GuestAddress(0), 0x8_0000),
         (GuestAddress(0x8_0000), 0x10_0000),
         (GuestAddress(0x1000_0000), 0x1000),
     ])
     .unwrap();
-    let layout = DriverLayout::new(GuestAddress(0), SIZE, 8).unwrap();
     let mut driver = DriverRing::<u32>::new(layout, event_idx, &mem).unwrap();
     let mut device = DeviceRing::new(&layout.config(event_idx), &mem).unwrap();
     let mut buf = ChainBuf::new(SIZE);
@@ -78,13 +77,27 @@ fn run(name: &str, indirect: bool, event_idx: bool) {
     let each = |time: Duration| time.as_nanos() as f64 / chains;
     let (driver, device) = (each(best.0), each(best.1));
     println!(
-        "{name:22} driver {driver:6.1} ns  device {device:6.1} ns  device alone {:5.2} M chains/s",
+        "{name:36} driver {driver:6.1} ns  device {device:6.1} ns  device alone {:5.2} M chains/s",
         1e3 / device
     );
 }
 
 fn main() {
-    run("direct, flags", false, false);
-    run("direct, event_idx", false, true);
-    run("indirect, event_idx", true, true);
+    let split = DriverLayout::new(GuestAddress(0), SIZE, 8).unwrap();
+    let packed = DriverLayout::packed(GuestAddress(0), SIZE, 8).unwrap();
+    for (format, layout) in [
+        ("split", split),
+        ("packed", packed),
+        ("split in order", split.in_order()),
+        ("packed in order", packed.in_order()),
+    ] {
+        run(&format!("{format}, direct, flags"), layout, false, false);
+        run(&format!("{format}, direct, event_idx"), layout, false, true);
+        run(
+            &format!("{format}, indirect, event_idx"),
+            layout,
+            true,
+            true,
+        );
+    }
 }

@@ -11,7 +11,7 @@ use crate::error::{Area, RingError};
 pub(crate) type SliceOf<'a, M> = VolatileSlice<'a, BS<'a, <M as GuestMemory>::Bitmap>>;
 
 /// An area of the ring as seen from this process. Values in it are little-endian (VIRTIO 1.3, 2.7.1
-/// with VIRTIO_F_VERSION_1).
+/// and 2.8.13, with VIRTIO_F_VERSION_1).
 pub(crate) struct AreaRef<'a, B> {
     area: Area,
     slice: VolatileSlice<'a, B>,
@@ -38,6 +38,9 @@ pub(crate) fn resolve<'a, M: GuestMemory>(
         Some(first) => first.map_err(|e| missing(Some(e)))?,
         None => return Err(missing(None)),
     };
+    if slice.len() == len {
+        return Ok(AreaRef { area, slice });
+    }
     match slices.next() {
         None => Ok(AreaRef { area, slice }),
         Some(Ok(_)) => Err(RingError::Split {
@@ -106,6 +109,52 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         &self,
         offset: usize,
         value: u16,
+        order: Ordering,
+    ) -> Result<(), RingError> {
+        self.slice
+            .store(value.to_le(), offset, order)
+            .map_err(self.failed(offset))
+    }
+
+    /// Loads a u32 atomically.
+    #[inline]
+    pub(crate) fn load_u32_atomic(&self, offset: usize, order: Ordering) -> Result<u32, RingError> {
+        let value = self
+            .slice
+            .load::<u32>(offset, order)
+            .map_err(self.failed(offset))?;
+        Ok(u32::from_le(value))
+    }
+
+    /// Stores a u32 atomically.
+    #[inline]
+    pub(crate) fn store_u32_atomic(
+        &self,
+        offset: usize,
+        value: u32,
+        order: Ordering,
+    ) -> Result<(), RingError> {
+        self.slice
+            .store(value.to_le(), offset, order)
+            .map_err(self.failed(offset))
+    }
+
+    /// Loads a u64 atomically.
+    #[inline]
+    pub(crate) fn load_u64_atomic(&self, offset: usize, order: Ordering) -> Result<u64, RingError> {
+        let value = self
+            .slice
+            .load::<u64>(offset, order)
+            .map_err(self.failed(offset))?;
+        Ok(u64::from_le(value))
+    }
+
+    /// Stores a u64 atomically.
+    #[inline]
+    pub(crate) fn store_u64_atomic(
+        &self,
+        offset: usize,
+        value: u64,
         order: Ordering,
     ) -> Result<(), RingError> {
         self.slice

@@ -15,7 +15,7 @@ pub struct ChainBuf {
 }
 
 /// Most bytes in a chain (VIRTIO 1.3, 2.7.5.2).
-const MAX_BYTES: u64 = 1 << 32;
+pub(crate) const MAX_BYTES: u64 = 1 << 32;
 
 impl ChainBuf {
     /// Allocates room for chains of a queue of `queue_size` descriptors, the longest chain it allows
@@ -101,8 +101,8 @@ pub struct Chain<'b> {
 }
 
 impl<'b> Chain<'b> {
-    /// The number of its head descriptor, by which it is returned. Unique among the chains in
-    /// flight and below the queue size.
+    /// What it is returned by: the number of its head descriptor, which is below the queue size, or on a
+    /// packed virtqueue its buffer id, which can be any number. Unique among the chains in flight.
     #[inline]
     #[must_use]
     pub fn head(&self) -> u16 {

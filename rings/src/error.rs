@@ -5,15 +5,19 @@ use std::fmt;
 use thiserror::Error;
 use vm_memory::{GuestMemoryError, VolatileMemoryError};
 
-/// One of the three areas a split virtqueue consists of (VIRTIO 1.3, 2.7).
+/// One of the areas that a virtqueue consists of (VIRTIO 1.3, 2.7 and 2.8).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Area {
-    /// The descriptor table (VIRTIO 1.3, 2.7.5).
+    /// The descriptor table (VIRTIO 1.3, 2.7.5), or the descriptor ring of a packed virtqueue (2.8).
     Descriptors,
     /// The available ring, written by the driver (VIRTIO 1.3, 2.7.6).
     Available,
     /// The used ring, written by the device (VIRTIO 1.3, 2.7.8).
     Used,
+    /// The driver event suppression structure of a packed virtqueue (VIRTIO 1.3, 2.8.10).
+    DriverEvent,
+    /// The device event suppression structure of a packed virtqueue (VIRTIO 1.3, 2.8.10).
+    DeviceEvent,
     /// A driver's indirect descriptor tables (VIRTIO 1.3, 2.7.5.3).
     IndirectTables,
 }
@@ -21,9 +25,11 @@ pub enum Area {
 impl fmt::Display for Area {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::Descriptors => "descriptor table",
+            Self::Descriptors => "descriptor area",
             Self::Available => "available ring",
             Self::Used => "used ring",
+            Self::DriverEvent => "driver event suppression structure",
+            Self::DeviceEvent => "device event suppression structure",
             Self::IndirectTables => "indirect tables",
         })
     }
@@ -42,7 +48,21 @@ pub enum RingError {
         /// The size asked for, in descriptors.
         size: u16,
     },
-    /// An area does not start at the alignment that VIRTIO 1.3, 2.7 demands.
+    /// The size of a packed virtqueue is not in 1..=32768 (VIRTIO 1.3, 2.8).
+    #[error("queue size {size} is not between 1 and 32768")]
+    PackedSize {
+        /// The size asked for, in descriptors.
+        size: u16,
+    },
+    /// An index of a packed virtqueue, as the transport hands it over, leads out of the ring.
+    #[error("ring index {index:#x} stands for no descriptor, the queue has {size}")]
+    Index {
+        /// The place in the ring, with the wrap counter in bit 15.
+        index: u16,
+        /// The size of the queue.
+        size: u16,
+    },
+    /// An area does not start at the alignment that VIRTIO 1.3, 2.7 and 2.8.10.1 demand.
     #[error("{area} at {addr:#x} is not aligned to {align} bytes")]
     Misaligned {
         /// The area at fault.
@@ -75,11 +95,13 @@ pub enum RingError {
         /// Its length in bytes.
         len: usize,
     },
-    /// The used ring shares bytes with an area that the driver writes.
-    #[error("the used ring overlaps the {area}")]
+    /// An area shares bytes with another one, and the device writes at least one of them.
+    #[error("the {area} overlaps the {with}")]
     Overlap {
-        /// The area it overlaps.
+        /// The area at fault.
         area: Area,
+        /// The area it overlaps.
+        with: Area,
     },
     /// The driver's available index claims more chains than the queue has room for.
     #[error(
@@ -95,6 +117,16 @@ pub enum RingError {
         /// How many it can have added at most.
         room: u16,
     },
+    /// The driver made more descriptors of a packed virtqueue available than it can have.
+    #[error(
+        "the chain at descriptor {at} does not end within {room} descriptors, and no more can be available"
+    )]
+    AvailDescriptor {
+        /// The number of the chain's first descriptor.
+        at: u16,
+        /// How many descriptors the driver can have made available at most.
+        room: u16,
+    },
     /// An available ring element names a descriptor that does not exist.
     #[error("available ring names descriptor {head}, the queue has {size}")]
     Head {
@@ -106,13 +138,13 @@ pub enum RingError {
     /// The driver made a chain available again that the device still works on.
     #[error("descriptor chain {head} was made available while it is in flight")]
     HeadInFlight {
-        /// The number of the head descriptor.
+        /// The number of the head descriptor, or the buffer id.
         head: u16,
     },
     /// The device tried to return a chain that it does not hold.
     #[error("descriptor chain {head} is not in flight and cannot be returned")]
     HeadNotInFlight {
-        /// The number of the head descriptor.
+        /// The number of the head descriptor, or the buffer id.
         head: u16,
     },
     /// An access inside an area failed, although the area was checked.
@@ -169,6 +201,9 @@ pub enum ChainError {
     /// An indirect descriptor although VIRTIO_F_INDIRECT_DESC was not negotiated (VIRTIO 1.3, 2.7.5.3.1).
     #[error("an indirect descriptor was used without VIRTIO_F_INDIRECT_DESC")]
     IndirectNotNegotiated,
+    /// An indirect descriptor behind direct ones of the same chain, on a packed virtqueue (VIRTIO 1.3, 2.8.5).
+    #[error("an indirect descriptor follows direct ones in its chain")]
+    IndirectMixed,
     /// An indirect descriptor inside an indirect table (VIRTIO 1.3, 2.7.5.3.1).
     #[error("an indirect table holds an indirect descriptor")]
     IndirectNested,
@@ -192,6 +227,15 @@ pub enum ChainError {
         #[source]
         source: GuestMemoryError,
     },
+    /// An access inside an indirect table failed, although the table was checked.
+    #[error("access to descriptor {index} of an indirect table failed")]
+    IndirectAccess {
+        /// The number of the descriptor in its table.
+        index: u16,
+        /// What the memory said.
+        #[source]
+        source: VolatileMemoryError,
+    },
 }
 
 /// Why no chain could be taken from the ring.
@@ -203,7 +247,7 @@ pub enum PopError {
     /// This chain only is malformed. It is in flight: return it with `push_used(head, 0)`, or stop the queue.
     #[error("descriptor chain {head} is malformed")]
     Chain {
-        /// Its head, to return it by.
+        /// Its head or buffer id, to return it by.
         head: u16,
         /// What is wrong with it.
         #[source]
@@ -290,13 +334,13 @@ pub enum DriverError {
     /// The device returned a chain that it was not given.
     #[error("the device returned chain {id}, which it was not given")]
     UsedId {
-        /// `id` of the used element.
+        /// `id` of the used element, or the buffer id.
         id: u32,
     },
     /// The device claims to have written more than the chain has room for (VIRTIO 1.3, 2.7.8.2).
     #[error("the device wrote {len} bytes into chain {head}, which has room for {room}")]
     UsedLen {
-        /// The head of the chain.
+        /// The head of the chain, or its buffer id.
         head: u16,
         /// `len` of the used element, in bytes.
         len: u32,

@@ -4,12 +4,24 @@
 //! A virtqueue is memory that two parties who do not trust each other write to without asking. The
 //! device side is [`DeviceRing`] (the state) and [`Session`] (one turn of the device's loop); the
 //! driver side is [`DriverRing`] and [`DriverSession`]. Both drain in batches, make a batch visible
-//! with one index store, and decide on at most one notification for it. Neither allocates after
-//! its `new`.
+//! with one store, and decide on at most one notification for it. Neither allocates after
+//! its `new`. Both serve split and packed virtqueues ([`RingConfig::packed`]), used in order or in any
+//! ([`RingConfig::in_order`]); who uses them need not know which.
 //!
-//! `virtio-queue` validates the queue's size and alignment, and the tests compare chains with what
+//! `virtio-queue` validates a split queue's size and alignment, and the tests compare chains with what
 //! it finds. Its own iteration is not used: it looks up a memory region for each access to the
-//! ring, ends a malformed chain without a word, and stores the used index for each element.
+//! ring, ends a malformed chain without a word, and stores the used index for each element. It has no
+//! packed queue.
+//!
+//! | Module | Its matter |
+//! | --- | --- |
+//! | `device`, `driver` | the two sides, whatever the format |
+//! | `split`, `packed` | the same for one format, each with the layout of its memory |
+//! | `order` | chains that are done before their turn (VIRTIO_F_IN_ORDER) |
+//! | `chain`, `segment` | what is in a chain |
+//! | `table` | what descriptors refer to: buffers and indirect tables |
+//! | `area` | the parts of a ring in this process's memory |
+//! | `error` | what can be wrong |
 //!
 //! ```
 //! use ringside_rings::{ChainBuf, DeviceRing, DriverLayout, DriverRing, Segment};
@@ -54,6 +66,8 @@
 //! malformed ([`ChainError`]: the device returns it and goes on), or it is harmless. In no case does
 //! it panic, loop, allocate or touch memory outside the guest's. Sections are those of VIRTIO 1.3.
 //!
+//! Split virtqueues:
+//!
 //! | What the driver wrote | Section | What the device side answers |
 //! | --- | --- | --- |
 //! | Queue size 0, no power of two, above 32768 | 2.7 | refused: [`RingError::Size`] |
@@ -86,22 +100,56 @@
 //! | Any `flags` and `used_event` in the available ring | 2.7.7 | harmless: costs the driver its own interrupts |
 //! | Buffers that overlap each other or the queue's areas | – | harmless: the driver's own memory, and every index read from there is checked |
 //!
+//! Packed virtqueues, as far as they differ. What is in a chain is checked alike:
+//!
+//! | What the driver wrote | Section | What the device side answers |
+//! | --- | --- | --- |
+//! | Queue size 0 or above 32768 | 2.8 | refused: [`RingError::PackedSize`] |
+//! | Queue size that is no power of two | 2.8.10.1 | served |
+//! | Area not aligned to 16 (descriptors), 4 (event suppression) | 2.8.10.1 | refused: [`RingError::Misaligned`] |
+//! | Areas that overlap | 2.8 | refused: [`RingError::Overlap`] |
+//! | An index to begin with that is not below the queue size | – | refused: [`RingError::Index`] |
+//! | A descriptor made available while all are in flight | 2.8.16 | broken: [`RingError::AvailDescriptor`] |
+//! | A chain that does not end among the descriptors that are the driver's to write | 2.8.17 | broken: [`RingError::AvailDescriptor`]: its id stands in its last descriptor |
+//! | Id of a chain that is in flight | 2.8.6 | broken: [`RingError::HeadInFlight`] |
+//! | Any other id, whatever the queue size | 2.8.13 | served |
+//! | Anything wrong with the contents of a chain that ends | 2.8.5 – 2.8.7 | malformed, and returned with all its descriptors |
+//! | AVAIL and USED alike, or as in the round before | 2.8.1 | harmless: there is nothing yet |
+//! | Any AVAIL and USED behind the first descriptor of a chain | 2.8.6 | harmless: the first one speaks for all |
+//! | INDIRECT behind direct descriptors | 2.8.5, 2.8.19 | malformed: [`ChainError::IndirectMixed`] |
+//! | INDIRECT together with NEXT | 2.8.19 | malformed: [`ChainError::IndirectNext`] |
+//! | Flags other than WRITE inside an indirect table | 2.8.7 | served: ignored |
+//! | Any driver event suppression structure | 2.8.10 | harmless: costs the driver its own interrupts |
+//! | A used descriptor changed | 2.8.15 | harmless: places, ids and lengths of chains are the device side's own notes |
+//!
 //! The reverse holds for [`DriverRing`]: a used index, id or length that a device cannot have
 //! arrived at is a [`DriverError`].
 //!
 //! # Restrictions
-//! Split virtqueues only. Little-endian, as VIRTIO_F_VERSION_1 demands (2.7.3 is legacy).
+//! Little-endian, as VIRTIO_F_VERSION_1 demands (2.7.3 is legacy).
 #![forbid(unsafe_code)]
 #![warn(clippy::arithmetic_side_effects)]
 
+/// Does the same with a ring or a session of either format.
+macro_rules! either {
+    ($kind:ident, $on:expr, $ring:ident => $what:expr) => {
+        match $on {
+            $kind::Split($ring) => $what,
+            $kind::Packed($ring) => $what,
+        }
+    };
+}
+
 mod area;
 mod chain;
-mod desc;
 mod device;
 mod driver;
 mod error;
-mod layout;
+mod order;
+mod packed;
 mod segment;
+mod split;
+mod table;
 
 pub use chain::{Chain, ChainBuf};
 pub use device::{DeviceRing, RingConfig, Session};

@@ -51,6 +51,23 @@ pub fn total_len(segments: &[Segment]) -> u64 {
         .fold(0, |sum, s| sum.saturating_add(u64::from(s.len)))
 }
 
+/// The part of guest memory that holds bytes `offset..offset + len` of the segments, if the first segment has them all, as it
+/// has nearly always: a request's header, its status.
+#[inline]
+fn in_first<'a, M: GuestMemory>(
+    mem: &'a M,
+    segments: &[Segment],
+    offset: u64,
+    len: usize,
+) -> Option<VolatileSlice<'a, MS<'a, M::PhysicalMemory>>> {
+    let first = segments.first()?;
+    let end = offset.checked_add(u64::try_from(len).ok()?)?;
+    if end > u64::from(first.len) {
+        return None;
+    }
+    in_one_region(mem, first.addr.checked_add(offset)?, len)
+}
+
 /// Calls `f` for each piece of bytes `offset..offset + len` of the segments, with the piece's guest
 /// address, its place in the range and its length.
 #[inline]
@@ -105,20 +122,19 @@ pub fn read_segments<M: GuestMemory>(
     offset: u64,
     out: &mut [u8],
 ) -> Result<(), SegmentError> {
+    if let Some(slice) = in_first(mem, segments, offset, out.len()) {
+        slice.copy_to(out);
+        return Ok(());
+    }
     for_each_piece(segments, offset, out.len(), |addr, at, len| {
         let end = at.saturating_add(len);
         match out.get_mut(at..end) {
-            Some(part) => {
-                if let Some(slice) = in_one_region(mem, addr, part.len()) {
-                    slice.copy_to(part);
-                    return Ok(());
-                }
-                mem.read_slice(part, addr)
-                    .map_err(|source| SegmentError::Memory {
-                        addr: addr.0,
-                        source,
-                    })
-            }
+            Some(part) => mem
+                .read_slice(part, addr)
+                .map_err(|source| SegmentError::Memory {
+                    addr: addr.0,
+                    source,
+                }),
             None => Ok(()),
         }
     })
@@ -136,20 +152,19 @@ pub fn write_segments<M: GuestMemory>(
     offset: u64,
     data: &[u8],
 ) -> Result<(), SegmentError> {
+    if let Some(slice) = in_first(mem, segments, offset, data.len()) {
+        slice.copy_from(data);
+        return Ok(());
+    }
     for_each_piece(segments, offset, data.len(), |addr, at, len| {
         let end = at.saturating_add(len);
         match data.get(at..end) {
-            Some(part) => {
-                if let Some(slice) = in_one_region(mem, addr, part.len()) {
-                    slice.copy_from(part);
-                    return Ok(());
-                }
-                mem.write_slice(part, addr)
-                    .map_err(|source| SegmentError::Memory {
-                        addr: addr.0,
-                        source,
-                    })
-            }
+            Some(part) => mem
+                .write_slice(part, addr)
+                .map_err(|source| SegmentError::Memory {
+                    addr: addr.0,
+                    source,
+                }),
             None => Ok(()),
         }
     })

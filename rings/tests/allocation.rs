@@ -51,8 +51,12 @@ fn requests_do_not_allocate() {
         (GuestAddress(0x1_0000), 0x1_0000),
     ])
     .unwrap();
-    for event_idx in [false, true] {
-        let layout = DriverLayout::new(GuestAddress(0), 32, 8).unwrap();
+    let split = DriverLayout::new(GuestAddress(0), 32, 8).unwrap();
+    let packed = DriverLayout::packed(GuestAddress(0), 32, 8).unwrap();
+    for (layout, event_idx) in [split, packed, split.in_order(), packed.in_order()]
+        .into_iter()
+        .flat_map(|layout| [(layout, false), (layout, true)])
+    {
         let mut driver = DriverRing::<u32>::new(layout, event_idx, &mem).unwrap();
         let mut device = DeviceRing::new(&layout.config(event_idx), &mem).unwrap();
         let mut buf = ChainBuf::new(32);

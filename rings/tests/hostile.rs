@@ -194,6 +194,8 @@ fn config(size: u16, event_idx: bool, indirect: bool, index: u16) -> RingConfig 
         desc_table: GuestAddress(DESC),
         avail_ring: GuestAddress(AVAIL),
         used_ring: GuestAddress(USED),
+        packed: false,
+        in_order: false,
         event_idx,
         indirect,
         next_avail: index,

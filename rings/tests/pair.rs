@@ -83,6 +83,18 @@ struct Request {
     seed: u8,
 }
 
+impl Request {
+    /// How many bytes the device answers: not always as many as there is room for.
+    fn answer_len(&self) -> usize {
+        let room = bytes(&self.writable);
+        if self.seed.is_multiple_of(3) {
+            room / 2
+        } else {
+            room
+        }
+    }
+}
+
 fn pattern(seed: u8, len: usize) -> Vec<u8> {
     (0..len)
         .map(|i| seed.wrapping_mul(31).wrapping_add((i % 251) as u8))
@@ -100,9 +112,53 @@ struct Held {
     content: Vec<u8>,
 }
 
+/// How a queue is laid out and used.
+#[derive(Debug, Clone, Copy)]
+struct Kind {
+    size: u16,
+    packed: bool,
+    in_order: bool,
+    indirect: bool,
+    event_idx: bool,
+    /// Where both indices begin, as far as the format has such an index.
+    start: u16,
+}
+
+fn kind(packed: impl Strategy<Value = bool>) -> impl Strategy<Value = Kind> {
+    let start = prop_oneof![Just(0_u16), 65400_u16..=65535, any::<u16>()];
+    let flags = (packed, any::<bool>(), any::<bool>(), any::<bool>());
+    (0_u32..8, 1_u16..128, flags, start).prop_map(
+        |(log_size, odd, (packed, in_order, indirect, event_idx), start)| {
+            let size = 1 << log_size;
+            Kind {
+                // Packed queues have any size.
+                size: if packed && odd % 3 > 0 { odd } else { size },
+                packed,
+                in_order,
+                indirect,
+                event_idx,
+                start,
+            }
+        },
+    )
+}
+
+/// What the two sides see: the same, whatever the format.
+#[derive(Debug, Clone, PartialEq)]
+enum Seen {
+    Refused(usize),
+    Taken(Request),
+    InFlight(u16),
+    Collected(Request, u32),
+    Free(u16),
+    DeviceSleeps(bool),
+    DriverSleeps(bool),
+}
+
 struct World {
     mem: GuestMemoryMmap,
-    event_idx: bool,
+    kind: Kind,
+    seen: Vec<Seen>,
     driver: DriverRing<Request>,
     device: DeviceRing,
     buf: ChainBuf,
@@ -110,9 +166,12 @@ struct World {
     added: VecDeque<Request>,
     available: VecDeque<Request>,
     held: Vec<Held>,
-    /// Returned and published; returned only.
+    /// Slots of the chains that the device has not shown as used, in the order in which they were taken, and
+    /// those of them that were returned.
+    unshown: VecDeque<usize>,
+    returned: Vec<usize>,
+    /// Shown, and not collected.
     used: usize,
-    staged: usize,
     free_slots: Vec<usize>,
     device_asleep: bool,
     driver_asleep: bool,
@@ -123,10 +182,26 @@ struct World {
 }
 
 impl World {
-    fn new(size: u16, indirect: bool, event_idx: bool, start: u16) -> Self {
+    fn new(kind: Kind) -> Self {
+        let Kind {
+            size, event_idx, ..
+        } = kind;
         let mem = memory();
-        let layout =
-            DriverLayout::new(GuestAddress(BASE), size, if indirect { size } else { 0 }).unwrap();
+        let entries = if kind.indirect { size } else { 0 };
+        let (mut layout, start) = if kind.packed {
+            let layout = DriverLayout::packed(GuestAddress(BASE), size, entries).unwrap();
+            // A place, with the wrap counter in bit 15.
+            (
+                layout,
+                ((kind.start & 0x7fff) % size) | (kind.start & 0x8000),
+            )
+        } else {
+            let layout = DriverLayout::new(GuestAddress(BASE), size, entries).unwrap();
+            (layout, kind.start)
+        };
+        if kind.in_order {
+            layout = layout.in_order();
+        }
         assert!(layout.end().0 <= DATA);
         let driver = DriverRing::starting_at(layout, event_idx, start, &mem).unwrap();
         let config = RingConfig {
@@ -137,15 +212,17 @@ impl World {
         let device = DeviceRing::new(&config, &mem).unwrap();
         Self {
             mem,
-            event_idx,
+            kind,
+            seen: Vec::new(),
             driver,
             device,
             buf: ChainBuf::new(size),
             added: VecDeque::new(),
             available: VecDeque::new(),
             held: Vec::new(),
+            unshown: VecDeque::new(),
+            returned: Vec::new(),
             used: 0,
-            staged: 0,
             free_slots: (0..128).collect(),
             // Neither side has told the other that it need not notify.
             device_asleep: true,
@@ -207,6 +284,7 @@ impl World {
             }
             Err(DriverError::Full { .. }) => {
                 assert!(needed > usize::from(free));
+                self.seen.push(Seen::Refused(request.slot));
                 self.free_slots.push(request.slot);
             }
             Err(DriverError::Empty) => {
@@ -230,7 +308,7 @@ impl World {
                 notify, some,
                 "a device that sleeps is woken by every chain, and by nothing else"
             );
-        } else if !self.event_idx {
+        } else if !self.kind.event_idx {
             assert!(!notify, "notifications are switched off");
         }
         if notify {
@@ -270,6 +348,7 @@ impl World {
             assert_eq!(chain.writable_len() as usize, bytes(&request.writable));
             let mut content = vec![0; bytes(&request.readable)];
             read_segments(&self.mem, chain.readable(), 0, &mut content).unwrap();
+            self.seen.push(Seen::Taken(request.clone()));
             taken.push(Held {
                 head: chain.head(),
                 request,
@@ -281,7 +360,9 @@ impl World {
         for _ in 0..rewind {
             self.available.push_front(taken.pop().unwrap().request);
         }
+        self.unshown.extend(taken.iter().map(|h| h.request.slot));
         self.held.append(&mut taken);
+        self.seen.push(Seen::InFlight(self.device.in_flight()));
         assert_eq!(usize::from(self.device.in_flight()), self.held.len());
     }
 
@@ -297,21 +378,37 @@ impl World {
                 content,
             } = self.held.swap_remove(pick % self.held.len());
             assert_eq!(content, pattern(request.seed, content.len()));
-            let answer = pattern(!request.seed, bytes(&request.writable));
+            let answer = pattern(!request.seed, request.answer_len());
             write_segments(&self.mem, &request.writable, 0, &answer).unwrap();
             session.push_used(head, answer.len() as u32).unwrap();
-            self.staged += 1;
+            self.returned.push(request.slot);
         }
         if publish {
             let call = session.publish().unwrap();
-            let some = self.staged > 0;
-            self.used += std::mem::take(&mut self.staged);
+            // In order, a chain is shown when all those before it are done.
+            let (returned, in_order) = (&mut self.returned, self.kind.in_order);
+            let before = self.unshown.len();
+            let mut waits = false;
+            self.unshown.retain(|slot| {
+                let done = returned.iter().position(|r| r == slot);
+                waits |= in_order && done.is_none();
+                match done {
+                    Some(place) if !waits => {
+                        returned.remove(place);
+                        false
+                    }
+                    _ => true,
+                }
+            });
+            let shown = before - self.unshown.len();
+            let some = shown > 0;
+            self.used += shown;
             if self.driver_asleep {
                 assert_eq!(
                     call, some,
                     "a driver that sleeps is interrupted by every chain"
                 );
-            } else if !self.event_idx {
+            } else if !self.kind.event_idx {
                 assert!(!call, "interrupts are switched off");
             }
             if call {
@@ -339,6 +436,7 @@ impl World {
             .enable_notifications()
             .unwrap();
         assert_eq!(more, !self.available.is_empty());
+        self.seen.push(Seen::DeviceSleeps(more));
         self.kicks = 0;
         if more {
             self.wake_device();
@@ -351,6 +449,7 @@ impl World {
         let mut session = self.driver.session(&self.mem).unwrap();
         let more = session.enable_interrupts().unwrap();
         assert_eq!(more, self.used > 0);
+        self.seen.push(Seen::DriverSleeps(more));
         self.calls = 0;
         if more {
             session.disable_interrupts().unwrap();
@@ -366,12 +465,14 @@ impl World {
                 break;
             };
             self.used -= 1;
-            let mut answer = vec![0; bytes(&request.writable)];
+            let mut answer = vec![0; request.answer_len()];
             assert_eq!(len as usize, answer.len());
             read_segments(&self.mem, &request.writable, 0, &mut answer).unwrap();
             assert_eq!(answer, pattern(!request.seed, answer.len()));
             self.free_slots.push(request.slot);
+            self.seen.push(Seen::Collected(request, len));
         }
+        self.seen.push(Seen::Free(self.driver.free()));
     }
 
     fn run(&mut self, ops: &[Op]) {
@@ -394,7 +495,7 @@ impl World {
         }
     }
 
-    fn finish(mut self) {
+    fn finish(mut self) -> Vec<Seen> {
         self.publish();
         self.device_sleeps();
         self.take(u16::MAX, 0);
@@ -407,29 +508,49 @@ impl World {
         assert_eq!(self.driver.outstanding(), 0);
         assert_eq!(self.device.in_flight(), 0);
         assert_eq!(self.device.next_avail(), self.device.next_used());
+        self.seen
     }
 }
 
 proptest! {
     #[test]
     fn every_request_comes_back_once(
-        log_size in 0_u32..8,
-        indirect in any::<bool>(),
-        event_idx in any::<bool>(),
-        start in prop_oneof![Just(0_u16), 65400_u16..=65535, any::<u16>()],
+        kind in kind(any::<bool>()),
         ops in prop::collection::vec(op(), 1..200),
     ) {
-        let mut world = World::new(1 << log_size, indirect, event_idx, start);
+        let mut world = World::new(kind);
         world.run(&ops);
         world.finish();
+    }
+
+    /// Nobody can tell from what arrives in which format the queue is.
+    #[test]
+    fn both_formats_show_the_same(
+        split in kind(Just(false)),
+        start in any::<u16>(),
+        ops in prop::collection::vec(op(), 1..200),
+    ) {
+        let seen = [split, Kind { packed: true, start, ..split }].map(|kind| {
+            let mut world = World::new(kind);
+            world.run(&ops);
+            world.finish()
+        });
+        prop_assert_eq!(&seen[0], &seen[1]);
     }
 }
 
 /// Both indices go around several times, with a fixed mix of batches.
 #[test]
 fn indices_wrap() {
-    for event_idx in [false, true] {
-        let mut world = World::new(16, true, event_idx, 0);
+    for (packed, in_order, event_idx) in (0..8).map(|i| (i & 1 > 0, i & 2 > 0, i & 4 > 0)) {
+        let mut world = World::new(Kind {
+            size: 16,
+            packed,
+            in_order,
+            indirect: true,
+            event_idx,
+            start: if packed { 0x8000 } else { 0 },
+        });
         let mut total = 0_u32;
         while total < 150_000 {
             for i in 0..12 {
@@ -442,6 +563,7 @@ fn indices_wrap() {
             total += 12;
             world.driver_sleeps();
             world.collect(20);
+            world.seen.clear();
         }
         world.finish();
     }

@@ -43,6 +43,8 @@ fn config() -> RingConfig {
         desc_table: GuestAddress(DESC),
         avail_ring: GuestAddress(AVAIL),
         used_ring: GuestAddress(USED),
+        packed: false,
+        in_order: false,
         event_idx: false,
         indirect: true,
         next_avail: 0,
@@ -285,7 +287,8 @@ fn used_ring_overlaps() {
     assert!(matches!(
         error,
         RingError::Overlap {
-            area: Area::Descriptors
+            with: Area::Descriptors,
+            ..
         }
     ));
     let error = refused(RingConfig {
@@ -295,7 +298,8 @@ fn used_ring_overlaps() {
     assert!(matches!(
         error,
         RingError::Overlap {
-            area: Area::Available
+            with: Area::Available,
+            ..
         }
     ));
     let adjoining = RingConfig {
@@ -830,6 +834,42 @@ fn memory_mapped_unaligned() {
     ));
 }
 
+/// Chains that are done, all but the last of them completely, are told of in one element.
+#[test]
+fn in_order() {
+    let mut rogue = Rogue::with(RingConfig {
+        in_order: true,
+        ..config()
+    });
+    for head in 0..4 {
+        rogue.desc(DESC, head, DATA, 4, WRITE, 0);
+        rogue.offer(head);
+        rogue.pop().unwrap().unwrap();
+    }
+    let element = |rogue: &Rogue, place: u64| {
+        let element: u64 = rogue
+            .mem
+            .read_obj(GuestAddress(USED + 4 + 8 * place))
+            .unwrap();
+        let element = u64::from_le(element);
+        (element as u32, (element >> 32) as u32)
+    };
+    let mut session = rogue.ring.session(&rogue.mem).unwrap();
+    session.push_used(2, 4).unwrap();
+    session.push_used(1, 3).unwrap();
+    assert!(!session.publish().unwrap(), "0 is to come first");
+    assert!(session.push_used(2, 4).is_err(), "it is done already");
+    session.push_used(0, 4).unwrap();
+    assert!(session.publish().unwrap());
+    assert_eq!(rogue.get(USED + 2), 3);
+    assert_eq!(element(&rogue, 0), (1, 3), "0 and 1, the last with 3 bytes");
+    assert_eq!(element(&rogue, 1), (0, 0), "skipped");
+    assert_eq!(element(&rogue, 2), (2, 4));
+    assert_eq!(rogue.ring.in_flight(), 1);
+    rogue.ring.session(&rogue.mem).unwrap().rewind(4);
+    assert_eq!((rogue.ring.in_flight(), rogue.ring.next_avail()), (0, 3));
+}
+
 mod misbehaving_device {
     use super::*;
 
@@ -910,6 +950,47 @@ mod misbehaving_device {
         ));
         return_chain(&mem, &layout, 1, 0, 32);
         assert_eq!(session.poll_used().unwrap(), Some((1, 32)));
+    }
+
+    #[test]
+    fn in_order() {
+        let mem = memory();
+        let layout = DriverLayout::new(GuestAddress(DESC), SIZE, 4)
+            .unwrap()
+            .in_order();
+        let new = || {
+            let mut ring = DriverRing::new(layout, false, &mem).unwrap();
+            let mut session = ring.session(&mem).unwrap();
+            let heads: Vec<_> = (0..3)
+                .map(|token| session.add(&[BUFFER], &[BUFFER], token).unwrap())
+                .collect();
+            assert_eq!(heads, [0, 2, 4], "ring order");
+            session.publish().unwrap();
+            ring
+        };
+        let mut ring = new();
+        let mut session = ring.session(&mem).unwrap();
+        return_chain(&mem, &layout, 1, 2, 5);
+        // The index says that there is one, the element that there are two.
+        assert!(matches!(
+            session.poll_used(),
+            Err(DriverError::UsedId { id: 2 })
+        ));
+        let mut ring = new();
+        let mut session = ring.session(&mem).unwrap();
+        return_chain(&mem, &layout, 1, 2, 5);
+        mem.write_obj(2_u16.to_le(), GuestAddress(layout.used_ring().0 + 2))
+            .unwrap();
+        assert_eq!(session.poll_used().unwrap(), Some((0, 16)), "all of it");
+        assert!(session.enable_interrupts().unwrap(), "more of the batch");
+        assert_eq!(session.poll_used().unwrap(), Some((1, 5)));
+        assert_eq!(session.poll_used().unwrap(), None);
+        for id in [1, 3, 9, 70_000] {
+            let mut ring = new();
+            return_chain(&mem, &layout, 1, id, 0);
+            let mut session = ring.session(&mem).unwrap();
+            assert!(session.poll_used().is_err());
+        }
     }
 
     #[test]

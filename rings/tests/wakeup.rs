@@ -57,11 +57,11 @@ fn step(state: &mut u64) -> u64 {
     *state
 }
 
-fn run(size: u16, event_idx: bool) {
+fn run(layout: DriverLayout, event_idx: bool) {
+    let size = layout.size();
     let file = tempfile::tempfile().unwrap();
     file.set_len(u64::try_from(LEN).unwrap()).unwrap();
     let mem = map(&file);
-    let layout = DriverLayout::new(GuestAddress(0), size, size).unwrap();
     assert!(layout.end().0 <= DATA);
     let mut driver = DriverRing::<u64>::new(layout, event_idx, &mem).unwrap();
     let (kick, call) = (Event::default(), Event::default());
@@ -142,16 +142,35 @@ fn run(size: u16, event_idx: bool) {
     });
 }
 
+fn split(size: u16) -> DriverLayout {
+    DriverLayout::new(GuestAddress(0), size, size).unwrap()
+}
+
+fn packed(size: u16) -> DriverLayout {
+    DriverLayout::packed(GuestAddress(0), size, size).unwrap()
+}
+
 #[test]
 fn no_wakeup_is_lost_with_flags() {
-    run(4, false);
-    run(64, false);
+    run(split(4), false);
+    run(split(64), false);
+    run(packed(5), false);
+    run(packed(64), false);
 }
 
 #[test]
 fn no_wakeup_is_lost_with_event_idx() {
-    run(4, true);
-    run(64, true);
+    run(split(4), true);
+    run(split(64), true);
+    run(packed(5), true);
+    run(packed(64), true);
+}
+
+#[test]
+fn no_wakeup_is_lost_in_order() {
+    run(split(8).in_order(), true);
+    run(packed(7).in_order(), false);
+    run(packed(7).in_order(), true);
 }
 
 /// Waits until both threads have come here `round` times.
@@ -173,12 +192,10 @@ fn meet(arrived: &AtomicU64, round: u64, delay: u64) {
 
 /// One side publishes in the moment in which the other goes to sleep: the publisher is asked for a
 /// wake-up, or the sleeper sees what was published. Without the barriers sometimes neither happens.
-fn race(event_idx: bool) {
-    const SIZE: u16 = 8;
+fn race(layout: DriverLayout, event_idx: bool) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(u64::try_from(LEN).unwrap()).unwrap();
     let mem = map(&file);
-    let layout = DriverLayout::new(GuestAddress(0), SIZE, 0).unwrap();
     let mut driver = DriverRing::<u64>::new(layout, event_idx, &mem).unwrap();
     let arrived = AtomicU64::new(0);
     let (kicked, called) = (AtomicBool::new(false), AtomicBool::new(false));
@@ -192,7 +209,7 @@ fn race(event_idx: bool) {
         scope.spawn(|| {
             let mem = map(&file);
             let mut device = DeviceRing::new(&layout.config(event_idx), &mem).unwrap();
-            let mut buf = ChainBuf::new(SIZE);
+            let mut buf = ChainBuf::new(layout.size());
             let mut chance = 0x9e37_79b9_7f4a_7c15_u64;
             let mut session = device.session(&mem).unwrap();
             for round in 0.. {
@@ -242,6 +259,48 @@ fn race(event_idx: bool) {
 
 #[test]
 fn publishing_races_with_going_to_sleep() {
-    race(false);
-    race(true);
+    for layout in [split(8), packed(8), packed(3).in_order()] {
+        race(layout, false);
+        race(layout, true);
+    }
+}
+
+/// A device that asked to be notified and then goes on looking for itself says so, with and without EVENT_IDX.
+#[test]
+fn a_device_that_looks_for_itself_again_is_not_notified() {
+    for (layout, event_idx) in [
+        (split(8), false),
+        (split(8), true),
+        (packed(8), false),
+        (packed(8), true),
+    ] {
+        let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 0x1_0000)]).unwrap();
+        let mut driver = DriverRing::new(layout, event_idx, &memory).unwrap();
+        let mut device = DeviceRing::new(&layout.config(event_idx), &memory).unwrap();
+        let mut buf = ChainBuf::new(8);
+        let notified = |driver: &mut DriverRing<u8>| {
+            let mut session = driver.session(&memory).unwrap();
+            while session.poll_used().unwrap().is_some() {}
+            session
+                .add(&[Segment::new(GuestAddress(0x8000), 1)], &[], 0)
+                .unwrap();
+            session.publish().unwrap()
+        };
+        for _ in 0..100_000_u32 {
+            let mut session = device.session(&memory).unwrap();
+            assert!(!session.enable_notifications().unwrap());
+            session.disable_notifications().unwrap();
+            assert!(!notified(&mut driver));
+            assert_eq!(session.available().unwrap(), 1);
+            let head = session.pop(&mut buf).unwrap().unwrap().head();
+            session.push_used(head, 0).unwrap();
+            session.publish().unwrap();
+            assert!(!session.enable_notifications().unwrap());
+            assert!(notified(&mut driver));
+            session.disable_notifications().unwrap();
+            let head = session.pop(&mut buf).unwrap().unwrap().head();
+            session.push_used(head, 0).unwrap();
+            session.publish().unwrap();
+        }
+    }
 }

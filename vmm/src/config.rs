@@ -12,6 +12,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Parser, ValueEnum};
+use ringside_control::Size;
+use ringside_control::options::keys_and_values;
 use ringside_vfio::address::PciAddress;
 use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
@@ -20,7 +22,7 @@ use serde::de::{DeserializeOwned, Deserializer, Error as _, MapAccess, Visitor};
 use uuid::Uuid;
 
 use crate::layout;
-use crate::memory::{self, PageSize, Size};
+use crate::memory::{self, PageSize};
 
 /// Most processors a guest can have: 8-bit local APIC IDs, of which 255 means all of them.
 pub const MAX_CPUS: u32 = 254;
@@ -249,9 +251,9 @@ impl FromStr for FileOptions {
 #[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
 pub struct MemoryOptions {
     #[serde(deserialize_with = "some")]
-    size: Option<SizeValue>,
+    size: Option<Size>,
     #[serde(deserialize_with = "some")]
-    max: Option<SizeValue>,
+    max: Option<Size>,
     #[serde(deserialize_with = "some")]
     hugepages: Option<HugepagesValue>,
     #[serde(deserialize_with = "switch")]
@@ -625,7 +627,7 @@ impl Config {
 /// What RAM is like at the start, and how far it can grow.
 fn merge_memory(cli: MemoryOptions, file: MemoryOptions) -> Result<(memory::Options, Size), Error> {
     let options = memory::Options {
-        size: cli.size.or(file.size).map_or(DEFAULT_MEMORY, |s| s.0),
+        size: cli.size.or(file.size).unwrap_or(DEFAULT_MEMORY),
         pages: cli
             .hugepages
             .or(file.hugepages)
@@ -634,7 +636,7 @@ fn merge_memory(cli: MemoryOptions, file: MemoryOptions) -> Result<(memory::Opti
     };
     options.check().map_err(|e| Error::Memory(e.to_string()))?;
     let size = options.size;
-    let max = cli.max.or(file.max).map_or(size, |s| s.0);
+    let max = cli.max.or(file.max).unwrap_or(size);
     let Some(growth) = max.0.checked_sub(size.0) else {
         return Err(Error::MemoryMax { max, size });
     };
@@ -738,46 +740,12 @@ impl VfioOptions {
     }
 }
 
-/// Splits `key=value,key=value`, as options have it, into keys and values; a first item without `=` is the value of `main_key`.
-/// Fails if an item is neither.
-pub fn keys_and_values(text: &str, main_key: &str) -> Result<Vec<(String, String)>, String> {
-    let mut pairs = Vec::new();
-    for (i, item) in split_items(text).into_iter().enumerate() {
-        match item.split_once('=') {
-            Some((key, value)) => pairs.push((key.to_owned(), value.to_owned())),
-            None if i == 0 && !item.is_empty() => pairs.push((main_key.to_owned(), item)),
-            None => return Err(format!("`{item}` is not KEY=VALUE")),
-        }
-    }
-    Ok(pairs)
-}
-
 /// Reads `key=value,key=value`; a first item without `=` is the value of the type's main key.
 fn parse<T: DeserializeOwned + MainKey>(text: &str) -> Result<T, String> {
     let pairs = keys_and_values(text, T::MAIN_KEY)?;
     let map: MapDeserializer<'_, _, serde::de::value::Error> =
         MapDeserializer::new(pairs.into_iter());
     T::deserialize(map).map_err(|e| e.to_string())
-}
-
-/// Splits at single commas; a doubled one stands for itself.
-fn split_items(text: &str) -> Vec<String> {
-    let mut items = vec![String::new()];
-    let mut chars = text.chars().peekable();
-    while let Some(c) = chars.next() {
-        if c != ',' {
-            if let Some(last) = items.last_mut() {
-                last.push(c);
-            }
-        } else if chars.next_if_eq(&',').is_some() {
-            if let Some(last) = items.last_mut() {
-                last.push(',');
-            }
-        } else {
-            items.push(String::new());
-        }
-    }
-    items
 }
 
 /// The key whose name may be left out.
@@ -894,20 +862,6 @@ fn switch<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<bool>, D:
         Scalar::Text(text) if matches!(text.as_str(), "off" | "false" | "no") => Ok(Some(false)),
         Scalar::Text(text) => Err(D::Error::custom(format!("`{text}` is neither on nor off"))),
         Scalar::Number(n) => Err(D::Error::custom(format!("`{n}` is neither on nor off"))),
-    }
-}
-
-/// A size as options, the file and requests have it: a number of bytes, or a text with a unit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SizeValue(pub Size);
-
-impl<'de> Deserialize<'de> for SizeValue {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match Scalar::deserialize(deserializer)? {
-            Scalar::Number(bytes) => Ok(Self(Size(bytes))),
-            Scalar::Text(text) => text.parse().map(Self).map_err(D::Error::custom),
-            Scalar::Bool(value) => Err(D::Error::custom(format!("{value} is not a size"))),
-        }
     }
 }
 

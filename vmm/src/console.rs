@@ -13,11 +13,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use ringside_control::{ListenError, SocketFile};
 
 use crate::config::SerialTarget;
 use crate::devices::serial::{Output, SerialInput};
 use crate::exit::{ExitHandle, ExitReason};
-use crate::listener::SocketFile;
 use crate::terminal::RawMode;
 
 /// Why the serial port leads nowhere.
@@ -33,14 +33,8 @@ pub enum Error {
         source: io::Error,
     },
     /// The socket.
-    #[error("cannot listen on the serial port's socket {path}")]
-    Socket {
-        /// The socket.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: io::Error,
-    },
+    #[error("no socket for the serial port")]
+    Socket(#[from] ListenError),
     /// The terminal.
     #[error("cannot put the terminal into raw mode")]
     Terminal(#[source] io::Error),
@@ -105,11 +99,7 @@ impl Console {
                 })
             }
             SerialTarget::Socket(path) => {
-                let failed = |source| Error::Socket {
-                    path: path.clone(),
-                    source,
-                };
-                let (file, listener) = SocketFile::listen(path).map_err(failed)?;
+                let (file, listener) = SocketFile::listen(path)?;
                 let client = Client::default();
                 console._socket = Some(file);
                 console.source = Source::Socket {

@@ -228,8 +228,9 @@ impl Vm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize, Size};
+    use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize};
     use crate::testing::has_kvm;
+    use ringside_control::Size;
 
     #[test]
     fn ram_has_its_place_for_itself() {

@@ -1,6 +1,6 @@
 //! A minimal KVM virtual machine monitor. Of the workspace's crates it may depend on `ringside-rings`
-//! (which it does not need so far) and `ringside-vfio`; never on the back-ends: it meets them over a Unix
-//! socket.
+//! (which it does not need so far), `ringside-vfio` and `ringside-control`; never on the back-ends: it meets
+//! them over a Unix socket.
 //!
 //! One file, or one folder, for each concern; each row builds on those above it:
 //!
@@ -17,8 +17,7 @@
 //! | [`bus`] | which device answers a port or MMIO access |
 //! | [`memory_hotplug`] | memory that is added while the guest runs, and who has to know of it |
 //! | [`devices`] | serial port, RTC, power, reset, panic |
-//! | `listener` | Unix sockets that the VMM listens on |
-//! | [`api`] | the control socket |
+//! | [`api`] | what can be asked on the control socket |
 //! | [`console`], [`terminal`] | the host's end of the serial port |
 //! | [`pci`] | host bridge, configuration space, BARs, MSI-X |
 //! | [`virtio`] | the virtio PCI transport |
@@ -43,7 +42,6 @@ pub mod exit;
 pub mod irq;
 pub mod kvm;
 pub mod layout;
-mod listener;
 pub mod machine;
 pub mod memory;
 pub mod memory_hotplug;

@@ -17,12 +17,13 @@ use kvm_ioctls::VcpuFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use ringside_control::{ApiError, ControlSocket, ErrorCode, Service, server};
 use serde_json::{Value, json};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::acpi;
-use crate::api::{self, ApiError, Command, ControlSocket, ErrorCode, Service};
+use crate::api::Command;
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
 use crate::config::{Config, DeviceConfig};
@@ -118,7 +119,7 @@ pub enum Error {
     Vfio(#[from] vfio::Error),
     /// The control socket.
     #[error(transparent)]
-    Api(#[from] api::Error),
+    Api(#[from] server::Error),
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -223,6 +224,8 @@ struct Control {
 }
 
 impl Service for Control {
+    type Command = Command;
+
     fn call(&self, command: Command) -> Result<Value, ApiError> {
         let failed = |error: vfio::Error| {
             let code = match &error {
@@ -260,7 +263,7 @@ impl Service for Control {
                 Ok(json!({ "id": id }))
             }
             Command::MemoryAdd { size } => {
-                let Growth { added, total } = self.memory.grow(size.0.0).map_err(|error| {
+                let Growth { added, total } = self.memory.grow(size.0).map_err(|error| {
                     use memory_hotplug::Error::{Fixed, Limit, Pieces, Unaligned};
                     let code = match &error {
                         Unaligned { .. } => ErrorCode::BadRequest,
@@ -373,7 +376,7 @@ impl Machine {
         let control = Arc::new(control);
         let socket = config.api_socket.as_deref();
         let _socket = socket
-            .map(|path| ControlSocket::start(path, Arc::clone(&control) as _))
+            .map(|path| ControlSocket::start(path, Arc::clone(&control)))
             .transpose()?;
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.

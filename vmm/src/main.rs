@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringside_vmm::api::with_causes;
+use ringside_control::Chain;
 use ringside_vmm::config::{Cli, Config, FileOptions};
 use ringside_vmm::exit::ExitReason;
 use ringside_vmm::machine;
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
             }
             ExitCode::from(reason.status())
         }
-        Err(error) => fail(FAILURE, &with_causes(&error)),
+        Err(error) => fail(FAILURE, &Chain(&error).to_string()),
     }
 }
 

@@ -1,15 +1,14 @@
 //! Guest RAM: one memfd, and one for each piece of memory that is added while the guest runs; mapped
 //! shared, their sizes sealed so that peers that map them can trust them.
 
-use std::fmt;
 use std::fs::File;
 use std::io;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
+use ringside_control::Size;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion,
@@ -98,52 +97,6 @@ fn hugepage_hint(pages: PageSize) -> &'static str {
             " in pages of 1 GiB: is /sys/kernel/mm/hugepages/hugepages-1048576kB/nr_hugepages \
              large enough?"
         }
-    }
-}
-
-/// A number of bytes that is written and read with a unit: `512M`, `6G`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Size(pub u64);
-
-impl fmt::Display for Size {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (shift, unit) in [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")] {
-            if self.0 >> shift != 0 && self.0.trailing_zeros() >= shift {
-                return write!(f, "{} {unit}", self.0 >> shift);
-            }
-        }
-        if self.0 >> 20 != 0 {
-            return write!(f, "{} MiB", self.0 >> 20);
-        }
-        write!(f, "{} bytes", self.0)
-    }
-}
-
-impl FromStr for Size {
-    type Err = String;
-
-    /// A decimal number and an optional binary unit: `K`, `M`, `G`, `T`, with or without `iB`.
-    /// Without a unit it is in bytes.
-    fn from_str(text: &str) -> Result<Self, String> {
-        let digits = text
-            .find(|c: char| !c.is_ascii_digit())
-            .unwrap_or(text.len());
-        let (number, unit) = text.split_at(digits);
-        let shift = match unit.to_ascii_lowercase().trim_end_matches("ib") {
-            "" if unit.is_empty() => 0,
-            "k" => 10,
-            "m" => 20,
-            "g" => 30,
-            "t" => 40,
-            _ => return Err(format!("`{text}` is not a size: write it like 512M or 6G")),
-        };
-        let number: u64 = number
-            .parse()
-            .map_err(|_| format!("`{text}` is not a size: write it like 512M or 6G"))?;
-        number
-            .checked_mul(1 << shift)
-            .map(Size)
-            .ok_or_else(|| format!("`{text}` is more than any machine has"))
     }
 }
 
@@ -367,35 +320,6 @@ mod tests {
             pages: PageSize::Normal,
             prefault: false,
         }
-    }
-
-    #[test]
-    fn sizes_are_read_and_written() {
-        for (text, bytes) in [
-            ("0", 0),
-            ("4096", 4096),
-            ("512M", 512 << 20),
-            ("6g", 6 << 30),
-            ("1GiB", 1 << 30),
-        ] {
-            assert_eq!(text.parse(), Ok(Size(bytes)));
-        }
-        for text in [
-            "",
-            "G",
-            "1X",
-            "-1G",
-            "1.5G",
-            "1 G",
-            "1ib",
-            "99999999999999999999",
-        ] {
-            assert!(text.parse::<Size>().is_err(), "{text}");
-        }
-        assert!("18446744073709551615T".parse::<Size>().is_err());
-        assert_eq!(Size(6 << 30).to_string(), "6 GiB");
-        assert_eq!(Size(1536 << 20).to_string(), "1536 MiB");
-        assert_eq!(Size(12).to_string(), "12 bytes");
     }
 
     #[test]

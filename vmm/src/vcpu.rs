@@ -328,8 +328,9 @@ mod tests {
     use crate::bus::BusDevice;
     use crate::cpu::{CpuTemplate, write_tables};
     use crate::layout;
-    use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize, Size};
+    use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize};
     use crate::testing::has_kvm;
+    use ringside_control::Size;
     use ringside_vfio::device::Mapping;
     use std::os::unix::fs::FileExt;
     use std::sync::Mutex;

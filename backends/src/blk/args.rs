@@ -4,27 +4,19 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use ringside_control::Size;
 use thiserror::Error;
 
 use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions};
 use super::request::{ID_LEN, SECTOR};
-use super::{BlkConfig, SEG_MAX};
-use crate::shell::OpenError;
+use super::{BlkConfig, RateLimits, SEG_MAX};
+use crate::shell::{OnOff, OpenError};
 
 /// Most bytes in one discard or write-zeroes request.
 const MAX_RANGE: u64 = 1 << 30;
 /// How long a disk may stay locked by a program that is ending.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
-
-/// Whether something is to be offered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum OnOff {
-    /// Offered, if the disk can be written.
-    On,
-    /// Not offered.
-    Off,
-}
 
 /// The cache that the driver is told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -99,6 +91,12 @@ pub struct BlkArgs {
     #[arg(long)]
     pub register_memory: bool,
 
+    /// Look for completions in the storage's own queues in place of taking its interrupts
+    ///
+    /// For devices with poll queues (NVMe: nvme.poll_queues=N). While transfers are under way the thread does not sleep.
+    #[arg(long, requires = "direct")]
+    pub io_poll: bool,
+
     /// How long a queue's thread without requests may spin for the next before it sleeps, in microseconds; 0: not at all
     ///
     /// It spins only while requests come as fast as that, and an idle disk sleeps.
@@ -116,9 +114,27 @@ pub struct BlkArgs {
     #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poll_budget: u32,
 
-    /// Offer discard and write-zeroes, which punch holes into an image
+    /// Limit the disk's rates: keys iops, bandwidth (bytes), and both with read- or write- in front, each in a second
+    ///
+    /// KEY-burst=N is how much may come at once after a pause; a tenth of a second's worth, unless given. Units K, M, G are
+    /// powers of 1024. Discards, write-zeroes and flushes are operations of writing, and move no bytes. `ringside-ctl limits`
+    /// changes the limits of a disk in use.
+    #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
+    pub limit: Option<RateLimits>,
+
+    /// Offer discard and write-zeroes, which punch holes into an image, if the disk can be written
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub discard: OnOff,
+
+    /// Offer packed virtqueues; the guest decides
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub packed: OnOff,
+
+    /// Offer to complete requests in the order in which they came
+    ///
+    /// A request that is done then waits for slower ones before it.
+    #[arg(long, value_enum, default_value = "off", value_name = "on|off")]
+    pub in_order: OnOff,
 }
 
 /// Options that do not fit each other, or a disk that cannot be used.
@@ -226,29 +242,26 @@ impl BlkArgs {
             serial,
             max_queue_size: self.queue_size,
             register_memory: self.register_memory,
+            io_poll: self.io_poll,
             poll: Duration::from_micros(self.poll.into()),
             poll_storage: Duration::from_micros(self.poll_storage.into()),
             poll_budget: self.poll_budget,
+            packed: self.packed == OnOff::On,
+            in_order: self.in_order == OnOff::On,
+            limits: self.limit.unwrap_or_default(),
         })
     }
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
-    let (digits, shift) = match text.char_indices().last() {
-        Some((at, 'k' | 'K')) => (text.get(..at), 10),
-        Some((at, 'm' | 'M')) => (text.get(..at), 20),
-        Some((at, 'g' | 'G')) => (text.get(..at), 30),
-        Some((at, 't' | 'T')) => (text.get(..at), 40),
-        _ => (Some(text), 0),
-    };
-    let number: u64 = digits
-        .unwrap_or_default()
-        .parse()
-        .map_err(|_| "not a number of bytes; use for example 64M or 2G".to_owned())?;
-    number
-        .checked_mul(1 << shift)
-        .filter(|&size| i64::try_from(size).is_ok())
-        .ok_or_else(|| "larger than a disk can be".to_owned())
+    let Size(size) = text.parse()?;
+    i64::try_from(size)
+        .map(|_| size)
+        .map_err(|_| "larger than a disk can be".to_owned())
+}
+
+fn parse_limits(text: &str) -> Result<RateLimits, String> {
+    RateLimits::parse(text).map_err(|error| error.to_string())
 }
 
 fn parse_serial(text: &str) -> Result<String, String> {

@@ -30,6 +30,31 @@ pub(super) mod feature {
     pub(in crate::blk) const EVENT_IDX: u64 = 1 << 29;
     /// VIRTIO_F_VERSION_1
     pub(in crate::blk) const VERSION_1: u64 = 1 << 32;
+    /// VIRTIO_F_RING_PACKED
+    pub(in crate::blk) const RING_PACKED: u64 = 1 << 34;
+    /// VIRTIO_F_IN_ORDER
+    pub(in crate::blk) const IN_ORDER: u64 = 1 << 35;
+}
+
+/// The name of a feature bit of block devices (VIRTIO 1.3, 5.2.3).
+pub(super) fn feature_name(bit: u32) -> Option<&'static str> {
+    Some(match bit {
+        1 => "SIZE_MAX",
+        2 => "SEG_MAX",
+        4 => "GEOMETRY",
+        5 => "RO",
+        6 => "BLK_SIZE",
+        9 => "FLUSH",
+        10 => "TOPOLOGY",
+        11 => "CONFIG_WCE",
+        12 => "MQ",
+        13 => "DISCARD",
+        14 => "WRITE_ZEROES",
+        15 => "LIFETIME",
+        16 => "SECURE_ERASE",
+        17 => "ZONED",
+        _ => return None,
+    })
 }
 
 /// Offset of `wce`, the only field that a driver writes.

@@ -9,11 +9,16 @@
 mod args;
 mod config;
 mod disk;
+mod limits;
 mod poll;
 mod request;
+mod resize;
+mod stats;
 mod uring;
 mod worker;
 
+use std::collections::BTreeMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -21,17 +26,24 @@ use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use ringside_control::metrics::Kind;
+use ringside_control::{ApiError, ErrorCode, Metrics, Size};
+use serde_json::{Map, Value, json};
 use tracing::info;
 
-use crate::shell::{Commands, Device, DeviceError, config_range};
+use crate::shell::{Commands, Device, DeviceError, Drained, Statistics, config_range};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::Geometry;
 pub use disk::{Disk, DiskError, DiskOptions};
+pub use limits::{LimitError, RateLimits};
 
 use config::feature;
+use limits::Throttle;
 use poll::PollLimits;
 use request::{ID_LEN, Limits};
+use resize::ResizeError;
+use stats::{Clock, QueueStats};
 use worker::{Shared, Worker};
 
 /// Most data segments in a request: with header and status it fits a queue of 128, which is QEMU's default.
@@ -54,12 +66,20 @@ pub struct BlkConfig {
     pub max_queue_size: u16,
     /// Pin guest memory and register it with io_uring.
     pub register_memory: bool,
+    /// Look for completions in the storage's queues, without its interrupts.
+    pub io_poll: bool,
     /// Longest time that a worker without requests spins for before it sleeps.
     pub poll: Duration,
     /// Longest time that a worker spins for while the storage works.
     pub poll_storage: Duration,
     /// Most that spinning in vain may take of a worker's time, in percent.
     pub poll_budget: u32,
+    /// Packed virtqueues are offered.
+    pub packed: bool,
+    /// Use in order is offered.
+    pub in_order: bool,
+    /// Limits of its rates.
+    pub limits: RateLimits,
 }
 
 /// The block device.
@@ -70,6 +90,8 @@ pub struct Blk {
     max_queue_size: u16,
     default_writeback: bool,
     path: Option<PathBuf>,
+    /// By queue.
+    stats: Vec<Arc<QueueStats>>,
     shared: Shared,
 }
 
@@ -84,11 +106,17 @@ impl Blk {
             writeback,
             serial,
             max_queue_size,
+            limits,
             register_memory,
+            io_poll,
             poll,
             poll_storage,
             poll_budget,
+            packed,
+            in_order,
         } = config;
+        let throttle = Throttle::default();
+        throttle.set(limits);
         let poll_limits = |window| PollLimits {
             window,
             budget: poll_budget,
@@ -108,6 +136,12 @@ impl Blk {
         if geometry.queues > 1 {
             features |= feature::MQ;
         }
+        if packed {
+            features |= feature::RING_PACKED;
+        }
+        if in_order {
+            features |= feature::IN_ORDER;
+        }
         if discard {
             features |= feature::DISCARD | feature::WRITE_ZEROES;
         }
@@ -119,7 +153,10 @@ impl Blk {
             max_queue_size,
             default_writeback: writeback,
             path,
+            stats: (0..geometry.queues).map(|_| Arc::default()).collect(),
             shared: Shared {
+                clock: Clock::start(),
+                throttle: Arc::new(throttle),
                 limits: Limits {
                     capacity: geometry.capacity,
                     read_only,
@@ -133,6 +170,7 @@ impl Blk {
                 disk: disk.map(|d| Arc::new(d.file)),
                 memory_align: align,
                 registers: register_memory,
+                polls: io_poll,
                 poll: poll_limits(poll),
                 poll_storage: poll_limits(poll_storage),
                 serial,
@@ -140,6 +178,19 @@ impl Blk {
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),
             },
         }
+    }
+}
+
+impl Blk {
+    /// The disk has this size from now on. Returns whether it had another.
+    fn set_capacity(&mut self, capacity: u64) -> bool {
+        let before = std::mem::replace(&mut self.geometry.capacity, capacity);
+        // Relaxed: a request that comes before a worker sees it is judged by the old size.
+        self.shared.capacity.store(capacity, Ordering::Relaxed);
+        if before != capacity {
+            info!(before, now = capacity, "the disk has a new size");
+        }
+        before != capacity
     }
 }
 
@@ -195,12 +246,13 @@ impl Device for Blk {
         commands: Commands,
     ) -> Result<JoinHandle<()>, DeviceError> {
         let shared = self.shared.clone();
+        let stats = self.stats.get(worker).cloned().unwrap_or_default();
         let (ready, started) = mpsc::channel();
         let failed = |source| DeviceError::Worker { worker, source };
         let thread = thread::Builder::new()
             .name(format!("blk-queue-{worker}"))
             // The io_uring belongs to the thread that makes it.
-            .spawn(move || match Worker::new(shared, commands) {
+            .spawn(move || match Worker::new(shared, commands, stats) {
                 Ok(worker) => {
                     if ready.send(Ok(())).is_ok() {
                         worker.run();
@@ -226,13 +278,79 @@ impl Device for Blk {
         };
         let capacity = disk::capacity(file, path, self.geometry.block_size)
             .map_err(|e| DeviceError::Refresh(Box::new(e)))?;
-        let before = std::mem::replace(&mut self.geometry.capacity, capacity);
-        // Relaxed: a request that comes before a worker sees it is judged by the old size.
-        self.shared.capacity.store(capacity, Ordering::Relaxed);
-        if before != capacity {
-            info!(before, now = capacity, "the disk has a new size");
+        Ok(self.set_capacity(capacity))
+    }
+
+    fn statistics(&self) -> Arc<dyn Statistics> {
+        Arc::new(BlkStatistics {
+            queues: self.stats.clone(),
+            capacity: Arc::clone(&self.shared.capacity),
+            throttle: Arc::clone(&self.shared.throttle),
+        })
+    }
+
+    fn status(&self) -> Map<String, Value> {
+        let cache = match self.shared.writeback.load(Ordering::Relaxed) {
+            true => "writeback",
+            false => "writethrough",
+        };
+        Map::from_iter([
+            ("device".to_owned(), "block".into()),
+            (
+                "disk".to_owned(),
+                json!({
+                    "path": self.path,
+                    "size": self.geometry.capacity,
+                    "block-size": self.geometry.block_size,
+                    "read-only": self.shared.limits.read_only,
+                    "cache": cache,
+                }),
+            ),
+            ("limits".to_owned(), self.shared.throttle.limits().to_json()),
+        ])
+    }
+
+    fn feature_name(&self, bit: u32) -> Option<&'static str> {
+        config::feature_name(bit)
+    }
+
+    fn resize(&mut self, size: Option<Size>, shrink: bool) -> Result<bool, ApiError> {
+        let Some(Size(size)) = size else {
+            return self
+                .refresh()
+                .map_err(|error| ApiError::new(ErrorCode::Failed, &error));
+        };
+        resize::check(
+            self.geometry.capacity,
+            size,
+            self.geometry.block_size,
+            shrink,
+        )?;
+        if let (Some(path), Some(file)) = (&self.path, &self.shared.disk) {
+            if self.shared.limits.read_only {
+                return Err(ResizeError::ReadOnly { path: path.clone() }.into());
+            }
+            resize::set_len(file, path, size)?;
         }
-        Ok(before != capacity)
+        Ok(self.set_capacity(size))
+    }
+
+    fn limits(&mut self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
+        let limits = self
+            .shared
+            .throttle
+            .limits()
+            .with(changes)
+            .map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))?;
+        self.shared.throttle.set(limits);
+        Ok(limits.to_json())
+    }
+
+    fn drained(&self) -> Result<Drained, ApiError> {
+        let disk = self.shared.disk.clone();
+        Ok(Box::new(move || -> io::Result<()> {
+            disk.map_or(Ok(()), |file| file.sync_all())
+        }))
     }
 
     fn reset(&mut self) {
@@ -242,11 +360,36 @@ impl Device for Blk {
             max_queue_size: _,
             default_writeback,
             path: _,
+            stats: _,
             shared,
         } = self;
         shared
             .writeback
             .store(*default_writeback, Ordering::Relaxed);
+    }
+}
+
+/// What others may see of a disk at any time.
+struct BlkStatistics {
+    queues: Vec<Arc<QueueStats>>,
+    capacity: Arc<AtomicU64>,
+    throttle: Arc<Throttle>,
+}
+
+impl Statistics for BlkStatistics {
+    fn stats(&self) -> Map<String, Value> {
+        Map::from_iter([("queues".to_owned(), stats::to_json(&self.queues))])
+    }
+
+    fn metrics(&self, page: &mut Metrics) {
+        let capacity = (
+            "ringside_block_capacity_bytes",
+            Kind::Gauge,
+            "The disk's size.",
+        );
+        page.single(capacity, &[], self.capacity.load(Ordering::Relaxed));
+        self.throttle.limits().metrics(page);
+        stats::metrics(&self.queues, page);
     }
 }
 

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 /// The window to begin with, and the least that is worth it.
 const FIRST: Duration = Duration::from_micros(2);
-/// How much of failed spinning can be saved up for.
+/// How much of failed spinning can be saved up for, if the window is not longer.
 const MOST_CREDIT: Duration = Duration::from_millis(1);
 
 /// The user's wishes.
@@ -30,6 +30,13 @@ pub(super) struct PollLimits {
     pub(super) window: Duration,
     /// Most that failed spinning may take of the time, in percent.
     pub(super) budget: u32,
+}
+
+impl PollLimits {
+    /// Enough for the longest window to be lost once.
+    fn most_credit(self) -> Duration {
+        MOST_CREDIT.max(self.window)
+    }
 }
 
 /// The window of one worker.
@@ -47,7 +54,7 @@ impl PollWindow {
         Self {
             limits,
             window: Duration::ZERO,
-            credit: MOST_CREDIT,
+            credit: limits.most_credit(),
         }
     }
 
@@ -84,7 +91,10 @@ impl PollWindow {
     /// The share of the time that passed is there to be lost.
     fn earn(&mut self, passed: Duration) {
         let share = passed.saturating_mul(self.limits.budget) / 100;
-        self.credit = self.credit.saturating_add(share).min(MOST_CREDIT);
+        self.credit = self
+            .credit
+            .saturating_add(share)
+            .min(self.limits.most_credit());
     }
 }
 
@@ -128,6 +138,15 @@ mod tests {
         }
         assert_eq!(w.now(), us(0));
         assert_eq!(spun, us(16 + 8 + 4 + 2));
+    }
+
+    #[test]
+    fn the_longest_window_is_spun() {
+        let mut w = window(10_000, 100);
+        for _ in 0..20 {
+            w.slept(us(10_000), us(0));
+        }
+        assert_eq!(w.now(), us(10_000));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use thiserror::Error;
 use vm_memory::GuestMemory;
 
 use super::config::feature;
+use super::stats::Kind;
 
 /// Bytes in a sector, the unit of all addresses, whatever the block size (VIRTIO 1.3, 5.2.6).
 pub(super) const SECTOR: u64 = 512;
@@ -101,6 +102,20 @@ pub(super) enum Request {
     },
     /// The request is answered with this status and nothing else.
     Refuse(Status),
+}
+
+impl Request {
+    /// How it is counted, and how many bytes it is about.
+    pub(super) fn measure(&self) -> (Kind, u64) {
+        match *self {
+            Self::Read { len, .. } => (Kind::Read, len),
+            Self::Write { len, .. } => (Kind::Write, len),
+            Self::Flush => (Kind::Flush, 0),
+            Self::Discard { len, .. } => (Kind::Discard, len),
+            Self::WriteZeroes { len, .. } => (Kind::WriteZeroes, len),
+            Self::GetId { .. } | Self::Refuse(_) => (Kind::Other, 0),
+        }
+    }
 }
 
 /// The chain has no room for an answer, or no header to tell what it asks: it is returned with length 0.

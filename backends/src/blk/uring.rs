@@ -124,21 +124,58 @@ pub(super) struct Uring {
     zeroes: Option<MmapRegion<()>>,
     /// Registered; kept open with the ring.
     _disk: Option<Arc<File>>,
+    /// Takes the transfers, if they are to be polled for: without interrupts of the storage, and without sleep while
+    /// there are any.
+    polled: Option<Polled>,
     /// System calls made.
     pub(super) syscalls: u64,
+}
+
+/// A second ring, whose completions the kernel looks for in the storage's own queues (io_uring_setup(2),
+/// IORING_SETUP_IOPOLL). Nothing but transfers can go through it.
+struct Polled {
+    ring: IoUring,
+    in_flight: u32,
+    /// The storage cannot do it. Transfers go through the other ring.
+    refused: bool,
+}
+
+impl Polled {
+    fn new(entries: u32, disk: &File) -> io::Result<Self> {
+        let mut builder = IoUring::builder();
+        builder.dontfork().setup_clamp().setup_iopoll();
+        let ring = builder.build(entries)?;
+        ring.submitter().register_files(&[disk.as_raw_fd()])?;
+        Ok(Self {
+            ring,
+            in_flight: 0,
+            refused: false,
+        })
+    }
 }
 
 impl Uring {
     /// A ring of the calling thread, on this disk.
     ///
-    /// With `registers`, guest memory is pinned and known to the kernel as long as it is attached.
-    pub(super) fn new(entries: u32, disk: Option<Arc<File>>, registers: bool) -> io::Result<Self> {
+    /// With `registers`, guest memory is pinned and known to the kernel as long as it is attached; with `polls`, transfers are
+    /// polled for.
+    pub(super) fn new(
+        entries: u32,
+        disk: Option<Arc<File>>,
+        registers: bool,
+        polls: bool,
+    ) -> io::Result<Self> {
         let ring = build(entries)?;
         if let Some(disk) = &disk {
             ring.submitter().register_files(&[disk.as_raw_fd()])?;
         }
+        let polled = match &disk {
+            Some(disk) if polls => Some(Polled::new(entries, disk)?),
+            _ => None,
+        };
         Ok(Self {
             ring,
+            polled,
             slots: Vec::new(),
             in_flight: 0,
             unsubmitted: 0,
@@ -162,7 +199,7 @@ impl Uring {
         }
         self.slots.resize_with(usize::from(slots), Slot::default);
         if !std::mem::take(&mut self.registered).is_empty()
-            && let Err(e) = self.ring.submitter().unregister_buffers()
+            && let Err(e) = self.transfers().submitter().unregister_buffers()
         {
             warn!("guest memory stays pinned until the thread ends: {e}");
         }
@@ -194,12 +231,24 @@ impl Uring {
             }
         }
         // SAFETY: the buffers lie in guest memory, which `self.memory` keeps mapped until they are unregistered.
-        unsafe { self.ring.submitter().register_buffers(&buffers)? };
+        unsafe { self.transfers().submitter().register_buffers(&buffers)? };
         self.registered = buffers
             .iter()
             .map(|buffer| (buffer.iov_base.addr(), buffer.iov_len))
             .collect();
         Ok(())
+    }
+
+    /// The ring that knows the registered buffers.
+    fn transfers(&self) -> &IoUring {
+        self.polled
+            .as_ref()
+            .map_or(&self.ring, |polled| &polled.ring)
+    }
+
+    /// Transfers are under way that nothing but [`enter`](Self::enter) finds the end of.
+    pub(super) fn polling(&self) -> bool {
+        self.polled.as_ref().is_some_and(|p| p.in_flight > 0)
     }
 
     /// Operations that were started and have not ended.
@@ -443,6 +492,9 @@ impl Uring {
                 .rw_flags(flags)
                 .build(),
         };
+        if self.polled.as_ref().is_some_and(|p| !p.refused) {
+            return self.start_polled(slot, entry);
+        }
         self.start(slot, entry)
     }
 
@@ -473,12 +525,31 @@ impl Uring {
         // SAFETY: what the entry points to are the slot's own iovecs, which stay as they are while it is busy, and
         // guest memory or a buffer that this structure keeps until nothing is in flight.
         unsafe { self.push(&entry.user_data(IO | u64::from(slot)))? };
+        self.started(slot);
+        Ok(())
+    }
+
+    fn start_polled(&mut self, slot: u16, entry: Entry) -> io::Result<()> {
+        let entry = entry.user_data(IO | u64::from(slot));
+        let Some(polled) = &mut self.polled else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        // SAFETY: as in `start`.
+        while unsafe { polled.ring.submission().push(&entry) }.is_err() {
+            self.syscalls = self.syscalls.saturating_add(1);
+            polled.ring.submit()?;
+        }
+        polled.in_flight = polled.in_flight.saturating_add(1);
+        self.started(slot);
+        Ok(())
+    }
+
+    fn started(&mut self, slot: u16) {
         if let Some(state) = self.slots.get_mut(usize::from(slot)) {
             state.busy = true;
         }
         self.in_flight = self.in_flight.saturating_add(1);
         self.unsubmitted = self.unsubmitted.saturating_add(1);
-        Ok(())
     }
 
     /// Reports each time a descriptor becomes readable, until told otherwise. The descriptor is never read: an eventfd
@@ -511,7 +582,13 @@ impl Uring {
 
     /// Submits what was pushed and waits for `want` completions, or for the time given. Returns also when a signal
     /// came: look at the completions, there may be none.
-    pub(super) fn enter(&mut self, want: usize, timeout: Option<Duration>) -> io::Result<()> {
+    pub(super) fn enter(&mut self, mut want: usize, timeout: Option<Duration>) -> io::Result<()> {
+        if let Some(polled) = self.polled.as_mut().filter(|p| p.in_flight > 0) {
+            self.syscalls = self.syscalls.saturating_add(1);
+            self.unsubmitted = 0;
+            tolerate(polled.ring.submit_and_wait(0))?;
+            want = 0;
+        }
         if want == 0 {
             let queue = self.ring.submission();
             // Completions are worked off in the kernel only when it is entered. A worker that is kept busy by its
@@ -530,24 +607,14 @@ impl Uring {
                 self.ring.submitter().submit_with_args(want, &args)
             }
         };
-        match result {
-            Ok(_) => Ok(()),
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
-                ) =>
-            {
-                Ok(())
-            }
-            Err(e) => Err(e),
-        }
+        tolerate(result)
     }
 
     /// Whether something can be had without waiting: completions, or work that the kernel does when it is entered.
     pub(super) fn ready(&mut self) -> bool {
+        let polling = self.polling();
         let queue = self.ring.submission();
-        queue.taskrun() || queue.cq_overflow() || {
+        polling || queue.taskrun() || queue.cq_overflow() || {
             drop(queue);
             !self.ring.completion().is_empty()
         }
@@ -556,7 +623,10 @@ impl Uring {
     /// The next thing that the ring reports, or `None` when there is nothing more now.
     pub(super) fn completion(&mut self) -> Option<Completion> {
         loop {
-            let entry = self.ring.completion().next()?;
+            let next = self.ring.completion().next();
+            let Some(entry) = next else {
+                return self.polled_completion();
+            };
             let (data, result) = (entry.user_data(), entry.result());
             let number = data & !SORT;
             match data & SORT {
@@ -568,16 +638,56 @@ impl Uring {
                     });
                 }
                 IO => {
-                    let slot = u16::try_from(number).unwrap_or(u16::MAX);
-                    self.in_flight = self.in_flight.saturating_sub(1);
-                    if let Some(state) = self.slots.get_mut(usize::from(slot)) {
-                        state.busy = false;
-                    }
-                    return Some(Completion::Io { slot, result });
+                    return Some(self.ended(number, result));
                 }
                 _ => {}
             }
         }
+    }
+
+    fn polled_completion(&mut self) -> Option<Completion> {
+        let polled = self.polled.as_mut().filter(|p| p.in_flight > 0)?;
+        let entry = polled.ring.completion().next()?;
+        polled.in_flight = polled.in_flight.saturating_sub(1);
+        let mut result = entry.result();
+        if result.saturating_neg() == libc::EOPNOTSUPP {
+            if !polled.refused {
+                warn!(
+                    "the storage cannot be polled (a device needs poll queues: nvme.poll_queues, for example); it interrupts as usual"
+                );
+                polled.refused = true;
+                // Known to the other ring only.
+                self.registered.clear();
+            }
+            // To be begun again, now through the ring that sleeps.
+            result = libc::EAGAIN.saturating_neg();
+        }
+        Some(self.ended(entry.user_data() & !SORT, result))
+    }
+
+    fn ended(&mut self, number: u64, result: i32) -> Completion {
+        let slot = u16::try_from(number).unwrap_or(u16::MAX);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        if let Some(state) = self.slots.get_mut(usize::from(slot)) {
+            state.busy = false;
+        }
+        Completion::Io { slot, result }
+    }
+}
+
+/// Lets pass what only says that there is nothing, or not now.
+fn tolerate(entered: io::Result<usize>) -> io::Result<()> {
+    match entered {
+        Ok(_) => Ok(()),
+        Err(e)
+            if matches!(
+                e.raw_os_error(),
+                Some(libc::EINTR | libc::ETIME | libc::EBUSY | libc::EAGAIN)
+            ) =>
+        {
+            Ok(())
+        }
+        Err(e) => Err(e),
     }
 }
 

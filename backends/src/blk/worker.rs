@@ -12,6 +12,18 @@
 //!  io_uring_enter  waits for the next kick, which is never read
 //! ```
 //!
+//! Between having nothing to do and sleeping lies the poll window (`poll.rs`): while events come fast, the worker looks for the
+//! next one without telling the driver that it sleeps, which saves its wake-up and the driver's kick:
+//!
+//! ```text
+//!  turn: drain, publish, interrupt ──▶ spin, notifications off ──▶ arm: notifications on ──▶ look once more ──▶ sleep
+//!    ▲                                   │ something came                                     │                  │
+//!    └───────────────────────────────────┴────────────────────────────────────────────────────┴──────────────────┘
+//! ```
+//!
+//! A long batch is not worked off in one go: the storage gets its operations in groups, and the driver what was answered at
+//! once, so that both work while the rest is drained.
+//!
 //! The interrupt does not go through the ring as well: io_uring hands a write to a blocking eventfd, which is what
 //! front-ends send, to another thread of the kernel, and a driver that does not take its interrupts could pile them up.
 
@@ -28,8 +40,10 @@ use tracing::{debug, error, info, warn};
 use vm_memory::GuestAddress;
 
 use super::config::feature;
+use super::limits::Throttle;
 use super::poll::{PollLimits, PollWindow};
 use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
+use super::stats::{Clock, Kind, QueueStats};
 use super::uring::{Completion, Direction, PrepareError, Uring};
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, signal};
 
@@ -39,6 +53,8 @@ const SUBMISSIONS: u32 = 256;
 const COMMANDS: u32 = 0;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
+/// After how long a ring whose driver is over a limit is looked at again in any case: the limit may have changed.
+const THROTTLE_INTERVAL: Duration = Duration::from_millis(100);
 /// After how many operations the storage gets them, while a batch is still being drained: it can begin meanwhile, and what is
 /// begun apart ends apart, so that the driver has something to go on with.
 const SUBMIT: u32 = 8;
@@ -52,6 +68,8 @@ const MAX_RETRIES: u8 = 100;
 /// What all workers of a disk have in common.
 #[derive(Debug, Clone)]
 pub(super) struct Shared {
+    pub(super) clock: Clock,
+    pub(super) throttle: Arc<Throttle>,
     /// `None`: requests succeed at once, and no data moves.
     pub(super) disk: Option<Arc<File>>,
     pub(super) limits: Limits,
@@ -61,6 +79,8 @@ pub(super) struct Shared {
     pub(super) memory_align: u32,
     /// Guest memory is to be registered with io_uring.
     pub(super) registers: bool,
+    /// Transfers are to be polled for.
+    pub(super) polls: bool,
     /// For how long to spin for requests, while nothing is in flight.
     pub(super) poll: PollLimits,
     /// For how long to spin while the storage works.
@@ -68,15 +88,6 @@ pub(super) struct Shared {
     pub(super) serial: [u8; ID_LEN],
     /// `wce` in the configuration space.
     pub(super) writeback: Arc<AtomicBool>,
-}
-
-/// What a worker did, for its log.
-#[derive(Debug, Clone, Copy, Default)]
-struct Counters {
-    requests: u64,
-    kicks: u64,
-    notifications: u64,
-    turns: u64,
 }
 
 /// What an operation in a slot is for.
@@ -100,8 +111,11 @@ struct Job {
     stage: Stage,
     offset: u64,
     remaining: u64,
-    /// Bytes written to guest memory when it succeeds, without the status.
-    reply: u64,
+    kind: Kind,
+    /// Bytes that the request is about.
+    len: u64,
+    /// When it was taken.
+    began: u64,
     durable: bool,
     /// It goes through the bounce buffer.
     bounced: bool,
@@ -115,9 +129,13 @@ pub(super) struct Worker {
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
+    /// Take no chains.
+    paused: bool,
+    /// Who waits for that to have taken effect.
+    pausing: Vec<Sender<()>>,
+    stats: Arc<QueueStats>,
     /// For requests, and for the storage.
     windows: [PollWindow; 2],
-    counters: Counters,
     limit: LogLimit,
 }
 
@@ -130,6 +148,9 @@ struct Queue {
     /// Jobs that wait for the bounce buffer, which `bouncing` has.
     waiting: VecDeque<u16>,
     bouncing: Option<u16>,
+    paused: bool,
+    /// Chains wait because of a limit, probably for so long.
+    throttled: Option<Duration>,
     /// The driver broke the ring; it is kept until the shell takes it back.
     broken: bool,
     /// Where to give it back, once nothing is in flight.
@@ -145,8 +166,17 @@ enum Next {
 
 impl Worker {
     /// A worker on the calling thread.
-    pub(super) fn new(shared: Shared, commands: Commands) -> std::io::Result<Self> {
-        let mut uring = Uring::new(SUBMISSIONS, shared.disk.clone(), shared.registers)?;
+    pub(super) fn new(
+        shared: Shared,
+        commands: Commands,
+        stats: Arc<QueueStats>,
+    ) -> std::io::Result<Self> {
+        let mut uring = Uring::new(
+            SUBMISSIONS,
+            shared.disk.clone(),
+            shared.registers,
+            shared.polls,
+        )?;
         uring.poll(commands.as_raw_fd(), COMMANDS)?;
         Ok(Self {
             windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
@@ -155,7 +185,9 @@ impl Worker {
             uring,
             queue: None,
             kick_tag: COMMANDS,
-            counters: Counters::default(),
+            paused: false,
+            pausing: Vec::new(),
+            stats,
             limit: LogLimit::default(),
         })
     }
@@ -170,7 +202,6 @@ impl Worker {
                 error!("io_uring failed: {e}");
                 return;
             }
-            self.counters.turns = self.counters.turns.saturating_add(1);
             completed.clear();
             let mut commanded = false;
             while let Some(completion) = self.uring.completion() {
@@ -188,6 +219,14 @@ impl Worker {
                     match command {
                         Command::Start(vring) => self.start(vring),
                         Command::Stop { index, done } => self.stop(index, done),
+                        Command::Pause { done } => {
+                            self.pause(true);
+                            self.pausing.push(done);
+                        }
+                        Command::Resume => {
+                            self.pause(false);
+                            self.pausing.clear();
+                        }
                         Command::Exit => {
                             self.report();
                             return;
@@ -196,14 +235,39 @@ impl Worker {
                 }
             }
             wait = !self.turn(&completed);
+            self.tell_paused();
+        }
+    }
+
+    /// Takes no chains from now on, or takes them again.
+    fn pause(&mut self, paused: bool) {
+        self.paused = paused;
+        if let Some(queue) = &mut self.queue {
+            queue.paused = paused;
+        }
+    }
+
+    /// Tells who waits for it that nothing is in flight.
+    fn tell_paused(&mut self) {
+        if !self.pausing.is_empty()
+            && self.uring.in_flight() == 0
+            && self.queue.as_ref().is_none_or(Queue::idle)
+        {
+            for done in self.pausing.drain(..) {
+                // Its client may have left.
+                let _ = done.send(());
+            }
         }
     }
 
     /// Submits what was begun. To `wait` is to return only when there is something to do: the worker spins for a while if
     /// that pays, then lets the driver know that it wants to be kicked, and sleeps.
     fn enter(&mut self, wait: bool) -> std::io::Result<()> {
-        if !wait {
+        if !wait || self.uring.polling() {
             return self.uring.enter(0, None);
+        }
+        if let Some(throttled) = self.queue.as_ref().and_then(|queue| queue.throttled) {
+            return self.uring.enter(1, Some(throttled));
         }
         if self.polled_by_wish() {
             return self.uring.enter(1, Some(POLL_INTERVAL));
@@ -241,7 +305,7 @@ impl Worker {
             if tag != self.kick_tag {
                 return; // of a ring that was given back
             }
-            self.counters.kicks = self.counters.kicks.saturating_add(1);
+            self.stats.kicks.add(1);
         }
         let gone = i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL);
         if result < 0 || result & gone != 0 {
@@ -290,6 +354,8 @@ impl Worker {
             free: (0..size).rev().collect(),
             waiting: VecDeque::with_capacity(usize::from(size)),
             bouncing: None,
+            paused: self.paused,
+            throttled: None,
             broken: false,
             stop: None,
             vring,
@@ -316,7 +382,10 @@ impl Worker {
             },
             shared: &self.shared,
             uring: &mut self.uring,
-            counters: &mut self.counters,
+            stats: &self.stats,
+            now: self.shared.clock.now(),
+            unpublished: false,
+            throttled: None,
             limit: &self.limit,
         };
         let again = match turn.run(queue, completed) {
@@ -344,6 +413,12 @@ impl Worker {
                 false
             }
         };
+        queue.throttled = turn.throttled;
+        self.stats.turns.add(1);
+        self.stats.enters.set(self.uring.syscalls);
+        self.stats
+            .in_flight
+            .set(queue.vring.ring.in_flight().into());
         if queue.stop.is_some() && queue.idle() && self.uring.in_flight() == 0 {
             self.give_back();
         }
@@ -355,6 +430,7 @@ impl Worker {
             return;
         };
         self.uring.attach(None, 0);
+        self.stats.in_flight.set(0);
         if queue.vring.kick.is_some()
             && let Err(e) = self.uring.unpoll(self.kick_tag)
         {
@@ -372,12 +448,8 @@ impl Worker {
     }
 
     fn report(&self) {
-        let Counters {
-            requests,
-            kicks,
-            notifications,
-            turns,
-        } = self.counters;
+        let (requests, kicks) = (self.stats.total(), self.stats.kicks.get());
+        let (notifications, turns) = (self.stats.notifications.get(), self.stats.turns.get());
         let syscalls = self.uring.syscalls.saturating_add(notifications);
         if requests > 0 {
             info!(
@@ -398,8 +470,11 @@ fn spin(
     let queue = queue?;
     let serves = queue.serves();
     let mut session = queue.vring.session().ok()?;
+    // A ring that is broken shows in the turn.
+    if serves {
+        session.disable_notifications().ok()?;
+    }
     loop {
-        // A ring that is broken shows in the turn.
         let found = uring.ready() || serves && session.available().is_ok_and(|waiting| waiting > 0);
         let passed = start.elapsed();
         if found {
@@ -429,7 +504,7 @@ fn arm(queue: Option<&mut Queue>) -> bool {
 impl Queue {
     /// New chains are to be taken.
     fn serves(&self) -> bool {
-        self.vring.enabled && !self.broken && self.stop.is_none()
+        self.vring.enabled && !self.broken && !self.paused && self.stop.is_none()
     }
 
     /// Drops the requests that the kernel does not have: there is no ring to answer them on.
@@ -453,7 +528,13 @@ struct Turn<'w> {
     limits: Limits,
     shared: &'w Shared,
     uring: &'w mut Uring,
-    counters: &'w mut Counters,
+    stats: &'w QueueStats,
+    /// When the turn began.
+    now: u64,
+    /// Something was answered that the driver has not been shown.
+    unpublished: bool,
+    /// A limit was reached.
+    throttled: Option<Duration>,
     limit: &'w LogLimit,
 }
 
@@ -504,7 +585,7 @@ impl Turn<'_> {
             return Err(error);
         }
         let mut taken = Ok(false);
-        if serves {
+        if serves && session.available()? > 0 {
             session.disable_notifications()?;
             taken = self.drain(&mut slots, &mut session, chain, features, call);
         }
@@ -519,8 +600,12 @@ impl Turn<'_> {
         session: &mut Session<'_, Memory>,
         call: Option<&File>,
     ) -> Result<(), RingError> {
-        if session.publish()? && call.is_some() {
-            self.counters.notifications = self.counters.notifications.saturating_add(1);
+        let notify = session.publish()?;
+        if std::mem::take(&mut self.unpublished) && !notify {
+            self.stats.suppressed.add(1);
+        }
+        if notify && call.is_some() {
+            self.stats.notifications.add(1);
             if let Err(e) = signal(call) {
                 debug!("cannot signal the call eventfd: {e}");
             }
@@ -551,7 +636,6 @@ impl Turn<'_> {
                         // What it fails with shows when the worker waits.
                         let _ = self.uring.enter(0, None);
                     }
-                    self.counters.requests = self.counters.requests.saturating_add(1);
                     let head = chain.head();
                     let durable = self.durable(features);
                     if let Some(len) = self.begin(slots, session.memory(), &chain, durable) {
@@ -560,12 +644,15 @@ impl Turn<'_> {
                         if answered.is_multiple_of(ANSWERS) {
                             self.publish(session, call)?;
                         }
+                    } else if self.throttled.is_some() {
+                        session.rewind(1);
+                        return Ok(false);
                     }
                 }
                 Ok(None) => return Ok(false),
                 Err(PopError::Ring(e)) => return Err(e),
                 Err(PopError::Chain { head, error }) => {
-                    self.complain(&error);
+                    self.malformed(&error);
                     session.push_used(head, 0)?;
                 }
             }
@@ -579,7 +666,35 @@ impl Turn<'_> {
         }
     }
 
-    /// Begins a request. Returns the length for the used ring if it is answered already.
+    /// A chain that there is no answer to is returned.
+    fn malformed(&mut self, error: &dyn std::error::Error) {
+        self.complain(error);
+        self.stats.malformed();
+        self.unpublished = true;
+    }
+
+    /// Answers a request. Returns the length for the used ring.
+    fn answer(&mut self, mem: &Memory, job: &Job, status: Status) -> u32 {
+        let took = self.now.saturating_sub(job.began);
+        self.stats.answered(job.kind, job.len, status, took);
+        self.unpublished = true;
+        answer(mem, job, status)
+    }
+
+    /// Whether the disk's limits allow a request now; otherwise after what time in nanoseconds they may.
+    fn allowed(&self, request: &Request) -> Result<(), u64> {
+        let throttle = &self.shared.throttle;
+        match *request {
+            Request::Read { len, .. } => throttle.take(false, len, self.now),
+            Request::Write { len, .. } => throttle.take(true, len, self.now),
+            Request::Flush | Request::Discard { .. } | Request::WriteZeroes { .. } => {
+                throttle.take(true, 0, self.now)
+            }
+            Request::GetId { .. } | Request::Refuse(_) => Ok(()),
+        }
+    }
+
+    /// Begins a request, unless it is `throttled`. Returns the length for the used ring if it is answered already.
     fn begin(
         &mut self,
         slots: &mut Slots<'_>,
@@ -590,10 +705,18 @@ impl Turn<'_> {
         let request = match request::parse(chain, mem, &self.limits) {
             Ok(request) => request,
             Err(e) => {
-                self.complain(&e);
+                self.malformed(&e);
                 return Some(0);
             }
         };
+        if self.shared.throttle.active()
+            && let Err(wait) = self.allowed(&request)
+        {
+            self.stats.throttled.add(1);
+            self.throttled = Some(Duration::from_nanos(wait).min(THROTTLE_INTERVAL));
+            return None;
+        }
+        let (kind, len) = request.measure();
         // The last writable byte; `parse` saw that there is one.
         let status = chain
             .writable()
@@ -606,29 +729,31 @@ impl Turn<'_> {
             stage: Stage::Sync,
             offset: 0,
             remaining: 0,
-            reply: 0,
+            kind,
+            len,
+            began: self.now,
             durable,
             bounced: false,
             retries: 0,
         };
         let null = self.shared.disk.is_none();
         match request {
-            Request::Refuse(status) => return Some(answer(mem, &job, status)),
+            Request::Refuse(status) => return Some(self.answer(mem, &job, status)),
             Request::GetId { len } => {
                 let count = ID_LEN.min(usize::try_from(len).unwrap_or(ID_LEN));
                 let id = self.shared.serial.get(..count).unwrap_or_default();
                 return Some(match write_segments(mem, chain.writable(), 0, id) {
                     Ok(()) => {
-                        job.reply = u64::try_from(count).unwrap_or(0);
-                        answer(mem, &job, Status::Ok)
+                        job.len = u64::try_from(count).unwrap_or(0);
+                        self.answer(mem, &job, Status::Ok)
                     }
-                    Err(_) => answer(mem, &job, Status::IoError),
+                    Err(_) => self.answer(mem, &job, Status::IoError),
                 });
             }
             Request::Flush => {}
             Request::Read { offset, len } => {
                 job.stage = Stage::Transfer(Direction::Read);
-                (job.offset, job.remaining, job.reply) = (offset, len, len);
+                (job.offset, job.remaining) = (offset, len);
             }
             Request::Write { offset, len } => {
                 job.stage = Stage::Transfer(Direction::Write { durable });
@@ -656,11 +781,11 @@ impl Turn<'_> {
         }
         let nothing = job.remaining == 0 && job.stage != Stage::Sync;
         if null || nothing {
-            return Some(answer(mem, &job, Status::Ok));
+            return Some(self.answer(mem, &job, Status::Ok));
         }
         let Some(slot) = slots.take() else {
             // Not reachable while the ring holds no more chains than it has descriptors.
-            return Some(answer(mem, &job, Status::IoError));
+            return Some(self.answer(mem, &job, Status::IoError));
         };
         if let Stage::Transfer(direction) = job.stage {
             let (segments, skip) = match direction {
@@ -676,7 +801,7 @@ impl Turn<'_> {
                 Err(e) => {
                     self.complain(&e);
                     slots.release(slot);
-                    return Some(answer(mem, &job, Status::IoError));
+                    return Some(self.answer(mem, &job, Status::IoError));
                 }
             }
         }
@@ -687,7 +812,7 @@ impl Turn<'_> {
             }
             Next::Done(status) => {
                 slots.release(slot);
-                Some(answer(mem, &job, status))
+                Some(self.answer(mem, &job, status))
             }
         }
     }
@@ -754,7 +879,8 @@ impl Turn<'_> {
             }
             Next::Done(status) => {
                 slots.release(slot);
-                let ended = session.push_used(job.head, answer(session.memory(), &job, status));
+                let len = self.answer(session.memory(), &job, status);
+                let ended = session.push_used(job.head, len);
                 self.next_bounce(slots, session)?;
                 ended
             }
@@ -778,7 +904,8 @@ impl Turn<'_> {
                 Next::Pending => slots.put(slot, job),
                 Next::Done(status) => {
                     slots.release(slot);
-                    session.push_used(job.head, answer(session.memory(), &job, status))?;
+                    let len = self.answer(session.memory(), &job, status);
+                    session.push_used(job.head, len)?;
                 }
             }
         }
@@ -825,6 +952,8 @@ impl Turn<'_> {
             }
             (libc::EOPNOTSUPP | libc::ENOSYS, Stage::Fallocate { or_write: true, .. }) => {
                 job.stage = Stage::WriteZeroes;
+                // It moves bytes after all.
+                self.shared.throttle.charge(job.remaining, self.now);
                 self.advance(slots, slot, job)
             }
             (libc::EOPNOTSUPP | libc::ENOSYS, Stage::Fallocate { .. }) => {
@@ -862,7 +991,10 @@ fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
     if write_segments(mem, &[place], 0, &[status as u8]).is_err() {
         return 0;
     }
-    let data = if status == Status::Ok { job.reply } else { 0 };
+    let data = match (status, job.kind) {
+        (Status::Ok, Kind::Read | Kind::Other) => job.len,
+        _ => 0,
+    };
     u32::try_from(data.saturating_add(1)).unwrap_or(u32::MAX)
 }
 

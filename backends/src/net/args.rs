@@ -14,7 +14,7 @@ use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
 use super::tap::{MAX_QUEUES, Tap, TapError};
-use crate::shell::OpenError;
+use crate::shell::{OnOff, OpenError};
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -123,6 +123,14 @@ pub struct NetArgs {
         default_value = "all"
     )]
     pub offload: Vec<Offload>,
+
+    /// Offer packed virtqueues; the guest decides
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub packed: OnOff,
+
+    /// Offer to use buffers in the order in which they came, which saves both sides work
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub in_order: OnOff,
 }
 
 /// The device that the command line asks for cannot be had.
@@ -229,6 +237,8 @@ impl NetArgs {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
             multi_queue: pairs > 1,
+            packed: self.packed == OnOff::On,
+            in_order: self.in_order == OnOff::On,
         };
         let features = offered(tun, extras);
         let name = tap.name().to_owned();

@@ -109,6 +109,8 @@ impl ControlWorker {
                         let _ = done.send(vring);
                     }
                 }
+                // Not for this device, whose drain is refused.
+                Command::Pause { .. } | Command::Resume => {}
                 Command::Exit => return false,
             }
         }
@@ -128,10 +130,10 @@ impl ControlWorker {
         }
         // A driver that speaks to us begins with one pair (VIRTIO 1.3, 5.1.6.5.5). One that has spoken to another
         // before us may have gone on to more.
-        let first = if ring.vring.ring.next_avail() == 0 {
-            Pairs::First(1)
-        } else {
+        let first = if ring.vring.ring.has_begun() {
             Pairs::Fed
+        } else {
+            Pairs::First(1)
         };
         self.ring = Some(ring);
         self.target.shared.change(|settings| {

@@ -1,26 +1,13 @@
 //! What a queue pair has done so far.
 
 use std::fmt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::Arc;
 
-/// A number that one thread increases and others may read.
-#[derive(Debug, Default)]
-pub(super) struct Counter(AtomicU64);
+use ringside_control::Metrics;
+use ringside_control::metrics::Kind;
+use serde_json::{Map, Value};
 
-impl Counter {
-    /// Adds to the number. Only the thread that owns the queue pair does so, hence no atomic addition.
-    #[inline]
-    pub(super) fn add(&self, count: u64) {
-        let sum = self.0.load(Ordering::Relaxed).wrapping_add(count);
-        self.0.store(sum, Ordering::Relaxed);
-    }
-
-    /// The number.
-    #[must_use]
-    pub(super) fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
-    }
-}
+use crate::shell::{Counter, Statistics};
 
 /// Counters of one queue pair. Transmit and receive are the driver's words.
 #[derive(Debug, Default)]
@@ -53,8 +40,9 @@ pub(super) struct Counters {
     pub(super) wakeups: Counter,
 }
 
-impl fmt::Display for Counters {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Counters {
+    /// All of them, with names and descriptions.
+    fn all(&self) -> [(&'static str, &'static str, &Counter); 13] {
         let Self {
             tx_packets,
             tx_bytes,
@@ -70,25 +58,102 @@ impl fmt::Display for Counters {
             interrupts,
             wakeups,
         } = self;
+        [
+            (
+                "tx_packets",
+                "Packets from the driver that the TAP took.",
+                tx_packets,
+            ),
+            ("tx_bytes", "Bytes of those, headers included.", tx_bytes),
+            ("tx_calls", "System calls that wrote to the TAP.", tx_calls),
+            (
+                "tx_dropped",
+                "Packets from the driver that were malformed or refused.",
+                tx_dropped,
+            ),
+            ("tx_full", "Times the TAP was full.", tx_full),
+            ("rx_packets", "Packets that the driver got.", rx_packets),
+            ("rx_bytes", "Bytes of those, headers included.", rx_bytes),
+            ("rx_calls", "System calls that read from the TAP.", rx_calls),
+            (
+                "rx_filtered",
+                "Packets that did not pass the driver's filter.",
+                rx_filtered,
+            ),
+            (
+                "rx_dropped",
+                "Packets that did not fit the driver's buffers.",
+                rx_dropped,
+            ),
+            (
+                "rx_starved",
+                "Times there was no buffer for a packet.",
+                rx_starved,
+            ),
+            ("interrupts", "Interrupts sent, both queues.", interrupts),
+            ("wakeups", "Times the worker's loop woke up.", wakeups),
+        ]
+    }
+}
+
+impl fmt::Display for Counters {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut separator = "";
-        for (name, counter) in [
-            ("tx_packets", tx_packets),
-            ("tx_bytes", tx_bytes),
-            ("tx_calls", tx_calls),
-            ("tx_dropped", tx_dropped),
-            ("tx_full", tx_full),
-            ("rx_packets", rx_packets),
-            ("rx_bytes", rx_bytes),
-            ("rx_calls", rx_calls),
-            ("rx_filtered", rx_filtered),
-            ("rx_dropped", rx_dropped),
-            ("rx_starved", rx_starved),
-            ("interrupts", interrupts),
-            ("wakeups", wakeups),
-        ] {
+        for (name, _, counter) in self.all() {
             write!(f, "{separator}{name}={}", counter.get())?;
             separator = " ";
         }
         Ok(())
+    }
+}
+
+/// The counters of all queue pairs.
+pub(super) struct AllCounters(pub(super) Vec<Arc<Counters>>);
+
+impl Statistics for AllCounters {
+    fn stats(&self) -> Map<String, Value> {
+        let pairs = self.0.iter().map(|counters| {
+            let pair = counters.all().into_iter();
+            let pair =
+                pair.map(|(name, _, counter)| (name.replace('_', "-"), counter.get().into()));
+            Value::Object(pair.collect())
+        });
+        Map::from_iter([("queue-pairs".to_owned(), pairs.collect())])
+    }
+
+    fn metrics(&self, page: &mut Metrics) {
+        let names = Counters::default();
+        for (at, (name, help, _)) in names.all().into_iter().enumerate() {
+            let name = format!("ringside_net_{name}_total");
+            page.begin(&name, Kind::Counter, help);
+            for (pair, counters) in self.0.iter().enumerate() {
+                if let Some((_, _, counter)) = counters.all().get(at) {
+                    page.sample(&name, &[("queue_pair", &pair)], counter.get());
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_queue_pair_has_its_samples() {
+        let pairs = [7, 8].map(|packets| {
+            let counters = Counters::default();
+            counters.tx_packets.add(packets);
+            Arc::new(counters)
+        });
+        let all = AllCounters(pairs.to_vec());
+        assert_eq!(all.stats()["queue-pairs"][1]["tx-packets"], 8);
+        let mut page = Metrics::default();
+        all.metrics(&mut page);
+        let text = page.into_text();
+        assert!(
+            text.contains("ringside_net_tx_packets_total{queue_pair=\"0\"} 7\nringside_net_tx_packets_total{queue_pair=\"1\"} 8\n"),
+            "{text}"
+        );
     }
 }

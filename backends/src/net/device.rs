@@ -5,6 +5,8 @@ use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
+use ringside_control::{ApiError, ErrorCode};
+use serde_json::{Map, Value, json};
 use tracing::{debug, error, info};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
@@ -12,13 +14,13 @@ use virtio_bindings::virtio_net::{
 
 use super::config::NetConfig;
 use super::control_worker::ControlWorker;
-use super::counters::Counters;
-use super::features::{control_queue, guest_offloads, has, header_len, tun_offloads};
+use super::counters::{AllCounters, Counters};
+use super::features::{control_queue, feature_name, guest_offloads, has, header_len, tun_offloads};
 use super::filter::Filter;
 use super::settings::{Pairs, Settings, Shared};
 use super::tap::{Tap, TapError, TapQueue};
 use super::worker::PairWorker;
-use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit};
+use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;
@@ -105,6 +107,16 @@ impl Net {
         }
     }
 
+    /// The driver makes itself known to the network when it is asked to.
+    fn announces(&self) -> bool {
+        let answers = [
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_GUEST_ANNOUNCE,
+        ];
+        answers.iter().all(|&feature| has(self.acked, feature))
+    }
+
     /// Forgets what the driver set by the control queue.
     fn forget_settings(&self) {
         let filter = Filter::new(self.config.mac, has(self.acked, VIRTIO_NET_F_CTRL_VLAN));
@@ -151,12 +163,7 @@ impl Device for Net {
     /// The network may have the guest at another place than it is now. So its driver is asked to announce itself (VIRTIO
     /// 1.3, 5.1.6.5.4) when it can send again, which is with its first transmit queue; the others may follow later.
     fn resumed(&mut self, queue: u16) -> bool {
-        let answers = [
-            VIRTIO_NET_F_STATUS,
-            VIRTIO_NET_F_CTRL_VQ,
-            VIRTIO_NET_F_GUEST_ANNOUNCE,
-        ];
-        if queue != 1 || !answers.iter().all(|&feature| has(self.acked, feature)) {
+        if queue != 1 || !self.announces() {
             return false;
         }
         debug!("the guest goes on with a new connection and is asked to announce itself");
@@ -218,6 +225,39 @@ impl Device for Net {
             }
         };
         thread.map_err(failed)
+    }
+
+    fn statistics(&self) -> Arc<dyn Statistics> {
+        Arc::new(AllCounters(self.counters.clone()))
+    }
+
+    fn status(&self) -> Map<String, Value> {
+        let mac = self.shared.get().filter.mac;
+        Map::from_iter([
+            ("device".to_owned(), "net".into()),
+            (
+                "interface".to_owned(),
+                json!({
+                    "tap": self.name,
+                    "mac": mac.to_string(),
+                    "queue-pairs": self.config.pairs,
+                    "mtu": self.config.mtu,
+                }),
+            ),
+        ])
+    }
+
+    fn feature_name(&self, bit: u32) -> Option<&'static str> {
+        feature_name(bit)
+    }
+
+    fn announce(&mut self) -> Result<bool, ApiError> {
+        if !self.announces() {
+            let message = "the guest's driver, if there is one, did not accept GUEST_ANNOUNCE";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        }
+        self.shared.change(|settings| settings.announce = true);
+        Ok(true)
     }
 
     fn reset(&mut self) {

@@ -1,6 +1,6 @@
 //! The virtio features of a network device, and the offloads of the TAP that belong to them.
 
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
     VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
@@ -80,6 +80,39 @@ impl Offloads {
     }
 }
 
+/// The name of a feature bit of network devices (VIRTIO 1.3, 5.1.3).
+pub(super) fn feature_name(bit: u32) -> Option<&'static str> {
+    Some(match bit {
+        VIRTIO_NET_F_CSUM => "CSUM",
+        VIRTIO_NET_F_GUEST_CSUM => "GUEST_CSUM",
+        VIRTIO_NET_F_CTRL_GUEST_OFFLOADS => "CTRL_GUEST_OFFLOADS",
+        VIRTIO_NET_F_MTU => "MTU",
+        VIRTIO_NET_F_MAC => "MAC",
+        VIRTIO_NET_F_GUEST_TSO4 => "GUEST_TSO4",
+        VIRTIO_NET_F_GUEST_TSO6 => "GUEST_TSO6",
+        VIRTIO_NET_F_GUEST_ECN => "GUEST_ECN",
+        VIRTIO_NET_F_GUEST_UFO => "GUEST_UFO",
+        VIRTIO_NET_F_HOST_TSO4 => "HOST_TSO4",
+        VIRTIO_NET_F_HOST_TSO6 => "HOST_TSO6",
+        VIRTIO_NET_F_HOST_ECN => "HOST_ECN",
+        VIRTIO_NET_F_HOST_UFO => "HOST_UFO",
+        VIRTIO_NET_F_MRG_RXBUF => "MRG_RXBUF",
+        VIRTIO_NET_F_STATUS => "STATUS",
+        VIRTIO_NET_F_CTRL_VQ => "CTRL_VQ",
+        VIRTIO_NET_F_CTRL_RX => "CTRL_RX",
+        VIRTIO_NET_F_CTRL_VLAN => "CTRL_VLAN",
+        VIRTIO_NET_F_CTRL_RX_EXTRA => "CTRL_RX_EXTRA",
+        VIRTIO_NET_F_GUEST_ANNOUNCE => "GUEST_ANNOUNCE",
+        VIRTIO_NET_F_MQ => "MQ",
+        VIRTIO_NET_F_CTRL_MAC_ADDR => "CTRL_MAC_ADDR",
+        VIRTIO_NET_F_GUEST_USO4 => "GUEST_USO4",
+        VIRTIO_NET_F_GUEST_USO6 => "GUEST_USO6",
+        VIRTIO_NET_F_HOST_USO => "HOST_USO",
+        VIRTIO_NET_F_SPEED_DUPLEX => "SPEED_DUPLEX",
+        _ => return None,
+    })
+}
+
 /// What a device offers beyond offloads.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Extras {
@@ -89,6 +122,10 @@ pub(super) struct Extras {
     pub(super) speed: bool,
     /// There is more than one queue pair.
     pub(super) multi_queue: bool,
+    /// Packed virtqueues were not ruled out.
+    pub(super) packed: bool,
+    /// Use in order was not ruled out.
+    pub(super) in_order: bool,
 }
 
 /// All features that a device offers on a TAP with these `TUN_F_*` offloads.
@@ -109,6 +146,8 @@ pub(super) fn offered(tun: u32, extras: Extras) -> u64 {
         (extras.mtu, VIRTIO_NET_F_MTU),
         (extras.speed, VIRTIO_NET_F_SPEED_DUPLEX),
         (extras.multi_queue, VIRTIO_NET_F_MQ),
+        (extras.packed, VIRTIO_F_RING_PACKED),
+        (extras.in_order, VIRTIO_F_IN_ORDER),
         (tun != 0, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS),
     ];
     for (on, feature) in optional {
@@ -227,6 +266,8 @@ mod tests {
         mtu: false,
         speed: false,
         multi_queue: false,
+        packed: false,
+        in_order: false,
     };
 
     #[test]

@@ -103,7 +103,7 @@ impl Rx {
     pub(super) fn new(mut vring: Box<Vring>, mtu: u16, log: &LogLimit) -> Self {
         // A ring that cannot be read breaks in its first turn.
         let waiting = vring.session().and_then(|mut session| session.available());
-        let fed = vring.ring.next_avail() != 0 || waiting.is_ok_and(|count| count > 0);
+        let fed = vring.ring.has_begun() || waiting.is_ok_and(|count| count > 0);
         let features = vring.features;
         let mergeable = has(features, VIRTIO_NET_F_MRG_RXBUF);
         let offloads = guest_offloads(features);

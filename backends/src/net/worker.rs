@@ -228,6 +228,8 @@ impl PairWorker {
                         let _ = done.send(vring);
                     }
                 }
+                // Not for this device, whose drain is refused.
+                Command::Pause { .. } | Command::Resume => {}
                 Command::Exit => return false,
             }
         }

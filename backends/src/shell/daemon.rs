@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use clap::Parser;
@@ -14,14 +14,16 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
+use ringside_control::{Chain, ControlSocket, server};
 use thiserror::Error;
 use tracing::{debug, error, info};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::control::{self, Requests};
 use super::device::{Device, OpenError};
 use super::handler::{Handler, HandlerError};
 use super::limit::LogLimit;
-use super::log::{self, Chain};
+use super::log;
 use super::options::{Program, ShellArgs};
 use super::session::{Session, SessionError, Step};
 use super::socket::{self, Endpoint, Listener, SocketError};
@@ -31,6 +33,7 @@ const SIGNALS: Token = Token(0);
 const LISTENER: Token = Token(1);
 const SESSION: Token = Token(2);
 const TORN: Token = Token(3);
+const CONTROL: Token = Token(4);
 
 /// Exit status: something failed.
 const FAILURE: u8 = 1;
@@ -65,6 +68,9 @@ pub enum ShellError {
     /// The socket cannot be used.
     #[error(transparent)]
     Socket(#[from] SocketError),
+    /// The control socket cannot be used.
+    #[error(transparent)]
+    Control(#[from] server::Error),
     /// The system refused something that every process needs.
     #[error("cannot {what}")]
     System {
@@ -123,9 +129,16 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
         (None, Some(fd)) => socket::inherit(fd)?,
         (None, None) => return Err(ShellError::NoSocket),
     };
-    let handler = Arc::new(Mutex::new(Handler::new(device)?));
-    let served = Daemon::new(signals, &handler, args.exit_on_disconnect)
-        .and_then(|mut daemon| daemon.serve(program, endpoint));
+    let handler = Arc::new(Mutex::new(Handler::new(device, &args.placement())?));
+    let mut daemon = Daemon::new(signals, &handler, args.exit_on_disconnect)?;
+    // To the end: what was asked before is answered.
+    let _control = args
+        .control_socket
+        .as_deref()
+        .map(|path| daemon.control(program, path))
+        .transpose()?;
+    let served = daemon.serve(program, endpoint);
+    drop(daemon);
     let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
     let ended = handler.end_session();
     if ended.is_ok() {
@@ -149,7 +162,7 @@ fn raise_file_limit() {
 enum End {
     /// The front-end left or was thrown out.
     Left(Result<(), SessionError>),
-    /// A signal came.
+    /// A signal came, or a request on the control socket.
     Signal,
 }
 
@@ -158,6 +171,8 @@ struct Daemon<'h, D: Device> {
     events: Events,
     signals: SignalFd,
     handler: &'h Arc<Mutex<Handler<D>>>,
+    /// What clients of the control socket ask for, if there is one.
+    requests: Option<Requests>,
     exit_on_disconnect: bool,
     /// For connections, which anybody who may connect can make as often as he likes.
     log: LogLimit,
@@ -184,19 +199,44 @@ impl<'h, D: Device> Daemon<'h, D> {
             events: Events::with_capacity(8),
             signals,
             handler,
+            requests: None,
             exit_on_disconnect,
             log: LogLimit::new(CONNECTIONS, LOG_INTERVAL),
         })
     }
 
-    /// Waits for an event. `Ok(true)` means that an end signal came and all is to end.
+    /// Opens the control socket.
+    fn control(&mut self, program: &Program, path: &Path) -> Result<ControlSocket, ShellError> {
+        let (statistics, connected) = self.lock().observables();
+        let registry = self.poll.registry();
+        let (clients, requests) =
+            control::channel(program, statistics, connected, registry, CONTROL)
+                .map_err(system("wait for requests"))?;
+        self.requests = Some(requests);
+        Ok(ControlSocket::start(path, Arc::new(clients))?)
+    }
+
+    fn lock(&self) -> MutexGuard<'h, Handler<D>> {
+        // Only this thread ever locks it.
+        self.handler.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for an event. `Ok(true)` means that all is to end: a signal came, or a client asked for it.
     fn wait(&mut self, timeout: Option<Duration>) -> Result<bool, ShellError> {
         match self.poll.poll(&mut self.events, timeout) {
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(system("wait for events")(e)),
         }
-        if !self.events.iter().any(|e| e.token() == SIGNALS) {
+        let came = |token| self.events.iter().any(|e| e.token() == token);
+        if came(CONTROL)
+            && let Some(requests) = &self.requests
+            && requests.serve(|request| self.lock().control(request))
+        {
+            info!("ending on request");
+            return Ok(true);
+        }
+        if !came(SIGNALS) {
             return Ok(false);
         }
         while let Ok(Some(info)) = self.signals.read_signal() {
@@ -204,10 +244,7 @@ impl<'h, D: Device> Daemon<'h, D> {
                 .ok()
                 .and_then(|n| Signal::try_from(n).ok());
             if signal == Some(Signal::SIGHUP) {
-                self.handler
-                    .lock()
-                    .unwrap_or_else(PoisonError::into_inner)
-                    .refresh();
+                self.lock().refresh();
             } else {
                 info!("ending on {}", signal.map_or("a signal", Signal::as_str));
                 return Ok(true);
@@ -312,11 +349,9 @@ impl<'h, D: Device> Daemon<'h, D> {
     }
 
     fn session(&mut self, stream: UnixStream) -> Result<End, ShellError> {
+        self.lock().begin_session();
         let result = self.messages(stream);
-        self.handler
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .end_session()?;
+        self.lock().end_session()?;
         // No memory is mapped any more: what comes after this is the next front-end's.
         torn::happened();
         result

@@ -1,11 +1,17 @@
 //! What a back-end tells the shell about its device.
 
+use std::collections::BTreeMap;
 use std::error::Error as StdError;
+use std::io;
+use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use ringside_control::{ApiError, ErrorCode, Size};
+use serde_json::{Map, Value};
 use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
+use super::control::Statistics;
 use super::vring::Commands;
 
 /// A request of the front-end or the shell that a device cannot fulfil.
@@ -46,6 +52,15 @@ pub enum DeviceError {
 pub trait OpenError: StdError {
     /// Whether the command line itself is wrong, whatever the system.
     fn is_usage(&self) -> bool;
+}
+
+/// Makes durable what a drained device was given: done on the thread of the client that asked for the drain.
+pub type Drained = Box<dyn FnOnce() -> io::Result<()> + Send>;
+
+/// What a device answers that does not know a command.
+fn unknown<T>(command: &str) -> Result<T, ApiError> {
+    let message = format!("this device has no command `{command}`");
+    Err(ApiError::of(ErrorCode::NotFound, message))
 }
 
 /// The most that front-ends of vhost-user ask for (VHOST_USER_MAX_CONFIG_SIZE).
@@ -152,6 +167,56 @@ pub trait Device {
     /// [`DeviceError::Refresh`]
     fn refresh(&mut self) -> Result<bool, DeviceError> {
         Ok(false)
+    }
+
+    /// What it counts.
+    fn statistics(&self) -> Arc<dyn Statistics>;
+
+    /// What it has to say about itself when it is asked for its status.
+    fn status(&self) -> Map<String, Value> {
+        Map::new()
+    }
+
+    /// The name of a feature bit that is of this kind of device.
+    fn feature_name(&self, bit: u32) -> Option<&'static str> {
+        let _ = bit;
+        None
+    }
+
+    /// Gives it another size in bytes, a smaller one only if that is allowed expressly; or looks again at what size it has.
+    /// Returns whether the configuration space changed, which the driver is then told.
+    ///
+    /// # Errors
+    /// Why it keeps its size.
+    fn resize(&mut self, size: Option<Size>, shrink: bool) -> Result<bool, ApiError> {
+        let _ = (size, shrink);
+        unknown("resize")
+    }
+
+    /// Changes limits of rates, by name; 0 takes one away. Returns all that hold from now on.
+    ///
+    /// # Errors
+    /// Why nothing is changed.
+    fn limits(&mut self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
+        let _ = changes;
+        unknown("limits")
+    }
+
+    /// What is to be done when its workers were paused and have ended what was in flight.
+    ///
+    /// # Errors
+    /// Its workers do not obey [`super::Command::Pause`].
+    fn drained(&self) -> Result<Drained, ApiError> {
+        unknown("drain")
+    }
+
+    /// Asks the driver to make itself known to the network. Returns whether the configuration space changed, which the
+    /// driver is then told.
+    ///
+    /// # Errors
+    /// Why the driver cannot be asked.
+    fn announce(&mut self) -> Result<bool, ApiError> {
+        unknown("announce")
     }
 
     /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.

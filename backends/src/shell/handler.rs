@@ -25,12 +25,14 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use ringside_control::{ApiError, Chain, ErrorCode};
 use ringside_rings::{DeviceRing, RingConfig, RingError};
+use serde_json::{Value, json};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 use vhost::vhost_user::message::{
@@ -42,21 +44,23 @@ use vhost::vhost_user::{
     Error as ProtocolError, GpuBackend, Result as ProtocolResult, VhostUserBackendReqHandlerMut,
     VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
+use super::control::{Reply, Request, Statistics, feature_names};
 use super::daemon::wake_signal;
 use super::device::{Device, DeviceError};
 use super::limit::LogLimit;
-use super::log::Chain;
 use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
+use super::placement::{Placement, PlacementError};
 use super::vring::{Command, CommandSender, Vring, command_channel};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, the one virtio feature bit that is vhost-user's own.
 pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-/// The largest split virtqueue (VIRTIO 1.3, 2.7).
+/// The largest virtqueue (VIRTIO 1.3, 2.7 and 2.8).
 const MAX_QUEUE_SIZE: u16 = 32768;
 
 /// How long a worker may take to give a ring back before it is woken from a system call, and then how often.
@@ -81,7 +85,9 @@ pub enum HandlerError {
         unknown: u64,
     },
     /// A queue size that cannot be served.
-    #[error("queue {index}: size {size} is not a power of two up to {max}")]
+    #[error(
+        "queue {index}: size {size} is not a power of two up to {max}, or a packed virtqueue's up to there"
+    )]
     QueueSize {
         /// Number of the queue.
         index: u32,
@@ -121,6 +127,9 @@ pub enum HandlerError {
     /// The device refuses.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// A worker cannot run where it is to.
+    #[error(transparent)]
+    Placement(#[from] PlacementError),
     /// A worker thread has ended; nothing can be served any more.
     #[error("worker {worker} has ended unexpectedly")]
     WorkerLost {
@@ -172,8 +181,8 @@ struct Addresses {
 struct RingState {
     size: u16,
     addresses: Option<Addresses>,
-    /// Index of the next chain to take, when the ring is stopped.
-    base: u16,
+    /// Where it goes on when it is stopped, as VHOST_USER_SET_VRING_BASE puts it; `None` if it is fresh.
+    base: Option<u32>,
     enabled: bool,
     kick: Kick,
     call: Option<File>,
@@ -203,6 +212,10 @@ pub(super) struct Handler<D> {
     acked_protocol: u64,
     /// Where the front-end takes requests of ours (VHOST_USER_SET_BACKEND_REQ_FD).
     requests: Option<UnixStream>,
+    /// A front-end is connected.
+    connected: Arc<AtomicBool>,
+    /// The workers are to take no chains.
+    paused: bool,
     /// For what front-ends can bring about as often as they like.
     log: LogLimit,
 }
@@ -212,14 +225,16 @@ const CONFIG_CHANGE: u32 = 2;
 
 impl<D: Device> Handler<D> {
     /// Starts the device's workers.
-    pub(super) fn new(mut device: D) -> Result<Self, HandlerError> {
+    pub(super) fn new(mut device: D, placement: &Placement) -> Result<Self, HandlerError> {
         let mut workers = Vec::new();
         for number in 0..device.worker_count() {
             let (commands, receiver) = command_channel().map_err(|e| DeviceError::Worker {
                 worker: number,
                 source: e.into(),
             })?;
+            let pinned = placement.pin(number)?;
             let thread = device.spawn_worker(number, receiver)?;
+            drop(pinned);
             workers.push(Worker { commands, thread });
         }
         let rings = (0..device.queue_count())
@@ -233,8 +248,106 @@ impl<D: Device> Handler<D> {
             acked_features: 0,
             acked_protocol: 0,
             requests: None,
+            connected: Arc::default(),
+            paused: false,
             log: LogLimit::default(),
         })
+    }
+
+    /// What the device counts, and whether a front-end is connected.
+    pub(super) fn observables(&self) -> (Arc<dyn Statistics>, Arc<AtomicBool>) {
+        (self.device.statistics(), Arc::clone(&self.connected))
+    }
+
+    /// A front-end is there.
+    pub(super) fn begin_session(&mut self) {
+        self.connected.store(true, Ordering::Relaxed);
+    }
+
+    /// Answers what a client of the control socket asks for.
+    pub(super) fn control(&mut self, request: &Request) -> Result<Reply, ApiError> {
+        let value = match request {
+            Request::Status => self.status(),
+            Request::Resize(arguments) => {
+                let arguments = arguments.unwrap_or_default();
+                let changed = self.device.resize(arguments.size, arguments.shrink)?;
+                self.configured(changed)
+            }
+            Request::Announce => {
+                let changed = self.device.announce()?;
+                self.configured(changed)
+            }
+            Request::Limits(changes) => self.device.limits(&changes.clone().unwrap_or_default())?,
+            Request::Drain(_) => return self.drain(),
+            Request::Resume => {
+                self.paused = false;
+                self.tell_workers(|| Command::Resume)?;
+                json!({})
+            }
+            Request::Quit => json!({}),
+            // Their clients have them without asking this thread.
+            Request::Stats => Value::Object(self.device.statistics().stats()),
+            Request::Metrics => Value::Null,
+        };
+        Ok(Reply::Done(value))
+    }
+
+    /// Tells the driver of a change, and the client whether there was one.
+    fn configured(&mut self, changed: bool) -> Value {
+        if changed {
+            self.config_changed();
+        }
+        json!({ "changed": changed })
+    }
+
+    fn drain(&mut self) -> Result<Reply, ApiError> {
+        let then = self.device.drained()?;
+        self.paused = true;
+        let (done, idle) = mpsc::channel();
+        self.tell_workers(|| Command::Pause { done: done.clone() })?;
+        Ok(Reply::Drain {
+            idle,
+            workers: self.workers.len(),
+            then,
+        })
+    }
+
+    fn tell_workers(&self, command: impl Fn() -> Command) -> Result<(), ApiError> {
+        for (worker, found) in self.workers.iter().enumerate() {
+            found
+                .commands
+                .send(command())
+                .map_err(|source| HandlerError::WorkerLost { worker, source })
+                .map_err(|error| ApiError::new(ErrorCode::Failed, &error))?;
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> Value {
+        let names = |features| feature_names(features, |bit| self.device.feature_name(bit));
+        let packed = self.acked_features & (1 << VIRTIO_F_RING_PACKED) != 0;
+        let queues = self.rings.iter().enumerate().map(|(index, ring)| {
+            json!({
+                "index": index,
+                "size": ring.size,
+                "enabled": ring.enabled,
+                "running": ring.running,
+                "format": if packed { "packed" } else { "split" },
+            })
+        });
+        let mut status = json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "pid": std::process::id(),
+            "front-end": if self.connected.load(Ordering::Relaxed) { "connected" } else { "none" },
+            "drained": self.paused,
+            "offered": names(self.device.features() | PROTOCOL_FEATURES),
+            "features": names(self.acked_features),
+            "queues": queues.collect::<Vec<_>>(),
+        });
+        if let Some(status) = status.as_object_mut() {
+            status.append(&mut self.device.status());
+        }
+        status
     }
 
     /// Whether the front-end may send SET_BACKEND_REQ_FD.
@@ -303,8 +416,14 @@ impl<D: Device> Handler<D> {
         self.acked_protocol & VhostUserProtocolFeatures::REPLY_ACK.bits() != 0
     }
 
+    /// The driver uses packed virtqueues.
+    fn packed(&self) -> bool {
+        self.acked_features & (1 << VIRTIO_F_RING_PACKED) != 0
+    }
+
     /// The front-end is gone: stop all rings, and forget it.
     pub(super) fn end_session(&mut self) -> Result<(), HandlerError> {
+        self.connected.store(false, Ordering::Relaxed);
         self.reset_rings()?;
         self.memory = MemoryTable::default();
         self.acked_features = 0;
@@ -450,24 +569,43 @@ impl<D: Device> Handler<D> {
             return Ok(());
         }
         let (size, base) = (state.size, state.base);
+        let has = |feature: u32| features & (1 << feature) != 0;
+        let packed = has(VIRTIO_F_RING_PACKED);
         let translate = |addr| {
             self.memory
                 .guest_address(addr)
                 .ok_or(HandlerError::Address { index, addr })
         };
         let used_ring = translate(user.used)?;
+        let (next_avail, next_used) = match base {
+            None => {
+                let fresh = RingConfig::fresh_index(packed);
+                (
+                    fresh,
+                    (!packed).then(|| used_index(&memory, used_ring)).flatten(),
+                )
+            }
+            Some(base) if packed => packed_indices(base),
+            Some(base) => {
+                let index = split_index(index.into(), base)?;
+                (index, used_index(&memory, used_ring))
+            }
+        };
         let config = RingConfig {
             size,
             desc_table: translate(user.desc)?,
             avail_ring: translate(user.avail)?,
             used_ring,
-            event_idx: features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0,
-            indirect: features & (1 << VIRTIO_RING_F_INDIRECT_DESC) != 0,
-            next_avail: base,
-            next_used: used_index(&memory, used_ring).unwrap_or(base),
+            packed,
+            in_order: has(VIRTIO_F_IN_ORDER),
+            event_idx: has(VIRTIO_RING_F_EVENT_IDX),
+            indirect: has(VIRTIO_RING_F_INDIRECT_DESC),
+            next_avail,
+            next_used: next_used.unwrap_or(next_avail),
         };
         let ring = DeviceRing::new(&config, memory.as_ref())
             .map_err(|source| HandlerError::Ring { index, source })?;
+        let begun = ring.has_begun();
         let state = self.state(index)?;
         let vring = Vring {
             index,
@@ -484,7 +622,7 @@ impl<D: Device> Handler<D> {
         };
         state.running = true;
         state.started = true;
-        let resumed = state.resumed.get_or_insert(base != 0);
+        let resumed = state.resumed.get_or_insert(begun);
         let tell = *resumed && vring.enabled;
         if tell {
             *resumed = false;
@@ -492,6 +630,7 @@ impl<D: Device> Handler<D> {
         debug!(
             queue = index,
             size,
+            packed,
             next_avail = config.next_avail,
             next_used = config.next_used,
             enabled = vring.enabled,
@@ -544,13 +683,15 @@ impl<D: Device> Handler<D> {
                 }
             }
         };
+        let packed = vring.features & (1 << VIRTIO_F_RING_PACKED) != 0;
+        let base = base(&vring.ring, packed);
         let state = self.state(index)?;
         state.running = false;
-        state.base = vring.ring.next_avail();
+        state.base = Some(base);
         state.kick = vring.kick.map_or(Kick::Polled, Kick::Fd);
         state.call = vring.call;
         state.err = vring.err;
-        debug!(queue = index, next_avail = state.base, "ring stopped");
+        debug!(queue = index, base, "ring stopped");
         Ok(())
     }
 
@@ -590,6 +731,26 @@ impl<D: Device> Handler<D> {
             | VhostUserProtocolFeatures::BACKEND_REQ
             | self.device.protocol_features()
     }
+}
+
+/// The base of a split virtqueue: the available index.
+fn split_index(index: u32, base: u32) -> Result<u16, HandlerError> {
+    u16::try_from(base).map_err(|_| HandlerError::Base { index, base })
+}
+
+/// The base of a packed virtqueue: in the low half the place of the next descriptor to take, in the high half that of the
+/// next used one, each with its wrap counter in the top bit. Front-ends that know the low half only leave the other
+/// 0; with nothing in flight, as rings are stopped here, both are the same.
+fn packed_indices(base: u32) -> (u16, Option<u16>) {
+    let [a0, a1, u0, u1] = base.to_le_bytes();
+    let (avail, used) = (u16::from_le_bytes([a0, a1]), u16::from_le_bytes([u0, u1]));
+    (avail, (used != 0).then_some(used))
+}
+
+/// What VHOST_USER_GET_VRING_BASE answers.
+fn base(ring: &DeviceRing, packed: bool) -> u32 {
+    let used = if packed { ring.next_used() } else { 0 };
+    u32::from(ring.next_avail()) | u32::from(used) << 16
 }
 
 /// The used index as it stands in guest memory (VIRTIO 1.3, 2.7.8): vhost-user does not send it.
@@ -678,9 +839,10 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> ProtocolResult<()> {
         let max = self.device.max_queue_size().min(MAX_QUEUE_SIZE);
+        let packed = self.packed();
         let size = u16::try_from(num)
             .ok()
-            .filter(|size| size.is_power_of_two() && *size <= max)
+            .filter(|size| (size.is_power_of_two() || packed && *size > 0) && *size <= max)
             .ok_or(HandlerError::QueueSize {
                 index,
                 size: num,
@@ -711,16 +873,20 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
     }
 
     fn set_vring_base(&mut self, index: u32, base: u32) -> ProtocolResult<()> {
-        let base = u16::try_from(base).map_err(|_| HandlerError::Base { index, base })?;
-        Ok(self.set_up(index, |ring| ring.base = base)?)
+        if !self.packed() {
+            split_index(index, base)?;
+        }
+        Ok(self.set_up(index, |ring| ring.base = Some(base))?)
     }
 
     fn get_vring_base(&mut self, index: u32) -> ProtocolResult<VhostUserVringState> {
         let queue = self.queue(index)?;
         self.halt(queue)?;
+        let fresh = u32::from(RingConfig::fresh_index(self.packed()));
         let ring = self.state(queue)?;
         ring.call = None;
-        Ok(VhostUserVringState::new(index, ring.base.into()))
+        let base = ring.base.unwrap_or(fresh | fresh << 16);
+        Ok(VhostUserVringState::new(index, base))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {

@@ -10,6 +10,9 @@
 //!        ◀────────────────────────────── done.send(vring) … and gives the ring back
 //! ```
 //!
+//! With --control-socket there are threads for its clients (`ringside_control`): counters they read themselves, everything
+//! else they hand to the control thread and wait for its answer.
+//!
 //! A ring that runs belongs to its worker. Whatever is to change about it (memory, addresses, call
 //! eventfd, enabled or not), the shell stops the ring, changes it and starts it again.
 //!
@@ -25,6 +28,8 @@
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
+mod control;
+mod counter;
 mod daemon;
 mod device;
 mod handler;
@@ -32,18 +37,22 @@ mod limit;
 mod log;
 mod memory;
 mod options;
+mod placement;
 mod session;
 mod socket;
 mod torn;
 mod vring;
 
+pub use control::Statistics;
+pub use counter::Counter;
 pub use daemon::{ShellError, main, run};
-pub use device::{Device, DeviceError, OpenError, config_range};
+pub use device::{Device, DeviceError, Drained, OpenError, config_range};
 pub use handler::HandlerError;
 pub use limit::LogLimit;
-pub use log::Chain;
 pub use memory::MemoryError;
-pub use options::{LogFormat, Program, ShellArgs};
+pub use options::{LogFormat, OnOff, Program, ShellArgs};
+pub use placement::PlacementError;
+pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;
 pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel, signal};

@@ -10,6 +10,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use super::log;
+use super::placement::{Placement, parse_cpus};
 
 /// What a back-end program is, for `--print-capabilities` and for its log.
 #[derive(Debug, Clone, Copy, Serialize)]
@@ -70,6 +71,15 @@ pub enum LogFormat {
     Json,
 }
 
+/// Whether something is offered to the driver.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OnOff {
+    /// Offered
+    On,
+    /// Not offered
+    Off,
+}
+
 /// Options of every back-end.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Connection and logs")]
@@ -93,6 +103,20 @@ pub struct ShellArgs {
     #[arg(long)]
     pub exit_on_disconnect: bool,
 
+    /// Processors to run the queues' threads on, in turn: a list such as 2,3 or 4-7
+    #[arg(long, value_name = "LIST", value_parser = Cpus::parse, conflicts_with = "numa_node")]
+    pub worker_cpus: Option<Cpus>,
+
+    /// NUMA node to run the queues' threads on: best that of the guest's memory and of the storage or network card
+    #[arg(long, value_name = "NUMBER")]
+    pub numa_node: Option<u32>,
+
+    /// Unix socket to listen on for ringside-ctl and for collectors of metrics
+    ///
+    /// Created with mode 0600 and removed at exit, as the front-end's. `ringside-ctl --help` tells what can be asked.
+    #[arg(long, value_name = "PATH")]
+    pub control_socket: Option<PathBuf>,
+
     /// Print what this program can do as JSON (QEMU's vhost-user.json), and end
     #[arg(long)]
     pub print_capabilities: bool,
@@ -106,6 +130,27 @@ pub struct ShellArgs {
     /// How log lines look; they go to standard error
     #[arg(long, value_enum, default_value = "text", value_name = "FORMAT")]
     pub log_format: LogFormat,
+}
+
+/// A list of processors, not empty.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cpus(Vec<usize>);
+
+impl Cpus {
+    fn parse(text: &str) -> Result<Self, String> {
+        parse_cpus(text).map(Self)
+    }
+}
+
+impl ShellArgs {
+    /// Where workers are to run.
+    pub(super) fn placement(&self) -> Placement {
+        match (&self.worker_cpus, self.numa_node) {
+            (Some(Cpus(cpus)), _) => Placement::Cpus(cpus.clone()),
+            (None, Some(node)) => Placement::Node(node),
+            (None, None) => Placement::Anywhere,
+        }
+    }
 }
 
 /// What all back-ends' `--help` ends with.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::socket::{MsgFlags, recv};
+use ringside_control::Chain;
 use thiserror::Error;
 use tracing::warn;
 use vhost::vhost_user::message::FrontendReq;
@@ -16,7 +17,6 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::device::Device;
 use super::handler::{Handler, HandlerError};
-use super::log::Chain;
 use super::socket::is_unix_stream;
 
 /// Length of a message header: request, flags, size of the payload.

@@ -101,6 +101,13 @@ pub enum Command {
         /// Where to give the ring back.
         done: Sender<Box<Vring>>,
     },
+    /// Take no more chains from any ring, now or later, until [`Resume`](Self::Resume). Rings come and go as before.
+    Pause {
+        /// To be told once nothing is in flight. Dropping it says that this will not come to pass.
+        done: Sender<()>,
+    },
+    /// Take chains again.
+    Resume,
     /// End the thread. All rings were stopped before.
     Exit,
 }

@@ -42,6 +42,10 @@ pub const PATIENCE: Duration = Duration::from_secs(10);
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
 /// VIRTIO_F_EVENT_IDX
 pub const EVENT_IDX: u64 = 1 << 29;
+/// VIRTIO_F_RING_PACKED
+pub const RING_PACKED: u64 = 1 << 34;
+/// VIRTIO_F_IN_ORDER
+pub const IN_ORDER: u64 = 1 << 35;
 
 /// Says why a test does not run. Past the capture of the test harness: it must not look like one that did.
 pub fn skip(test: &str, why: impl Display) {
@@ -321,6 +325,29 @@ pub struct Setup {
     pub size: u16,
     /// Memory by ADD_MEM_REG in place of SET_MEM_TABLE.
     pub slots: bool,
+    /// Packed queues, which have to be offered.
+    pub packed: bool,
+    /// Use in order, which has to be offered.
+    pub in_order: bool,
+}
+
+impl Setup {
+    /// The same in all formats: split and packed, used in any order and, as the last two, in order.
+    pub fn formats(self) -> [Self; 4] {
+        [(false, false), (true, false), (false, true), (true, true)].map(|(packed, in_order)| {
+            Self {
+                packed,
+                in_order,
+                ..self
+            }
+        })
+    }
+
+    /// All features that are not to be accepted.
+    fn refused(self) -> u64 {
+        let without = |wanted: bool, bit| if wanted { 0 } else { bit };
+        self.without | without(self.packed, RING_PACKED) | without(self.in_order, IN_ORDER)
+    }
 }
 
 impl Default for Setup {
@@ -330,6 +357,8 @@ impl Default for Setup {
             queues: 1,
             size: 64,
             slots: false,
+            packed: false,
+            in_order: false,
         }
     }
 }
@@ -344,9 +373,10 @@ pub struct FrontEnd {
     pub features: u64,
 }
 
-/// Connects and negotiates: each message is acknowledged by the back-end.
+/// Connects and negotiates, for split queues used in any order: each message is acknowledged by the back-end.
 pub fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
-    negotiate_on(UnixStream::connect(socket).unwrap(), without)
+    let stream = UnixStream::connect(socket).unwrap();
+    negotiate_on(stream, without | RING_PACKED | IN_ORDER)
 }
 
 fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
@@ -370,7 +400,11 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
 impl FrontEnd {
     pub fn new(socket: &Path, setup: Setup) -> Self {
         let raw = Raw::connect(socket);
-        let (mut messages, features) = negotiate_on(raw.0.try_clone().unwrap(), setup.without);
+        let (mut messages, features) = negotiate_on(raw.0.try_clone().unwrap(), setup.refused());
+        let wanted = [(setup.packed, RING_PACKED), (setup.in_order, IN_ORDER)];
+        for (wanted, bit) in wanted {
+            assert_eq!(features & bit != 0, wanted, "not offered: {bit:#x}");
+        }
         assert!(messages.get_queue_num().unwrap() >= setup.queues as u64);
         let guest = Guest::new();
         if setup.slots {
@@ -389,9 +423,20 @@ impl FrontEnd {
             guest,
         };
         for index in 0..setup.queues {
-            let layout = DriverLayout::new(GuestAddress(0), setup.size, 0).unwrap();
-            let base = this.guest.alloc(layout.end().0, 4096);
-            let layout = DriverLayout::new(base, setup.size, 0).unwrap();
+            let layout = |base| {
+                let layout = if setup.packed {
+                    DriverLayout::packed(base, setup.size, 0).unwrap()
+                } else {
+                    DriverLayout::new(base, setup.size, 0).unwrap()
+                };
+                if setup.in_order {
+                    layout.in_order()
+                } else {
+                    layout
+                }
+            };
+            let len = layout(GuestAddress(0)).end().0;
+            let layout = layout(this.guest.alloc(len, 4096));
             let ring =
                 DriverRing::new(layout, features & EVENT_IDX != 0, &this.guest.memory).unwrap();
             let eventfd = || EventFd::new(EFD_CLOEXEC).unwrap();
@@ -402,16 +447,16 @@ impl FrontEnd {
                 err: eventfd(),
                 interrupts: 0,
             });
-            this.start(index, 0);
+            this.start(index, this.fresh());
         }
         this
     }
 
     /// Leaves, and comes back with the same guest, as a front-end does that is restarted. Returns where the rings, which
     /// do not run yet, go on.
-    pub fn reconnect(&mut self, socket: &Path) -> Vec<u16> {
+    pub fn reconnect(&mut self, socket: &Path) -> Vec<u32> {
         let bases = (0..self.queues.len())
-            .map(|index| self.messages.get_vring_base(index).unwrap() as u16)
+            .map(|index| self.messages.get_vring_base(index).unwrap())
             .collect();
         self.raw.0.shutdown(Shutdown::Both).unwrap();
         self.raw = Raw::connect(socket);
@@ -424,12 +469,21 @@ impl FrontEnd {
         bases
     }
 
+    /// The base of a fresh ring.
+    pub fn fresh(&self) -> u32 {
+        if self.features & RING_PACKED != 0 {
+            0x8000_8000
+        } else {
+            0
+        }
+    }
+
     /// Sends all that a ring needs to run, from `base` on.
-    pub fn start(&mut self, index: usize, base: u16) {
+    pub fn start(&mut self, index: usize, base: u32) {
+        self.raw.set_vring_base(index, base);
         let queue = &self.queues[index];
         let layout = queue.ring.layout();
         self.messages.set_vring_num(index, layout.size()).unwrap();
-        self.messages.set_vring_base(index, base).unwrap();
         self.messages
             .set_vring_addr(index, &self.addresses(layout))
             .unwrap();
@@ -482,6 +536,15 @@ impl Raw {
         self.send(request, flags, &value.to_ne_bytes());
     }
 
+    /// SET_VRING_BASE, which the `vhost` crate has for split queues only, with REPLY_ACK negotiated.
+    pub fn set_vring_base(&mut self, index: usize, base: u32) {
+        const SET_VRING_BASE: u32 = 10;
+        const NEED_REPLY: u32 = 1 << 3;
+        let state = [(index as u32).to_ne_bytes(), base.to_ne_bytes()].concat();
+        self.send(SET_VRING_BASE, NEED_REPLY, &state);
+        assert_eq!(self.reply(), (SET_VRING_BASE, 0));
+    }
+
     /// The next reply: its request and its 64-bit payload.
     pub fn reply(&mut self) -> (u32, u64) {
         let mut message = [0; 20];
@@ -494,10 +557,15 @@ impl Raw {
 
     /// Whether the back-end closes the connection.
     pub fn is_closed(&mut self) -> bool {
-        match self.0.read(&mut [0; 64]) {
-            Ok(count) => count == 0,
+        let read = self.0.read(&mut [0; 64]);
+        let closed = match &read {
+            Ok(count) => *count == 0,
             // Closed with bytes unread.
             Err(e) => e.kind() == io::ErrorKind::ConnectionReset,
+        };
+        if !closed {
+            eprintln!("in place of the end: {read:?}");
         }
+        closed
     }
 }

@@ -22,6 +22,7 @@ pub mod registers;
 use std::error::Error as StdError;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
+use ringside_control::Size;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -29,7 +30,7 @@ use self::description::MemoryDevices;
 use self::registers::Registers;
 use crate::kvm::{self, Vm};
 use crate::layout::{self, Range};
-use crate::memory::{self, Options, Size};
+use crate::memory::{self, Options};
 
 /// Regions of guest memory that a back-end of any kind takes (vhost-user, "Memory regions
 /// description").

@@ -1,15 +1,26 @@
 //! The control socket, through the program that speaks with it; and functions of the host that cannot be had.
 
+use std::ffi::OsString;
+use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{ExitStatus, Output};
+
+use ringside_control::ctl;
 
 use super::guest::*;
 use super::testing::has_kvm;
 
-fn ctl(socket: &Path, arguments: &[&str]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_ringside-ctl"));
-    command.arg("--socket").arg(socket).args(arguments);
-    command.output().unwrap()
+fn ask(socket: &Path, arguments: &[&str]) -> Output {
+    let words = ["ringside-ctl", "--socket"].map(OsString::from);
+    let words = words.into_iter().chain([socket.into()]);
+    let words = words.chain(arguments.iter().map(OsString::from));
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    let status = ctl::run(words, &mut stdout, &mut stderr);
+    Output {
+        status: ExitStatus::from_raw(i32::from(status) << 8),
+        stdout,
+        stderr,
+    }
 }
 
 #[test]
@@ -28,9 +39,9 @@ fn a_machine_is_asked_and_ended() {
         .spawn()
         .unwrap();
     wait_for_thread(&child, "vcpu 0");
-    let answer = ctl(&socket, &["memory-add", "128M"]);
+    let answer = ask(&socket, &["memory-add", "128M"]);
     assert_eq!(text(&answer.stdout), "added=134217728\nmemory=201326592\n");
-    let answer = ctl(&socket, &["status"]);
+    let answer = ask(&socket, &["status"]);
     assert_eq!(status(&answer), 0, "{answer:?}");
     let shown = text(&answer.stdout);
     assert!(
@@ -38,7 +49,7 @@ fn a_machine_is_asked_and_ended() {
         "{shown}"
     );
     assert!(shown.contains("memory=201326592"), "{shown}");
-    let answer = ctl(&socket, &["--json", "device-list"]);
+    let answer = ask(&socket, &["--json", "device-list"]);
     assert_eq!(
         text(&answer.stdout).replace(char::is_whitespace, ""),
         "{\"devices\":[]}"
@@ -56,18 +67,18 @@ fn a_machine_is_asked_and_ended() {
         // Whether there is no such function, no PCI or no VFIO on this machine.
         (&["device-add", "ffff:ff:1f.7"], "ringside-ctl: "),
     ] {
-        let answer = ctl(&socket, request);
+        let answer = ask(&socket, request);
         assert_eq!(status(&answer), 1, "{answer:?}");
         assert!(text(&answer.stderr).contains(message), "{answer:?}");
     }
-    assert_eq!(status(&ctl(&socket, &["power-off"])), 0);
+    assert_eq!(status(&ask(&socket, &["power-off"])), 0);
     let output = finish(child);
     assert_eq!(status(&output), 0, "{output:?}");
     assert!(!socket.exists());
-    let answer = ctl(&socket, &["status"]);
+    let answer = ask(&socket, &["status"]);
     assert_eq!(status(&answer), 1);
     assert!(text(&answer.stderr).contains("--api-socket"), "{answer:?}");
-    assert_eq!(status(&ctl(&socket, &["fly"])), 2);
+    assert_eq!(status(&ask(&socket, &["fly"])), 2);
 }
 
 #[test]

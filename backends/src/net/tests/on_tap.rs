@@ -22,7 +22,7 @@ use crate::net::args::{Cidr, NetArgs, Offload};
 use crate::net::features::{GUEST_OFFLOADS, Offloads, bit};
 use crate::net::settings::Pairs;
 use crate::net::tap::{Tap, TapError};
-use crate::shell::{Device, Vring};
+use crate::shell::{Device, OnOff, Vring};
 
 const FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_EVENT_IDX)
@@ -291,6 +291,8 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
         speed: None,
         queue_pairs: Some(pairs),
         offload: vec![Offload::All],
+        packed: OnOff::On,
+        in_order: OnOff::On,
     }
 }
 

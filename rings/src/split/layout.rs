@@ -1,18 +1,9 @@
-//! Offsets and sizes of the three areas of a split virtqueue (VIRTIO 1.3, 2.7).
+//! Offsets and sizes of the two rings of a split virtqueue (VIRTIO 1.3, 2.7).
 
-/// Size of one descriptor in bytes (VIRTIO 1.3, 2.7.5).
-pub(crate) const DESC_SIZE: usize = 16;
-/// Alignment of the descriptor table in bytes (VIRTIO 1.3, 2.7).
-pub(crate) const DESC_ALIGN: u64 = 16;
 /// Alignment of the available ring in bytes (VIRTIO 1.3, 2.7).
 pub(crate) const AVAIL_ALIGN: u64 = 2;
 /// Alignment of the used ring in bytes (VIRTIO 1.3, 2.7).
 pub(crate) const USED_ALIGN: u64 = 4;
-
-/// Largest queue size (VIRTIO 1.3, 2.7).
-pub(crate) const MAX_SIZE: u16 = 32768;
-/// Bytes that travel together between cores: what the two sides write is kept apart by this.
-pub(crate) const CACHE_LINE: u64 = 64;
 
 /// `flags` comes first in both rings (VIRTIO 1.3, 2.7.6 and 2.7.8).
 pub(crate) const FLAGS: usize = 0;
@@ -41,12 +32,6 @@ pub(crate) const DESC_F_INDIRECT: u16 = 4;
 
 // None of the sums below can overflow: every argument stems from a u16.
 
-/// Bytes of a descriptor table of `size` descriptors.
-#[inline]
-pub(crate) const fn desc_len(size: u16) -> usize {
-    (size as usize).wrapping_mul(DESC_SIZE)
-}
-
 /// Bytes of an available ring of `size` elements.
 #[inline]
 pub(crate) const fn avail_len(size: u16) -> usize {
@@ -57,12 +42,6 @@ pub(crate) const fn avail_len(size: u16) -> usize {
 #[inline]
 pub(crate) const fn used_len(size: u16) -> usize {
     avail_event(size).wrapping_add(EVENT)
-}
-
-/// Offset of descriptor `index` in its table.
-#[inline]
-pub(crate) const fn desc_offset(index: u16) -> usize {
-    (index as usize).wrapping_mul(DESC_SIZE)
 }
 
 /// Offset of element `slot` of the available ring.
@@ -103,6 +82,7 @@ pub(crate) const fn passes(event: u16, new: u16, old: u16) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::MAX_SIZE;
 
     /// `passes` against its definition: the other side waits for element `event`, and the index
     /// moved over it.
@@ -123,7 +103,6 @@ mod tests {
     fn areas_have_the_sizes_of_the_specification() {
         for size in [1_u16, 2, 256, MAX_SIZE] {
             let n = usize::from(size);
-            assert_eq!(desc_len(size), 16 * n);
             assert_eq!(avail_len(size), 6 + 2 * n);
             assert_eq!(used_len(size), 6 + 8 * n);
         }

@@ -1,6 +1,6 @@
 //! One split-ring descriptor as two little-endian words (VIRTIO 1.3, 2.7.5).
 
-use crate::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
+use super::layout::{DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE};
 
 /// A descriptor, decoded from a single read: what is checked is what is used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

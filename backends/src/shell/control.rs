@@ -1,0 +1,352 @@
+//! What can be asked of a back-end that runs, on its control socket (`--control-socket`).
+//!
+//! Clients have threads of their own. Counters they read themselves; for everything else the control thread is asked, which
+//! alone knows the device. It answers at once, or says what the client's thread is to wait for.
+//!
+//! ```text
+//!  client's thread            control thread                worker threads
+//!  drain ────────────────────▶ Command::Pause ─────────────▶ no new chains
+//!        ◀── Reply::Drain ─────┘ (goes on)                   … what is in flight ends
+//!        ◀─────────────────────────────────────────────────── done
+//!  makes it durable
+//! ```
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::time::{Duration, Instant};
+
+use mio::{Registry, Token, Waker};
+use ringside_control::metrics::Kind;
+use ringside_control::{ApiError, Chain, ErrorCode, Metrics, Service, Size};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+
+use super::device::Drained;
+use super::options::Program;
+
+/// How long a drain may take unless the client says otherwise.
+const DRAIN_TIMEOUT: u32 = 30;
+
+/// What can be asked for.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(
+    tag = "command",
+    content = "arguments",
+    rename_all = "kebab-case",
+    deny_unknown_fields
+)]
+pub(super) enum Request {
+    /// What the device is and does.
+    Status,
+    /// What was counted.
+    Stats,
+    /// The same as a page of metrics.
+    Metrics,
+    /// Ends the program in order.
+    Quit,
+    /// Gives the disk another size, or looks at its size again.
+    Resize(Option<Resize>),
+    /// Changes limits of rates, by name, and shows them all.
+    Limits(Option<BTreeMap<String, Size>>),
+    /// Takes no more requests, and waits until those taken have ended and are durable.
+    Drain(Option<Drain>),
+    /// Takes requests again.
+    Resume,
+    /// Has the guest make itself known to the network.
+    Announce,
+}
+
+/// Arguments of [`Request::Resize`].
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Resize {
+    /// What it is to be, or else what it is already is told to the driver.
+    pub(super) size: Option<Size>,
+    /// It may become smaller.
+    #[serde(default)]
+    pub(super) shrink: bool,
+}
+
+/// Arguments of [`Request::Drain`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Drain {
+    /// In seconds.
+    timeout: u32,
+}
+
+/// What a device counts: read by any thread at any time, whatever the control thread is at.
+pub trait Statistics: Send + Sync {
+    /// All of it, as an object.
+    fn stats(&self) -> Map<String, Value>;
+
+    /// All of it, as metrics whose names begin with `ringside_` and the device's kind.
+    fn metrics(&self, page: &mut Metrics);
+}
+
+/// What the control thread answers.
+pub(super) enum Reply {
+    /// It is done.
+    Done(Value),
+    /// So many workers tell when nothing is in flight any more; then the rest is to be done.
+    Drain {
+        idle: Receiver<()>,
+        workers: usize,
+        then: Drained,
+    },
+}
+
+/// A request on its way to the control thread.
+#[derive(Debug)]
+struct Envelope {
+    request: Request,
+    answer: Sender<Result<Reply, ApiError>>,
+}
+
+/// The clients' side.
+pub(super) struct Clients {
+    program: Program,
+    statistics: Arc<dyn Statistics>,
+    connected: Arc<AtomicBool>,
+    requests: Sender<Envelope>,
+    waker: Waker,
+}
+
+/// The control thread's side: what the clients have asked for.
+#[derive(Debug)]
+pub(super) struct Requests(Receiver<Envelope>);
+
+/// Both sides. `token` comes up in `registry`'s poll when there is something for the control thread.
+pub(super) fn channel(
+    program: &Program,
+    statistics: Arc<dyn Statistics>,
+    connected: Arc<AtomicBool>,
+    registry: &Registry,
+    token: Token,
+) -> std::io::Result<(Clients, Requests)> {
+    let (requests, receiver) = mpsc::channel();
+    let clients = Clients {
+        program: *program,
+        statistics,
+        connected,
+        requests,
+        waker: Waker::new(registry, token)?,
+    };
+    Ok((clients, Requests(receiver)))
+}
+
+impl Requests {
+    /// Answers all that wait. Returns whether one of them asked for the end.
+    pub(super) fn serve(
+        &self,
+        mut answer: impl FnMut(&Request) -> Result<Reply, ApiError>,
+    ) -> bool {
+        let mut end = false;
+        while let Ok(Envelope {
+            request,
+            answer: to,
+        }) = self.0.try_recv()
+        {
+            end |= request == Request::Quit;
+            // The client's thread waits for it.
+            let _ = to.send(answer(&request));
+        }
+        end
+    }
+}
+
+impl Clients {
+    /// Has the control thread answer.
+    fn ask(&self, request: Request) -> Result<Reply, ApiError> {
+        let ending = || {
+            let message = format!("{} is ending", self.program.name);
+            ApiError::of(ErrorCode::Busy, message)
+        };
+        let (answer, answered) = mpsc::channel();
+        let envelope = Envelope { request, answer };
+        self.requests.send(envelope).map_err(|_| ending())?;
+        self.waker
+            .wake()
+            .map_err(|e| ApiError::new(ErrorCode::Failed, &e))?;
+        answered.recv().map_err(|_| ending())?
+    }
+
+    fn drain(&self, request: Request, timeout: Duration) -> Result<Value, ApiError> {
+        let start = Instant::now();
+        let (idle, workers, then) = match self.ask(request)? {
+            Reply::Done(value) => return Ok(value),
+            Reply::Drain {
+                idle,
+                workers,
+                then,
+            } => (idle, workers, then),
+        };
+        for _ in 0..workers {
+            match idle.recv_timeout(timeout.saturating_sub(start.elapsed())) {
+                Ok(()) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let message = "the device was resumed, or ends, before it was drained";
+                    return Err(ApiError::of(ErrorCode::Conflict, message));
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.ask(Request::Resume)?;
+                    let message = format!(
+                        "requests are still in flight after {} s; the device goes on: look at its storage, or allow more \
+                         time",
+                        timeout.as_secs()
+                    );
+                    return Err(ApiError::of(ErrorCode::Busy, message));
+                }
+            }
+        }
+        then().map_err(|source| {
+            let message = format!(
+                "the device is drained, but not durable: {}; `resume` lets it go on",
+                Chain(&source)
+            );
+            ApiError::of(ErrorCode::Failed, message)
+        })?;
+        Ok(json!({ "drained": true }))
+    }
+
+    fn page(&self) -> String {
+        let mut page = Metrics::default();
+        let Program { name, kind, .. } = self.program;
+        page.single(
+            (
+                "ringside_build_info",
+                Kind::Gauge,
+                "The program and its version.",
+            ),
+            &[
+                ("program", &name),
+                ("kind", &kind),
+                ("version", &env!("CARGO_PKG_VERSION")),
+            ],
+            1,
+        );
+        page.single(
+            (
+                "ringside_front_end_connected",
+                Kind::Gauge,
+                "Whether a front-end is connected.",
+            ),
+            &[],
+            u8::from(self.connected.load(Ordering::Relaxed)),
+        );
+        self.statistics.metrics(&mut page);
+        page.into_text()
+    }
+}
+
+impl Service for Clients {
+    type Command = Request;
+
+    fn call(&self, request: Request) -> Result<Value, ApiError> {
+        match request {
+            Request::Stats => Ok(Value::Object(self.statistics.stats())),
+            Request::Metrics => Ok(self.page().into()),
+            Request::Drain(arguments) => {
+                let timeout = arguments.map_or(DRAIN_TIMEOUT, |a| a.timeout);
+                self.drain(request, Duration::from_secs(timeout.into()))
+            }
+            request => match self.ask(request)? {
+                Reply::Done(value) => Ok(value),
+                Reply::Drain { .. } => Ok(Value::Null),
+            },
+        }
+    }
+
+    fn metrics(&self) -> Option<String> {
+        Some(self.page())
+    }
+}
+
+/// The names of a set of feature bits: those of the device first asked, then those of rings and transport (VIRTIO 1.3, 6);
+/// the others by number.
+pub(super) fn feature_names(
+    features: u64,
+    of_device: impl Fn(u32) -> Option<&'static str>,
+) -> Vec<String> {
+    let common = |bit| {
+        Some(match bit {
+            24 => "NOTIFY_ON_EMPTY",
+            26 => "LOG_ALL",
+            27 => "ANY_LAYOUT",
+            28 => "INDIRECT_DESC",
+            29 => "EVENT_IDX",
+            30 => "PROTOCOL_FEATURES",
+            32 => "VERSION_1",
+            33 => "ACCESS_PLATFORM",
+            34 => "RING_PACKED",
+            35 => "IN_ORDER",
+            36 => "ORDER_PLATFORM",
+            37 => "SR_IOV",
+            38 => "NOTIFICATION_DATA",
+            40 => "RING_RESET",
+            _ => return None,
+        })
+    };
+    (0..u64::BITS)
+        .filter(|bit| features & (1 << bit) != 0)
+        .map(|bit| {
+            of_device(bit)
+                .or_else(|| common(bit))
+                .map_or_else(|| bit.to_string(), str::to_owned)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(text: &str) -> Result<Request, String> {
+        serde_json::from_str(text).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn arguments_may_be_left_out() {
+        assert_eq!(request(r#"{"command":"status"}"#), Ok(Request::Status));
+        assert_eq!(
+            request(r#"{"command":"resize"}"#),
+            Ok(Request::Resize(None))
+        );
+        assert_eq!(request(r#"{"command":"drain"}"#), Ok(Request::Drain(None)));
+        assert_eq!(
+            request(r#"{"command":"limits"}"#),
+            Ok(Request::Limits(None))
+        );
+        assert_eq!(
+            request(r#"{"command":"resize","arguments":{"size":"1K"}}"#),
+            Ok(Request::Resize(Some(Resize {
+                size: Some(Size(1024)),
+                shrink: false
+            })))
+        );
+        for (wrong, why) in [
+            (r#"{"command":"fly"}"#, "unknown variant `fly`"),
+            (
+                r#"{"command":"resize","arguments":{"sise":1}}"#,
+                "unknown field `sise`",
+            ),
+            (
+                r#"{"command":"limits","arguments":{"iops":"many"}}"#,
+                "`many` is not a size",
+            ),
+        ] {
+            let error = request(wrong).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+    }
+
+    #[test]
+    fn features_have_names_or_numbers() {
+        let names = feature_names(1 << 5 | 1 << 29 | 1 << 32 | 1 << 60, |bit| {
+            (bit == 5).then_some("RO")
+        });
+        assert_eq!(names, ["RO", "EVENT_IDX", "VERSION_1", "60"]);
+    }
+}

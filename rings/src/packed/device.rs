@@ -1,0 +1,477 @@
+//! The device side of a packed virtqueue: what [`crate::DeviceRing`] does for this format.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{Ordering, fence};
+
+use vm_memory::bitmap::BS;
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
+
+use super::desc::{self, DESC_F_WRITE, Rest};
+use super::layout::{Cursor, EVENT_ALIGN, EVENT_LEN, Event};
+use crate::area::{AreaRef, resolve};
+use crate::chain::{Chain, ChainBuf};
+use crate::device::{DESC_ALIGN, MAX_SIZE, RingConfig, reject_overlap};
+use crate::error::{Area, ChainError, PopError, RingError};
+use crate::table::{LastRegion, Table, desc_offset};
+
+/// How many buffer ids there are: 16 bits, whatever the size of the queue (VIRTIO 1.3, 2.8.13).
+pub(crate) const IDS: usize = 1 << 16;
+
+/// The device's state of one packed virtqueue.
+#[derive(Debug)]
+pub(crate) struct DeviceRing {
+    /// Size, addresses, features: fixed while the queue runs.
+    size: u16,
+    desc_ring: GuestAddress,
+    driver_event: GuestAddress,
+    device_event: GuestAddress,
+    event_idx: bool,
+    indirect: bool,
+    /// The next descriptor to take.
+    next_avail: Cursor,
+    /// The next descriptor to mark used, as the driver sees it.
+    next_used: Cursor,
+    /// Used descriptors from `next_used` on cover this many, and are not yet visible: the first of them is
+    /// here and not in memory.
+    staged: u16,
+    first: u64,
+    /// Descriptors taken, and not visibly used: they are not the driver's to write.
+    busy: u16,
+    /// Chains taken and not yet pushed.
+    in_flight: u16,
+    /// By buffer id: how many descriptors the chain in flight has; 0 if there is none.
+    counts: Box<[u16]>,
+    /// By the place of its last descriptor: the id of the chain taken from there last.
+    taken: Box<[u16]>,
+    /// Used descriptors were published before, so that `next_used` tells what the driver was told of.
+    published: bool,
+    /// What the driver was last told about notifications, if it was told by this owner.
+    notifications: Option<bool>,
+}
+
+impl DeviceRing {
+    pub(crate) fn new<M: GuestMemory>(config: &RingConfig, mem: &M) -> Result<Self, RingError> {
+        let size = config.size;
+        if size == 0 || size > MAX_SIZE {
+            return Err(RingError::PackedSize { size });
+        }
+        let ring_len = desc_offset(size);
+        let areas = [
+            (Area::DeviceEvent, config.used_ring, EVENT_LEN, EVENT_ALIGN),
+            (Area::DriverEvent, config.avail_ring, EVENT_LEN, EVENT_ALIGN),
+            (Area::Descriptors, config.desc_table, ring_len, DESC_ALIGN),
+        ];
+        for (area, addr, _, align) in areas {
+            if !addr.0.is_multiple_of(align) {
+                let addr = addr.0;
+                return Err(RingError::Misaligned { area, addr, align });
+            }
+        }
+        // The device writes the first and the last of them.
+        let [device, driver, ring] = areas.map(|(area, addr, len, _)| (area, addr, len));
+        for (area, with) in [(device, driver), (device, ring), (driver, ring)] {
+            reject_overlap(area, with)?;
+        }
+        let mut ring = Self {
+            size,
+            desc_ring: config.desc_table,
+            driver_event: config.avail_ring,
+            device_event: config.used_ring,
+            event_idx: config.event_idx,
+            indirect: config.indirect,
+            next_avail: Cursor::from_index(config.next_avail, size)?,
+            next_used: Cursor::from_index(config.next_used, size)?,
+            staged: 0,
+            first: 0,
+            busy: 0,
+            in_flight: 0,
+            counts: vec![0; IDS].into_boxed_slice(),
+            taken: vec![0; usize::from(size)].into_boxed_slice(),
+            published: false,
+            notifications: None,
+        };
+        ring.session(mem)?;
+        Ok(ring)
+    }
+
+    #[inline]
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    #[inline]
+    pub(crate) fn next_avail(&self) -> u16 {
+        self.next_avail.bits()
+    }
+
+    #[inline]
+    pub(crate) fn next_used(&self) -> u16 {
+        self.next_used.bits()
+    }
+
+    #[inline]
+    pub(crate) fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    pub(crate) fn session<'a, M: GuestMemory>(
+        &'a mut self,
+        mem: &'a M,
+    ) -> Result<Session<'a, M>, RingError> {
+        let desc = resolve(
+            mem,
+            Area::Descriptors,
+            self.desc_ring,
+            desc_offset(self.size),
+            Permissions::ReadWrite,
+        )?;
+        let driver_event = resolve(
+            mem,
+            Area::DriverEvent,
+            self.driver_event,
+            EVENT_LEN,
+            Permissions::Read,
+        )?;
+        let device_event = resolve(
+            mem,
+            Area::DeviceEvent,
+            self.device_event,
+            EVENT_LEN,
+            Permissions::ReadWrite,
+        )?;
+        // A front-end chooses where in this process's memory guest memory begins; if that makes a
+        // descriptor unaligned, it shows here and not in the middle of a batch.
+        desc.load_u64_atomic(0, Ordering::Relaxed)?;
+        driver_event.load_u32_atomic(0, Ordering::Relaxed)?;
+        device_event.load_u32_atomic(0, Ordering::Relaxed)?;
+        Ok(Session {
+            ring: self,
+            mem,
+            desc,
+            driver_event,
+            device_event,
+            region: LastRegion::default(),
+        })
+    }
+}
+
+/// One turn of the device's loop.
+pub(crate) struct Session<'a, M: GuestMemory> {
+    ring: &'a mut DeviceRing,
+    mem: &'a M,
+    desc: AreaRef<'a, BS<'a, M::Bitmap>>,
+    driver_event: AreaRef<'a, BS<'a, M::Bitmap>>,
+    device_event: AreaRef<'a, BS<'a, M::Bitmap>>,
+    region: LastRegion,
+}
+
+/// Why the segments of a chain were not gathered.
+enum Stopped {
+    /// The queue is broken.
+    Ring(RingError),
+    /// The contents of the chain are malformed, in its descriptor number `count`, which says `rest`.
+    Chain {
+        count: u16,
+        rest: Rest,
+        error: ChainError,
+    },
+}
+
+impl From<RingError> for Stopped {
+    fn from(error: RingError) -> Self {
+        Self::Ring(error)
+    }
+}
+
+impl<M: GuestMemory> Session<'_, M> {
+    #[inline]
+    pub(crate) fn memory(&self) -> &M {
+        self.mem
+    }
+
+    /// Whether there is a chain: 1 or 0. To count them would be to walk them.
+    pub(crate) fn available(&mut self) -> Result<u16, RingError> {
+        Ok(u16::from(self.next()?.is_some()))
+    }
+
+    /// The next descriptor, if the driver made it available.
+    #[inline]
+    fn next(&self) -> Result<Option<Rest>, RingError> {
+        let ring = &*self.ring;
+        let cursor = ring.next_avail;
+        // Acquire: the address, the descriptors behind it and the buffers are read after it
+        // (VIRTIO 1.3, 2.8.21.1.1).
+        let offset = desc_offset(cursor.at()).wrapping_add(8);
+        let rest = Rest::from_word(self.desc.load_u64_atomic(offset, Ordering::Acquire)?);
+        if !rest.is_available(cursor) {
+            return Ok(None);
+        }
+        // The driver has `size` descriptors, and those of a chain whose return it cannot have seen
+        // are not its to reuse.
+        if ring.busy >= ring.size {
+            let at = cursor.at();
+            return Err(RingError::AvailDescriptor { at, room: 0 });
+        }
+        Ok(Some(rest))
+    }
+
+    /// Takes the next available chain.
+    #[inline]
+    pub(crate) fn pop<'b>(&mut self, buf: &'b mut ChainBuf) -> Result<Option<Chain<'b>>, PopError> {
+        let Some(rest) = self.next()? else {
+            return Ok(None);
+        };
+        buf.clear();
+        match self.gather(rest, buf) {
+            Ok((id, count)) => {
+                self.take(id, count)?;
+                Ok(Some(buf.chain(id)))
+            }
+            Err(stopped) => Err(self.malformed(stopped)),
+        }
+    }
+
+    /// Notes that a chain is in flight.
+    #[inline]
+    fn take(&mut self, id: u16, count: u16) -> Result<(), RingError> {
+        let ring = &mut *self.ring;
+        let next = ring.next_avail.after(count, ring.size);
+        let last = next.before(1, ring.size);
+        if let (Some(held), Some(taken)) = (
+            ring.counts.get_mut(usize::from(id)),
+            ring.taken.get_mut(usize::from(last.at())),
+        ) {
+            if *held != 0 {
+                return Err(RingError::HeadInFlight { head: id });
+            }
+            *held = count;
+            *taken = id;
+        }
+        ring.next_avail = next;
+        ring.busy = ring.busy.saturating_add(count);
+        ring.in_flight = ring.in_flight.saturating_add(1);
+        Ok(())
+    }
+
+    /// Takes a chain whose contents are malformed. Its id stands in its last descriptor.
+    #[cold]
+    fn malformed(&mut self, stopped: Stopped) -> PopError {
+        let (mut count, mut rest, error) = match stopped {
+            Stopped::Ring(error) => return error.into(),
+            Stopped::Chain { count, rest, error } => (count, rest, error),
+        };
+        let start = self.ring.next_avail;
+        while rest.has_next() {
+            rest = match self.following(start, count) {
+                Ok(rest) => rest,
+                Err(error) => return error.into(),
+            };
+            count = count.saturating_add(1);
+        }
+        match self.take(rest.id, count) {
+            Ok(()) => PopError::Chain {
+                head: rest.id,
+                error,
+            },
+            Err(error) => error.into(),
+        }
+    }
+
+    /// Gives back the last chain taken, as if it had not been; breaks if it was returned already.
+    pub(crate) fn rewind(&mut self) -> ControlFlow<()> {
+        let ring = &mut *self.ring;
+        let last = ring.next_avail.before(1, ring.size);
+        // The device may have written the descriptor again, so the id comes from our own notes.
+        let held = ring
+            .taken
+            .get(usize::from(last.at()))
+            .and_then(|&id| ring.counts.get_mut(usize::from(id)));
+        let count = match held {
+            Some(held) if *held != 0 => std::mem::take(held),
+            _ => return ControlFlow::Break(()),
+        };
+        ring.next_avail = ring.next_avail.before(count, ring.size);
+        ring.busy = ring.busy.saturating_sub(count);
+        ring.in_flight = ring.in_flight.saturating_sub(1);
+        ControlFlow::Continue(())
+    }
+
+    /// A chain is not in flight any more. Returns how many descriptors it has.
+    #[inline]
+    pub(crate) fn retire(&mut self, id: u16) -> Result<u16, RingError> {
+        let ring = &mut *self.ring;
+        match ring.counts.get_mut(usize::from(id)) {
+            Some(held) if *held != 0 => {
+                ring.in_flight = ring.in_flight.saturating_sub(1);
+                Ok(std::mem::take(held))
+            }
+            _ => Err(RingError::HeadNotInFlight { head: id }),
+        }
+    }
+
+    /// Writes one used descriptor that stands for `count` descriptors: those of chain `id`, and of chains
+    /// before it that are skipped (VIRTIO 1.3, 2.8.8).
+    #[inline]
+    pub(crate) fn stage(&mut self, id: u16, len: u32, count: u16) -> Result<(), RingError> {
+        let ring = &mut *self.ring;
+        let cursor = ring.next_used.after(ring.staged, ring.size);
+        // `len` counts with this flag only (VIRTIO 1.3, 2.8.4).
+        let write = if len > 0 { DESC_F_WRITE } else { 0 };
+        let word = Rest {
+            len,
+            id,
+            flags: desc::used(cursor) | write,
+        }
+        .to_word();
+        let first = ring.staged == 0;
+        ring.staged = ring.staged.saturating_add(count);
+        if first {
+            ring.first = word;
+            return Ok(());
+        }
+        self.desc
+            .store_u64(desc_offset(cursor.at()).wrapping_add(8), word)
+    }
+
+    /// Makes all staged used descriptors visible with the first of them.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> Result<bool, RingError> {
+        let ring = &mut *self.ring;
+        if ring.staged == 0 {
+            return Ok(false);
+        }
+        let old = ring.next_used;
+        let moved = ring.staged;
+        // Release: the descriptors behind it, and all the device wrote to buffers, come before it
+        // (VIRTIO 1.3, 2.8.2).
+        let offset = desc_offset(old.at()).wrapping_add(8);
+        self.desc
+            .store_u64_atomic(offset, ring.first, Ordering::Release)?;
+        ring.next_used = old.after(moved, ring.size);
+        ring.staged = 0;
+        ring.busy = ring.busy.saturating_sub(moved);
+        let first = !ring.published;
+        ring.published = true;
+        // The driver writes its wish, then looks at the descriptor; the device the other way round. With
+        // a full barrier on both sides at least one sees the other (VIRTIO 1.3, 2.8.22).
+        fence(Ordering::SeqCst);
+        let bits = self.driver_event.load_u32_atomic(0, Ordering::Relaxed)?;
+        let event = Event::from_bits(bits, ring.event_idx);
+        // What a former owner told the driver is not known: tell it once too often.
+        Ok(event.wants(old, moved, ring.size) || (first && matches!(event, Event::Desc(_))))
+    }
+
+    /// Tells the driver that it need not notify (VIRTIO 1.3, 2.8.10).
+    pub(crate) fn disable_notifications(&mut self) -> Result<(), RingError> {
+        if self.ring.notifications == Some(false) {
+            return Ok(());
+        }
+        self.device_event
+            .store_u32_atomic(0, Event::Disable.to_bits(), Ordering::Relaxed)?;
+        self.ring.notifications = Some(false);
+        Ok(())
+    }
+
+    /// Asks the driver to notify from the next chain on.
+    pub(crate) fn enable_notifications(&mut self) -> Result<bool, RingError> {
+        let event = if self.ring.event_idx {
+            Some(Event::Desc(self.ring.next_avail))
+        } else if self.ring.notifications == Some(true) {
+            None
+        } else {
+            Some(Event::Enable)
+        };
+        if let Some(event) = event {
+            self.device_event
+                .store_u32_atomic(0, event.to_bits(), Ordering::Relaxed)?;
+        }
+        self.ring.notifications = Some(true);
+        // The other half of the barrier in the driver's publication (VIRTIO 1.3, 2.8.21.3.1).
+        fence(Ordering::SeqCst);
+        Ok(self.available()? != 0)
+    }
+
+    /// Walks the chain that begins with `rest` at the next place and gathers its segments. Returns its id and
+    /// how many descriptors it has.
+    #[inline]
+    fn gather(&mut self, rest: Rest, buf: &mut ChainBuf) -> Result<(u16, u16), Stopped> {
+        let start = self.ring.next_avail;
+        let mut cursor = start;
+        let mut rest = rest;
+        let mut count = 1_u16;
+        loop {
+            let addr = self.desc.load_u64(desc_offset(cursor.at()))?;
+            if let Err(error) = self.append(addr, rest, count > 1, buf) {
+                return Err(Stopped::Chain { count, rest, error });
+            }
+            if !rest.has_next() {
+                return Ok((rest.id, count));
+            }
+            rest = self.following(start, count)?;
+            cursor = cursor.after(1, self.ring.size);
+            count = count.saturating_add(1);
+        }
+    }
+
+    /// The descriptor `count` behind that at `start`: no further than there can be any that the driver wrote, so that
+    /// a chain without end ends.
+    #[inline]
+    fn following(&self, start: Cursor, count: u16) -> Result<Rest, RingError> {
+        let room = self.ring.size.saturating_sub(self.ring.busy);
+        if count >= room {
+            let at = start.at();
+            return Err(RingError::AvailDescriptor { at, room });
+        }
+        let cursor = start.after(count, self.ring.size);
+        let offset = desc_offset(cursor.at()).wrapping_add(8);
+        Ok(Rest::from_word(self.desc.load_u64(offset)?))
+    }
+
+    /// Adds what one descriptor of the ring refers to.
+    #[inline]
+    fn append(
+        &mut self,
+        addr: u64,
+        rest: Rest,
+        follows: bool,
+        buf: &mut ChainBuf,
+    ) -> Result<(), ChainError> {
+        if rest.is_indirect() {
+            return self.append_table(addr, rest, follows, buf);
+        }
+        let writable = rest.is_writable();
+        let segment = self.region.segment(self.mem, addr, rest.len, writable)?;
+        buf.push(segment, writable, self.ring.size)
+    }
+
+    /// Adds what an indirect table refers to: all its descriptors, in order (VIRTIO 1.3, 2.8.7).
+    fn append_table(
+        &mut self,
+        addr: u64,
+        rest: Rest,
+        follows: bool,
+        buf: &mut ChainBuf,
+    ) -> Result<(), ChainError> {
+        let size = self.ring.size;
+        if !self.ring.indirect {
+            return Err(ChainError::IndirectNotNegotiated);
+        }
+        if rest.has_next() {
+            return Err(ChainError::IndirectNext);
+        }
+        // A chain is of one kind throughout (VIRTIO 1.3, 2.8.5 and 2.8.19).
+        if follows {
+            return Err(ChainError::IndirectMixed);
+        }
+        let (table, entries) = Table::find(self.mem, addr, rest.len, size)?;
+        for index in 0..entries {
+            let (addr, word) = table.words(self.mem, index)?;
+            // WRITE is the only flag here, the rest is to be ignored.
+            let entry = Rest::from_word(word);
+            let writable = entry.is_writable();
+            let segment = self.region.segment(self.mem, addr, entry.len, writable)?;
+            buf.push(segment, writable, size)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,408 @@
+//! The device side of a split virtqueue: what [`crate::DeviceRing`] does for this format.
+
+use std::ops::ControlFlow;
+use std::sync::atomic::{Ordering, fence};
+
+use virtio_queue::{Error as QueueError, Queue, QueueT};
+use vm_memory::bitmap::BS;
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
+
+use super::desc::Desc;
+use super::layout::{
+    self, AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, FLAGS, IDX, USED_ALIGN, USED_F_NO_NOTIFY,
+};
+use crate::area::{AreaRef, resolve};
+use crate::chain::{Chain, ChainBuf};
+use crate::device::{DESC_ALIGN, RingConfig, reject_overlap};
+use crate::error::{Area, ChainError, PopError, RingError};
+use crate::table::{LastRegion, Table, desc_offset};
+
+/// The device's state of one split virtqueue.
+#[derive(Debug)]
+pub(crate) struct DeviceRing {
+    /// Size, addresses, features: fixed while the queue runs.
+    geometry: Queue,
+    size: u16,
+    /// `size - 1`: turns an index into a place in the ring.
+    mask: u16,
+    event_idx: bool,
+    indirect: bool,
+    /// Chains up to here were taken.
+    next_avail: u16,
+    /// Chains up to here are known to be available.
+    avail_idx: u16,
+    /// Used elements up to here are visible to the driver.
+    next_used: u16,
+    /// Used elements written behind `next_used`, not yet visible.
+    staged: u16,
+    /// Chains taken and not yet pushed.
+    in_flight: u16,
+    /// By head: the chain is in flight.
+    held: Box<[bool]>,
+    /// By place in the available ring: the head that was taken from there last.
+    taken: Box<[u16]>,
+    /// Used elements were published before, so that `next_used` tells what the driver was told of.
+    published: bool,
+    /// What the driver was last told about notifications, if it was told by this owner.
+    notifications: Option<bool>,
+    /// With EVENT_IDX: the index from which on it was to notify.
+    asked_from: u16,
+}
+
+impl DeviceRing {
+    pub(crate) fn new<M: GuestMemory>(config: &RingConfig, mem: &M) -> Result<Self, RingError> {
+        let size = config.size;
+        let geometry = geometry(config)?;
+        let desc = (Area::Descriptors, config.desc_table, desc_offset(size));
+        let avail = (Area::Available, config.avail_ring, layout::avail_len(size));
+        let used = (Area::Used, config.used_ring, layout::used_len(size));
+        // The used ring is the only area that the device writes: it must not share bytes with the others.
+        reject_overlap(used, desc)?;
+        reject_overlap(used, avail)?;
+        let mut ring = Self {
+            geometry,
+            size,
+            mask: size.wrapping_sub(1),
+            event_idx: config.event_idx,
+            indirect: config.indirect,
+            next_avail: config.next_avail,
+            avail_idx: config.next_avail,
+            next_used: config.next_used,
+            staged: 0,
+            in_flight: 0,
+            held: vec![false; usize::from(size)].into_boxed_slice(),
+            taken: vec![0; usize::from(size)].into_boxed_slice(),
+            published: false,
+            notifications: None,
+            asked_from: config.next_avail,
+        };
+        ring.session(mem)?;
+        Ok(ring)
+    }
+
+    #[inline]
+    pub(crate) fn size(&self) -> u16 {
+        self.size
+    }
+
+    #[inline]
+    pub(crate) fn next_avail(&self) -> u16 {
+        self.next_avail
+    }
+
+    #[inline]
+    pub(crate) fn next_used(&self) -> u16 {
+        self.next_used
+    }
+
+    #[inline]
+    pub(crate) fn in_flight(&self) -> u16 {
+        self.in_flight
+    }
+
+    pub(crate) fn session<'a, M: GuestMemory>(
+        &'a mut self,
+        mem: &'a M,
+    ) -> Result<Session<'a, M>, RingError> {
+        let size = self.size;
+        let desc = resolve(
+            mem,
+            Area::Descriptors,
+            GuestAddress(self.geometry.desc_table()),
+            desc_offset(size),
+            Permissions::Read,
+        )?;
+        let avail = resolve(
+            mem,
+            Area::Available,
+            GuestAddress(self.geometry.avail_ring()),
+            layout::avail_len(size),
+            Permissions::Read,
+        )?;
+        let used = resolve(
+            mem,
+            Area::Used,
+            GuestAddress(self.geometry.used_ring()),
+            layout::used_len(size),
+            Permissions::ReadWrite,
+        )?;
+        // A front-end chooses where in this process's memory guest memory begins; if that makes an
+        // index unaligned, it shows here and not in the middle of a batch.
+        avail.load_u16_atomic(IDX, Ordering::Relaxed)?;
+        used.load_u16_atomic(IDX, Ordering::Relaxed)?;
+        Ok(Session {
+            ring: self,
+            mem,
+            desc,
+            avail,
+            used,
+            region: LastRegion::default(),
+        })
+    }
+}
+
+/// Checks size and alignment, and keeps them with the addresses.
+fn geometry(config: &RingConfig) -> Result<Queue, RingError> {
+    let misaligned = |area, addr: GuestAddress, align| {
+        move |_: QueueError| RingError::Misaligned {
+            area,
+            addr: addr.0,
+            align,
+        }
+    };
+    let (desc, avail, used) = (config.desc_table, config.avail_ring, config.used_ring);
+    let mut queue = Queue::new(config.size).map_err(|_| RingError::Size { size: config.size })?;
+    queue.try_set_desc_table_address(desc).map_err(misaligned(
+        Area::Descriptors,
+        desc,
+        DESC_ALIGN,
+    ))?;
+    queue.try_set_avail_ring_address(avail).map_err(misaligned(
+        Area::Available,
+        avail,
+        AVAIL_ALIGN,
+    ))?;
+    queue
+        .try_set_used_ring_address(used)
+        .map_err(misaligned(Area::Used, used, USED_ALIGN))?;
+    Ok(queue)
+}
+
+/// One turn of the device's loop.
+pub(crate) struct Session<'a, M: GuestMemory> {
+    ring: &'a mut DeviceRing,
+    mem: &'a M,
+    desc: AreaRef<'a, BS<'a, M::Bitmap>>,
+    avail: AreaRef<'a, BS<'a, M::Bitmap>>,
+    used: AreaRef<'a, BS<'a, M::Bitmap>>,
+    region: LastRegion,
+}
+
+impl<'a, M: GuestMemory> Session<'a, M> {
+    #[inline]
+    pub(crate) fn memory(&self) -> &M {
+        self.mem
+    }
+
+    /// Chains that are available and not yet taken.
+    pub(crate) fn available(&mut self) -> Result<u16, RingError> {
+        // Acquire: the ring elements and descriptors up to `idx` are read after it (VIRTIO 1.3, 2.7.13.3).
+        let avail_idx = self.avail.load_u16_atomic(IDX, Ordering::Acquire)?;
+        let ring = &mut *self.ring;
+        let waiting = avail_idx.wrapping_sub(ring.next_avail);
+        // The driver has `size` descriptors, and those of a chain whose return it cannot have seen
+        // are not its to reuse.
+        let room = ring
+            .size
+            .saturating_sub(ring.in_flight)
+            .saturating_sub(ring.staged);
+        if waiting > room {
+            let next_avail = ring.next_avail;
+            return Err(RingError::AvailIndex {
+                avail_idx,
+                next_avail,
+                waiting,
+                room,
+            });
+        }
+        ring.avail_idx = avail_idx;
+        Ok(waiting)
+    }
+
+    /// Takes the next available chain. The available index is read only when the chains known of are
+    /// used up.
+    #[inline]
+    pub(crate) fn pop<'b>(&mut self, buf: &'b mut ChainBuf) -> Result<Option<Chain<'b>>, PopError> {
+        if self.ring.next_avail == self.ring.avail_idx && self.available()? == 0 {
+            return Ok(None);
+        }
+        let place = self.ring.next_avail & self.ring.mask;
+        let head = self.avail.load_u16(layout::avail_element(place))?;
+        let ring = &mut *self.ring;
+        let (Some(held), Some(taken)) = (
+            ring.held.get_mut(usize::from(head)),
+            ring.taken.get_mut(usize::from(place)),
+        ) else {
+            return Err(RingError::Head {
+                head,
+                size: ring.size,
+            }
+            .into());
+        };
+        if *held {
+            return Err(RingError::HeadInFlight { head }.into());
+        }
+        *held = true;
+        *taken = head;
+        ring.next_avail = ring.next_avail.wrapping_add(1);
+        ring.in_flight = ring.in_flight.wrapping_add(1);
+
+        buf.clear();
+        self.gather(head, buf)?;
+        Ok(Some(buf.chain(head)))
+    }
+
+    /// Gives back the last chain taken, as if it had not been; breaks if it was returned already.
+    pub(crate) fn rewind(&mut self) -> ControlFlow<()> {
+        let ring = &mut *self.ring;
+        let previous = ring.next_avail.wrapping_sub(1);
+        // The driver may have written the ring element again, so its head comes from our own notes.
+        let held = ring
+            .taken
+            .get(usize::from(previous & ring.mask))
+            .and_then(|&head| ring.held.get_mut(usize::from(head)));
+        match held {
+            Some(held) if *held => *held = false,
+            _ => return ControlFlow::Break(()),
+        }
+        ring.next_avail = previous;
+        ring.in_flight = ring.in_flight.saturating_sub(1);
+        ControlFlow::Continue(())
+    }
+
+    /// A chain is not in flight any more. Returns what it takes of the used ring: one element.
+    #[inline]
+    pub(crate) fn retire(&mut self, head: u16) -> Result<u16, RingError> {
+        let ring = &mut *self.ring;
+        match ring.held.get_mut(usize::from(head)) {
+            Some(held) if *held => *held = false,
+            _ => return Err(RingError::HeadNotInFlight { head }),
+        }
+        ring.in_flight = ring.in_flight.saturating_sub(1);
+        Ok(1)
+    }
+
+    /// Writes one used element that stands for `chains` chains, `head` the last of them: the others are
+    /// skipped (VIRTIO 1.3, 2.7.9).
+    #[inline]
+    pub(crate) fn stage(&mut self, head: u16, len: u32, chains: u16) -> Result<(), RingError> {
+        let ring = &mut *self.ring;
+        let place = ring.next_used.wrapping_add(ring.staged) & ring.mask;
+        ring.staged = ring.staged.wrapping_add(chains);
+        // struct virtq_used_elem { le32 id; le32 len; } in one store (VIRTIO 1.3, 2.7.8).
+        let element = u64::from(head) | (u64::from(len) << 32);
+        self.used.store_u64(layout::used_element(place), element)
+    }
+
+    /// Makes all staged used elements visible with one store of the used index.
+    #[inline]
+    pub(crate) fn publish(&mut self) -> Result<bool, RingError> {
+        let ring = &mut *self.ring;
+        if ring.staged == 0 {
+            return Ok(false);
+        }
+        let old = ring.next_used;
+        let new = old.wrapping_add(ring.staged);
+        // Release: the elements, and all the device wrote to buffers, come before the index
+        // (VIRTIO 1.3, 2.7.8.2).
+        self.used.store_u16_atomic(IDX, new, Ordering::Release)?;
+        ring.next_used = new;
+        ring.staged = 0;
+        let first = !ring.published;
+        ring.published = true;
+        // The driver writes its wish, then reads the index; the device the other way round. With a
+        // full barrier on both sides at least one sees the other (VIRTIO 1.3, 2.7.7.2).
+        fence(Ordering::SeqCst);
+        if ring.event_idx {
+            let event = self
+                .avail
+                .load_u16_atomic(layout::used_event(ring.size), Ordering::Relaxed)?;
+            // What a former owner told the driver is not known: tell it once too often.
+            Ok(first || layout::passes(event, new, old))
+        } else {
+            let flags = self.avail.load_u16_atomic(FLAGS, Ordering::Relaxed)?;
+            Ok(flags & AVAIL_F_NO_INTERRUPT == 0)
+        }
+    }
+
+    /// Tells the driver that it need not notify (VIRTIO 1.3, 2.7.10).
+    pub(crate) fn disable_notifications(&mut self) -> Result<(), RingError> {
+        if self.ring.notifications == Some(false) {
+            return Ok(());
+        }
+        let ring = &mut *self.ring;
+        if !ring.event_idx {
+            self.used
+                .store_u16_atomic(FLAGS, USED_F_NO_NOTIFY, Ordering::Relaxed)?;
+        } else if ring.avail_idx == ring.asked_from {
+            // To leave avail_event where it is does it, unless the driver has yet to pass it: put it behind the driver then.
+            let offset = layout::avail_event(ring.size);
+            let passed = ring.asked_from.wrapping_sub(1);
+            self.used
+                .store_u16_atomic(offset, passed, Ordering::Relaxed)?;
+        }
+        ring.notifications = Some(false);
+        Ok(())
+    }
+
+    /// Asks the driver to notify from the next chain on.
+    pub(crate) fn enable_notifications(&mut self) -> Result<bool, RingError> {
+        if self.ring.event_idx {
+            let offset = layout::avail_event(self.ring.size);
+            self.used
+                .store_u16_atomic(offset, self.ring.next_avail, Ordering::Relaxed)?;
+            self.ring.asked_from = self.ring.next_avail;
+        } else if self.ring.notifications != Some(true) {
+            self.used.store_u16_atomic(FLAGS, 0, Ordering::Relaxed)?;
+        }
+        self.ring.notifications = Some(true);
+        // The other half of the barrier in the driver's publication (VIRTIO 1.3, 2.7.13.4.1).
+        fence(Ordering::SeqCst);
+        Ok(self.available()? != 0)
+    }
+
+    /// Walks the chain from `head` and gathers its segments. At most `size` segments and one
+    /// indirect descriptor are looked at, so that a loop ends.
+    fn gather(&mut self, head: u16, buf: &mut ChainBuf) -> Result<(), PopError> {
+        let bad = |error| PopError::Chain { head, error };
+        let size = self.ring.size;
+        let mut table: Option<Table<'a, M>> = None;
+        let mut entries = size;
+        let mut index = head;
+        loop {
+            let (addr, rest) = match &table {
+                None => self.ring_descriptor(index)?,
+                Some(table) => table.words(self.mem, index).map_err(bad)?,
+            };
+            let desc = Desc::from_words(addr, rest);
+            if desc.is_indirect() {
+                if table.is_some() {
+                    return Err(bad(ChainError::IndirectNested));
+                }
+                if !self.ring.indirect {
+                    return Err(bad(ChainError::IndirectNotNegotiated));
+                }
+                if desc.has_next() {
+                    return Err(bad(ChainError::IndirectNext));
+                }
+                // Its WRITE flag is ignored (VIRTIO 1.3, 2.7.5.3.2).
+                let (found, count) =
+                    Table::find(self.mem, desc.addr, desc.len, size).map_err(bad)?;
+                (table, entries) = (Some(found), count);
+                index = 0;
+                continue;
+            }
+            let writable = desc.is_writable();
+            let segment = self.region.segment(self.mem, desc.addr, desc.len, writable);
+            buf.push(segment.map_err(bad)?, writable, size)
+                .map_err(bad)?;
+            if !desc.has_next() {
+                return Ok(());
+            }
+            if desc.next >= entries {
+                return Err(bad(ChainError::Next {
+                    next: desc.next,
+                    entries,
+                }));
+            }
+            index = desc.next;
+        }
+    }
+
+    #[inline]
+    fn ring_descriptor(&self, index: u16) -> Result<(u64, u64), RingError> {
+        let offset = desc_offset(index);
+        let addr = self.desc.load_u64(offset)?;
+        Ok((addr, self.desc.load_u64(offset.wrapping_add(8))?))
+    }
+}
