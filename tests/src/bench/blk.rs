@@ -1,6 +1,7 @@
 //! `cargo lab bench blk`: what it is asked for, and its course.
 
 use std::fs;
+use std::num::NonZero;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -38,8 +39,8 @@ pub struct BlkBench {
     quick: bool,
 
     /// How often each back-end is measured in each cell [default: 5, or 3 of a quick run]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
-    rounds: Option<u32>,
+    #[arg(long, value_name = "N")]
+    rounds: Option<NonZero<u16>>,
 
     /// How long each measurement takes
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = parse_seconds)]
@@ -88,7 +89,7 @@ struct Outcome {
     kernel: String,
     processor: String,
     seconds: f64,
-    rounds: u32,
+    rounds: usize,
     cells: Vec<CellOutcome>,
     others: Vec<Other>,
     idle: Vec<Idle>,
@@ -151,14 +152,19 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
             directory: scratch.path(),
             seconds: options.seconds,
         },
-        rounds: options.rounds.unwrap_or(if options.quick { 3 } else { 5 }),
+        rounds: match options.rounds {
+            Some(rounds) => rounds.get().into(),
+            None if options.quick => 3,
+            None => 5,
+        },
         contenders,
         perf: None,
         skipped: Vec::new(),
+        failed: Vec::new(),
     };
     match Perf::find(scratch.path()) {
         Ok(perf) => course.perf = Some(perf),
-        Err(error) => course.skip(&error)?,
+        Err(error) => course.skip(error)?,
     }
     eprintln!(
         "lab: {} cells, {} back-ends, {} rounds: about {} minutes",
@@ -181,7 +187,7 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
             Some(instructions)
         }
         Err(error) => {
-            course.skip(&error)?;
+            course.skip(error)?;
             None
         }
     };
@@ -194,7 +200,7 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
         others,
         idle,
         instructions,
-        skipped: course.skipped,
+        skipped: course.skipped.clone(),
     };
     println!("{}", summary(&outcome));
     if let Some(path) = &options.json {
@@ -207,7 +213,14 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
         let picture = picture::draw(&outcome.cells, &outcome.machine());
         fs::write(path, picture).doing(|| format!("write {}", path.display()))?;
     }
-    Ok(())
+    if course.failed.is_empty() {
+        return Ok(());
+    }
+    Err(LabError::Check(format!(
+        "{} measurements failed:\n{}",
+        course.failed.len(),
+        course.failed.join("\n")
+    )))
 }
 
 /// All words of the filter are in the name.
@@ -222,29 +235,31 @@ fn contains(name: &str, filter: Option<&str>) -> bool {
 /// A run through the cells.
 struct Course<'a> {
     bench: Bench<'a>,
-    rounds: u32,
+    rounds: usize,
     contenders: Vec<Contender>,
     perf: Option<Perf>,
     skipped: Vec<String>,
+    /// Measurements that gave an error, and which.
+    failed: Vec<String>,
 }
 
 impl Course<'_> {
     /// Says why something is not measured; other errors are passed on.
-    fn skip(&mut self, error: &LabError) -> Result<()> {
+    fn skip(&mut self, error: LabError) -> Result<()> {
         match error {
             LabError::Skipped(why) => {
                 eprintln!("lab: skipped: {why}");
-                self.skipped.push(why.clone());
+                self.skipped.push(why);
                 Ok(())
             }
-            error => Err(LabError::Setup(error.to_string())),
+            error => Err(error),
         }
     }
 
     /// How long it will take, in seconds.
     fn estimate(&self, cells: &[Cell]) -> f64 {
         let one = self.bench.seconds + OVERHEAD;
-        let rounds = f64::from(self.rounds);
+        let rounds = self.rounds as f64;
         let contenders = self.contenders.len() as f64;
         let counting = if self.perf.is_some() {
             COUNTING * contenders
@@ -260,7 +275,7 @@ impl Course<'_> {
         let found = others::measure(&self.bench, &self.contenders, self.rounds)?;
         match others::checked_disk(&self.bench, directory) {
             Ok(disk) => println!("{}", others::check(&self.bench, &self.contenders, &disk)?),
-            Err(error) => self.skip(&error)?,
+            Err(error) => self.skip(error)?,
         }
         println!("{}\n", others::fio_engine(&self.bench)?);
         Ok(found)
@@ -292,7 +307,7 @@ impl Course<'_> {
             let storage = match prepared {
                 Ok(storage) => storage,
                 Err(error) => {
-                    self.skip(&error)?;
+                    self.skip(error)?;
                     continue;
                 }
             };
@@ -313,43 +328,55 @@ impl Course<'_> {
         Ok(outcomes)
     }
 
-    /// All back-ends in one cell, in turn, between measurements of the storage itself.
-    fn cell(&self, storage: &Storage, cell: &Cell) -> Result<CellOutcome> {
-        let serving: Vec<&Contender> = self
+    /// All back-ends in one cell, in turn, between measurements of the storage itself. One that fails is left out of the
+    /// cell from then on: the figures of the others are worth having.
+    fn cell(&mut self, storage: &Storage, cell: &Cell) -> Result<CellOutcome> {
+        let mut serving: Vec<(&Contender, Vec<Sample>)> = self
             .contenders
             .iter()
             .filter(|contender| contender.serves(storage))
+            .map(|contender| (contender, Vec::new()))
             .collect();
+        let mut failed = Vec::new();
+        let mut note = |contender: &Contender, error: LabError| {
+            let what = format!("{} in {}: {error}", contender.name, cell.name());
+            eprintln!("lab: {what}");
+            failed.push(what);
+        };
         let mut raw: Vec<Sample> = Vec::new();
-        let mut samples: Vec<Vec<Sample>> = vec![Vec::new(); serving.len()];
         for round in 0..self.rounds {
             raw.extend(self.bench.raw(storage, cell)?);
-            let mut order: Vec<_> = serving.iter().zip(&mut samples).collect();
+            for (contender, samples) in &mut serving {
+                match self.bench.back_end(contender, storage, cell) {
+                    Ok(sample) => samples.push(sample),
+                    Err(error) => note(contender, error),
+                }
+            }
+            serving.retain(|(_, samples)| samples.len() > round);
             // None always comes first.
-            let places = order.len().max(1);
-            order.rotate_left(usize::try_from(round).unwrap_or_default() % places);
-            for (contender, samples) in order {
-                samples.push(self.bench.back_end(contender, storage, cell)?);
+            if !serving.is_empty() {
+                serving.rotate_left(1);
             }
         }
         raw.extend(self.bench.raw(storage, cell)?);
         let mut rows = Vec::new();
-        for (contender, samples) in serving.into_iter().zip(samples) {
-            let mut row = Row {
-                name: contender.name.clone(),
-                family: contender.family,
-                samples,
-                system_calls: None,
-                to_raw: None,
-                to_qsd: None,
+        for contender in &self.contenders {
+            let of = |(one, _): &(&Contender, Vec<Sample>)| one.name == contender.name;
+            let Some(at) = serving.iter().position(of) else {
+                continue;
             };
+            let (_, samples) = serving.swap_remove(at);
+            let mut row = Row::new(contender, samples);
             if let Some(perf) = &self.perf {
                 let bench = &self.bench;
-                let count = bench.system_calls(perf, contender, storage, cell, row.iops())?;
-                row.system_calls = Some(count);
+                match bench.system_calls(perf, contender, storage, cell, row.iops()) {
+                    Ok(count) => row.system_calls = Some(count),
+                    Err(error) => note(contender, error),
+                }
             }
             rows.push(row);
         }
+        self.failed.append(&mut failed);
         Ok(CellOutcome::new(cell, raw, rows))
     }
 }

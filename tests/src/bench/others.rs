@@ -62,7 +62,7 @@ impl fmt::Display for Other {
 pub(super) fn measure(
     bench: &Bench<'_>,
     contenders: &[Contender],
-    rounds: u32,
+    rounds: usize,
 ) -> Result<Vec<Other>> {
     let of = |family| contenders.iter().find(|one| one.family == family);
     let (Some(ours), Some(qsd)) = (of(Family::Ringside), of(Family::Qemu)) else {

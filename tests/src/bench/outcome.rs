@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::cells::Cell;
-use super::contender::Family;
+use super::contender::{Contender, Family};
 use super::measure::Sample;
 
 /// Median and extremes of some values.
@@ -60,6 +60,18 @@ pub(super) struct CellOutcome {
 }
 
 impl Row {
+    /// What was measured of a back-end, without ratios yet.
+    pub(super) fn new(contender: &Contender, samples: Vec<Sample>) -> Self {
+        Self {
+            name: contender.name.clone(),
+            family: contender.family,
+            samples,
+            system_calls: None,
+            to_raw: None,
+            to_qsd: None,
+        }
+    }
+
     fn median(&self, of: impl Fn(&Sample) -> Option<f64>) -> Option<f64> {
         Spread::of(self.samples.iter().filter_map(of)).map(|spread| spread.median)
     }

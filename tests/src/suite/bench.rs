@@ -39,6 +39,8 @@ fn load_finds_what_it_wrote(site: &Site) -> Result<()> {
         &["--shape", "randrw"][..],
         &["--shape", "randrw", "--no-indirect", "--block-size", "64K"],
         &["--shape", "write", "--no-event-idx"],
+        &["--shape", "randrw", "--packed"],
+        &["--shape", "randrw", "--packed", "--in-order"],
     ] {
         let mut load = site.program("ringside-load");
         load.args(["--socket-path", blk.socket(), "--queues", "2"]);

@@ -126,6 +126,14 @@ pub struct LoadArgs {
     #[arg(long)]
     pub no_indirect: bool,
 
+    /// Packed virtqueues (VIRTIO_F_RING_PACKED)
+    #[arg(long)]
+    pub packed: bool,
+
+    /// Buffers are used in order (VIRTIO_F_IN_ORDER)
+    #[arg(long)]
+    pub in_order: bool,
+
     /// How long to measure
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0, value_parser = parse_seconds)]
     pub seconds: f64,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::error::LoadError;
-use super::front::{EVENT_IDX, INDIRECT_DESC};
+use super::front::{EVENT_IDX, INDIRECT_DESC, RING_PACKED};
 use super::lane::{Measured, histogram};
 use super::options::{Completions, LoadArgs};
 
@@ -58,6 +58,8 @@ pub struct Report {
     pub event_idx: bool,
     /// Chains were indirect.
     pub indirect: bool,
+    /// Queues were packed.
+    pub packed: bool,
     /// Requests that completed while measuring.
     pub requests: u64,
     /// How long that was, in seconds.
@@ -153,6 +155,7 @@ impl Report {
             polling: args.completions == Completions::Polling,
             event_idx: features & EVENT_IDX != 0,
             indirect: features & INDIRECT_DESC != 0,
+            packed: features & RING_PACKED != 0,
             requests: sum(|lane| lane.requests),
             seconds: elapsed.as_secs_f64(),
             iops,
