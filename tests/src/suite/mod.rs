@@ -1,6 +1,7 @@
 //! The end-to-end tests, and what runs them: each in a process of its own, in its own process, mount and network namespaces, so
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
+mod bench;
 mod blk;
 mod blk_control;
 mod boot;
@@ -48,6 +49,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         blk::TESTS,
         blk_control::TESTS,
         formats::TESTS,
+        bench::TESTS,
         net::TESTS,
         others::TESTS,
         zoned::TESTS,
