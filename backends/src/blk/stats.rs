@@ -400,7 +400,7 @@ mod tests {
             "ringside_block_request_duration_seconds_bucket{queue=\"0\",operation=\"read\",le=\"0.000002\"} 1",
             "ringside_block_request_duration_seconds_bucket{queue=\"0\",operation=\"read\",le=\"+Inf\"} 2",
             "ringside_block_request_duration_seconds_sum{queue=\"0\",operation=\"read\"} 0.0000045",
-            "ringside_block_request_duration_seconds_count{queue=\"0\",operation=\"write\"} 1",
+            "ringside_block_request_duration_seconds_count{queue=\"0\",operation=\"write\"} 2",
             "ringside_block_turns_total{queue=\"0\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");
