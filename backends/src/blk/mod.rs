@@ -5,6 +5,9 @@
 //!  (rings)       what is asked,  one thread    io_uring on    opened, examined,
 //!                is it valid?    for a queue   guest memory   locked
 //! ```
+//!
+//! `limits.rs` says when a request may begin, `stats.rs` counts what became of it; the control socket reads and changes them
+//! while the workers go on.
 
 mod args;
 mod config;
