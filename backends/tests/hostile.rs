@@ -50,6 +50,10 @@ const NEED_REPLY: u32 = 0x8;
 const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
 /// VHOST_USER_F_PROTOCOL_FEATURES
 const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// VIRTIO_F_RING_PACKED
+const RING_PACKED: u64 = 1 << 34;
+/// The base of a fresh packed queue.
+const PACKED_BASE: u32 = 0x8000_8000;
 
 /// Guest memory: two regions of this size in one file, as the front-end says at these addresses of its own.
 const REGION: u64 = 1 << 20;
@@ -124,7 +128,9 @@ impl<'s> Hostile<'s> {
         let features = self.call(GET_FEATURES, &[], &[])?;
         self.offered = u64::from_ne_bytes(features.try_into().map_err(|_| ())?);
         self.call(SET_PROTOCOL_FEATURES, &PROTOCOL.to_ne_bytes(), &[])?;
-        self.call(SET_FEATURES, &self.offered.to_ne_bytes(), &[])?;
+        let refused = self.rng.of(&[0, RING_PACKED]);
+        let features = self.offered & !refused;
+        self.call(SET_FEATURES, &features.to_ne_bytes(), &[])?;
         for region in [0, 1] {
             self.region(ADD_MEM_REG, region)?;
         }
@@ -213,7 +219,8 @@ impl<'s> Hostile<'s> {
         let index = self.rng.below(self.queues.into()) as u32;
         let pair = |value: u32| [index.to_ne_bytes(), value.to_ne_bytes()].concat();
         self.call(SET_VRING_NUM, &pair(64), &[])?;
-        self.call(SET_VRING_BASE, &pair(0), &[])?;
+        let fresh = self.rng.of(&[0, PACKED_BASE]);
+        self.call(SET_VRING_BASE, &pair(fresh), &[])?;
         let base = USER[0] + 0x4000 * u64::from(index);
         let mut address = pair(0);
         for word in [base, base + 0x2000, base + 0x1000, 0] {
@@ -250,8 +257,12 @@ impl<'s> Hostile<'s> {
                 _ => self.rng.below(REGION),
             };
             let len = self.rng.of(&[1, 16, 17, 512, 513, 4096, u32::MAX]);
-            let flags = self.rng.below(8) as u16;
-            let next = self.rng.below(66) as u16;
+            let mut flags = self.rng.below(8) as u16;
+            let mut next = self.rng.below(66) as u16;
+            // The same words of a packed descriptor, mostly available: its id, and its flags.
+            if self.rng.below(2) == 0 {
+                (flags, next) = (next, flags | 1 << 7);
+            }
             let mut bytes = address.to_le_bytes().to_vec();
             bytes.extend(len.to_le_bytes());
             bytes.extend(flags.to_le_bytes());
@@ -274,7 +285,9 @@ impl<'s> Hostile<'s> {
                 self.vring(SET_VRING_NUM, value)
             }
             8 => {
-                let value = self.rng.of(&[0, 5, 0xffff, 0x1_0000]);
+                let value = self
+                    .rng
+                    .of(&[0, 5, 0xffff, 0x1_0000, PACKED_BASE, 0x8005_8007]);
                 self.vring(SET_VRING_BASE, value)
             }
             9 => self.vring(GET_VRING_BASE, 0),

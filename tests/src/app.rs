@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::bench::{self, BlkBench};
 use crate::command::quoted;
 use crate::demo;
 use crate::error::{Doing, LabError, Result};
@@ -36,6 +37,7 @@ Examples:
   cargo lab shell              a shell in the lab VM, programs in /lab/bin
   cargo lab shell -- uname -a  one command where guests run
   cargo lab shell -- 'ls | wc' one line for the shell there
+  cargo lab bench blk          back-ends of disks, ours and QEMU's, measured here
   cargo lab check              format, lints, native tests: before each commit
   cargo lab clean              removes the lab from the cache directory
 
@@ -90,6 +92,25 @@ enum Where {
     Lab,
 }
 
+/// What is measured.
+#[derive(Debug, Subcommand)]
+enum Bench {
+    /// ringside-blk and qemu-storage-daemon, by requests from a vhost-user front-end of our own
+    ///
+    /// Each back-end is started afresh for each measurement; front-end and back-end have processors of their own where there
+    /// are enough. Figures of one run compare with each other; those of a machine with other work on it compare with nothing.
+    Blk {
+        /// Agree to what setup installs and downloads, without being asked
+        #[arg(long, short)]
+        yes: bool,
+        /// Debian mirror (the directory that has dists/trixie) [default: that of apt's configuration]
+        #[arg(long, value_name = "URL")]
+        mirror: Option<String>,
+        #[command(flatten)]
+        options: BlkBench,
+    },
+}
+
 #[derive(Debug, Subcommand)]
 enum Action {
     /// Boot a guest with its disk and network from our back-ends, and measure both in it
@@ -121,6 +142,9 @@ enum Action {
         #[arg(last = true)]
         command: Vec<String>,
     },
+    /// Measure a back-end on this machine, without a guest, beside others' back-ends
+    #[command(subcommand)]
+    Bench(Bench),
     /// Build the lab's systems if they are not there, and nothing else
     Setup {
         #[command(flatten)]
@@ -178,6 +202,15 @@ fn run(action: Action) -> Result<ExitCode> {
         } => test(&common, &filters, list),
         Action::Check { no_tests } => check(no_tests),
         Action::Shell { common, command } => shell(&common, &command),
+        Action::Bench(Bench::Blk {
+            yes,
+            mirror,
+            options,
+        }) => {
+            let systems = Cache::find()?.ensure(&Wishes { yes, mirror })?;
+            bench::run(&systems, &options)?;
+            Ok(ExitCode::SUCCESS)
+        }
         Action::Setup { common } => {
             systems(&common)?;
             println!("lab: ready");

@@ -1,4 +1,5 @@
-//! The lab and the end-to-end tests. May depend on every Ringside crate; so far it meets them as programs only.
+//! The lab, the end-to-end tests and the benchmarks. May depend on every Ringside crate; so far it uses the driver side of
+//! the rings, and meets the others as programs only.
 //!
 //! ```text
 //! cargo lab ──── app ──── setup     Debian systems in the user's cache
@@ -10,9 +11,10 @@
 //!                  │ ───── demo
 //!                harness             back-ends, guests, networks, counters: what tests are written with
 //! ```
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 pub mod app;
+pub mod bench;
 pub mod command;
 pub mod cpio;
 pub mod demo;

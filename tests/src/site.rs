@@ -132,14 +132,16 @@ impl Site {
             return Command::new(PathBuf::from("/").join(path));
         }
         let mut command = Command::new(self.root.join("lib64/ld-linux-x86-64.so.2"));
-        let libraries = ["usr/lib/x86_64-linux-gnu", "usr/lib"].map(|part| self.root.join(part));
+        // fio's libraries have some of their own in the last of these.
+        let libraries = [
+            "usr/lib/x86_64-linux-gnu",
+            "usr/lib",
+            "usr/lib/x86_64-linux-gnu/ceph",
+        ]
+        .map(|part| self.root.join(part).display().to_string());
         command
             .arg("--library-path")
-            .arg(format!(
-                "{}:{}",
-                libraries[0].display(),
-                libraries[1].display()
-            ))
+            .arg(libraries.join(":"))
             .arg(self.root.join(path));
         command
     }

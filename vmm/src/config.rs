@@ -128,7 +128,9 @@ pub struct Cli {
     /// A disk served by a vhost-user back-end; repeat for more. Keys: socket=PATH,
     /// num-queues=N [default: one for each CPU, as far as the back-end has them], queue-size=N
     /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10]
-    /// (one that goes later is waited for without a limit).
+    /// (one that goes later is waited for without a limit), packed=on|off to offer packed virtqueues
+    /// [default: off for a device that, without them, goes on by itself when its back-end dies and
+    /// another comes, else on].
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<BlkOptions>)]
     pub blk: Vec<BlkOptions>,
 
@@ -269,6 +271,8 @@ pub struct BlkOptions {
     num_queues: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     queue_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -284,6 +288,8 @@ pub struct NetOptions {
     num_queues: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     queue_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -301,6 +307,8 @@ pub struct VhostUserOptions {
     queue_size: Option<u16>,
     #[serde(default, deserialize_with = "number")]
     config_size: Option<u16>,
+    #[serde(default, deserialize_with = "switch")]
+    packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
 }
@@ -514,6 +522,8 @@ pub struct DeviceConfig {
     pub mac: Option<Mac>,
     /// Size of the device configuration space in bytes; `None` leaves it to the device.
     pub config_size: Option<u16>,
+    /// Whether packed virtqueues are offered; `None` leaves it to the device.
+    pub packed: Option<bool>,
     /// How long to wait for the back-end.
     pub reconnect_timeout: Duration,
 }
@@ -683,6 +693,7 @@ impl BlkOptions {
             queue_size,
             mac: None,
             config_size: None,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -708,6 +719,7 @@ impl NetOptions {
             queue_size,
             mac: self.mac,
             config_size: None,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -724,6 +736,7 @@ impl VhostUserOptions {
             queue_size,
             mac: None,
             config_size: self.config_size,
+            packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
         })
     }
@@ -964,7 +977,7 @@ mod tests {
                 "--kernel=k",
                 "--cpus=8",
                 "--memory=size=6G,max=8G,hugepages=2M,prefault=on",
-                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0",
+                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0,packed=off",
                 "--blk=/b,,c",
                 "--net=socket=/n,mac=52:54:00:01:02:03,num-queues=4",
                 "--vhost-user=type=fs,socket=/fs,config-size=40",
@@ -983,6 +996,7 @@ mod tests {
         };
         assert_eq!((a.num_queues, a.queue_size), (Some(4), 1024));
         assert_eq!(a.reconnect_timeout, Duration::ZERO);
+        assert_eq!((a.packed, b.packed), (Some(false), None));
         assert_eq!(b.socket, PathBuf::from("/b,c"));
         assert_eq!((b.num_queues, b.queue_size), (None, 256));
         assert_eq!(n.mac, Some(Mac([0x52, 0x54, 0, 1, 2, 3])));

@@ -329,29 +329,33 @@ impl<T, M: GuestMemory> DriverSession<'_, T, M> {
         if self.ring.layout.in_order {
             return self.poll_batch();
         }
-        let Batch { id, len } = self.used_element()?;
-        self.collect(id, Some(len)).map(Some)
+        let (id, len) = self.used_element()?;
+        let head = u16::try_from(id).map_err(|_| DriverError::UsedId { id })?;
+        self.collect(head, Some(len)).map(Some)
     }
 
-    /// The next used element.
+    /// `id` and `len` of the next used element.
     #[inline]
-    fn used_element(&self) -> Result<Batch, DriverError> {
+    fn used_element(&self) -> Result<(u32, u32), RingError> {
         let place = self.ring.last_used & self.ring.mask;
         let element = self.used.load_u64(layout::used_element(place))?;
         let [i0, i1, i2, i3, l0, l1, l2, l3] = element.to_le_bytes();
         let id = u32::from_le_bytes([i0, i1, i2, i3]);
         let len = u32::from_le_bytes([l0, l1, l2, l3]);
-        match u16::try_from(id) {
-            Ok(id) => Ok(Batch { id, len }),
-            Err(_) => Err(DriverError::UsedId { id }),
-        }
+        Ok((id, len))
     }
 
-    /// Collects the oldest chain: an element is about a batch of them (VIRTIO 1.3, 2.7.9).
+    /// Collects the oldest chain: an element is about a batch of them (VIRTIO 1.3, 2.7.9). Apart, so that it
+    /// does not weigh on queues used in any order.
+    #[inline(never)]
     fn poll_batch(&mut self) -> Result<Option<(T, u32)>, DriverError> {
         let batch = match self.ring.batch {
             Some(batch) => batch,
-            None => self.used_element()?,
+            None => {
+                let (id, len) = self.used_element()?;
+                let id = u16::try_from(id).map_err(|_| DriverError::UsedId { id })?;
+                Batch { id, len }
+            }
         };
         let oldest = self.ring.oldest;
         let last = oldest == batch.id;

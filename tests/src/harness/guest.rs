@@ -47,6 +47,7 @@ pub struct GuestBuilder<'a> {
     diskless: bool,
     pvh: bool,
     back_ends: Vec<&'a BackEnd>,
+    packed: bool,
     passed_through: Vec<String>,
     kernel_arguments: Vec<String>,
     arguments: Vec<String>,
@@ -86,6 +87,13 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn device(mut self, back_end: &'a BackEnd) -> Self {
         self.back_ends.push(back_end);
+        self
+    }
+
+    /// Offers packed virtqueues for all devices of back-ends, whatever the VMM does by itself.
+    #[must_use]
+    pub fn packed(mut self) -> Self {
+        self.packed = true;
         self
     }
 
@@ -171,15 +179,17 @@ impl<'a> GuestBuilder<'a> {
         command.arg(format!("--cpus={}", self.cpus));
         command.arg(format!("--memory=size={}", self.memory));
         command.arg("--serial=stdio");
+        let packed = if self.packed { ",packed=on" } else { "" };
         for back_end in root.into_iter().chain(self.back_ends.iter().copied()) {
             // A card's queues count both directions: two for each queue pair.
             let (option, queues) = match back_end.kind {
                 Kind::Blk => ("--blk", back_end.queues),
                 Kind::Net => ("--net", back_end.queues.saturating_mul(2)),
             };
-            command
-                .arg(option)
-                .arg(format!("socket={},num-queues={queues}", back_end.socket));
+            command.arg(option).arg(format!(
+                "socket={},num-queues={queues}{packed}",
+                back_end.socket
+            ));
         }
         for address in &self.passed_through {
             command.arg("--vfio").arg(address);
@@ -219,6 +229,7 @@ impl<'a> GuestBuilder<'a> {
             ));
             qemu.args(["-device", "virtio-blk-pci,drive=root"]);
         }
+        let packed = if self.packed { ",packed=on" } else { "" };
         for (number, back_end) in self.back_ends.iter().enumerate() {
             let queues = back_end.queues;
             qemu.arg("-chardev")
@@ -226,7 +237,7 @@ impl<'a> GuestBuilder<'a> {
             match back_end.kind {
                 Kind::Blk => {
                     qemu.arg("-device").arg(format!(
-                        "vhost-user-blk-pci,chardev=char{number},num-queues={queues}"
+                        "vhost-user-blk-pci,chardev=char{number},num-queues={queues}{packed}"
                     ));
                 }
                 Kind::Net => {
@@ -240,7 +251,7 @@ impl<'a> GuestBuilder<'a> {
                         ("off", 4)
                     };
                     qemu.arg("-device").arg(format!(
-                        "virtio-net-pci,netdev=net{number},mq={multiqueue},vectors={vectors}"
+                        "virtio-net-pci,netdev=net{number},mq={multiqueue},vectors={vectors}{packed}"
                     ));
                 }
             }
@@ -299,6 +310,7 @@ impl Guest {
             diskless: false,
             pvh: false,
             back_ends: Vec::new(),
+            packed: false,
             passed_through: Vec::new(),
             kernel_arguments: Vec::new(),
             arguments: Vec::new(),

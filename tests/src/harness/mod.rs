@@ -1,6 +1,7 @@
 //! What tests are written with: back-ends, guests, networks, devices and counters, each a value that cleans up when it goes.
 
 mod backend;
+mod control;
 mod counters;
 mod daemon;
 mod guest;
@@ -11,6 +12,7 @@ mod registers;
 mod sriov;
 
 pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
+pub use control::Control;
 pub use counters::{
     EventCounts, IOCTL, KVM_EXIT, KVM_MMIO, KVM_PIO, KVM_USERSPACE_EXIT, Packets, SYSTEM_CALL,
     URING_REQUEST, flushes, packets, sum_interrupts, sum_interrupts_by,

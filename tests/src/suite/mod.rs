@@ -1,7 +1,9 @@
 //! The end-to-end tests, and what runs them: each in a process of its own, in its own process, mount and network namespaces, so
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
+mod bench;
 mod blk;
+mod blk_control;
 mod boot;
 mod formats;
 mod net;
@@ -44,7 +46,9 @@ fn tests() -> impl Iterator<Item = &'static Test> {
     [
         boot::TESTS,
         blk::TESTS,
+        blk_control::TESTS,
         formats::TESTS,
+        bench::TESTS,
         net::TESTS,
         others::TESTS,
     ]

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use super::Test;
 use super::blk::{arrived, exchange, random_file};
@@ -9,7 +10,7 @@ use super::net::tcp_both_ways;
 use crate::command;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{BackEnd, Blk, Guest, Kind, Net, Vmm, iperf3_server};
+use crate::harness::{BackEnd, Blk, Guest, Kind, Net, Vmm, disk_file, iperf3_server};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -22,6 +23,16 @@ pub(super) const TESTS: &[Test] = &[
         name: "others::our_back_ends_under_qemu_11",
         seconds: 120,
         run: |site| our_back_ends(site, Vmm::Qemu11),
+    },
+    Test {
+        name: "others::packed_queues_under_ringside_vmm",
+        seconds: 120,
+        run: |site| packed_queues(site, Vmm::Ringside),
+    },
+    Test {
+        name: "others::packed_queues_under_qemu_11",
+        seconds: 120,
+        run: |site| packed_queues(site, Vmm::Qemu11),
     },
     Test {
         name: "others::our_vmm_with_qemu_storage_daemon_and_passt",
@@ -63,6 +74,38 @@ fn our_back_ends(site: &Site, vmm: Vmm) -> Result<()> {
     blk.stop(site)?;
     net.stop(site)?;
     arrived(&disk, &seen)
+}
+
+/// Disk and card of a guest that uses packed queues for both.
+fn packed_queues(site: &Site, vmm: Vmm) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 64 << 20)?;
+    let blk = Blk::on(&disk).queues(2).start(site)?;
+    let net = Net::tap("tap0").address("10.77.0.1/24").start(site)?;
+    let _server = iperf3_server(site, None)?;
+    let mut guest = Guest::on(vmm)
+        .cpus(2)
+        .packed()
+        .device(&blk)
+        .device(&net)
+        .boot(site)?;
+    for device in ["/sys/block/vdb/device", "/sys/class/net/eth0/device"] {
+        // A digit for each feature bit: VIRTIO_F_RING_PACKED is number 34.
+        let bit = guest.run_ok(&format!("cut -c 35 {device}/features"))?;
+        ensure!(bit.trim() == "1", "{device} has no packed queues: {bit}");
+    }
+    guest.run_ok_within(
+        "fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=32 \
+         --rw=randwrite --bsrange=4k-64k --numjobs=2 --size=6M --offset_increment=32M \
+         --cpus_allowed=0-1 --cpus_allowed_policy=split \
+         --verify=crc32c --verify_fatal=1 --do_verify=1",
+        Duration::from_secs(60),
+    )?;
+    guest.network_up("10.77.0.2/24")?;
+    tcp_both_ways(&mut guest, "10.77.0.1", "")?;
+    guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
+    guest.shut_down()?;
+    blk.stop(site)?;
+    net.stop(site)
 }
 
 /// A disk of qemu-storage-daemon, another that the VMM knows nothing of but its type, and a card of passt.

@@ -2,7 +2,7 @@
 //! other end; and its implementation on a Unix socket by `vhost`'s front-end.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileTypeExt;
@@ -37,6 +37,10 @@ pub(crate) const P_CONFIG: u64 = VhostUserProtocolFeatures::CONFIG.bits();
 /// Protocol feature: requests under way are noted in memory that outlives the back-end.
 pub(crate) const P_INFLIGHT: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
 
+/// The number of SET_VRING_BASE, and the version in the flags of each message (vhost-user, "Header").
+const SET_VRING_BASE: u32 = 10;
+const PROTOCOL_VERSION: u32 = 1;
+
 /// Rings of a device at most: requests with a file descriptor name one with 8 bits (vhost-user,
 /// "SET_VRING_KICK").
 pub(crate) const MAX_RINGS: u64 = 256;
@@ -69,13 +73,14 @@ pub struct Ring {
     pub index: usize,
     /// Number of descriptors.
     pub size: u16,
-    /// The available index to go on from.
-    pub base: u16,
+    /// Where to go on from, as SET_VRING_BASE has it: the available index, or of a packed queue the
+    /// places of the next available and, in the upper half, the next used descriptor.
+    pub base: u32,
     /// Address of the descriptor table.
     pub descriptors: u64,
-    /// Address of the available ring.
+    /// Address of the available ring, or of the driver's event suppression structure.
     pub available: u64,
-    /// Address of the used ring.
+    /// Address of the used ring, or of the device's event suppression structure.
     pub used: u64,
 }
 
@@ -127,24 +132,59 @@ pub trait Link: Send {
     fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError>;
     /// SET_VRING_ENABLE.
     fn enable_ring(&mut self, index: usize, enable: bool) -> Result<(), LinkError>;
-    /// GET_VRING_BASE, which stops the ring after what is under way.
-    fn stop_ring(&mut self, index: usize) -> Result<(), LinkError>;
+    /// GET_VRING_BASE, which stops the ring after what is under way. Returns where it is to go on.
+    fn stop_ring(&mut self, index: usize) -> Result<u32, LinkError>;
 }
 
 /// A back-end at the other end of a Unix socket.
 pub(crate) struct SocketLink {
     frontend: Frontend,
+    /// The same connection, for what `vhost`'s front-end cannot say.
+    socket: UnixStream,
     /// The back-end acknowledges requests (REPLY_ACK).
     acknowledges: bool,
 }
 
 impl SocketLink {
-    pub(crate) fn new(socket: UnixStream) -> Self {
-        Self {
-            frontend: Frontend::from_stream(socket, MAX_RINGS),
+    pub(crate) fn new(socket: UnixStream) -> io::Result<Self> {
+        Ok(Self {
+            frontend: Frontend::from_stream(socket.try_clone()?, MAX_RINGS),
+            socket,
             acknowledges: false,
+        })
+    }
+
+    /// SET_VRING_BASE, of which `vhost` knows the lower half.
+    fn set_base(&self, index: usize, base: u32) -> vhost::Result<()> {
+        if let Ok(base) = u16::try_from(base) {
+            return self.frontend.set_vring_base(index, base);
+        }
+        let index = u32::try_from(index).map_err(|_| vhost::Error::InvalidQueue)?;
+        let flags = if self.acknowledges {
+            PROTOCOL_VERSION | VhostUserHeaderFlag::NEED_REPLY.bits()
+        } else {
+            PROTOCOL_VERSION
+        };
+        let broken = |error| vhost::Error::VhostUserProtocol(ProtocolError::SocketError(error));
+        let message = bytes([SET_VRING_BASE, flags, 8, index, base]);
+        (&self.socket).write_all(&message).map_err(broken)?;
+        if !self.acknowledges {
+            return Ok(());
+        }
+        let mut reply = [0; 20];
+        (&self.socket).read_exact(&mut reply).map_err(broken)?;
+        let flags = PROTOCOL_VERSION | VhostUserHeaderFlag::REPLY.bits();
+        match reply.strip_prefix(&*bytes([SET_VRING_BASE, flags, 8])) {
+            Some([0, 0, 0, 0, 0, 0, 0, 0]) => Ok(()),
+            Some(_) => Err(ProtocolError::BackendInternalError.into()),
+            None => Err(ProtocolError::InvalidMessage.into()),
         }
     }
+}
+
+/// Words of a message as they go over the socket.
+fn bytes<const N: usize>(words: [u32; N]) -> Vec<u8> {
+    words.iter().flat_map(|word| word.to_ne_bytes()).collect()
 }
 
 fn step<T>(step: &'static str, result: vhost::Result<T>) -> Result<T, LinkError> {
@@ -242,7 +282,7 @@ impl Link for SocketLink {
             log_addr: None,
         };
         step("SET_VRING_NUM", f.set_vring_num(index, ring.size))?;
-        step("SET_VRING_BASE", f.set_vring_base(index, ring.base))?;
+        step("SET_VRING_BASE", self.set_base(index, ring.base))?;
         step("SET_VRING_ADDR", f.set_vring_addr(index, &addresses))?;
         step("SET_VRING_CALL", f.set_vring_call(index, events.call))?;
         step("SET_VRING_ERR", f.set_vring_err(index, events.error))?;
@@ -256,9 +296,8 @@ impl Link for SocketLink {
         )
     }
 
-    fn stop_ring(&mut self, index: usize) -> Result<(), LinkError> {
-        step("GET_VRING_BASE", self.frontend.get_vring_base(index))?;
-        Ok(())
+    fn stop_ring(&mut self, index: usize) -> Result<u32, LinkError> {
+        step("GET_VRING_BASE", self.frontend.get_vring_base(index))
     }
 }
 

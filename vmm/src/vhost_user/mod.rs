@@ -24,10 +24,11 @@
 //! guest's requests wait in its queues. What happens when it comes back depends on what is known:
 //!
 //! - The guest had not started the device: nothing is lost, all goes on as usual.
-//! - A network card: its back-ends use buffers in order, so the used index tells where to go on;
-//!   packets that were under way are lost, as on any network.
-//! - A back-end that notes what is under way (INFLIGHT_SHMFD): the next one gets the notes, and
-//!   repeats what is not done.
+//! - A network card with split queues: its back-ends use buffers in order, so the used index tells
+//!   where to go on; packets that were under way are lost, as on any network. Packed queues have no such
+//!   index, so they are not offered to such devices unless asked for.
+//! - A back-end that notes what is under way (INFLIGHT_SHMFD), likewise: the next one gets the notes,
+//!   and repeats what is not done.
 //! - Other devices: requests that were under way may have been done or not. They are neither
 //!   repeated nor dropped silently: the device says NEEDS_RESET, and serves the guest again once its
 //!   driver has reset it.
@@ -57,6 +58,7 @@ use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::exit::ExitHandle;
 use crate::memory_hotplug::MemoryListener;
 use crate::pci::msix::new_event;
+use crate::virtio::bits::F_RING_PACKED;
 use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
 
 /// How long a back-end may take for a request.
@@ -184,7 +186,7 @@ impl Dial for SocketDial {
     fn dial(&self, patience: Duration) -> io::Result<(Box<dyn Link>, Option<UnixStream>)> {
         let socket = connect(&self.0, patience)?;
         let watched = socket.try_clone()?;
-        Ok((Box::new(SocketLink::new(socket)), Some(watched)))
+        Ok((Box::new(SocketLink::new(socket)?), Some(watched)))
     }
 }
 
@@ -251,6 +253,12 @@ struct Running {
     on: Option<u64>,
 }
 
+impl Running {
+    fn is_packed(&self) -> bool {
+        self.features & F_RING_PACKED != 0
+    }
+}
+
 #[derive(Default)]
 struct State {
     /// All of guest memory as it is now.
@@ -259,6 +267,8 @@ struct State {
     handlers: Vec<HandlerId>,
     config: Vec<u8>,
     running: Option<Running>,
+    /// Where the queues that were stopped last are to go on, by index.
+    bases: Vec<(usize, u32)>,
     /// Counts connections, so that news of an old one is told from news of this one.
     epoch: u64,
     /// Since when there is this connection.
@@ -476,7 +486,7 @@ impl Shared {
         state.epoch += 1;
         let waits = match &state.running {
             None => "the guest does not use the device now",
-            Some(running) if !running.handed_over || self.resumes() => "the guest waits for it",
+            Some(running) if self.goes_on(running) => "the guest waits for it",
             Some(_) => {
                 self.notifier.needs_reset();
                 "the guest's driver must reset the device when the back-end is back"
@@ -500,9 +510,9 @@ impl Shared {
         }
     }
 
-    /// Whether the device can go on with another back-end after one had its queues.
-    fn resumes(&self) -> bool {
-        self.wanted.device_type == DeviceType::NET || self.offer.tracks_inflight()
+    /// Whether the device can go on with another back-end.
+    fn goes_on(&self, running: &Running) -> bool {
+        !running.handed_over || self.offer.resumes() && !running.is_packed()
     }
 
     /// One attempt at reaching a back-end that came back.
@@ -533,10 +543,7 @@ impl Shared {
         if !same_config {
             self.notifier.config_changed();
         }
-        let goes_on = state
-            .running
-            .as_ref()
-            .is_some_and(|r| !r.handed_over || self.resumes());
+        let goes_on = state.running.as_ref().is_some_and(|r| self.goes_on(r));
         if goes_on && let Err(error) = self.start(&mut state) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
@@ -553,9 +560,11 @@ impl Shared {
         let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
             return Ok(());
         };
-        for (active, ring) in &mut running.queues {
-            // Zero for a queue that nobody has served yet.
-            ring.base = used_index(&state.memory, &active.queue);
+        if !running.is_packed() {
+            for (active, ring) in &mut running.queues {
+                // Zero for a queue that nobody has served yet.
+                ring.base = used_index(&state.memory, &active.queue).into();
+            }
         }
         let features = self.offer.backend_choice(running.features);
         let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
@@ -657,16 +666,20 @@ impl Shared {
         };
         let enables = self.offer.enables_rings;
         let talk = |link: &mut dyn Link| {
+            let mut bases = Vec::with_capacity(running.queues.len());
             for (_, ring) in &running.queues {
-                link.stop_ring(ring.index)?;
+                bases.push((ring.index, link.stop_ring(ring.index)?));
                 if enables {
                     link.enable_ring(ring.index, false)?;
                 }
             }
-            Ok(())
+            Ok(bases)
         };
         match connection.simple(STOP_LIMIT, &self.exit, talk) {
-            Ok(()) => tracing::debug!("{self}: stopped"),
+            Ok(bases) => {
+                tracing::debug!("{self}: stopped");
+                state.bases = bases;
+            }
             // One that does not stop must not keep the guest's memory: the connection ends.
             Err(error) => self.lose(state, &error.to_string()),
         }
@@ -779,8 +792,18 @@ fn used_index(memory: &GuestMemoryMmap, queue: &Queue) -> u16 {
         .map_or(0, u16::from_le)
 }
 
-/// Checks a queue's areas (VIRTIO 1.3, 2.7) and finds them in this process.
-fn ring(memory: &GuestMemoryMmap, queue: &Queue) -> Result<Ring, StartError> {
+/// The base of a fresh packed queue: place 0 and wrap counter 1, twice (vhost-user, "Vring state
+/// description"; VIRTIO 1.3, 2.8.1).
+const PACKED_BASE: u32 = 0x8000_8000;
+
+/// Checks a queue's areas (VIRTIO 1.3, 2.7 and 2.8.10.1) and finds them in this process. A packed queue
+/// goes on from `base`.
+fn ring(
+    memory: &GuestMemoryMmap,
+    queue: &Queue,
+    packed: bool,
+    base: u32,
+) -> Result<Ring, StartError> {
     let size = usize::from(queue.size);
     let area = |part, start: u64, length: usize, alignment: u64| {
         start
@@ -794,14 +817,27 @@ fn ring(memory: &GuestMemoryMmap, queue: &Queue) -> Result<Ring, StartError> {
                 alignment,
             })
     };
+    let descriptors = area("descriptor table", queue.descriptors, 16 * size, 16)?;
+    let (available, used) = if packed {
+        let event = |part, start| area(part, start, 4, 4);
+        (
+            event("driver event suppression structure", queue.available)?,
+            event("device event suppression structure", queue.used)?,
+        )
+    } else {
+        // With an event index behind each ring, which exists if EVENT_IDX was agreed on.
+        (
+            area("available ring", queue.available, 6 + 2 * size, 2)?,
+            area("used ring", queue.used, 6 + 8 * size, 4)?,
+        )
+    };
     Ok(Ring {
         index: queue.index.into(),
         size: queue.size,
-        base: 0,
-        // With an event index behind each ring, which exists if EVENT_IDX was agreed on.
-        descriptors: area("descriptor table", queue.descriptors, 16 * size, 16)?,
-        available: area("available ring", queue.available, 6 + 2 * size, 2)?,
-        used: area("used ring", queue.used, 6 + 8 * size, 4)?,
+        base,
+        descriptors,
+        available,
+        used,
     })
 }
 
@@ -866,8 +902,15 @@ impl VirtioDevice for VhostUserDevice {
         let shared = &self.shared;
         let mut state = shared.state();
         let mut queues = Vec::with_capacity(activation.queues.len());
+        let packed = activation.features & F_RING_PACKED != 0;
+        let stopped = std::mem::take(&mut state.bases);
         for active in activation.queues {
-            let ring = ring(&state.memory, &active.queue)?;
+            let index = usize::from(active.queue.index);
+            let base = stopped
+                .iter()
+                .find(|(stopped, _)| activation.again && *stopped == index)
+                .map_or(PACKED_BASE, |(_, base)| *base);
+            let ring = ring(&state.memory, &active.queue, packed, base)?;
             queues.push((active, ring));
         }
         let error = new_event()?;

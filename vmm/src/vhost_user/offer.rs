@@ -24,9 +24,9 @@ use crate::virtio::bits::*;
 
 /// The protocol features that we make use of.
 const PROTOCOL_WANTED: u64 = P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG | P_INFLIGHT;
-/// Transport features that both the VMM and its back-ends can have. The others need an IOMMU,
-/// another ring format, or a doorbell that carries data.
-const TRANSPORT: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_IN_ORDER;
+/// Transport features that both the VMM and its back-ends can have. The others need an IOMMU, or
+/// a doorbell that carries data.
+const TRANSPORT: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_RING_PACKED | F_IN_ORDER;
 
 /// Block (VIRTIO 1.3, 5.2.3): SEG_MAX, BLK_SIZE and FLUSH, of which each real disk has some.
 const BLK_TYPICAL: u64 = 1 << 2 | 1 << 6 | 1 << 9;
@@ -168,6 +168,11 @@ impl Offer {
             enables_rings: features & F_PROTOCOL_FEATURES != 0,
         };
         offer.check_type()?;
+        // Guest memory does not tell how far a packed queue was served, so a device that could go on
+        // with another back-end cannot with such queues.
+        if !wanted.packed.unwrap_or(!offer.resumes()) {
+            offer.features &= !F_RING_PACKED;
+        }
         let queues = match wanted.device_type {
             DeviceType::BLOCK => offer.block(link, wanted)?,
             DeviceType::NET => offer.net(link, wanted)?,
@@ -200,6 +205,11 @@ impl Offer {
     /// Whether the back-end tells us when its configuration changes.
     pub(crate) fn announces_changes(&self) -> bool {
         self.has(P_BACKEND_REQ)
+    }
+
+    /// Whether the device can go on with another back-end after one had its split queues.
+    pub(crate) fn resumes(&self) -> bool {
+        self.device_type == DeviceType::NET || self.tracks_inflight()
     }
 
     /// Whether the back-end notes what is under way where the next one finds it.

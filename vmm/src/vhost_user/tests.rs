@@ -19,7 +19,7 @@ use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ
 use super::*;
 use crate::config::Mac;
 use crate::event_loop::EventLoop;
-use crate::virtio::bits::{F_EVENT_IDX, F_VERSION_1, STATUS_NEEDS_RESET};
+use crate::virtio::bits::{F_EVENT_IDX, F_RING_PACKED, F_VERSION_1, STATUS_NEEDS_RESET};
 
 const BLK_FLUSH: u64 = 1 << 9;
 const BLK_MQ: u64 = 1 << 12;
@@ -40,6 +40,7 @@ fn wanted(device_type: DeviceType) -> DeviceConfig {
         queue_size: 64,
         mac: None,
         config_size: None,
+        packed: None,
         reconnect_timeout: Duration::from_millis(200),
     }
 }
@@ -70,6 +71,7 @@ fn activation(features: u64, queues: &[u16]) -> Activation {
     Activation {
         features,
         queues: queues.iter().map(queue).collect(),
+        again: false,
     }
 }
 
@@ -167,14 +169,18 @@ impl Link for FakeLink {
     fn start_ring(&mut self, ring: &Ring, _: &RingEvents<'_>) -> Result<(), LinkError> {
         assert_eq!(ring.available - ring.descriptors, 0x1000);
         assert_eq!(ring.used - ring.descriptors, 0x2000);
-        let text = format!("start {} size {} base {}", ring.index, ring.size, ring.base);
+        let text = format!(
+            "start {} size {} base {:#x}",
+            ring.index, ring.size, ring.base
+        );
         self.told("SET_VRING_ADDR", text)
     }
     fn enable_ring(&mut self, index: usize, enable: bool) -> Result<(), LinkError> {
         self.told("SET_VRING_ENABLE", format!("enable {index} {enable}"))
     }
-    fn stop_ring(&mut self, index: usize) -> Result<(), LinkError> {
-        self.told("GET_VRING_BASE", format!("stop {index}"))
+    fn stop_ring(&mut self, index: usize) -> Result<u32, LinkError> {
+        self.told("GET_VRING_BASE", format!("stop {index}"))?;
+        Ok(0x1234_8765)
     }
 }
 
@@ -241,7 +247,7 @@ fn the_guest_is_offered_what_both_can() {
     let link = blk();
     link.0.lock().unwrap().features |= 1 << 26 | 1 << 33 | 1 << 34 | 1 << 38;
     let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
-    let features = F_VERSION_1 | F_EVENT_IDX | BLK_FLUSH | BLK_MQ;
+    let features = F_VERSION_1 | F_EVENT_IDX | F_RING_PACKED | BLK_FLUSH | BLK_MQ;
     assert_eq!(device.features(), features);
     assert_eq!(device.queue_sizes(), [64; 3]);
     let mut capacity = [0; 8];
@@ -278,8 +284,8 @@ fn a_device_starts_and_stops_in_order() {
         [
             format!("features {choice:#x}"),
             "memory 1".into(),
-            "start 0 size 64 base 0".into(),
-            "start 2 size 64 base 0".into(),
+            "start 0 size 64 base 0x0".into(),
+            "start 2 size 64 base 0x0".into(),
             "enable 0 true".into(),
             "enable 2 true".into(),
         ]
@@ -293,6 +299,65 @@ fn a_device_starts_and_stops_in_order() {
     link.log();
     drop(device);
     assert_eq!(link.log(), ["stop 1", "enable 1 false"]);
+}
+
+#[test]
+fn packed_queues_are_offered_where_they_cost_nothing_or_are_wanted() {
+    let net = || fake(BASIC | NET_MRG | NET_MAC_STATUS, ALL, 4, vec![0; 60]);
+    let notes = || {
+        let link = blk();
+        link.0.lock().unwrap().protocol |= P_INFLIGHT;
+        link
+    };
+    for (link, kind, packed, offered) in [
+        (blk(), DeviceType::BLOCK, None, true),
+        (blk(), DeviceType::BLOCK, Some(false), false),
+        (notes(), DeviceType::BLOCK, None, false),
+        (notes(), DeviceType::BLOCK, Some(true), true),
+        (net(), DeviceType::NET, None, false),
+        (net(), DeviceType::NET, Some(true), true),
+    ] {
+        link.0.lock().unwrap().features |= F_RING_PACKED;
+        let config = DeviceConfig {
+            packed,
+            ..wanted(kind)
+        };
+        let device = device(&link, config).unwrap();
+        let found = device.features() & F_RING_PACKED != 0;
+        assert_eq!(found, offered, "{kind} {packed:?}");
+    }
+}
+
+#[test]
+fn packed_queues_go_on_where_they_were_unless_the_driver_has_reset_the_device() {
+    let link = blk();
+    link.0.lock().unwrap().features |= F_RING_PACKED;
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    let features = F_VERSION_1 | F_RING_PACKED;
+    for (again, base) in [
+        (false, "0x80008000"),
+        (true, "0x12348765"),
+        (false, "0x80008000"),
+    ] {
+        link.log();
+        let activation = Activation {
+            again,
+            ..activation(features, &[1])
+        };
+        device.activate(activation).unwrap();
+        assert_eq!(link.log()[2], format!("start 1 size 64 base {base}"));
+        device.reset();
+    }
+    // There is room for the four bytes of an event suppression structure, and not for a used ring.
+    for (features, starts) in [(features, true), (F_VERSION_1, false)] {
+        let mut small = activation(features, &[0]);
+        let queue = &mut small.queues[0].queue;
+        queue.used = (1 << 20) - 16;
+        queue.available = queue.used - 0x1000;
+        queue.descriptors = queue.used - 0x2000;
+        assert_eq!(device.activate(small).is_ok(), starts);
+        device.reset();
+    }
 }
 
 #[test]
@@ -900,6 +965,36 @@ fn a_card_whose_back_end_crashed_goes_on_from_the_used_index() {
     );
     assert_eq!(server.bodies(SET_VRING_ENABLE).len(), 2);
     assert_eq!(device.notifier().status(), 0);
+}
+
+/// How far packed queues were served nobody can tell.
+#[test]
+fn a_card_of_packed_queues_whose_back_end_crashed_needs_a_reset() {
+    let machine = Machine::new();
+    let features = BASIC | NET_MRG | NET_MAC_STATUS | F_RING_PACKED;
+    for protocol in [ALL, ALL & !P_REPLY_ACK] {
+        let accepted = machine.serve_with(features, protocol, vec![0; 60]);
+        let config = DeviceConfig {
+            packed: Some(true),
+            ..machine.config(DeviceType::NET)
+        };
+        let (events, exit) = (machine.events.clone(), machine.exit.clone());
+        let mut device = VhostUserDevice::connect(config, memory(), events, exit).unwrap();
+        let activation = activation(F_VERSION_1 | F_RING_PACKED, &[0, 1]);
+        device.activate(activation).unwrap();
+        let server = accepted.join().unwrap();
+        let bases = server.bodies(SET_VRING_BASE);
+        let fresh = [0, 0x80, 0, 0x80];
+        for (index, base) in (0..).zip(&bases) {
+            assert_eq!(base[..], [[index, 0, 0, 0], fresh].concat());
+        }
+        assert_eq!(bases.len(), 2);
+        server.crash();
+        let notifier = device.notifier();
+        eventually("the guest is told", || {
+            notifier.status() & STATUS_NEEDS_RESET != 0
+        });
+    }
 }
 
 #[test]

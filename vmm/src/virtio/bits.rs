@@ -13,6 +13,8 @@ pub const F_INDIRECT_DESC: u64 = 1 << 28;
 pub const F_EVENT_IDX: u64 = 1 << 29;
 /// Feature bit 32: not a legacy device.
 pub const F_VERSION_1: u64 = 1 << 32;
+/// Feature bit 34: packed virtqueues.
+pub const F_RING_PACKED: u64 = 1 << 34;
 /// Feature bit 35: buffers are used in the order they were made available.
 pub const F_IN_ORDER: u64 = 1 << 35;
 /// Bits 0 to 23 and 50 to 63 belong to the device type (2.2).

@@ -54,6 +54,8 @@ struct Negotiation {
     status: u8,
     queue_select: u16,
     queues: Vec<QueueState>,
+    /// The device ran, and was stopped from outside.
+    stopped: bool,
 }
 
 /// The structure's registers.
@@ -99,6 +101,12 @@ impl CommonConfig {
     /// Takes DRIVER_OK back, and leaves the rest, when the device was stopped from outside.
     pub fn stop(&mut self) {
         self.state.status &= !STATUS_DRIVER_OK;
+        self.state.stopped = true;
+    }
+
+    /// Whether that has happened since the last reset: what the queues hold is not new.
+    pub fn was_stopped(&self) -> bool {
+        self.state.stopped
     }
 
     /// The features that driver and device agreed on.
@@ -255,6 +263,7 @@ impl CommonConfig {
 
     fn set_queue(&mut self, register: Register, first: usize, len: usize, value: u64) {
         let running = self.state.status & STATUS_DRIVER_OK != 0;
+        let packed = self.state.driver_features & F_RING_PACKED != 0;
         let select = usize::from(self.state.queue_select);
         let Some(state) = self.state.queues.get_mut(select) else {
             return;
@@ -270,8 +279,11 @@ impl CommonConfig {
             limit,
         } = state;
         match register {
+            // A packed queue has any size (4.1.4.3.2).
             Register::QueueSize => match u16::try_from(value) {
-                Ok(size) if size.is_power_of_two() && size <= *limit => queue.size = size,
+                Ok(size) if (size.is_power_of_two() || packed && size > 0) && size <= *limit => {
+                    queue.size = size;
+                }
                 _ => tracing::debug!(value, "queue size is not accepted"),
             },
             Register::QueueEnable => *enabled = value == 1,
@@ -458,6 +470,19 @@ mod tests {
         config.write(0x16, &[0, 0]);
         config.write(0x1c, &[1, 0]);
         assert_eq!(config.queues().count(), 1, "too late");
+    }
+
+    #[test]
+    fn packed_queues_have_any_size() {
+        let offered = F_VERSION_1 | F_RING_PACKED;
+        for (features, taken) in [(F_VERSION_1, 128), (offered, 100)] {
+            let mut config = CommonConfig::new(offered, vec![128]);
+            negotiate(&mut config, features);
+            for size in [100u16, 0, 129] {
+                config.write(0x18, &size.to_le_bytes());
+            }
+            assert_eq!(read(&config, 0x18, 2), taken);
+        }
     }
 
     #[test]

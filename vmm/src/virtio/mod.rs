@@ -34,13 +34,13 @@ use crate::complaints::Complaints;
 pub struct Queue {
     /// Index among the device's queues.
     pub index: u16,
-    /// Number of descriptors, a power of two within the device's limit.
+    /// Number of descriptors, within the device's limit: a power of two, unless the queue is packed.
     pub size: u16,
     /// Descriptor table.
     pub descriptors: u64,
-    /// Available ring.
+    /// Available ring; of a packed queue the driver's event suppression structure.
     pub available: u64,
-    /// Used ring.
+    /// Used ring; of a packed queue the device's event suppression structure.
     pub used: u64,
 }
 
@@ -60,6 +60,8 @@ pub struct Activation {
     pub features: u64,
     /// The queues it enabled, by index.
     pub queues: Vec<ActiveQueue>,
+    /// The device was stopped since the driver's last reset, and goes on where it was.
+    pub again: bool,
 }
 
 /// A virtio device behind a transport.

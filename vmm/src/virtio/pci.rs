@@ -238,6 +238,7 @@ impl VirtioPci {
         Ok(Activation {
             features: self.common.features(),
             queues,
+            again: self.common.was_stopped(),
         })
     }
 

@@ -9,11 +9,13 @@ use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ringside_rings::{DeviceRing, DriverLayout, DriverRing, Segment};
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED};
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::net::config::MacAddress;
 use crate::net::counters::Counters;
+use crate::net::features::has;
 use crate::net::filter::Filter;
 use crate::net::settings::{Pairs, Settings, Shared};
 use crate::net::tap::TapQueue;
@@ -30,14 +32,23 @@ const PATIENCE: Duration = Duration::from_secs(5);
 pub(super) struct Guest {
     pub(super) memory: Arc<Memory>,
     next: u64,
+    /// What was negotiated about queues.
+    features: u64,
 }
 
 impl Guest {
+    /// With split queues, used in any order.
     pub(super) fn new() -> Self {
+        Self::with(0)
+    }
+
+    /// With queues as these features have them.
+    pub(super) fn with(features: u64) -> Self {
         let ranges = [(GuestAddress(0), MEMORY)];
         Self {
             memory: Arc::new(Memory::from_ranges(&ranges).unwrap()),
             next: 0x1000,
+            features,
         }
     }
 
@@ -62,7 +73,15 @@ impl Guest {
 
     pub(super) fn queue(&mut self, size: u16) -> Queue {
         self.next = self.next.next_multiple_of(64);
-        let layout = DriverLayout::new(GuestAddress(self.next), size, 0).unwrap();
+        let base = GuestAddress(self.next);
+        let mut layout = if has(self.features, VIRTIO_F_RING_PACKED) {
+            DriverLayout::packed(base, size, 0).unwrap()
+        } else {
+            DriverLayout::new(base, size, 0).unwrap()
+        };
+        if has(self.features, VIRTIO_F_IN_ORDER) {
+            layout = layout.in_order();
+        }
         self.next = layout.end().0;
         let eventfd = || EventFd::new(EFD_NONBLOCK).unwrap();
         Queue {
@@ -268,7 +287,7 @@ pub(super) struct Pair {
 
 impl Pair {
     pub(super) fn new(tap: TapQueue, features: u64) -> Self {
-        let mut guest = Guest::new();
+        let mut guest = Guest::with(features);
         let (rx, tx) = (guest.queue(64), guest.queue(64));
         let shared = shared(1);
         let worker = Worker::start(0, tap, &shared);

@@ -7,7 +7,7 @@ use std::time::Duration;
 use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBuf;
 use ringside_rings::Segment;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
@@ -235,18 +235,48 @@ fn disabled_queues_drop_what_is_sent_and_take_no_buffer() {
 
 #[test]
 fn a_ring_is_given_back_with_its_buffers() {
-    let (socket, mut pair) = pair(ALL);
-    pair.post(20, 2048);
-    socket.send(&packet(60)).unwrap();
-    pair.receive();
-    let vring = pair.worker.give_back(0);
-    assert_eq!(vring.ring.next_avail(), 1);
-    assert_eq!(vring.ring.next_used(), 1);
-    assert_eq!(vring.ring.in_flight(), 0);
-    socket.send(&packet(61)).unwrap();
-    pair.worker.own(vring);
-    assert_eq!(pair.receive(), with_buffers(packet(61), 1));
-    pair.worker.give_back(1);
+    let (packed, in_order) = (bit(VIRTIO_F_RING_PACKED), bit(VIRTIO_F_IN_ORDER));
+    for (queues, next) in [(0, 1), (packed, 0x8001), (packed | in_order, 0x8001)] {
+        let (socket, mut pair) = pair(ALL | queues);
+        pair.post(20, 2048);
+        socket.send(&packet(60)).unwrap();
+        pair.receive();
+        let vring = pair.worker.give_back(0);
+        assert_eq!(vring.ring.next_avail(), next);
+        assert_eq!(vring.ring.next_used(), next);
+        assert_eq!(vring.ring.in_flight(), 0);
+        socket.send(&packet(61)).unwrap();
+        pair.worker.own(vring);
+        assert_eq!(pair.receive(), with_buffers(packet(61), 1));
+        pair.worker.give_back(1);
+    }
+}
+
+/// Buffers that are returned before their turn, because no packet can use them, wait for those before them.
+#[test]
+fn buffers_in_order_come_back_one_way_or_the_other() {
+    for queues in [0, bit(VIRTIO_F_RING_PACKED)] {
+        let (socket, mut pair) = pair(ALL | queues | bit(VIRTIO_F_IN_ORDER));
+        let outside = Segment::new(GuestAddress(1 << 40), 64);
+        pair.post(1, 100);
+        pair.rx.post(outside);
+        pair.post(1, 100);
+        // The worker looks at buffers when there is a packet, be it one that is too short.
+        socket.send(&[0; 4]).unwrap();
+        assert!(pair.rx.stays_unused());
+        // It fits no buffer alone, and shows where the others went.
+        let sent = packet(180);
+        socket.send(&sent).unwrap();
+        let (first, len) = pair.rx.used();
+        assert_eq!(len, 100);
+        let mut received = pair.guest.read(first[0], len);
+        assert_eq!(pair.rx.used(), (vec![outside], 0));
+        let (last, len) = pair.rx.used();
+        received.extend(pair.guest.read(last[0], len));
+        assert_eq!(received, with_buffers(sent, 2));
+        let vring = pair.worker.give_back(0);
+        assert_eq!(vring.ring.in_flight(), 0);
+    }
 }
 
 #[test]

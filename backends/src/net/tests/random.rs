@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use ringside_rings::Segment;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddress;
@@ -27,6 +27,13 @@ fn pair(features: u64) -> (UnixDatagram, Pair) {
     )
 }
 
+/// How queues may be laid out and used.
+fn queues() -> impl Strategy<Value = u64> {
+    const PACKED: u64 = bit(VIRTIO_F_RING_PACKED);
+    const IN_ORDER: u64 = bit(VIRTIO_F_IN_ORDER);
+    prop::sample::select(vec![0, PACKED, IN_ORDER, PACKED | IN_ORDER])
+}
+
 fn packet(number: usize, len: usize) -> Vec<u8> {
     let mut packet = vec![0; HEADER];
     packet.extend((HEADER..len).map(|i| ((i + number) % 251) as u8));
@@ -40,11 +47,12 @@ proptest! {
     #[test]
     fn packets_arrive_whole_in_any_buffers(
         segmented: bool,
+        queues in queues(),
         early in 0_usize..40,
         sizes in prop::collection::vec(12_u32..3000, 64),
         lengths in prop::collection::vec(26_usize..9000, 1..12),
     ) {
-        let (socket, mut pair) = pair(if segmented { BASE | GUEST_OFFLOADS } else { BASE });
+        let (socket, mut pair) = pair(queues | if segmented { BASE | GUEST_OFFLOADS } else { BASE });
         let mut sizes = sizes.into_iter().cycle();
         for size in sizes.by_ref().take(early) {
             pair.post(1, size);
@@ -79,12 +87,13 @@ proptest! {
     /// Whatever is in the chains, each comes back, and a sound packet passes afterwards.
     #[test]
     fn chains_of_any_kind_come_back(
+        queues in queues(),
         chains in prop::collection::vec(
             prop::collection::vec((0_u64..6, 1_u32..70_000, any::<bool>()), 1..6),
             1..12,
         ),
     ) {
-        let (socket, mut pair) = pair(BASE | GUEST_OFFLOADS);
+        let (socket, mut pair) = pair(BASE | GUEST_OFFLOADS | queues);
         let places = [0, 0x1000, 8 << 20, (16 << 20) - 64, 1 << 40, u64::MAX - 16];
         let mut received = vec![0; 1 << 18];
         for chain in chains {

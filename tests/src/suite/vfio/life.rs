@@ -1,7 +1,7 @@
 //! Devices over the life of guests: several at once, reboots, a VMM that is killed, plugging in and out, and a host that wants its
 //! device back.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
@@ -12,7 +12,9 @@ use super::{HOST, reaches_host};
 use crate::command;
 use crate::ensure;
 use crate::error::{LabError, Result};
-use crate::harness::{Blk, Daemon, Guest, Igb, Net, NvmePf, Vmm, disk_file, iperf3, iperf3_server};
+use crate::harness::{
+    Blk, Control, Daemon, Guest, Igb, Net, NvmePf, Vmm, disk_file, iperf3, iperf3_server,
+};
 use crate::site::Site;
 use crate::suite::Test;
 
@@ -185,45 +187,31 @@ fn reboot_and_kill(site: &Site) -> Result<()> {
     functions.destroy()
 }
 
-/// The control socket of a guest's VMM.
-struct Control<'a> {
-    site: &'a Site,
-    socket: PathBuf,
+/// How many devices the VMM has.
+fn devices(control: &Control<'_>) -> Result<usize> {
+    let answer = control.ask_json(&["device-list"])?;
+    let devices = answer.get("devices").and_then(Value::as_array);
+    devices.map(Vec::len).ok_or_else(|| LabError::Protocol {
+        from: "ringside-ctl",
+        text: answer.to_string(),
+    })
 }
 
-impl Control<'_> {
-    fn ask(&self, arguments: &[&str]) -> Result<String> {
-        let mut ctl = self.site.program("ringside-ctl");
-        ctl.arg("--socket").arg(&self.socket).args(arguments);
-        command::run(&mut ctl, self.site.limit(Duration::from_secs(10)))
-    }
-
-    fn devices(&self) -> Result<usize> {
-        let text = self.ask(&["--json", "device-list"])?;
-        let answer: Option<Value> = serde_json::from_str(&text).ok();
-        let devices = answer.as_ref().and_then(|a| a.get("devices")?.as_array());
-        devices.map(Vec::len).ok_or(LabError::Protocol {
-            from: "ringside-ctl",
-            text,
-        })
-    }
-
-    /// Waits until the guest has let go of a device.
-    fn wait_for(&self, devices: usize) -> Result<()> {
-        let limit = self.site.limit(Duration::from_secs(8));
-        let start = std::time::Instant::now();
-        while self.devices()? != devices {
-            if start.elapsed() > limit {
-                return Err(LabError::TimedOut {
-                    what: "the guest to let go of a device".into(),
-                    limit,
-                    output: String::new(),
-                });
-            }
-            std::thread::sleep(Duration::from_millis(200));
+/// Waits until the guest has let go of a device.
+fn wait_for(site: &Site, control: &Control<'_>, count: usize) -> Result<()> {
+    let limit = site.limit(Duration::from_secs(8));
+    let start = std::time::Instant::now();
+    while devices(control)? != count {
+        if start.elapsed() > limit {
+            return Err(LabError::TimedOut {
+                what: "the guest to let go of a device".into(),
+                limit,
+                output: String::new(),
+            });
         }
-        Ok(())
+        std::thread::sleep(Duration::from_millis(200));
     }
+    Ok(())
 }
 
 /// A function is plugged into a running guest, used, unplugged, and plugged in again; one that was there from the start leaves.
@@ -232,14 +220,11 @@ fn plugged_in_and_out(site: &Site) -> Result<()> {
     igb.up(&format!("{HOST}/24"))?;
     let functions = igb.create::<2>(&[])?;
     let [cold, hot] = functions.addresses();
-    let control = Control {
-        site,
-        socket: site.scratch.join("api.sock"),
-    };
+    let control = Control::new(site, "api.sock");
     let mut guest = Guest::on(Vmm::Ringside)
         .diskless()
         .vfio(cold)
-        .arg(&format!("--api-socket={}", control.socket.display()))
+        .arg(&format!("--api-socket={}", control.socket().display()))
         .boot(site)?;
     guest.network_up("10.77.0.2/24")?;
     reaches_host(&mut guest)?;
@@ -265,9 +250,9 @@ fn plugged_in_and_out(site: &Site) -> Result<()> {
             "tries=0; until ping -c 1 -W 1 10.79.0.1 || [ $tries = 30 ]; do tries=$((tries + 1)); done; \
              ping -c 3 -i 0.2 -W 5 10.79.0.1",
         )?;
-        ensure!(control.devices()? == 2, "two devices are not listed");
+        ensure!(devices(&control)? == 2, "two devices are not listed");
         control.ask(&["device-remove", "hot"])?;
-        control.wait_for(1)?;
+        wait_for(site, &control, 1)?;
         guest.run_ok("[ ! -e /sys/class/net/eth1 ]")?;
     }
     // The host has it back.
@@ -277,7 +262,7 @@ fn plugged_in_and_out(site: &Site) -> Result<()> {
     )?;
     reaches_host(&mut guest)?;
     control.ask(&["device-remove", cold])?;
-    control.wait_for(0)?;
+    wait_for(site, &control, 0)?;
     guest.run_ok("[ ! -e /sys/class/net/eth0 ]")?;
     guest.shut_down()?;
     functions.destroy()
@@ -339,17 +324,14 @@ fn memory_that_is_added(site: &Site) -> Result<()> {
     nvme.equip(0, 2, 2)?;
     let disk = disk_file(site, "disk.img", u64::from(MIB) << 20)?;
     let blk = Blk::on(&disk).start(site)?;
-    let control = Control {
-        site,
-        socket: site.scratch.join("api.sock"),
-    };
+    let control = Control::new(site, "api.sock");
     let mut guest = Guest::on(Vmm::Ringside)
         .diskless()
         .memory("256M,max=1G")
         .kernel_argument("memhp_default_state=online")
         .device(&blk)
         .vfio(function)
-        .arg(&format!("--api-socket={}", control.socket.display()))
+        .arg(&format!("--api-socket={}", control.socket().display()))
         .boot(site)?;
     let memory = |guest: &mut Guest| -> Result<u64> {
         let text = guest.run_ok("grep MemTotal /proc/meminfo")?;

@@ -1,0 +1,31 @@
+//! Benchmarks of the back-ends, natively: no virtual machine, a front-end of our own or of others on the same machine.
+//!
+//! ```text
+//! options ── cells       which requests, on which storage
+//!    │         │
+//!    │      storage      null, file, tmpfs, loop: made ready, removed again
+//!    │         │
+//!    └──── contender     the back-ends, ours and others', each by its command line
+//!              │
+//!           measure      one back-end, one load (ringside-load), one sample; fio on the storage itself
+//!              │
+//!           outcome ──── picture
+//!                        medians and ratios: table, JSON, SVG
+//! ```
+//!
+//! Beside that: other people's front-ends (`others`), what an idle back-end costs (`idle`), and the instructions of a request (`instructions`).
+
+mod blk;
+mod cells;
+mod contender;
+mod idle;
+mod measure;
+mod others;
+mod outcome;
+mod picture;
+mod storage;
+
+pub mod instructions;
+pub mod load;
+
+pub use blk::{BlkBench, run};

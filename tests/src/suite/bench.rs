@@ -1,0 +1,62 @@
+//! What the benchmarks count and check that depends on no machine's speed. No guest: the load generator is the front-end.
+
+use std::fs::File;
+use std::time::Duration;
+
+use super::Test;
+use crate::bench::instructions;
+use crate::command;
+use crate::error::{Doing, Result};
+use crate::harness::Blk;
+use crate::site::Site;
+
+pub(super) const TESTS: &[Test] = &[
+    Test {
+        name: "bench::instructions_per_request",
+        seconds: 120,
+        run: instructions_per_request,
+    },
+    Test {
+        name: "bench::load_finds_what_it_wrote",
+        seconds: 60,
+        run: load_finds_what_it_wrote,
+    },
+];
+
+fn instructions_per_request(site: &Site) -> Result<()> {
+    println!("{}", instructions::count(site, &site.scratch)?);
+    Ok(())
+}
+
+/// Each way of putting a request into the ring; what was written is read back.
+fn load_finds_what_it_wrote(site: &Site) -> Result<()> {
+    let disk = site.scratch.join("disk.img");
+    File::create(&disk)
+        .and_then(|file| file.set_len(64 << 20))
+        .doing(|| format!("create {}", disk.display()))?;
+    let blk = Blk::on(&disk).queues(2).start(site)?;
+    for options in [
+        &["--shape", "randrw"][..],
+        &["--shape", "randrw", "--no-indirect", "--block-size", "64K"],
+        &["--shape", "write", "--no-event-idx"],
+        &["--shape", "randrw", "--packed"],
+        &["--shape", "randrw", "--packed", "--in-order"],
+    ] {
+        let mut load = site.program("ringside-load");
+        load.args(["--socket-path", blk.socket(), "--queues", "2"]);
+        load.args(["--verify", "--count", "4000"]);
+        load.args(options);
+        print!(
+            "{}",
+            command::run(&mut load, site.limit(Duration::from_secs(20)))?
+        );
+    }
+    let mut load = site.program("ringside-load");
+    load.args(["--socket-path", blk.socket(), "--queues", "2"]);
+    load.args(["--front-end", "virtio-driver", "--count", "4000"]);
+    print!(
+        "{}",
+        command::run(&mut load, site.limit(Duration::from_secs(20)))?
+    );
+    blk.stop(site)
+}
