@@ -39,6 +39,7 @@ const FLUSH: u32 = 4;
 const GET_ID: u32 = 8;
 const DISCARD: u32 = 11;
 const WRITE_ZEROES: u32 = 13;
+const SECURE_ERASE: u32 = 14;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
@@ -251,6 +252,55 @@ fn discard_punches_holes_and_zeroes_are_zeroes() {
 }
 
 #[test]
+fn a_request_has_up_to_32_ranges_and_all_of_them_are_done_or_none() {
+    let mut m = Machine::plain();
+    // As many as there may be, with an empty one among them.
+    let at = |number: u32| u64::from(number) * 64;
+    let list = |count: u32, flags| -> Vec<u8> {
+        let one = |n| range(at(n), if n == 5 { 0 } else { 8 }, flags);
+        (0..count).flat_map(one).collect()
+    };
+    let before = m.disk();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &list(33, 0), 0), IOERR);
+    assert_eq!(m.status(DISCARD, 0, &list(33, 0), 0), IOERR);
+    let beyond = [range(at(0), 8, 0), range(8191, 2, 0)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &beyond, 0), IOERR);
+    let flags = [range(8191, 2, 0), range(at(0), 8, 2)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &flags, 0), UNSUPP);
+    assert_eq!(m.disk(), before, "a request that is refused does nothing");
+    assert_eq!(m.status(WRITE_ZEROES, 0, &list(32, 0), 0), OK);
+    let mut expected = before;
+    for number in (0..32).filter(|&n| n != 5) {
+        expected[at(number) as usize * 512..][..4096].fill(0);
+    }
+    assert_eq!(m.disk(), expected);
+    // Two that touch, one of them to be unmapped, and all at once.
+    let pair = [range(4096, 8, 1), range(4104, 3, 0)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &pair, 0), OK);
+    expected[4096 * 512..][..11 * 512].fill(0);
+    assert_eq!(m.disk(), expected);
+    let blocks = |m: &Machine| fs::metadata(m.image.path()).unwrap().blocks();
+    let before = blocks(&m);
+    let holes = [range(6144, 1024, 0), range(7168, 1024, 0)].concat();
+    assert_eq!(m.status(DISCARD, 0, &holes, 0), OK);
+    assert!(blocks(&m) <= before - 2048, "{before} → {}", blocks(&m));
+    m.daemon.stop();
+}
+
+#[test]
+fn several_ranges_are_zeroed_through_a_cache_that_is_off() {
+    let mut m = Machine::new(&["--cache", "writethrough"], Setup::default());
+    let mut expected = m.disk();
+    let list = [range(8, 8, 0), range(64, 16, 1), range(256, 1, 0)].concat();
+    assert_eq!(m.status(WRITE_ZEROES, 0, &list, 0), OK);
+    for (start, sectors) in [(8, 8), (64, 16), (256, 1)] {
+        expected[start * 512..][..sectors * 512].fill(0);
+    }
+    assert_eq!(m.disk(), expected);
+    m.daemon.stop();
+}
+
+#[test]
 fn zeroes_are_written_where_the_file_system_cannot_make_them() {
     // tmpfs has no FALLOC_FL_ZERO_RANGE.
     let Ok(mut image) = tempfile::NamedTempFile::new_in("/dev/shm") else {
@@ -263,7 +313,8 @@ fn zeroes_are_written_where_the_file_system_cannot_make_them() {
     image.write_all(&vec![0xff; DISK as usize]).unwrap();
     let daemon = serve(&image, &[]);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    let zeroes = range(1, (DISK / 512 - 2) as u32, 0);
+    let sectors = (DISK / 512 - 2) as u32;
+    let zeroes = [range(1, 3000, 0), range(3001, sectors - 3000, 0)].concat();
     assert_eq!(request(&mut front, 0, WRITE_ZEROES, 0, &zeroes, 0).0, OK);
     let disk = fs::read(image.path()).unwrap();
     assert!(disk[512..][..DISK as usize - 1024].iter().all(|&b| b == 0));
@@ -333,7 +384,7 @@ fn what_was_not_negotiated_is_unsupported() {
     // Not offered at all.
     let daemon = serve(&image, &["--discard", "off"]);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    for kind in [DISCARD, WRITE_ZEROES] {
+    for kind in [DISCARD, WRITE_ZEROES, SECURE_ERASE] {
         let status = request(&mut front, 0, kind, 0, &range(2, 8, 0), 0).0;
         assert_eq!(status, UNSUPP);
     }
@@ -506,6 +557,43 @@ fn block_devices_are_served_with_their_geometry() {
         assert!(log.contains("in use by another program"), "{log}");
         daemon.stop();
     }
+}
+
+#[test]
+fn a_block_device_discards_as_much_as_it_says_and_erases_nothing_securely() {
+    let test = "a_block_device_discards_as_much_as_it_says_and_erases_nothing_securely";
+    let image = image();
+    let Some(device) = Loop::new(test, image.path(), 512) else {
+        return;
+    };
+    let daemon = Daemon::start(BLK, &["--path", &device.0]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    assert_eq!(front.features & 1 << 16, 0, "VIRTIO_BLK_F_SECURE_ERASE");
+    let flags = VhostUserConfigFlags::empty();
+    let (_, config) = front.messages.get_config(0, 72, flags, &[0; 72]).unwrap();
+    let u32_at = |at: usize| u32::from_le_bytes(config[at..at + 4].try_into().unwrap());
+    let most = |name| {
+        let device = device.0.trim_start_matches("/dev/");
+        let limit = fs::read_to_string(format!("/sys/block/{device}/queue/{name}")).unwrap();
+        (limit.trim().parse::<u64>().unwrap().min(1 << 30) / 512) as u32
+    };
+    assert_eq!(u32_at(36), most("discard_max_bytes"));
+    assert_eq!(u32_at(44) % 8, 0, "the granularity");
+    assert_eq!(u32_at(48), most("write_zeroes_max_bytes"));
+    assert_eq!((u32_at(40), u32_at(52)), (32, 32));
+    assert_eq!((u32_at(60), u32_at(64)), (0, 0));
+    let mut status = |kind, list: &[u8]| request(&mut front, 0, kind, 0, list, 0).0;
+    let before = fs::metadata(image.path()).unwrap().blocks();
+    let holes = [range(2048, 1024, 0), range(3072, 1024, 0)].concat();
+    assert_eq!(status(DISCARD, &holes), OK);
+    assert!(fs::metadata(image.path()).unwrap().blocks() <= before - 2048);
+    assert_eq!(status(WRITE_ZEROES, &range(4096, 64, 1)), OK);
+    assert_eq!(status(SECURE_ERASE, &range(0, 64, 0)), UNSUPP);
+    let (status, _, data) = request(&mut front, 0, IN, 4096, &[], 65 * 512);
+    assert_eq!(status, OK);
+    assert!(data[..64 * 512].iter().all(|&b| b == 0));
+    assert_eq!(data[64 * 512..][..8], 4160_u64.to_le_bytes());
+    daemon.stop();
 }
 
 #[test]

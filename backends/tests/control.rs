@@ -208,7 +208,7 @@ fn what_was_done_is_counted() {
     let queue = &stats["queues"][0];
     assert_eq!(
         queue["requests"],
-        json!({"read": 5, "write": 3, "flush": 1, "discard": 0, "write-zeroes": 0, "other": 2})
+        json!({"read": 5, "write": 3, "flush": 1, "discard": 0, "write-zeroes": 0, "secure-erase": 0, "zone": 0, "other": 2})
     );
     assert_eq!(queue["bytes"]["read"], 5 * 4096);
     assert_eq!(

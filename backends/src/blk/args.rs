@@ -8,13 +8,11 @@ use ringside_control::Size;
 use thiserror::Error;
 
 use super::config::Geometry;
-use super::disk::{Disk, DiskError, DiskOptions, Format};
+use super::disk::{Disk, DiskError, DiskOptions, Format, Ranges};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, RateLimits, SEG_MAX};
 use crate::shell::{OnOff, OpenError};
 
-/// Most bytes in one discard or write-zeroes request.
-const MAX_RANGE: u64 = 1 << 30;
 /// How long a disk may stay locked by a program that is ending.
 const LOCK_WAIT: Duration = Duration::from_secs(1);
 
@@ -147,9 +145,13 @@ pub struct BlkArgs {
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
     pub limit: Option<RateLimits>,
 
-    /// Offer discard and write-zeroes, which punch holes into an image, if the disk can be written
+    /// Offer discard and write-zeroes, which punch holes into an image, as far as the disk can do them
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
     pub discard: OnOff,
+
+    /// Offer secure erase, if the disk is a block device that has it; an image file never has
+    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    pub secure_erase: OnOff,
 
     /// Offer packed virtqueues; the guest decides
     #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
@@ -252,10 +254,18 @@ impl BlkArgs {
         for (place, byte) in serial.iter_mut().zip(self.serial.bytes()) {
             *place = byte;
         }
-        let possible = disk.as_ref().is_none_or(|d| d.source.ranges());
-        let discard = self.discard == OnOff::On && !self.read_only && possible;
+        let ranges = match &disk {
+            _ if self.read_only => Ranges::NONE,
+            Some(disk) => disk.ranges,
+            None => Ranges::of_blocks(block),
+        };
+        let keep = |given: OnOff, bytes| if given == OnOff::On { bytes } else { 0 };
         Ok(BlkConfig {
             geometry: Geometry {
+                zones: disk
+                    .as_ref()
+                    .and_then(|d| d.zones.as_ref())
+                    .map(|&(_, zones)| zones),
                 capacity,
                 seg_max: u32::from(SEG_MAX.min(self.queue_size.saturating_sub(2)).max(1)),
                 block_size: block,
@@ -263,7 +273,11 @@ impl BlkArgs {
                 min_io: fit("min-io-size", self.min_io_size, physical)?,
                 opt_io: fit("opt-io-size", self.opt_io_size, opt_io - opt_io % block)?,
                 queues: self.queues,
-                max_range: if discard { MAX_RANGE } else { 0 },
+                max_discard: keep(self.discard, ranges.max_discard),
+                discard_align: ranges.discard_align,
+                max_write_zeroes: keep(self.discard, ranges.max_write_zeroes),
+                zeroes_unmap: ranges.zeroes_unmap,
+                max_secure_erase: keep(self.secure_erase, ranges.max_secure_erase),
             },
             disk,
             read_only: self.read_only,
@@ -405,7 +419,8 @@ mod tests {
         assert_eq!(&config.serial[..4], b"ABC\0");
         assert!(config.writeback);
         let config = open(&["--null", "1G", "--read-only", "--cache", "writethrough"]).unwrap();
-        assert_eq!(config.geometry.max_range, 0);
+        assert_eq!(config.geometry.max_discard, 0);
+        assert_eq!(config.geometry.max_write_zeroes, 0);
         assert!(!config.writeback);
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::shell::DeviceError;
 
-use super::request::SECTOR;
+use super::request::{MAX_RANGES, SECTOR};
 
 /// Feature bits of a block device (VIRTIO 1.3, 5.2.3), of rings (6), and of the transport (6).
 pub(super) mod feature {
@@ -24,6 +24,10 @@ pub(super) mod feature {
     pub(in crate::blk) const DISCARD: u64 = 1 << 13;
     /// VIRTIO_BLK_F_WRITE_ZEROES: the write zeroes command exists.
     pub(in crate::blk) const WRITE_ZEROES: u64 = 1 << 14;
+    /// VIRTIO_BLK_F_SECURE_ERASE: the secure erase command exists.
+    pub(in crate::blk) const SECURE_ERASE: u64 = 1 << 16;
+    /// VIRTIO_BLK_F_ZONED: the disk has zones, and commands for them.
+    pub(in crate::blk) const ZONED: u64 = 1 << 17;
     /// VIRTIO_F_INDIRECT_DESC
     pub(in crate::blk) const INDIRECT_DESC: u64 = 1 << 28;
     /// VIRTIO_F_EVENT_IDX
@@ -59,8 +63,10 @@ pub(super) fn feature_name(bit: u32) -> Option<&'static str> {
 
 /// Offset of `wce`, the only field that a driver writes.
 const WCE_OFFSET: u32 = 32;
-/// Length of the structure up to secure erase, which is not offered.
-const LEN: usize = 60;
+/// Length of the structure.
+const LEN: usize = 96;
+/// VIRTIO_BLK_Z_HM: sequential zones can only be written sequentially (VIRTIO 1.3, 5.2.4).
+const HOST_MANAGED: u8 = 1;
 
 /// What a driver is told about the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -79,8 +85,33 @@ pub struct Geometry {
     pub opt_io: u32,
     /// Number of queues.
     pub queues: u16,
-    /// Most bytes in a discard or write-zeroes request; 0 if there are no such requests.
-    pub max_range: u64,
+    /// Most bytes to discard in one range; 0 if there are no such requests.
+    pub max_discard: u64,
+    /// What is discarded or erased should be aligned to this many bytes: a multiple of `block_size`.
+    pub discard_align: u32,
+    /// Most bytes to zero in one range; 0 if there are no such requests.
+    pub max_write_zeroes: u64,
+    /// Zeroing may give space back.
+    pub zeroes_unmap: bool,
+    /// Most bytes to erase securely in one range; 0 if there are no such requests.
+    pub max_secure_erase: u64,
+    /// The zones of a host-managed disk.
+    pub zones: Option<ZoneGeometry>,
+}
+
+/// What a driver is told about zones.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ZoneGeometry {
+    /// Size of each zone in bytes; the last may be smaller.
+    pub size: u64,
+    /// Most zones that can be open; 0 if there is no limit.
+    pub max_open: u32,
+    /// Most zones that can be open or closed; 0 if there is no limit.
+    pub max_active: u32,
+    /// Most bytes to append at once.
+    pub max_append: u64,
+    /// Writes begin and end at multiples of this many bytes.
+    pub write_granularity: u32,
 }
 
 /// The configuration space as bytes, with `wce` as it stands.
@@ -88,8 +119,11 @@ pub(super) fn encode(geometry: &Geometry, writeback: bool) -> [u8; LEN] {
     let block = geometry.block_size.max(1);
     let exponent = (geometry.physical_block_size / block).checked_ilog2();
     let in_blocks = |bytes: u32| bytes / block;
-    let sectors = u32::try_from(geometry.max_range / SECTOR).unwrap_or(u32::MAX);
-    let segments = u32::from(sectors != 0);
+    let in_sectors = |bytes: u64| u32::try_from(bytes / SECTOR).unwrap_or(u32::MAX);
+    let segments = |bytes: u64| match bytes {
+        0 => 0,
+        _ => u32::try_from(MAX_RANGES).unwrap_or(1),
+    };
     let mut out = Writer {
         bytes: [0; LEN],
         at: 0,
@@ -108,14 +142,23 @@ pub(super) fn encode(geometry: &Geometry, writeback: bool) -> [u8; LEN] {
     out.put(&in_blocks(geometry.opt_io).to_le_bytes());
     out.put(&[u8::from(writeback), 0]); // wce, unused
     out.put(&geometry.queues.to_le_bytes());
-    out.put(&sectors.to_le_bytes()); // max_discard_sectors
-    out.put(&segments.to_le_bytes()); // max_discard_seg
-    // discard_sector_alignment
-    let alignment = u64::from(geometry.physical_block_size.max(geometry.block_size)) / SECTOR;
-    out.put(&u32::try_from(alignment).unwrap_or(1).to_le_bytes());
-    out.put(&sectors.to_le_bytes()); // max_write_zeroes_sectors
-    out.put(&segments.to_le_bytes()); // max_write_zeroes_seg
-    out.put(&[1, 0, 0, 0]); // write_zeroes_may_unmap, unused
+    out.put(&in_sectors(geometry.max_discard).to_le_bytes()); // max_discard_sectors
+    out.put(&segments(geometry.max_discard).to_le_bytes()); // max_discard_seg
+    out.put(&in_sectors(geometry.discard_align.into()).to_le_bytes()); // discard_sector_alignment
+    out.put(&in_sectors(geometry.max_write_zeroes).to_le_bytes()); // max_write_zeroes_sectors
+    out.put(&segments(geometry.max_write_zeroes).to_le_bytes()); // max_write_zeroes_seg
+    out.put(&[u8::from(geometry.zeroes_unmap), 0, 0, 0]); // write_zeroes_may_unmap, unused
+    out.put(&in_sectors(geometry.max_secure_erase).to_le_bytes()); // max_secure_erase_sectors
+    out.put(&segments(geometry.max_secure_erase).to_le_bytes()); // max_secure_erase_seg
+    out.put(&in_sectors(geometry.discard_align.into()).to_le_bytes()); // secure_erase_sector_alignment
+    if let Some(zones) = &geometry.zones {
+        out.put(&in_sectors(zones.size).to_le_bytes()); // zone_sectors
+        out.put(&zones.max_open.to_le_bytes()); // max_open_zones
+        out.put(&zones.max_active.to_le_bytes()); // max_active_zones
+        out.put(&in_sectors(zones.max_append).to_le_bytes()); // max_append_sectors
+        out.put(&zones.write_granularity.to_le_bytes());
+        out.put(&[HOST_MANAGED, 0, 0, 0]); // model, unused
+    }
     out.bytes
 }
 
@@ -154,7 +197,18 @@ mod tests {
         min_io: 4096,
         opt_io: 65536,
         queues: 4,
-        max_range: 1 << 30,
+        max_discard: 1 << 30,
+        discard_align: 8192,
+        max_write_zeroes: 1 << 29,
+        zeroes_unmap: true,
+        max_secure_erase: 1 << 28,
+        zones: Some(ZoneGeometry {
+            size: 4 << 20,
+            max_open: 3,
+            max_active: 5,
+            max_append: 1 << 20,
+            write_granularity: 4096,
+        }),
     };
 
     #[test]
@@ -174,11 +228,22 @@ mod tests {
         assert_eq!(bytes[32], 1);
         assert_eq!(u16_at(34), 4);
         assert_eq!(u32_at(36), 1 << 21);
-        assert_eq!(u32_at(40), 1);
-        assert_eq!(u32_at(44), 8);
-        assert_eq!(u32_at(48), 1 << 21);
-        assert_eq!(u32_at(52), 1);
+        assert_eq!(u32_at(40), 32);
+        assert_eq!(u32_at(44), 16);
+        assert_eq!(u32_at(48), 1 << 20);
+        assert_eq!(u32_at(52), 32);
         assert_eq!(bytes[56], 1);
+        assert_eq!(u32_at(60), 1 << 19);
+        assert_eq!(u32_at(64), 32);
+        assert_eq!(u32_at(68), 16);
+        let zones = [72, 76, 80, 84, 88].map(u32_at);
+        assert_eq!(zones, [8192, 3, 5, 2048, 4096]);
+        assert_eq!(bytes[92..], [1, 0, 0, 0]);
+        let plain = Geometry {
+            zones: None,
+            ..GEOMETRY
+        };
+        assert_eq!(encode(&plain, true)[72..], [0; 24]);
     }
 
     #[test]

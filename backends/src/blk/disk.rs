@@ -14,10 +14,17 @@ use nix::fcntl::{FcntlArg, fcntl};
 use thiserror::Error;
 use tracing::{debug, warn};
 
+use super::config::ZoneGeometry;
+use super::device::{BlockDevice, Device};
 use super::image::{Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Side, Target};
 use super::request::SECTOR;
+use super::zones::Zones;
 use crate::shell::Drained;
 
+/// Most bytes to discard or zero at once, even if the storage would take more: other requests wait for it.
+const MAX_RANGE: u64 = 1 << 30;
+/// Most bytes to append to a zone at once. Appends are writes at the zone's pointer, for which the device has no limit.
+const MAX_APPEND: u64 = 1 << 20;
 /// How often to try to lock a disk.
 const LOCK_INTERVAL: Duration = Duration::from_millis(20);
 
@@ -90,6 +97,23 @@ pub enum DiskError {
         /// The smallest block size in bytes.
         needed: u32,
     },
+    /// It is zoned, and cannot be written through the page cache.
+    #[error(
+        "disk {path} is a host-managed zoned device, which the page cache cannot write in order; use --direct, or --read-only"
+    )]
+    ZonedNeedsDirect {
+        /// The path.
+        path: PathBuf,
+    },
+    /// Its zones cannot be read.
+    #[error("disk {path}: its zones cannot be read; does blkzone report {path} show them?")]
+    Zones {
+        /// The path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// Another program uses it.
     #[error(
         "disk {path} is in use by another program (it holds a lock); two writers would destroy it; \
@@ -145,6 +169,64 @@ pub struct DiskOptions {
     pub patience: Duration,
 }
 
+/// How much of a disk can be discarded, zeroed or erased at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Ranges {
+    /// Most bytes to discard; 0 if it is not possible.
+    pub max_discard: u64,
+    /// What is discarded or erased should be aligned to this many bytes.
+    pub discard_align: u32,
+    /// Most bytes to zero; 0 if it is not possible.
+    pub max_write_zeroes: u64,
+    /// Zeroing can give space back.
+    pub zeroes_unmap: bool,
+    /// Most bytes to erase securely; 0 if it is not possible.
+    pub max_secure_erase: u64,
+}
+
+impl Ranges {
+    /// Nothing is possible.
+    pub(super) const NONE: Self = Self {
+        max_discard: 0,
+        discard_align: 0,
+        max_write_zeroes: 0,
+        zeroes_unmap: false,
+        max_secure_erase: 0,
+    };
+
+    /// What is possible where nobody promises that nothing is left of what is erased; best done in multiples of a block.
+    pub(super) fn of_blocks(block: u32) -> Self {
+        Self {
+            max_discard: MAX_RANGE,
+            discard_align: block,
+            max_write_zeroes: MAX_RANGE,
+            zeroes_unmap: true,
+            max_secure_erase: 0,
+        }
+    }
+
+    /// What the request queue of a block device can do, in `block`s: `value` reads from its directory in sysfs.
+    fn of_device(block: u32, erases: bool, value: impl Fn(&str) -> Option<u64>) -> Self {
+        let most = |limit: Option<u64>| {
+            let bytes = limit.unwrap_or(MAX_RANGE).min(MAX_RANGE);
+            bytes - bytes % u64::from(block.max(1))
+        };
+        let by_itself = most(value("write_zeroes_max_bytes"));
+        Self {
+            max_discard: most(value("discard_max_bytes")),
+            discard_align: value("discard_granularity")
+                .and_then(|size| u32::try_from(size).ok())
+                .unwrap_or(0)
+                .next_multiple_of(block.max(1))
+                .max(block),
+            // What the device cannot do by itself is written.
+            max_write_zeroes: if by_itself > 0 { by_itself } else { MAX_RANGE },
+            zeroes_unmap: by_itself > 0,
+            max_secure_erase: if erases { MAX_RANGE } else { 0 },
+        }
+    }
+}
+
 /// A disk that is open, locked and examined.
 #[derive(Debug)]
 pub struct Disk {
@@ -160,6 +242,12 @@ pub struct Disk {
     pub physical_block_size: u32,
     /// Best transfer size in bytes, or 0.
     pub opt_io: u32,
+    /// What can be done to ranges.
+    pub ranges: Ranges,
+    /// Its zones, if it is a host-managed zoned device, and what a driver is told about them.
+    pub(super) zones: Option<(Arc<Zones>, ZoneGeometry)>,
+    /// What it can do besides, if it is in a block device as it is.
+    pub(super) device: Option<Arc<dyn BlockDevice>>,
     /// Transfers must be aligned to this many bytes; 1 if any will do.
     pub align: u32,
     /// Buffers must be aligned to this many bytes; 1 if any will do.
@@ -263,6 +351,10 @@ impl Disk {
                 needed,
             });
         }
+        let device = match (options.format, &storage.queue) {
+            (Format::Raw, Some(_)) => Some(Device::new(Arc::clone(&file))),
+            _ => None,
+        };
         let (capacity, source) = match options.format {
             Format::Raw => (capacity(&file, path, block_size)?, Source::Raw(file)),
             Format::Qcow2 => {
@@ -271,12 +363,38 @@ impl Disk {
                 (capacity, Source::Qcow2(image))
             }
         };
+        let zones = match (&device, &storage.zones) {
+            (Some(device), Some(geometry)) if options.direct || options.read_only => {
+                let zones =
+                    Zones::read(device, geometry, capacity).map_err(|source| DiskError::Zones {
+                        path: path.clone(),
+                        source,
+                    })?;
+                Some((Arc::new(zones), *geometry))
+            }
+            (_, Some(_)) => return Err(DiskError::ZonedNeedsDirect { path: path.clone() }),
+            (_, None) => None,
+        };
+        let physical_block_size = storage.physical.max(block_size);
+        let ranges = match (&device, &storage.queue) {
+            // To a zone that is written sequentially, only a reset gives space back (VIRTIO 1.3, 5.2.5.1).
+            _ if zones.is_some() => Ranges::NONE,
+            (Some(device), Some(queue)) => {
+                let erases = !options.read_only && device.erases_securely();
+                Ranges::of_device(block_size, erases, |name| attribute(queue, name))
+            }
+            _ if source.ranges() => Ranges::of_blocks(physical_block_size),
+            _ => Ranges::NONE,
+        };
         Ok(Self {
             capacity,
             path: path.clone(),
             source,
+            zones,
+            ranges,
+            device: device.map(|device| -> Arc<dyn BlockDevice> { Arc::new(device) }),
             block_size,
-            physical_block_size: storage.physical.max(block_size),
+            physical_block_size,
             opt_io: storage.opt_io,
             align,
             memory_align: align,
@@ -298,11 +416,19 @@ impl Disk {
                 needed,
             });
         }
+        let physical_block_size = physical(nbd.preferred_block(), block_size);
         Ok(Self {
             capacity: in_blocks(nbd.capacity(), path, block_size)?,
             path: path.clone(),
+            zones: None,
+            ranges: if nbd.ranges() {
+                Ranges::of_blocks(physical_block_size)
+            } else {
+                Ranges::NONE
+            },
+            device: None,
             block_size,
-            physical_block_size: physical(nbd.preferred_block(), block_size),
+            physical_block_size,
             opt_io: 0,
             align: nbd.min_block(),
             memory_align: 1,
@@ -449,6 +575,9 @@ struct Storage {
     logical: u32,
     physical: u32,
     opt_io: u32,
+    zones: Option<ZoneGeometry>,
+    /// Where sysfs describes it, if it is a block device.
+    queue: Option<PathBuf>,
 }
 
 impl Storage {
@@ -457,17 +586,16 @@ impl Storage {
         if device {
             let queue = queue_directory(meta.rdev());
             let value = |name: &str| -> Option<u32> {
-                fs::read_to_string(queue.as_ref()?.join(name))
-                    .ok()?
-                    .trim()
-                    .parse()
-                    .ok()
+                attribute(queue.as_ref()?, name).and_then(|value| u32::try_from(value).ok())
             };
             let logical = value("logical_block_size").unwrap_or(sector);
+            let physical = value("physical_block_size").unwrap_or(logical);
             return Self {
                 logical,
-                physical: value("physical_block_size").unwrap_or(logical),
+                physical,
                 opt_io: value("optimal_io_size").unwrap_or(0),
+                zones: queue.as_deref().and_then(|queue| zones_of(queue, physical)),
+                queue,
             };
         }
         // The file system's block, so that guests align their partitions to it.
@@ -480,8 +608,38 @@ impl Storage {
                 sector
             },
             opt_io: 0,
+            zones: None,
+            queue: None,
         }
     }
+}
+
+/// The zones of a host-managed device, whose request queue sysfs describes in a directory. A host-aware device may be
+/// written anywhere, and is served as one without zones.
+fn zones_of(queue: &Path, physical: u32) -> Option<ZoneGeometry> {
+    let model = fs::read_to_string(queue.join("zoned")).ok()?;
+    if model.trim() != "host-managed" {
+        return None;
+    }
+    let number = |name: &str| attribute(queue, name).and_then(|value| u32::try_from(value).ok());
+    let size = attribute(queue, "chunk_sectors")
+        .filter(|&sectors| sectors > 0)?
+        .checked_mul(SECTOR)?;
+    Some(ZoneGeometry {
+        size,
+        max_open: number("max_open_zones").unwrap_or(0),
+        max_active: number("max_active_zones").unwrap_or(0),
+        max_append: size.min(MAX_APPEND),
+        write_granularity: number("zone_write_granularity")
+            .filter(|&bytes| bytes > 0)
+            .unwrap_or(physical),
+    })
+}
+
+/// A number in a directory of sysfs.
+fn attribute(directory: &Path, name: &str) -> Option<u64> {
+    let text = fs::read_to_string(directory.join(name)).ok()?;
+    text.trim().parse().ok()
 }
 
 /// Where sysfs describes the request queue of a block device; for a partition, that of the whole disk.
@@ -585,6 +743,53 @@ mod tests {
             Disk::open(&big_blocks),
             Err(DiskError::Unaligned { block: 4096, .. })
         ));
+    }
+
+    #[test]
+    fn ranges_are_what_the_device_can_do() {
+        let device = |erases, values: &[(&str, u64)]| {
+            let values = values.to_vec();
+            Ranges::of_device(4096, erases, move |name| {
+                values.iter().find(|(n, _)| *n == name).map(|(_, v)| *v)
+            })
+        };
+        let able = device(
+            true,
+            &[
+                ("discard_max_bytes", (1 << 20) + 512),
+                ("discard_granularity", 6000),
+                ("write_zeroes_max_bytes", 1 << 40),
+            ],
+        );
+        let expected = Ranges {
+            max_discard: 1 << 20,
+            discard_align: 8192,
+            max_write_zeroes: MAX_RANGE,
+            zeroes_unmap: true,
+            max_secure_erase: MAX_RANGE,
+        };
+        assert_eq!(able, expected);
+        let unable = device(
+            false,
+            &[
+                ("discard_max_bytes", 0),
+                ("discard_granularity", 0),
+                ("write_zeroes_max_bytes", 0),
+            ],
+        );
+        let expected = Ranges {
+            max_discard: 0,
+            discard_align: 4096,
+            max_write_zeroes: MAX_RANGE,
+            zeroes_unmap: false,
+            max_secure_erase: 0,
+        };
+        assert_eq!(unable, expected);
+        let unknown = device(false, &[]);
+        assert_eq!(
+            (unknown.max_discard, unknown.max_write_zeroes),
+            (MAX_RANGE, MAX_RANGE)
+        );
     }
 
     #[test]

@@ -5,7 +5,8 @@
 //!  (rings)       what is asked,  one thread    io_uring on    opened, examined,
 //!                is it valid?    for a queue   guest memory   locked
 //!                                   │
-//!                                   └────────▶ image/: what an image needs besides
+//!                                   ├────────▶ image/: what an image needs besides
+//!                                   └────────▶ offload.rs ──▶ device/: what a block device does by ioctl
 //! ```
 //!
 //! `limits.rs` says when a request may begin, `stats.rs` counts what became of it; the control socket reads and changes them
@@ -13,15 +14,18 @@
 
 mod args;
 mod config;
+mod device;
 mod disk;
 mod image;
 mod limits;
+mod offload;
 mod poll;
 mod request;
 mod resize;
 mod stats;
 mod uring;
 mod worker;
+mod zones;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -36,11 +40,11 @@ use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
-use crate::shell::{Commands, Device, DeviceError, Drained, Statistics, config_range};
+use crate::shell::{Commands, Device, DeviceError, Drained, LogLimit, Statistics, config_range};
 
 pub use args::{ArgsError, BlkArgs};
-pub use config::Geometry;
-pub use disk::{Disk, DiskError, DiskOptions, Format, Source};
+pub use config::{Geometry, ZoneGeometry};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges, Source};
 pub use image::{HandshakeError, HeaderError, Image, Nbd, NbdError, Qcow2Error, UriError};
 pub use limits::{LimitError, RateLimits};
 
@@ -100,6 +104,7 @@ pub struct Blk {
     /// By queue.
     stats: Vec<Arc<QueueStats>>,
     shared: Shared,
+    limit: LogLimit,
 }
 
 impl Blk {
@@ -128,7 +133,6 @@ impl Blk {
             window,
             budget: poll_budget,
         };
-        let discard = geometry.max_range > 0;
         let mut features = feature::VERSION_1
             | feature::EVENT_IDX
             | feature::INDIRECT_DESC
@@ -143,16 +147,35 @@ impl Blk {
         if geometry.queues > 1 {
             features |= feature::MQ;
         }
+        if geometry.max_discard > 0 {
+            features |= feature::DISCARD;
+        }
+        if geometry.max_write_zeroes > 0 {
+            features |= feature::WRITE_ZEROES;
+        }
+        if geometry.max_secure_erase > 0 {
+            features |= feature::SECURE_ERASE;
+        }
+        if geometry.zones.is_some() {
+            features |= feature::ZONED;
+        }
         if packed {
             features |= feature::RING_PACKED;
         }
         if in_order {
             features |= feature::IN_ORDER;
         }
-        if discard {
-            features |= feature::DISCARD | feature::WRITE_ZEROES;
-        }
         let align = disk.as_ref().map_or(1, |d| d.align);
+        let device = disk.as_ref().and_then(|d| d.device.clone());
+        let zones = disk.as_ref().and_then(|d| d.zones.as_ref());
+        let zones = zones.map(|(zones, _)| Arc::clone(zones));
+        if let (Some(zones), Some(geometry)) = (&zones, &geometry.zones) {
+            info!(
+                zones = zones.count(),
+                size = geometry.size,
+                "the disk is zoned"
+            );
+        }
         let memory_align = disk.as_ref().map_or(1, |d| d.memory_align);
         let (path, source) = disk.map(|d| (d.path, d.source)).unzip();
         Self {
@@ -170,12 +193,17 @@ impl Blk {
                     read_only,
                     // Until a driver says what it accepts.
                     flush: false,
-                    discard: false,
-                    write_zeroes: false,
-                    max_range: geometry.max_range,
+                    max_discard: geometry.max_discard,
+                    max_write_zeroes: geometry.max_write_zeroes,
+                    max_secure_erase: geometry.max_secure_erase,
+                    zoned: false,
+                    max_append: geometry.zones.map_or(0, |zones| zones.max_append),
                     align: u64::from(align),
                 },
                 files: source.as_ref().map(Source::files).unwrap_or_default(),
+                device,
+                offload: Arc::default(),
+                zones,
                 memory_align,
                 registers: register_memory,
                 polls: io_poll,
@@ -185,6 +213,7 @@ impl Blk {
                 writeback: Arc::new(AtomicBool::new(writeback)),
                 capacity: Arc::new(AtomicU64::new(geometry.capacity)),
             },
+            limit: LogLimit::default(),
             source,
         }
     }
@@ -238,8 +267,17 @@ impl Device for Blk {
     }
 
     fn set_features(&mut self, acked: u64) {
-        // Each ring carries what was accepted; nothing is common to all of them.
-        let _ = acked;
+        // Each ring carries what was accepted; nothing is common to all of them. The reset of a device that nobody
+        // drives accepts nothing.
+        if self.features & !acked & feature::ZONED != 0
+            && acked & feature::VERSION_1 != 0
+            && let Some(held_back) = self.limit.check()
+        {
+            warn!(
+                held_back,
+                "the driver or the VMM does not know zoned disks: writes that are not at a zone's write pointer will fail"
+            );
+        }
     }
 
     fn worker_count(&self) -> usize {
@@ -294,9 +332,11 @@ impl Device for Blk {
     }
 
     /// The disk may have another size now. Not so an image, which nobody else can change while it is locked; an export
-    /// keeps the size that it had.
+    /// keeps the size that it had, and so do zones.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(Source::Raw(file))) = (&self.path, &self.source) else {
+        let (Some(path), Some(Source::Raw(file)), None) =
+            (&self.path, &self.source, &self.geometry.zones)
+        else {
             return Ok(false);
         };
         let capacity = disk::capacity(file, path, self.geometry.block_size)
@@ -392,6 +432,7 @@ impl Device for Blk {
             source: _,
             stats: _,
             shared,
+            limit: _,
         } = self;
         shared
             .writeback

@@ -22,15 +22,27 @@ pub(super) enum Kind {
     Flush,
     Discard,
     WriteZeroes,
+    SecureErase,
+    /// A report on zones, or a change of one.
+    Zone,
     /// The serial number, or what is refused without a look at the disk.
     Other,
 }
 
 /// Their names, in order.
-const KINDS: [&str; 6] = ["read", "write", "flush", "discard", "write-zeroes", "other"];
-/// Names of what a request can end with, other than success: a status (VIRTIO 1.3, 5.2.6), or no answer as there is no place
-/// for one.
-const ERRORS: [&str; 3] = ["io", "unsupported", "malformed"];
+const KINDS: [&str; 8] = [
+    "read",
+    "write",
+    "flush",
+    "discard",
+    "write-zeroes",
+    "secure-erase",
+    "zone",
+    "other",
+];
+/// Names of what a request can end with, other than success: a status (VIRTIO 1.3, 5.2.6; those about zones are one), or no
+/// answer as there is no place for one.
+const ERRORS: [&str; 4] = ["io", "unsupported", "zone", "malformed"];
 /// Bounds of latencies: one microsecond, and twice that again and again, up to 8.4 seconds; then all others.
 const BUCKETS: usize = 24;
 
@@ -138,12 +150,16 @@ impl QueueStats {
             }
             Status::IoError => self.failed(0),
             Status::Unsupported => self.failed(1),
+            Status::ZoneInvalidCommand
+            | Status::ZoneUnalignedWritePointer
+            | Status::ZoneOpenResource
+            | Status::ZoneActiveResource => self.failed(2),
         }
     }
 
     /// A chain came that cannot be answered.
     pub(super) fn malformed(&self) {
-        self.failed(2);
+        self.failed(3);
     }
 
     fn failed(&self, at: usize) {
@@ -354,15 +370,16 @@ mod tests {
         queue.answered(Kind::Read, 4096, Status::IoError, 3000);
         queue.answered(Kind::Write, 512, Status::Ok, 999);
         queue.answered(Kind::Discard, 0, Status::Unsupported, 0);
+        queue.answered(Kind::Write, 512, Status::ZoneUnalignedWritePointer, 999);
         queue.malformed();
-        assert_eq!(queue.total(), 5);
+        assert_eq!(queue.total(), 6);
         let json = queue.to_json();
         assert_eq!(json["requests"]["read"], 2);
         assert_eq!(json["bytes"]["read"], 4096);
         assert_eq!(json["bytes"]["write"], 512);
         assert_eq!(
             json["errors"],
-            json!({"io": 1, "unsupported": 1, "malformed": 1})
+            json!({"io": 1, "unsupported": 1, "zone": 1, "malformed": 1})
         );
         let read = &json["latency"]["read"];
         assert_eq!(
@@ -383,7 +400,7 @@ mod tests {
             "ringside_block_request_duration_seconds_bucket{queue=\"0\",operation=\"read\",le=\"0.000002\"} 1",
             "ringside_block_request_duration_seconds_bucket{queue=\"0\",operation=\"read\",le=\"+Inf\"} 2",
             "ringside_block_request_duration_seconds_sum{queue=\"0\",operation=\"read\"} 0.0000045",
-            "ringside_block_request_duration_seconds_count{queue=\"0\",operation=\"write\"} 1",
+            "ringside_block_request_duration_seconds_count{queue=\"0\",operation=\"write\"} 2",
             "ringside_block_turns_total{queue=\"0\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\n{text}");

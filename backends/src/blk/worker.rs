@@ -40,20 +40,30 @@ use tracing::{debug, error, info, warn};
 use vm_memory::GuestAddress;
 
 use super::config::feature;
+use super::device::{BlockDevice, ZoneAction};
 use super::image::{Action, Outcome, Part, Place, Side};
 use super::limits::Throttle;
+use super::offload::{self, DeviceLink, Offload};
 use super::poll::{PollLimits, PollWindow};
-use super::request::{self, HEADER_LEN, ID_LEN, Limits, Request, Status};
+use super::request::{
+    self, APPEND_ANSWER_LEN, HEADER_LEN, ID_LEN, Limits, Range, RangeAction, Request, SECTOR,
+    Status,
+};
 use super::stats::{Clock, Kind, QueueStats};
 use super::uring::{Completion, Direction, PrepareError, Uring};
+use super::zones::{Position, Zones};
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Memory, Vring, signal};
 
 /// Entries of the submission queue; a larger batch takes a system call more.
 const SUBMISSIONS: u32 = 256;
 /// Tag of the poll on the command eventfd.
 const COMMANDS: u32 = 0;
-/// Tag of the poll on the companion's outcomes; kicks count up from the next.
+/// Tag of the poll on the companion's outcomes.
 const OUTCOMES: u32 = 1;
+/// Tag of the poll on the outcomes of what the device was asked for.
+const DEVICE: u32 = 2;
+/// Kicks count up from here.
+const KICKS: u32 = 3;
 /// How often a ring without a kick descriptor is looked at.
 const POLL_INTERVAL: Duration = Duration::from_micros(100);
 /// After how long a ring whose driver is over a limit is looked at again in any case: the limit may have changed.
@@ -75,6 +85,12 @@ pub(super) struct Shared {
     pub(super) throttle: Arc<Throttle>,
     /// Where the data is; with none and without a companion, requests succeed at once, and no data moves.
     pub(super) files: Vec<Arc<File>>,
+    /// What the disk can do by ioctls, if it is a block device.
+    pub(super) device: Option<Arc<dyn BlockDevice>>,
+    /// Who does them.
+    pub(super) offload: Arc<Offload>,
+    /// The disk's zones, if it has some.
+    pub(super) zones: Option<Arc<Zones>>,
     pub(super) limits: Limits,
     /// The disk's size in bytes, which may change: it stands in for `limits.capacity`.
     pub(super) capacity: Arc<AtomicU64>,
@@ -106,6 +122,63 @@ enum Stage {
     Sync,
     /// The companion does it.
     Companion(Action),
+    /// The device does it, on the disk's thread.
+    Device(DeviceCall),
+}
+
+/// What the device does on the disk's thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum DeviceCall {
+    Discard,
+    SecureErase,
+    /// Describes zones to the driver.
+    ZoneReport,
+    /// Changes the zone that is held.
+    Zone(ZoneAction),
+    ZoneResetAll,
+}
+
+/// Whether a job needs a zone for itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    /// No.
+    None,
+    /// Yes, and it does not have it yet.
+    Wanted(u32),
+    /// It has it.
+    Held(u32),
+}
+
+/// What ended since the last turn, and how.
+#[derive(Debug, Default)]
+struct Ended {
+    /// In the kernel.
+    completed: Vec<(u16, i32)>,
+    /// At the companion.
+    outcomes: Vec<(u16, Outcome)>,
+    /// On the disk's thread.
+    device: Vec<(u16, offload::Outcome)>,
+}
+
+impl Ended {
+    fn clear(&mut self) {
+        let Self {
+            completed,
+            outcomes,
+            device,
+        } = self;
+        completed.clear();
+        outcomes.clear();
+        device.clear();
+    }
+
+    /// The slots that were waiting for it.
+    fn slots(&self) -> impl Iterator<Item = u16> {
+        let completed = self.completed.iter().map(|&(slot, _)| slot);
+        let outcomes = self.outcomes.iter().map(|&(slot, _)| slot);
+        let device = self.device.iter().map(|&(slot, _)| slot);
+        completed.chain(outcomes).chain(device)
+    }
 }
 
 /// A request that is being served.
@@ -114,8 +187,15 @@ struct Job {
     head: u16,
     status: GuestAddress,
     stage: Stage,
+    /// What is done to one range after the other.
+    ranges: Option<RangeAction>,
     offset: u64,
     remaining: u64,
+    hold: Hold,
+    /// It is appended to its zone, and the driver is told where.
+    append: bool,
+    /// Where a write into a zone that is held begins.
+    start: u64,
     kind: Kind,
     /// Bytes that the request is about.
     len: u64,
@@ -148,6 +228,7 @@ pub(super) struct Worker {
     /// Ends before `side` does: what it has under way is counted there.
     uring: Uring,
     side: Option<Side>,
+    device: Option<DeviceLink>,
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
@@ -166,6 +247,12 @@ struct Queue {
     vring: Box<Vring>,
     chain: ChainBuf,
     jobs: Vec<Option<Job>>,
+    /// What is left of the ranges of each job, the last first. Grows to the most that a slot has had, and is kept.
+    ranges: Vec<Vec<Range>>,
+    /// Those of a request that has no slot yet.
+    new_ranges: Vec<Range>,
+    /// Where a job that has more to say than its status writes it. Grows to the most that a slot has had, and is kept.
+    answers: Vec<Vec<Segment>>,
     free: Vec<u16>,
     /// Jobs that wait for the bounce buffer, which `bouncing` has.
     waiting: VecDeque<u16>,
@@ -204,14 +291,25 @@ impl Worker {
         if let Some(side) = &side {
             uring.poll(side.as_raw_fd(), OUTCOMES)?;
         }
+        let device = match &shared.device {
+            Some(device) => Some(DeviceLink::new(
+                Arc::clone(device),
+                Arc::clone(&shared.offload),
+            )?),
+            None => None,
+        };
+        if let Some(device) = &device {
+            uring.poll(device.mailbox().as_raw_fd(), DEVICE)?;
+        }
         Ok(Self {
             windows: [shared.poll, shared.poll_storage].map(PollWindow::new),
             shared,
             commands,
             uring,
             side,
+            device,
             queue: None,
-            kick_tag: OUTCOMES,
+            kick_tag: KICKS,
             paused: false,
             pausing: Vec::new(),
             stats,
@@ -221,8 +319,7 @@ impl Worker {
 
     /// Serves until told to end.
     pub(super) fn run(mut self) {
-        let mut completed = Vec::new();
-        let mut outcomes = Vec::new();
+        let mut ended = Ended::default();
         let mut wait = false;
         loop {
             if let Err(e) = self.enter(wait) {
@@ -230,26 +327,29 @@ impl Worker {
                 error!("io_uring failed: {e}");
                 return;
             }
-            completed.clear();
-            outcomes.clear();
-            let (mut commanded, mut answered) = (false, false);
+            ended.clear();
+            let (mut commanded, mut answered, mut asked) = (false, false, false);
             while let Some(completion) = self.uring.completion() {
                 match completion {
                     Completion::Io { slot, result } => {
                         if let Some(side) = &mut self.side {
                             side.ended(slot);
                         }
-                        completed.push((slot, result));
+                        ended.completed.push((slot, result));
                     }
                     Completion::Poll { tag, result, more } => {
                         commanded |= tag == COMMANDS;
                         answered |= tag == OUTCOMES;
+                        asked |= tag == DEVICE;
                         self.polled(tag, result, more);
                     }
                 }
             }
             if let (true, Some(side)) = (answered, &self.side) {
-                side.take(&mut outcomes);
+                side.take(&mut ended.outcomes);
+            }
+            if let (true, Some(device)) = (asked, &self.device) {
+                device.mailbox().take(&mut ended.device);
             }
             if commanded {
                 self.commands.acknowledge();
@@ -272,7 +372,7 @@ impl Worker {
                     }
                 }
             }
-            wait = !self.turn(&completed, &outcomes);
+            wait = !self.turn(&ended);
             self.tell_paused();
         }
     }
@@ -339,7 +439,7 @@ impl Worker {
     }
 
     fn polled(&mut self, tag: u32, result: i32, more: bool) {
-        if tag > OUTCOMES {
+        if tag >= KICKS {
             if tag != self.kick_tag {
                 return; // of a ring that was given back
             }
@@ -363,6 +463,7 @@ impl Worker {
         let fd = match tag {
             COMMANDS => Some(self.commands.as_raw_fd()),
             OUTCOMES => self.side.as_ref().map(AsRawFd::as_raw_fd),
+            DEVICE => self.device.as_ref().map(|d| d.mailbox().as_raw_fd()),
             _ => self.queue.as_ref().and_then(|q| q.vring.kick_fd()),
         };
         if let Some(fd) = fd
@@ -379,7 +480,7 @@ impl Worker {
             error!(queue = vring.index, "the worker has a ring already");
             return;
         }
-        self.kick_tag = self.kick_tag.wrapping_add(1).max(OUTCOMES.wrapping_add(1));
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(KICKS);
         if let Some(fd) = vring.kick_fd()
             && let Err(e) = self.uring.poll(fd, self.kick_tag)
             && let Some(held_back) = self.limit.check()
@@ -392,6 +493,9 @@ impl Worker {
         self.queue = Some(Queue {
             chain: ChainBuf::new(size),
             jobs: vec![None; usize::from(size)],
+            ranges: vec![Vec::new(); usize::from(size)],
+            new_ranges: Vec::new(),
+            answers: vec![Vec::new(); usize::from(size)],
             free: (0..size).rev().collect(),
             waiting: VecDeque::with_capacity(usize::from(size)),
             bouncing: None,
@@ -412,7 +516,7 @@ impl Worker {
     }
 
     /// One turn: what completed, then what is new. Returns whether to come back without waiting.
-    fn turn(&mut self, completed: &[(u16, i32)], outcomes: &[(u16, Outcome)]) -> bool {
+    fn turn(&mut self, ended: &Ended) -> bool {
         let Some(queue) = &mut self.queue else {
             return false;
         };
@@ -424,18 +528,19 @@ impl Worker {
             shared: &self.shared,
             uring: &mut self.uring,
             side: self.side.as_mut(),
+            device: self.device.as_ref(),
             stats: &self.stats,
             now: self.shared.clock.now(),
             unpublished: false,
             throttled: None,
             limit: &self.limit,
         };
-        let again = match turn.run(queue, completed, outcomes) {
+        let again = match turn.run(queue, ended) {
             Ok(again) => again,
             Err(error) => {
                 if !queue.broken {
                     queue.broken = true;
-                    queue.abandon_waiting();
+                    queue.abandon_waiting(self.shared.zones.as_deref());
                     if let Some(held_back) = self.limit.check() {
                         warn!(
                             queue = queue.vring.index,
@@ -481,7 +586,7 @@ impl Worker {
         {
             error!("cannot stop waiting for kicks: {e}");
         }
-        self.kick_tag = self.kick_tag.wrapping_add(1).max(OUTCOMES.wrapping_add(1));
+        self.kick_tag = self.kick_tag.wrapping_add(1).max(KICKS);
         // The poll holds the descriptor; let it go before the ring does.
         if let Err(e) = self.uring.enter(0, None) {
             error!("io_uring failed: {e}");
@@ -553,10 +658,12 @@ impl Queue {
     }
 
     /// Drops the requests that the kernel does not have: there is no ring to answer them on.
-    fn abandon_waiting(&mut self) {
+    fn abandon_waiting(&mut self, zones: Option<&Zones>) {
         while let Some(slot) = self.waiting.pop_front() {
-            if let Some(job) = self.jobs.get_mut(usize::from(slot)) {
-                *job = None;
+            if let Some(place) = self.jobs.get_mut(usize::from(slot)) {
+                if let Some(job) = place.take() {
+                    abandon_zone(zones, &job);
+                }
                 self.free.push(slot);
             }
         }
@@ -574,6 +681,7 @@ struct Turn<'w> {
     shared: &'w Shared,
     uring: &'w mut Uring,
     side: Option<&'w mut Side>,
+    device: Option<&'w DeviceLink>,
     stats: &'w QueueStats,
     /// When the turn began.
     now: u64,
@@ -585,18 +693,16 @@ struct Turn<'w> {
 }
 
 impl Turn<'_> {
-    fn run(
-        &mut self,
-        queue: &mut Queue,
-        completed: &[(u16, i32)],
-        outcomes: &[(u16, Outcome)],
-    ) -> Result<bool, RingError> {
+    fn run(&mut self, queue: &mut Queue, ended: &Ended) -> Result<bool, RingError> {
         let serves = queue.serves();
         let features = queue.vring.features;
         let Queue {
             vring,
             chain,
             jobs,
+            ranges,
+            new_ranges,
+            answers,
             free,
             waiting,
             bouncing,
@@ -605,32 +711,39 @@ impl Turn<'_> {
         } = queue;
         let mut slots = Slots {
             jobs,
+            ranges,
+            new_ranges,
+            answers,
             free,
             waiting,
             bouncing,
         };
         if *broken {
             // Requests end, but nobody can be told.
-            slots.release_all(completed, outcomes);
+            self.release_all(&mut slots, ended);
             return Ok(false);
         }
         let call = vring.call.as_ref();
         let mut session = match vring.ring.session(vring.memory.as_ref()) {
             Ok(session) => session,
             Err(e) => {
-                slots.release_all(completed, outcomes);
+                self.release_all(&mut slots, ended);
                 return Err(e);
             }
         };
         let mut first_error = None;
-        for &(slot, result) in completed {
-            let ended = self.completed(&mut slots, &mut session, slot, result);
+        for &(slot, result) in &ended.completed {
+            let told = self.completed(&mut slots, &mut session, slot, result);
             // All completions must be seen, or their slots are lost.
-            first_error = first_error.or(ended.err());
+            first_error = first_error.or(told.err());
         }
-        for &(slot, outcome) in outcomes {
-            let ended = self.answered(&mut slots, &mut session, slot, outcome);
-            first_error = first_error.or(ended.err());
+        for &(slot, outcome) in &ended.outcomes {
+            let told = self.answered(&mut slots, &mut session, slot, outcome);
+            first_error = first_error.or(told.err());
+        }
+        for &(slot, outcome) in &ended.device {
+            let told = self.device_answered(&mut slots, &mut session, slot, outcome);
+            first_error = first_error.or(told.err());
         }
         if let Some(error) = first_error {
             return Err(error);
@@ -643,6 +756,16 @@ impl Turn<'_> {
         // What was finished before the driver broke its ring is returned all the same.
         self.publish(&mut session, call)?;
         taken
+    }
+
+    /// Frees the slots of requests that ended with nobody to tell. What waited for a zone has it now.
+    fn release_all(&self, slots: &mut Slots<'_>, ended: &Ended) {
+        for slot in ended.slots() {
+            if let Some(job) = slots.get(slot) {
+                abandon_zone(self.shared.zones.as_deref(), &job);
+            }
+            slots.release(slot);
+        }
     }
 
     /// Shows the driver what was answered, and interrupts it if it wants to be.
@@ -737,10 +860,14 @@ impl Turn<'_> {
         let throttle = &self.shared.throttle;
         match *request {
             Request::Read { len, .. } => throttle.take(false, len, self.now),
-            Request::Write { len, .. } => throttle.take(true, len, self.now),
-            Request::Flush | Request::Discard { .. } | Request::WriteZeroes { .. } => {
-                throttle.take(true, 0, self.now)
+            Request::Write { len, .. } | Request::ZoneAppend { len, .. } => {
+                throttle.take(true, len, self.now)
             }
+            Request::Flush
+            | Request::Ranges(_)
+            | Request::ZoneReport { .. }
+            | Request::Zone { .. }
+            | Request::ZoneResetAll => throttle.take(true, 0, self.now),
             Request::GetId { .. } | Request::Refuse(_) => Ok(()),
         }
     }
@@ -753,7 +880,7 @@ impl Turn<'_> {
         chain: &Chain<'_>,
         durable: bool,
     ) -> Option<u32> {
-        let request = match request::parse(chain, mem, &self.limits) {
+        let request = match request::parse(chain, mem, &self.limits, slots.new_ranges) {
             Ok(request) => request,
             Err(e) => {
                 self.malformed(&e);
@@ -767,7 +894,7 @@ impl Turn<'_> {
             self.throttled = Some(Duration::from_nanos(wait).min(THROTTLE_INTERVAL));
             return None;
         }
-        let (kind, len) = request.measure();
+        let (kind, len) = request.measure(slots.new_ranges);
         // The last writable byte; `parse` saw that there is one.
         let status = chain
             .writable()
@@ -778,8 +905,12 @@ impl Turn<'_> {
             head: chain.head(),
             status,
             stage: Stage::Sync,
+            ranges: None,
             offset: 0,
             remaining: 0,
+            hold: Hold::None,
+            append: false,
+            start: 0,
             kind,
             len,
             began: self.now,
@@ -788,8 +919,7 @@ impl Turn<'_> {
             missed: false,
             retries: 0,
         };
-        let companion = self.side.is_some();
-        let null = self.shared.files.is_empty() && !companion;
+        let null = self.shared.files.is_empty() && self.side.is_none();
         match request {
             Request::Refuse(status) => return Some(self.answer(mem, &job, status)),
             Request::GetId { len } => {
@@ -809,6 +939,11 @@ impl Turn<'_> {
                 }
             }
             Request::Read { offset, len } => {
+                if let (Some(zones), true) = (&self.shared.zones, self.limits.zoned && len > 0)
+                    && let Err(status) = zones.check_read(offset, len)
+                {
+                    return Some(self.answer(mem, &job, status));
+                }
                 job.stage = Stage::Transfer(Direction::Read);
                 (job.offset, job.remaining) = (offset, len);
             }
@@ -816,36 +951,34 @@ impl Turn<'_> {
                 job.stage = Stage::Transfer(Direction::Write { durable });
                 (job.offset, job.remaining) = (offset, len);
             }
-            Request::Discard { offset, len } if companion => {
-                job.stage = Stage::Companion(Action::Discard);
+            Request::Ranges(action) => job.ranges = Some(action),
+            Request::ZoneAppend { offset, len } => {
+                job.stage = Stage::Transfer(Direction::Write { durable });
+                (job.offset, job.remaining) = (offset, len);
+                job.append = true;
+            }
+            Request::ZoneReport { offset, len } => {
+                job.stage = Stage::Device(DeviceCall::ZoneReport);
                 (job.offset, job.remaining) = (offset, len);
             }
-            Request::WriteZeroes { offset, len, unmap } if companion => {
-                job.stage = Stage::Companion(Action::WriteZeroes { unmap });
-                (job.offset, job.remaining) = (offset, len);
+            Request::Zone { offset, action } => {
+                job.stage = Stage::Device(DeviceCall::Zone(action));
+                job.offset = offset;
             }
-            Request::Discard { offset, len } => {
-                job.stage = Stage::Fallocate {
-                    mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
-                    or_write: false,
-                };
-                (job.offset, job.remaining) = (offset, len);
-            }
-            Request::WriteZeroes { offset, len, unmap } => {
-                let how = if unmap {
-                    libc::FALLOC_FL_PUNCH_HOLE
-                } else {
-                    libc::FALLOC_FL_ZERO_RANGE
-                };
-                job.stage = Stage::Fallocate {
-                    mode: how | libc::FALLOC_FL_KEEP_SIZE,
-                    or_write: true,
-                };
-                (job.offset, job.remaining) = (offset, len);
+            Request::ZoneResetAll => job.stage = Stage::Device(DeviceCall::ZoneResetAll),
+        }
+        match self.zone_to_hold(&job) {
+            Ok(hold) => job.hold = hold,
+            Err(status) => {
+                let status = self.limits.zone_status(status);
+                return Some(self.answer(mem, &job, status));
             }
         }
-        let flush = matches!(job.stage, Stage::Sync | Stage::Companion(Action::Flush));
-        let nothing = job.remaining == 0 && !flush;
+        let nothing = match (job.stage, job.ranges) {
+            (Stage::Transfer(_), _) => job.remaining == 0,
+            (_, Some(_)) => slots.new_ranges.is_empty(),
+            _ => false,
+        };
         if null || nothing {
             return Some(self.answer(mem, &job, Status::Ok));
         }
@@ -874,20 +1007,161 @@ impl Turn<'_> {
                 side.hold(slot, segments, skip);
             }
         }
-        match self.advance(slots, slot, &mut job) {
+        if job.append || job.stage == Stage::Device(DeviceCall::ZoneReport) {
+            slots.keep_answer(slot, chain.writable());
+        }
+        let next = match job.ranges {
+            Some(action) => {
+                slots.keep_ranges(slot);
+                self.next_range(slots, slot, &mut job, action)
+            }
+            None => self.advance(slots, slot, &mut job),
+        };
+        match next {
             Next::Pending => {
                 slots.put(slot, job);
                 None
             }
-            Next::Done(status) => {
-                slots.release(slot);
-                Some(self.answer(mem, &job, status))
+            Next::Done(status) => Some(self.end(slots, mem, slot, &job, status)),
+        }
+    }
+
+    /// Ends a job that has a slot. Returns the length for the used ring.
+    fn end(
+        &mut self,
+        slots: &mut Slots<'_>,
+        mem: &Memory,
+        slot: u16,
+        job: &Job,
+        status: Status,
+    ) -> u32 {
+        if let (Hold::Held(zone), Some(zones)) = (job.hold, &self.shared.zones) {
+            match (job.stage, status) {
+                (Stage::Transfer(_), Status::Ok) => zones.wrote(zone, job.start, job.offset),
+                (Stage::Transfer(_), _) => zones.forget(zone),
+                // The device's call has seen to it.
+                _ => {}
+            }
+            zones.leave(zone);
+        }
+        let mut status = status;
+        if job.append && status == Status::Ok {
+            let sector = (job.start / SECTOR).to_le_bytes();
+            let (segments, place) = slots.append_answer(slot);
+            if write_segments(mem, segments, place, &sector).is_err() {
+                status = Status::IoError;
+            }
+        }
+        slots.release(slot);
+        self.answer(mem, job, status)
+    }
+
+    /// The zone that a job needs for itself.
+    fn zone_to_hold(&self, job: &Job) -> Result<Hold, Status> {
+        let Some(zones) = &self.shared.zones else {
+            return Ok(Hold::None);
+        };
+        match job.stage {
+            Stage::Device(DeviceCall::Zone(_)) => zones.sequential_at(job.offset).map(Hold::Wanted),
+            Stage::Transfer(Direction::Write { .. }) if job.append => {
+                zones.sequential_at(job.offset).map(Hold::Wanted)
+            }
+            Stage::Transfer(Direction::Write { .. }) if job.remaining > 0 => {
+                let zone = zones.to_hold(job.offset, job.remaining)?;
+                Ok(zone.map_or(Hold::None, Hold::Wanted))
+            }
+            _ => Ok(Hold::None),
+        }
+    }
+
+    /// Takes the zone that a job needs, and goes on if it is free.
+    fn enter_zone(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job, zone: u32) -> Next {
+        let (Some(zones), Some(link)) = (&self.shared.zones, self.device) else {
+            return Next::Done(Status::IoError);
+        };
+        if !zones.enter(zone, link.mailbox(), slot) {
+            return Next::Pending;
+        }
+        job.hold = Hold::Held(zone);
+        self.in_zone(slots, slot, job, zone)
+    }
+
+    /// Goes on with a job that holds its zone.
+    fn in_zone(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job, zone: u32) -> Next {
+        let (Some(zones), Some(link)) = (&self.shared.zones, self.device) else {
+            return Next::Done(Status::IoError);
+        };
+        if let Stage::Transfer(_) = job.stage {
+            let position = zones.position(zone);
+            if position == Position::Unknown {
+                let zones = Arc::clone(zones);
+                let asked = link.ask(slot, move |device| match zones.look_up(device, zone) {
+                    Ok(()) => offload::Outcome::Granted,
+                    Err(e) => Err(e).into(),
+                });
+                return self.started(asked);
+            }
+            if let (true, Position::At { next, .. }) = (job.append, position) {
+                job.offset = next;
+            }
+            if let Err(status) = zones.check_write(position, job.offset, job.remaining) {
+                return Next::Done(self.limits.zone_status(status));
+            }
+            job.start = job.offset;
+        }
+        self.advance(slots, slot, job)
+    }
+
+    /// Begins with the next range of a job; after the last, the job is done.
+    fn next_range(
+        &mut self,
+        slots: &mut Slots<'_>,
+        slot: u16,
+        job: &mut Job,
+        action: RangeAction,
+    ) -> Next {
+        if let Some(Range { offset, len, unmap }) = slots.next_range(slot) {
+            (job.offset, job.remaining, job.retries) = (offset, len, 0);
+            job.stage = self.stage_for(action, unmap);
+        } else if job.durable && self.side.is_none() {
+            job.stage = Stage::Sync;
+        } else {
+            return Next::Done(Status::Ok);
+        }
+        self.advance(slots, slot, job)
+    }
+
+    fn stage_for(&self, action: RangeAction, unmap: bool) -> Stage {
+        match (action, &self.side) {
+            (RangeAction::SecureErase, _) => Stage::Device(DeviceCall::SecureErase),
+            (RangeAction::Discard, None) if self.device.is_some() => {
+                Stage::Device(DeviceCall::Discard)
+            }
+            (RangeAction::Discard, Some(_)) => Stage::Companion(Action::Discard),
+            (RangeAction::WriteZeroes, Some(_)) => Stage::Companion(Action::WriteZeroes { unmap }),
+            (RangeAction::Discard, None) => Stage::Fallocate {
+                mode: libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+                or_write: false,
+            },
+            (RangeAction::WriteZeroes, None) => {
+                let how = if unmap {
+                    libc::FALLOC_FL_PUNCH_HOLE
+                } else {
+                    libc::FALLOC_FL_ZERO_RANGE
+                };
+                Stage::Fallocate {
+                    mode: how | libc::FALLOC_FL_KEEP_SIZE,
+                    or_write: true,
+                }
             }
         }
     }
 
     /// Starts the next operation of a job.
     fn advance(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job) -> Next {
+        if let Hold::Wanted(zone) = job.hold {
+            return self.enter_zone(slots, slot, job, zone);
+        }
         let started = match job.stage {
             Stage::Transfer(direction) => {
                 if job.bounced && *slots.bouncing != Some(slot) {
@@ -907,9 +1181,8 @@ impl Turn<'_> {
                 .prepare_zeroes(slot, job.remaining)
                 .map_err(failed)
                 .and_then(|_| {
-                    let direction = Direction::Write {
-                        durable: job.durable,
-                    };
+                    // Made durable together with the other ranges.
+                    let direction = Direction::Write { durable: false };
                     self.uring.transfer(slot, direction, 0, job.offset)
                 }),
             Stage::Fallocate { mode, .. } => {
@@ -917,6 +1190,7 @@ impl Turn<'_> {
             }
             Stage::Sync => self.uring.fsync(slot),
             Stage::Companion(action) => return self.hand_over(slot, job, action),
+            Stage::Device(call) => self.ask_device(slots, slot, job, call),
         };
         self.started(started)
     }
@@ -1005,6 +1279,82 @@ impl Turn<'_> {
         Next::Done(Status::IoError)
     }
 
+    /// Lets the device do it, on the disk's thread.
+    fn ask_device(
+        &self,
+        slots: &Slots<'_>,
+        slot: u16,
+        job: &Job,
+        call: DeviceCall,
+    ) -> std::io::Result<()> {
+        let unsupported = || std::io::Error::from(std::io::ErrorKind::Unsupported);
+        let link = self.device.ok_or_else(unsupported)?;
+        let zones = || self.shared.zones.clone().ok_or_else(unsupported);
+        let (offset, len) = (job.offset, job.remaining);
+        match call {
+            DeviceCall::Discard => link.ask(slot, move |d| d.discard(offset, len).into()),
+            DeviceCall::SecureErase => link.ask(slot, move |d| d.secure_erase(offset, len).into()),
+            DeviceCall::ZoneReport => {
+                let (zones, memory) = (zones()?, self.uring.memory().ok_or_else(unsupported)?);
+                let segments = slots.answer(slot).to_vec();
+                link.ask(slot, move |device| {
+                    match zones.report(device, offset, &memory, &segments, len) {
+                        Ok(bytes) => offload::Outcome::Filled(bytes),
+                        Err(e) => Err(e).into(),
+                    }
+                })
+            }
+            DeviceCall::Zone(action) => {
+                let zones = zones()?;
+                let Hold::Held(zone) = job.hold else {
+                    return Err(unsupported());
+                };
+                link.ask(slot, move |device| {
+                    zones.manage(device, action, zone).into()
+                })
+            }
+            DeviceCall::ZoneResetAll => {
+                let zones = zones()?;
+                link.ask(slot, move |device| zones.reset_all(device).into())
+            }
+        }
+    }
+
+    /// The device has done what it was asked for.
+    fn device_answered(
+        &mut self,
+        slots: &mut Slots<'_>,
+        session: &mut Session<'_, Memory>,
+        slot: u16,
+        outcome: offload::Outcome,
+    ) -> Result<(), RingError> {
+        let Some(mut job) = slots.get(slot) else {
+            return Ok(());
+        };
+        let next = match outcome {
+            offload::Outcome::Done => self.range_done(slots, slot, &mut job),
+            offload::Outcome::Filled(bytes) => {
+                job.len = bytes;
+                Next::Done(Status::Ok)
+            }
+            offload::Outcome::Granted => match job.hold {
+                Hold::Wanted(zone) | Hold::Held(zone) => {
+                    job.hold = Hold::Held(zone);
+                    self.in_zone(slots, slot, &mut job, zone)
+                }
+                Hold::None => Next::Done(Status::IoError),
+            },
+            offload::Outcome::Failed(errno) => {
+                if let Stage::Transfer(_) = job.stage {
+                    // The zone's position is not known: nothing can be tried again.
+                    job.retries = MAX_RETRIES;
+                }
+                self.failed(slots, slot, &mut job, errno)
+            }
+        };
+        self.settle(slots, session, slot, job, next)
+    }
+
     /// The companion has answered.
     fn answered(
         &mut self,
@@ -1028,7 +1378,7 @@ impl Turn<'_> {
                 job.stage = Stage::Sync;
                 self.advance(slots, slot, &mut job)
             }
-            Outcome::Done => Next::Done(Status::Ok),
+            Outcome::Done => self.range_done(slots, slot, &mut job),
             Outcome::Failed(libc::EOPNOTSUPP) => Next::Done(Status::Unsupported),
             // It is in the companion's log.
             Outcome::Failed(_) => Next::Done(Status::IoError),
@@ -1066,8 +1416,7 @@ impl Turn<'_> {
                 Ok(())
             }
             Next::Done(status) => {
-                slots.release(slot);
-                let len = self.answer(session.memory(), &job, status);
+                let len = self.end(slots, session.memory(), slot, &job, status);
                 let ended = session.push_used(job.head, len);
                 self.next_bounce(slots, session)?;
                 ended
@@ -1091,8 +1440,7 @@ impl Turn<'_> {
             match self.advance(slots, slot, &mut job) {
                 Next::Pending => slots.put(slot, job),
                 Next::Done(status) => {
-                    slots.release(slot);
-                    let len = self.answer(session.memory(), &job, status);
+                    let len = self.end(slots, session.memory(), slot, &job, status);
                     session.push_used(job.head, len)?;
                 }
             }
@@ -1105,14 +1453,8 @@ impl Turn<'_> {
             return self.failed(slots, slot, job, result.saturating_neg());
         };
         match job.stage {
-            Stage::Sync | Stage::Companion(_) => Next::Done(Status::Ok),
-            Stage::Fallocate { .. } => {
-                if job.durable {
-                    job.stage = Stage::Sync;
-                    return self.advance(slots, slot, job);
-                }
-                Next::Done(Status::Ok)
-            }
+            Stage::Sync | Stage::Companion(_) | Stage::Device(_) => Next::Done(Status::Ok),
+            Stage::Fallocate { .. } => self.range_done(slots, slot, job),
             Stage::Transfer(_) | Stage::WriteZeroes => {
                 let moved = u64::try_from(bytes).unwrap_or(u64::MAX);
                 if bytes == 0 || moved > job.remaining {
@@ -1124,10 +1466,18 @@ impl Turn<'_> {
                 }
                 self.moved(slot, job, moved);
                 if job.remaining == 0 {
-                    return Next::Done(Status::Ok);
+                    return self.range_done(slots, slot, job);
                 }
                 self.advance(slots, slot, job)
             }
+        }
+    }
+
+    /// An operation is done, and the request with it unless that has more ranges.
+    fn range_done(&mut self, slots: &mut Slots<'_>, slot: u16, job: &mut Job) -> Next {
+        match job.ranges {
+            Some(action) => self.next_range(slots, slot, job, action),
+            None => Next::Done(Status::Ok),
         }
     }
 
@@ -1143,8 +1493,20 @@ impl Turn<'_> {
                 self.shared.throttle.charge(job.remaining, self.now);
                 self.advance(slots, slot, job)
             }
-            (libc::EOPNOTSUPP | libc::ENOSYS, Stage::Fallocate { .. }) => {
-                Next::Done(Status::Unsupported)
+            (
+                libc::EOPNOTSUPP | libc::ENOSYS | libc::ENOTTY,
+                Stage::Fallocate { .. } | Stage::Device(_),
+            ) => Next::Done(Status::Unsupported),
+            // What Linux makes of BLK_STS_ZONE_OPEN_RESOURCE and BLK_STS_ZONE_ACTIVE_RESOURCE.
+            (libc::ETOOMANYREFS, _) if job.hold != Hold::None => {
+                Next::Done(self.limits.zone_status(Status::ZoneOpenResource))
+            }
+            (libc::EOVERFLOW, _) if job.hold != Hold::None => {
+                Next::Done(self.limits.zone_status(Status::ZoneActiveResource))
+            }
+            // The zone cannot be brought into this state (VIRTIO 1.3, 5.2.6.2).
+            (_, Stage::Device(DeviceCall::Zone(_))) => {
+                Next::Done(self.limits.zone_status(Status::ZoneInvalidCommand))
             }
             _ => {
                 if let Some(held_back) = self.limit.check() {
@@ -1159,6 +1521,15 @@ impl Turn<'_> {
                 Next::Done(Status::IoError)
             }
         }
+    }
+}
+
+/// Gives up the zone that a job holds, or was granted, in which it may have written. Not for a job that still waits for
+/// its zone.
+fn abandon_zone(zones: Option<&Zones>, job: &Job) {
+    if let (Some(zones), Hold::Wanted(zone) | Hold::Held(zone)) = (zones, job.hold) {
+        zones.forget(zone);
+        zones.leave(zone);
     }
 }
 
@@ -1179,7 +1550,8 @@ fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
         return 0;
     }
     let data = match (status, job.kind) {
-        (Status::Ok, Kind::Read | Kind::Other) => job.len,
+        (Status::Ok, Kind::Read | Kind::Zone | Kind::Other) => job.len,
+        (Status::Ok, Kind::Write) if job.append => APPEND_ANSWER_LEN,
         _ => 0,
     };
     u32::try_from(data.saturating_add(1)).unwrap_or(u32::MAX)
@@ -1188,6 +1560,9 @@ fn answer(mem: &Memory, job: &Job, status: Status) -> u32 {
 /// Jobs and who has which slot.
 struct Slots<'q> {
     jobs: &'q mut Vec<Option<Job>>,
+    ranges: &'q mut Vec<Vec<Range>>,
+    new_ranges: &'q mut Vec<Range>,
+    answers: &'q mut Vec<Vec<Segment>>,
     free: &'q mut Vec<u16>,
     waiting: &'q mut VecDeque<u16>,
     bouncing: &'q mut Option<u16>,
@@ -1208,12 +1583,43 @@ impl Slots<'_> {
         }
     }
 
-    /// Frees the slots of requests that ended with nobody to tell.
-    fn release_all(&mut self, completed: &[(u16, i32)], outcomes: &[(u16, Outcome)]) {
-        let ended = completed.iter().map(|&(slot, _)| slot);
-        for slot in ended.chain(outcomes.iter().map(|&(slot, _)| slot)) {
-            self.release(slot);
+    /// Gives a slot the ranges of the request that was parsed last.
+    fn keep_ranges(&mut self, slot: u16) {
+        if let Some(ranges) = self.ranges.get_mut(usize::from(slot)) {
+            std::mem::swap(ranges, self.new_ranges);
+            ranges.reverse();
         }
+    }
+
+    /// Keeps where a job writes its answer, with the status at the end.
+    fn keep_answer(&mut self, slot: u16, segments: &[Segment]) {
+        if let Some(answer) = self.answers.get_mut(usize::from(slot)) {
+            answer.clear();
+            answer.extend_from_slice(segments);
+        }
+    }
+
+    fn answer(&self, slot: u16) -> &[Segment] {
+        self.answers
+            .get(usize::from(slot))
+            .map_or(&[], Vec::as_slice)
+    }
+
+    /// Where append_sector is in an answer: directly before the status.
+    fn append_answer(&self, slot: u16) -> (&[Segment], u64) {
+        let segments = self.answer(slot);
+        let len = segments
+            .iter()
+            .map(|segment| u64::from(segment.len))
+            .sum::<u64>();
+        (
+            segments,
+            len.saturating_sub(APPEND_ANSWER_LEN.saturating_add(1)),
+        )
+    }
+
+    fn next_range(&mut self, slot: u16) -> Option<Range> {
+        self.ranges.get_mut(usize::from(slot))?.pop()
     }
 
     fn release(&mut self, slot: u16) {

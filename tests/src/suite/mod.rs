@@ -9,6 +9,7 @@ mod formats;
 mod net;
 mod others;
 mod vfio;
+mod zoned;
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -51,6 +52,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         bench::TESTS,
         net::TESTS,
         others::TESTS,
+        zoned::TESTS,
     ]
     .into_iter()
     .flatten()
