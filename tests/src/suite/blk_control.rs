@@ -198,7 +198,7 @@ fn drained_and_resumed_under_fio(site: &Site) -> Result<()> {
     let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(&blk).boot(site)?;
     guest.run_ok(
         "(fio --name=x --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=16 --size=64M \
-         --io_size=16M --verify=crc32c --do_verify=1 --verify_fatal=1 >/run/fio.log 2>&1; echo $? >/run/status) \
+         --io_size=6M --verify=crc32c --do_verify=1 --verify_fatal=1 >/run/fio.log 2>&1; echo $? >/run/status) \
          </dev/null >/dev/null 2>&1 &",
     )?;
     let writes =
