@@ -213,7 +213,7 @@ fn what_was_done_is_counted() {
     assert_eq!(queue["bytes"]["read"], 5 * 4096);
     assert_eq!(
         queue["errors"],
-        json!({"io": 1, "unsupported": 1, "malformed": 0})
+        json!({"io": 1, "unsupported": 1, "zone": 0, "malformed": 0})
     );
     assert_eq!(queue["latency"]["read"]["count"], 5);
     assert!(queue["kicks"].as_u64().unwrap() > 0);

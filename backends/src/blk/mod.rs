@@ -16,6 +16,8 @@ mod args;
 mod config;
 mod device;
 mod disk;
+#[cfg(test)]
+mod driven;
 mod image;
 mod limits;
 mod offload;
