@@ -1,7 +1,7 @@
 //! vhost-user device back-ends: a daemon shell that all of them share, and the devices themselves.
 //!
-//! May depend on `ringside-rings` and on no other crate of the workspace: front-ends (a VMM) are met
-//! over a Unix socket and shared memory only, whoever wrote them.
+//! May depend on `ringside-rings` and `ringside-control` and on no other crate of the workspace: front-ends (a VMM)
+//! are met over a Unix socket and shared memory only, whoever wrote them.
 //!
 //! The back-ends do not build on the `vhost-user-backend` daemon, but implement the message handler of
 //! the `vhost` crate themselves: each queue has one event loop of its own choice in which kicks, completions

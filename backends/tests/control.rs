@@ -458,7 +458,7 @@ fn a_network_device_counts_and_announces() {
     assert!(metrics.as_str().unwrap().contains(line), "{metrics}");
     let nobody = refusal(&daemon, "announce", Value::Null, "GUEST_ANNOUNCE");
     assert_eq!(nobody, ErrorCode::Conflict);
-    for command in ["resize", "limits", "drain"] {
+    for command in ["resize", "limits", "drain", "resume"] {
         let code = refusal(&daemon, command, Value::Null, "no command");
         assert_eq!(code, ErrorCode::NotFound);
     }

@@ -10,6 +10,8 @@
 //!                  │ ───── suite     each test in a process and namespaces of its own
 //!                  │ ───── demo
 //!                harness             back-ends, guests, networks, counters: what tests are written with
+//!
+//! cargo lab bench ─── bench          back-ends beside others' on the machine itself, no guest
 //! ```
 #![deny(unsafe_code)]
 

@@ -140,8 +140,8 @@ pub struct BlkArgs {
     /// Limit the disk's rates: keys iops, bandwidth (bytes), and both with read- or write- in front, each in a second
     ///
     /// KEY-burst=N is how much may come at once after a pause; a tenth of a second's worth, unless given. Units K, M, G are
-    /// powers of 1024. Discards, write-zeroes and flushes are operations of writing, and move no bytes. `ringside-ctl limits`
-    /// changes the limits of a disk in use.
+    /// powers of 1024. Flushes, discards and write-zeroes are operations of writing, of no bytes unless zeroes have to be
+    /// written one by one. `ringside-ctl limits` changes the limits of a disk in use.
     #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
     pub limit: Option<RateLimits>,
 

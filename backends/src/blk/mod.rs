@@ -8,6 +8,9 @@
 //!                                   ├────────▶ image/: what an image needs besides
 //!                                   └────────▶ offload.rs ──▶ device/: what a block device does by ioctl
 //! ```
+//!
+//! `limits.rs` says when a request may begin, `stats.rs` counts what became of it; the control socket reads and changes them
+//! while the workers go on.
 
 mod args;
 mod config;

@@ -561,6 +561,9 @@ impl Worker {
             }
         };
         queue.throttled = turn.throttled;
+        if let Some(side) = &mut self.side {
+            side.announce();
+        }
         self.stats.turns.add(1);
         self.stats.enters.set(self.uring.syscalls);
         self.stats
@@ -1263,7 +1266,7 @@ impl Turn<'_> {
 
     fn hand_over(&mut self, slot: u16, job: &Job, action: Action) -> Next {
         let part = job.part(slot, action);
-        let taken = match (&self.side, self.uring.memory()) {
+        let taken = match (&mut self.side, self.uring.memory()) {
             (Some(side), Some(memory)) => side.hand_over(&part, job.missed, memory),
             _ => false,
         };

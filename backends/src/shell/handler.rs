@@ -280,6 +280,8 @@ impl<D: Device> Handler<D> {
             Request::Limits(changes) => self.device.limits(&changes.clone().unwrap_or_default())?,
             Request::Drain(_) => return self.drain(),
             Request::Resume => {
+                // For those that can be drained.
+                drop(self.device.drained()?);
                 self.paused = false;
                 self.tell_workers(|| Command::Resume)?;
                 json!({})

@@ -36,7 +36,7 @@ const ROOT_RECIPE: &str = include_str!("../../recipe/lab-root.sh");
 /// Packages of the lab's root, from trixie itself.
 const ROOT_PACKAGES: &str = "linux-image-amd64,busybox-static,e2fsprogs,ethtool,fio,iperf3,\
     iproute2,iptables,iputils-ping,kmod,libarchive13t64,linux-perf,nvme-cli,pciutils,procps,\
-    strace,tcpdump,util-linux,zstd";
+    strace,tcpdump,util-linux,valgrind,zstd";
 /// Packages of a test's guest.
 const GUEST_PACKAGES: &str = "e2fsprogs,ethtool,fio,iperf3,iproute2,iputils-ping,kmod,nvme-cli,\
     pciutils,procps,tcpdump,util-linux";

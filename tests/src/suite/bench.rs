@@ -34,7 +34,7 @@ fn load_finds_what_it_wrote(site: &Site) -> Result<()> {
     File::create(&disk)
         .and_then(|file| file.set_len(64 << 20))
         .doing(|| format!("create {}", disk.display()))?;
-    let blk = Blk::on(&disk).queues(2).start(site)?;
+    let blk = Blk::on(&disk).queues(2).arg("--in-order=on").start(site)?;
     for options in [
         &["--shape", "randrw"][..],
         &["--shape", "randrw", "--no-indirect", "--block-size", "64K"],

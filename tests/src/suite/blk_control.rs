@@ -112,24 +112,24 @@ fn reads_per_second(guest: &mut Guest) -> Result<u64> {
 
 /// A limit holds from the moment it is set, and is gone when it is taken away.
 fn limits_change_at_run_time(site: &Site) -> Result<()> {
-    let (blk, control) = serve(site, &["--limit=iops=100,iops-burst=10"])?;
+    let (blk, control) = serve(site, &["--limit=iops=40,iops-burst=4"])?;
     let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
     let limited = reads_per_second(&mut guest)?;
-    control.ask(&["limits", "iops=50,iops-burst=5"])?;
+    control.ask(&["limits", "iops=20,iops-burst=2"])?;
     let halved = reads_per_second(&mut guest)?;
     control.ask(&["limits", "iops=0"])?;
     let free = reads_per_second(&mut guest)?;
-    println!("reads per second: {limited} of 100, {halved} of 50, {free} without a limit");
+    println!("reads per second: {limited} of 40, {halved} of 20, {free} without a limit");
     ensure!(
-        (60..=108).contains(&limited),
-        "{limited} reads per second with a limit of 100"
+        (20..=44).contains(&limited),
+        "{limited} reads per second with a limit of 40"
     );
     ensure!(
-        (30..=55).contains(&halved),
-        "{halved} reads per second with a limit of 50"
+        (10..=22).contains(&halved),
+        "{halved} reads per second with a limit of 20"
     );
     ensure!(
-        free > 150,
+        free > 60,
         "{free} reads per second without a limit are hardly more than with it"
     );
     guest.shut_down()?;
@@ -198,7 +198,7 @@ fn drained_and_resumed_under_fio(site: &Site) -> Result<()> {
     let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(&blk).boot(site)?;
     guest.run_ok(
         "(fio --name=x --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=16 --size=64M \
-         --io_size=16M --verify=crc32c --do_verify=1 --verify_fatal=1 >/run/fio.log 2>&1; echo $? >/run/status) \
+         --io_size=6M --verify=crc32c --do_verify=1 --verify_fatal=1 >/run/fio.log 2>&1; echo $? >/run/status) \
          </dev/null >/dev/null 2>&1 &",
     )?;
     let writes =

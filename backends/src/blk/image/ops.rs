@@ -244,15 +244,16 @@ impl Link {
         Arc::clone(&self.mailbox)
     }
 
-    /// Hands an operation over. `false` if nobody is there any more.
+    /// Hands an operation over, to be [announced](Self::announce). `false` if nobody is there any more.
     pub(super) fn hand_over(&self, op: Op) -> bool {
-        if self.sender.send(op).is_err() {
-            return false;
-        }
+        self.sender.send(op).is_ok()
+    }
+
+    /// Wakes a companion that sleeps, after a batch was handed over.
+    pub(in crate::blk) fn announce(&self) {
         if let Some(wake) = &self.wake {
             wake.sent();
         }
-        true
     }
 
     /// Flushes, and waits until that is done.
@@ -275,6 +276,7 @@ impl Link {
         if !self.hand_over(op) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
+        self.announce();
         let mut outcomes = Vec::new();
         while outcomes.is_empty() {
             let mut fds = [PollFd::new(self.mailbox.event.as_fd(), PollFlags::POLLIN)];

@@ -27,6 +27,8 @@ pub(in crate::blk) struct Side {
     /// `None`: the worker can do nothing by itself.
     paths: Option<Paths>,
     held: Vec<Held>,
+    /// Something was handed over that the companion may not know of.
+    unannounced: bool,
 }
 
 /// A part of a request.
@@ -51,6 +53,7 @@ impl Side {
             link,
             paths,
             held: Vec::new(),
+            unannounced: false,
         }
     }
 
@@ -112,7 +115,13 @@ impl Side {
 
     /// Hands a part of a request over. `missed`: the companion was asked for its place before. Returns whether somebody is
     /// there to take it.
-    pub(in crate::blk) fn hand_over(&self, part: &Part, missed: bool, memory: Arc<Memory>) -> bool {
+    pub(in crate::blk) fn hand_over(
+        &mut self,
+        part: &Part,
+        missed: bool,
+        memory: Arc<Memory>,
+    ) -> bool {
+        self.unannounced = true;
         let transfer = matches!(part.action, Action::Read | Action::Write);
         let Some(held) = self.held.get(usize::from(part.slot)) else {
             return false;
@@ -133,6 +142,13 @@ impl Side {
             memory,
             mailbox: self.link.mailbox(),
         })
+    }
+
+    /// Lets the companion know of what was handed over.
+    pub(in crate::blk) fn announce(&mut self) {
+        if std::mem::take(&mut self.unannounced) {
+            self.link.announce();
+        }
     }
 
     /// Takes what the companion has done; `outcomes` is emptied first.
