@@ -16,7 +16,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use frontend::disk::{Disk, FLUSH, IN, OK, OUT};
+use frontend::disk::{Disk, FLUSH, IN, OK, OUT, ROOM};
 use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network, skip};
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
@@ -257,6 +257,17 @@ fn converse(
     structured: bool,
     answer: &dyn Fn(u16, u64, u64, u32) -> Vec<u8>,
 ) -> std::io::Result<()> {
+    greet(stream, structured)?;
+    loop {
+        let (kind, cookie, offset, len) = request(stream)?;
+        if kind == 1 {
+            stream.read_exact(&mut vec![0; len as usize])?;
+        }
+        stream.write_all(&answer(kind, cookie, offset, len))?;
+    }
+}
+
+fn greet(stream: &mut UnixStream, structured: bool) -> std::io::Result<()> {
     let option_reply = |option: u32, kind: u32, data: &[u8]| {
         let mut bytes = 0x0003_e889_0455_65a9_u64.to_be_bytes().to_vec();
         for word in [option, kind, data.len() as u32] {
@@ -282,19 +293,19 @@ fn converse(
             stream.write_all(&option_reply(7, 1, &[]))?;
         }
     }
-    loop {
-        let mut head = [0; 28];
-        stream.read_exact(&mut head)?;
-        assert_eq!(head[..4], 0x2560_9513_u32.to_be_bytes());
-        let kind = u16::from_be_bytes(head[6..8].try_into().unwrap());
-        let cookie = u64::from_be_bytes(head[8..16].try_into().unwrap());
-        let offset = u64::from_be_bytes(head[16..24].try_into().unwrap());
-        let len = u32::from_be_bytes(head[24..].try_into().unwrap());
-        if kind == 1 {
-            stream.read_exact(&mut vec![0; len as usize])?;
-        }
-        stream.write_all(&answer(kind, cookie, offset, len))?;
-    }
+    Ok(())
+}
+
+/// Type, cookie, offset and length of the next request.
+fn request(stream: &mut UnixStream) -> std::io::Result<(u16, u64, u64, u32)> {
+    let mut head = [0; 28];
+    stream.read_exact(&mut head)?;
+    assert_eq!(head[..4], 0x2560_9513_u32.to_be_bytes());
+    let kind = u16::from_be_bytes(head[6..8].try_into().unwrap());
+    let cookie = u64::from_be_bytes(head[8..16].try_into().unwrap());
+    let offset = u64::from_be_bytes(head[16..24].try_into().unwrap());
+    let len = u32::from_be_bytes(head[24..].try_into().unwrap());
+    Ok((kind, cookie, offset, len))
 }
 
 fn simple(error: u32, cookie: u64) -> Vec<u8> {
@@ -393,6 +404,35 @@ fn a_server_that_breaks_the_protocol_gets_no_further() {
             });
         }
     });
+}
+
+#[test]
+fn a_write_that_the_server_did_not_take_is_no_success() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::spawn(move || {
+        let mut open = Vec::new();
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            greet(&mut stream, false).unwrap();
+            // More than the socket holds is to follow.
+            if let Ok((_, cookie, _, _)) = request(&mut stream) {
+                let _ = stream.write_all(&simple(0, cookie));
+            }
+            open.push(stream);
+        }
+    });
+    let uri = format!("nbd+unix:///?socket={}", path.display());
+    let daemon = serve(&uri, &["--reconnect-timeout", "1"]);
+    let mut disk = connect(&daemon, 1, vec![0; MIB]);
+    for _ in 0..2 {
+        let start = Instant::now();
+        assert_eq!(disk.attempt(OUT, 0, ROOM), IOERR);
+        assert!(start.elapsed() < PATIENCE);
+    }
+    drop(disk);
+    daemon.stop();
 }
 
 #[test]

@@ -564,6 +564,12 @@ impl Client {
     fn by_cookie(&mut self, cookie: u64) -> Result<(u32, &mut Flight), Broken> {
         let index = u32::try_from(cookie & u64::from(u32::MAX)).map_err(|_| NO_REQUEST)?;
         let generation = u32::try_from(cookie >> 32).map_err(|_| NO_REQUEST)?;
+        if self.payload.as_ref().is_some_and(|p| p.flight == index) {
+            // Its rest would be taken from whatever comes next in its place.
+            return Err(Broken::Protocol(
+                "a reply to a write that was not sent to its end",
+            ));
+        }
         let flight = self.flight(index)?;
         if flight.generation != Some(generation) {
             return Err(NO_REQUEST);
