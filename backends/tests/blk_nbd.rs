@@ -436,6 +436,26 @@ fn a_write_that_the_server_did_not_take_is_no_success() {
 }
 
 #[test]
+fn a_server_that_never_comes_to_the_point_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        for byte in b"NBDMAGICIHAVEOPT\0\x03" {
+            sleep(Duration::from_millis(700));
+            if stream.write_all(&[*byte]).is_err() {
+                break;
+            }
+        }
+    });
+    let start = Instant::now();
+    let log = refusal(&format!("nbd+unix:///?socket={}", path.display()), &[]);
+    assert!(log.contains("connection failed"), "{log}");
+    assert!(start.elapsed() < Duration::from_secs(8), "{log}");
+}
+
+#[test]
 fn errors_of_a_server_reach_the_guest_and_nothing_else() {
     for structured in [false, true] {
         let dir = tempfile::tempdir().unwrap();
