@@ -13,6 +13,8 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
@@ -453,6 +455,26 @@ fn a_server_that_never_comes_to_the_point_is_left() {
     let log = refusal(&format!("nbd+unix:///?socket={}", path.display()), &[]);
     assert!(log.contains("connection failed"), "{log}");
     assert!(start.elapsed() < Duration::from_secs(8), "{log}");
+}
+
+#[test]
+fn a_server_that_hangs_up_again_and_again_is_not_called_all_the_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let calls = Arc::new(AtomicU32::new(0));
+    let counter = Arc::clone(&calls);
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            counter.fetch_add(1, Ordering::Relaxed);
+            let _ = greet(&mut stream.unwrap(), false);
+        }
+    });
+    let daemon = serve(&format!("nbd+unix:///?socket={}", path.display()), &[]);
+    sleep(Duration::from_secs(1));
+    let calls = calls.load(Ordering::Relaxed);
+    assert!((2..12).contains(&calls), "{calls}");
+    daemon.stop();
 }
 
 #[test]

@@ -743,7 +743,8 @@ impl Client {
                 Ok((socket, export)) => {
                     info!("NBD: connected to {} again", self.target);
                     if self.in_flight() == 0 {
-                        (self.lost, self.pause) = (None, Duration::ZERO);
+                        // The pauses grow until a request succeeds: a server may do no more than connect.
+                        self.lost = None;
                     }
                     self.socket = socket;
                     self.export = export;
