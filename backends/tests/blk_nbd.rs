@@ -19,7 +19,9 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use frontend::disk::{Disk, FLUSH, IN, OK, OUT, ROOM};
-use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network, skip};
+use frontend::{Daemon, FrontEnd, PATIENCE, REGION, SECOND, Setup, own_network, skip};
+use ringside_rings::Segment;
+use vm_memory::{Bytes, GuestAddress};
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const MIB: usize = 1 << 20;
@@ -474,6 +476,38 @@ fn a_server_that_hangs_up_again_and_again_is_not_called_all_the_time() {
     sleep(Duration::from_secs(1));
     let calls = calls.load(Ordering::Relaxed);
     assert!((2..12).contains(&calls), "{calls}");
+    daemon.stop();
+}
+
+/// The request fails, and does not hold up the front-end's end until the server's patience is over.
+#[test]
+fn memory_that_is_taken_away_fails_its_request_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    hostile(
+        UnixListener::bind(&path).unwrap(),
+        false,
+        |_, cookie, _, _| simple(0, cookie),
+    );
+    let daemon = serve(&format!("nbd+unix:///?socket={}", path.display()), &[]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let (head, status) = (front.guest.alloc(16, 16), front.guest.alloc(1, 16));
+    front.guest.file.set_len(REGION).unwrap();
+    let memory = &front.guest.memory;
+    memory.write_slice(&[0; 16], head).unwrap();
+    memory.write_obj(OUT, head).unwrap();
+    memory.write_obj(0xff_u8, status).unwrap();
+    let readable = [
+        Segment::new(head, 16),
+        Segment::new(GuestAddress(SECOND), 64 << 10),
+    ];
+    let start = Instant::now();
+    front.queues[0].submit(&front.guest, &readable, &[Segment::new(status, 1)], 1);
+    front.complete(0);
+    assert!(start.elapsed() < Duration::from_secs(5));
+    let found: u8 = front.guest.memory.read_obj(status).unwrap();
+    assert_eq!(found, IOERR);
+    drop(front);
     daemon.stop();
 }
 
