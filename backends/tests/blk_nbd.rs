@@ -13,11 +13,15 @@ use std::io::{Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use frontend::disk::{Disk, FLUSH, IN, OK, OUT};
-use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network, skip};
+use frontend::disk::{Disk, FLUSH, IN, OK, OUT, ROOM};
+use frontend::{Daemon, FrontEnd, PATIENCE, REGION, SECOND, Setup, own_network, skip};
+use ringside_rings::Segment;
+use vm_memory::{Bytes, GuestAddress};
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const MIB: usize = 1 << 20;
@@ -257,6 +261,17 @@ fn converse(
     structured: bool,
     answer: &dyn Fn(u16, u64, u64, u32) -> Vec<u8>,
 ) -> std::io::Result<()> {
+    greet(stream, structured)?;
+    loop {
+        let (kind, cookie, offset, len) = request(stream)?;
+        if kind == 1 {
+            stream.read_exact(&mut vec![0; len as usize])?;
+        }
+        stream.write_all(&answer(kind, cookie, offset, len))?;
+    }
+}
+
+fn greet(stream: &mut UnixStream, structured: bool) -> std::io::Result<()> {
     let option_reply = |option: u32, kind: u32, data: &[u8]| {
         let mut bytes = 0x0003_e889_0455_65a9_u64.to_be_bytes().to_vec();
         for word in [option, kind, data.len() as u32] {
@@ -282,19 +297,19 @@ fn converse(
             stream.write_all(&option_reply(7, 1, &[]))?;
         }
     }
-    loop {
-        let mut head = [0; 28];
-        stream.read_exact(&mut head)?;
-        assert_eq!(head[..4], 0x2560_9513_u32.to_be_bytes());
-        let kind = u16::from_be_bytes(head[6..8].try_into().unwrap());
-        let cookie = u64::from_be_bytes(head[8..16].try_into().unwrap());
-        let offset = u64::from_be_bytes(head[16..24].try_into().unwrap());
-        let len = u32::from_be_bytes(head[24..].try_into().unwrap());
-        if kind == 1 {
-            stream.read_exact(&mut vec![0; len as usize])?;
-        }
-        stream.write_all(&answer(kind, cookie, offset, len))?;
-    }
+    Ok(())
+}
+
+/// Type, cookie, offset and length of the next request.
+fn request(stream: &mut UnixStream) -> std::io::Result<(u16, u64, u64, u32)> {
+    let mut head = [0; 28];
+    stream.read_exact(&mut head)?;
+    assert_eq!(head[..4], 0x2560_9513_u32.to_be_bytes());
+    let kind = u16::from_be_bytes(head[6..8].try_into().unwrap());
+    let cookie = u64::from_be_bytes(head[8..16].try_into().unwrap());
+    let offset = u64::from_be_bytes(head[16..24].try_into().unwrap());
+    let len = u32::from_be_bytes(head[24..].try_into().unwrap());
+    Ok((kind, cookie, offset, len))
 }
 
 fn simple(error: u32, cookie: u64) -> Vec<u8> {
@@ -393,6 +408,107 @@ fn a_server_that_breaks_the_protocol_gets_no_further() {
             });
         }
     });
+}
+
+#[test]
+fn a_write_that_the_server_did_not_take_is_no_success() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::spawn(move || {
+        let mut open = Vec::new();
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            greet(&mut stream, false).unwrap();
+            // More than the socket holds is to follow.
+            if let Ok((_, cookie, _, _)) = request(&mut stream) {
+                let _ = stream.write_all(&simple(0, cookie));
+            }
+            open.push(stream);
+        }
+    });
+    let uri = format!("nbd+unix:///?socket={}", path.display());
+    let daemon = serve(&uri, &["--reconnect-timeout", "1"]);
+    let mut disk = connect(&daemon, 1, vec![0; MIB]);
+    for _ in 0..2 {
+        let start = Instant::now();
+        assert_eq!(disk.attempt(OUT, 0, ROOM), IOERR);
+        assert!(start.elapsed() < PATIENCE);
+    }
+    drop(disk);
+    daemon.stop();
+}
+
+#[test]
+fn a_server_that_never_comes_to_the_point_is_left() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        for byte in b"NBDMAGICIHAVEOPT\0\x03" {
+            sleep(Duration::from_millis(700));
+            if stream.write_all(&[*byte]).is_err() {
+                break;
+            }
+        }
+    });
+    let start = Instant::now();
+    let log = refusal(&format!("nbd+unix:///?socket={}", path.display()), &[]);
+    assert!(log.contains("connection failed"), "{log}");
+    assert!(start.elapsed() < Duration::from_secs(8), "{log}");
+}
+
+#[test]
+fn a_server_that_hangs_up_again_and_again_is_not_called_all_the_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let calls = Arc::new(AtomicU32::new(0));
+    let counter = Arc::clone(&calls);
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            counter.fetch_add(1, Ordering::Relaxed);
+            let _ = greet(&mut stream.unwrap(), false);
+        }
+    });
+    let daemon = serve(&format!("nbd+unix:///?socket={}", path.display()), &[]);
+    sleep(Duration::from_secs(1));
+    let calls = calls.load(Ordering::Relaxed);
+    assert!((2..12).contains(&calls), "{calls}");
+    daemon.stop();
+}
+
+/// The request fails, and does not hold up the front-end's end until the server's patience is over.
+#[test]
+fn memory_that_is_taken_away_fails_its_request_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    hostile(
+        UnixListener::bind(&path).unwrap(),
+        false,
+        |_, cookie, _, _| simple(0, cookie),
+    );
+    let daemon = serve(&format!("nbd+unix:///?socket={}", path.display()), &[]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let (head, status) = (front.guest.alloc(16, 16), front.guest.alloc(1, 16));
+    front.guest.file.set_len(REGION).unwrap();
+    let memory = &front.guest.memory;
+    memory.write_slice(&[0; 16], head).unwrap();
+    memory.write_obj(OUT, head).unwrap();
+    memory.write_obj(0xff_u8, status).unwrap();
+    let readable = [
+        Segment::new(head, 16),
+        Segment::new(GuestAddress(SECOND), 64 << 10),
+    ];
+    let start = Instant::now();
+    front.queues[0].submit(&front.guest, &readable, &[Segment::new(status, 1)], 1);
+    front.complete(0);
+    assert!(start.elapsed() < Duration::from_secs(5));
+    let found: u8 = front.guest.memory.read_obj(status).unwrap();
+    assert_eq!(found, IOERR);
+    drop(front);
+    daemon.stop();
 }
 
 #[test]

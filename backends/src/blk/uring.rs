@@ -201,6 +201,10 @@ impl Uring {
             slot.iovecs.clear();
         }
         self.slots.resize_with(usize::from(slots), Slot::default);
+        if self.polled.as_ref().is_some_and(|p| p.refused) {
+            // Its buffers go with it; those to come are for the ring that is used.
+            self.polled = None;
+        }
         if !std::mem::take(&mut self.registered).is_empty()
             && let Err(e) = self.transfers().submitter().unregister_buffers()
         {
@@ -777,6 +781,7 @@ impl Drop for Uring {
                 // There is no way to know when it ends: keep all that it may touch.
                 std::mem::forget(self.memory.take());
                 std::mem::forget(self.bounce.take());
+                std::mem::forget(self.zeroes.take());
                 std::mem::forget(std::mem::take(&mut self.slots));
                 return;
             }

@@ -748,11 +748,10 @@ impl Turn<'_> {
         if let Some(error) = first_error {
             return Err(error);
         }
-        let mut taken = Ok(false);
-        if serves && session.available()? > 0 {
-            session.disable_notifications()?;
-            taken = self.drain(&mut slots, &mut session, chain, features, call);
-        }
+        let taken = match serves {
+            true => self.drain(&mut slots, &mut session, chain, features, call),
+            false => Ok(false),
+        };
         // What was finished before the driver broke its ring is returned all the same.
         self.publish(&mut session, call)?;
         taken
@@ -802,6 +801,10 @@ impl Turn<'_> {
         features: u64,
         call: Option<&File>,
     ) -> Result<bool, RingError> {
+        if session.available()? == 0 {
+            return Ok(false);
+        }
+        session.disable_notifications()?;
         let mut answered = 0_u32;
         for _ in 0..slots.jobs.len() {
             match session.pop(buf) {

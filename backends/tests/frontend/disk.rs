@@ -14,7 +14,7 @@ pub const WRITE_ZEROES: u32 = 13;
 pub const OK: u8 = 0;
 
 /// Most bytes in one transfer.
-const ROOM: u64 = 256 << 10;
+pub const ROOM: u64 = 256 << 10;
 /// Requests in flight.
 const SLOTS: usize = 16;
 

@@ -572,8 +572,10 @@ impl Companion {
             }
         }
         if op.durable {
-            self.flush()?;
+            self.access.flush()?;
             self.access.sync()?;
+            // Not before the sync: who finds it unset writes durably in place.
+            self.tables_changed.store(false, Ordering::Release);
         }
         Ok(Outcome::Done)
     }

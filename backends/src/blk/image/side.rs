@@ -85,12 +85,14 @@ impl Side {
         else {
             return Place::Unknown;
         };
-        // A write in place is durable only if the way to the place is.
-        if part.durable && paths.tables_changed() {
-            return Place::Unknown;
-        }
         let place = paths.find(part.offset, part.len, part.action == Action::Write);
         held.under_way = matches!(place, Place::File { .. });
+        // A write in place is durable only if the way to the place is. Looked at last: the companion says that tables change
+        // before it tells of a new place.
+        if part.durable && paths.tables_changed() {
+            self.ended(part.slot);
+            return Place::Unknown;
+        }
         place
     }
 

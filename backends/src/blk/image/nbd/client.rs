@@ -331,8 +331,25 @@ impl Client {
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(any),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) => return Err(e.into()),
+                Err(e) => {
+                    drop(data);
+                    let flight = self.payload.as_ref().map(|payload| payload.flight);
+                    return Err(self.failed(e, flight));
+                }
             }
+        }
+    }
+
+    /// The connection failed while it moved the data of a request, if there is one. Memory that was taken away does not come
+    /// back: such a request is not tried again.
+    fn failed(&mut self, error: io::Error, flight: Option<u32>) -> Broken {
+        match flight {
+            Some(index) if error.raw_os_error() == Some(libc::EFAULT) => {
+                self.payload = None;
+                self.end(index, Outcome::Failed(libc::EFAULT));
+                Broken::Memory
+            }
+            _ => error.into(),
         }
     }
 
@@ -414,12 +431,12 @@ impl Client {
 
     /// Receives once, and takes in what came. Returns whether anything did.
     fn receive(&mut self) -> Result<bool, Broken> {
-        let mut direct = false;
+        let mut direct = None;
         let got = match self.expect {
             Expect::Data {
                 flight, at, left, ..
             } if left >= DIRECT && self.unread.is_empty() => {
-                direct = true;
+                direct = Some(flight);
                 let flight = at_index(&self.flights, flight)?;
                 let into = flight.op.slices(at, left).map_err(|_| Broken::Memory)?;
                 vectored::receive(&self.socket, &into)
@@ -443,9 +460,9 @@ impl Client {
             {
                 return Ok(false);
             }
-            Err(e) => return Err(e.into()),
+            Err(e) => return Err(self.failed(e, direct)),
         };
-        if direct {
+        if direct.is_some() {
             self.arrived(u64::try_from(count).unwrap_or(u64::MAX))?;
         } else {
             self.unread.end = self.unread.end.saturating_add(count);
@@ -564,6 +581,12 @@ impl Client {
     fn by_cookie(&mut self, cookie: u64) -> Result<(u32, &mut Flight), Broken> {
         let index = u32::try_from(cookie & u64::from(u32::MAX)).map_err(|_| NO_REQUEST)?;
         let generation = u32::try_from(cookie >> 32).map_err(|_| NO_REQUEST)?;
+        if self.payload.as_ref().is_some_and(|p| p.flight == index) {
+            // Its rest would be taken from whatever comes next in its place.
+            return Err(Broken::Protocol(
+                "a reply to a write that was not sent to its end",
+            ));
+        }
         let flight = self.flight(index)?;
         if flight.generation != Some(generation) {
             return Err(NO_REQUEST);
@@ -737,7 +760,8 @@ impl Client {
                 Ok((socket, export)) => {
                     info!("NBD: connected to {} again", self.target);
                     if self.in_flight() == 0 {
-                        (self.lost, self.pause) = (None, Duration::ZERO);
+                        // The pauses grow until a request succeeds: a server may do no more than connect.
+                        self.lost = None;
                     }
                     self.socket = socket;
                     self.export = export;

@@ -20,11 +20,11 @@ mod target;
 mod vectored;
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read, Write};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use thiserror::Error;
 use tracing::{error, info};
@@ -39,7 +39,7 @@ pub use target::UriError;
 
 pub(in crate::blk) use target::Target;
 
-/// How long connecting, and each step of the handshake, may take.
+/// How long connecting may take, then the handshake, and in it what is begun at the last moment.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(3);
 
 /// An export cannot be used.
@@ -241,6 +241,41 @@ impl Drop for Nbd {
 
 fn connect(target: &Target) -> Result<(File, Export), HandshakeError> {
     let socket = target.connect(HANDSHAKE_PATIENCE)?;
-    let export = proto::handshake(&socket, &target.export)?;
+    let patient = Patient {
+        socket: &socket,
+        begun: Instant::now(),
+    };
+    let export = proto::handshake(patient, &target.export)?;
     Ok((socket, export))
+}
+
+/// A socket whose peer has some time for all that it says, and not for each byte.
+struct Patient<'s> {
+    socket: &'s File,
+    begun: Instant,
+}
+
+impl Patient<'_> {
+    fn socket(&self) -> io::Result<&File> {
+        if self.begun.elapsed() > HANDSHAKE_PATIENCE {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        Ok(self.socket)
+    }
+}
+
+impl Read for Patient<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.socket()?.read(buffer)
+    }
+}
+
+impl Write for Patient<'_> {
+    fn write(&mut self, buffer: &[u8]) -> io::Result<usize> {
+        self.socket()?.write(buffer)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.socket()?.flush()
+    }
 }

@@ -4,12 +4,14 @@ use std::fmt;
 use std::fs::File;
 use std::io;
 use std::net::{TcpStream, ToSocketAddrs};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use nix::sys::socket::{setsockopt, sockopt};
+use nix::sys::socket::{
+    self, AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, socket, sockopt,
+};
 use percent_encoding::percent_decode_str;
 use thiserror::Error;
 use tracing::debug;
@@ -131,9 +133,13 @@ impl Target {
     pub(super) fn connect(&self, patience: Duration) -> io::Result<File> {
         let fd = match &self.server {
             Server::Unix(path) => {
-                let stream = UnixStream::connect(path)?;
+                let (family, kind) = (AddressFamily::Unix, SockType::Stream);
+                let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+                let stream = UnixStream::from(fd);
                 stream.set_read_timeout(Some(patience))?;
+                // Also for connecting: a server that accepts nobody has a queue that fills up (unix(7)).
                 stream.set_write_timeout(Some(patience))?;
+                socket::connect(stream.as_raw_fd(), &UnixAddr::new(path)?)?;
                 OwnedFd::from(stream)
             }
             Server::Tcp { host, port } => {
@@ -188,6 +194,29 @@ impl fmt::Display for Target {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::socket::{Backlog, bind, listen};
+    use std::time::Instant;
+
+    #[test]
+    fn a_server_that_accepts_nobody_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let (family, kind) = (AddressFamily::Unix, SockType::Stream);
+        let listener = socket(family, kind, SockFlag::SOCK_CLOEXEC, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&listener, Backlog::new(1).unwrap()).unwrap();
+        let target = Target {
+            server: Server::Unix(path),
+            export: String::new(),
+        };
+        let start = Instant::now();
+        let waiting: Vec<_> = (0..4)
+            .map(|_| target.connect(Duration::from_millis(50)))
+            .collect();
+        assert!(waiting.first().is_some_and(Result::is_ok));
+        assert!(waiting.last().is_some_and(Result::is_err));
+        assert!(start.elapsed() < Duration::from_secs(5));
+    }
 
     fn parse(text: &str) -> Option<Result<Target, UriError>> {
         Target::parse(Path::new(text))
