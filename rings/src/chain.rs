@@ -2,6 +2,7 @@
 
 use crate::error::ChainError;
 use crate::segment::Segment;
+use crate::table::table_limit;
 
 /// Room for the segments of one chain, reused from chain to chain.
 #[derive(Debug)]
@@ -18,11 +19,10 @@ pub struct ChainBuf {
 pub(crate) const MAX_BYTES: u64 = 1 << 32;
 
 impl ChainBuf {
-    /// Allocates room for chains of a queue of `queue_size` descriptors, the longest chain it allows
-    /// (VIRTIO 1.3, 2.7.5.3.1).
+    /// Allocates room for the longest chain of a queue of `queue_size` descriptors (VIRTIO 1.3, 2.7.5.3.1).
     #[must_use]
     pub fn new(queue_size: u16) -> Self {
-        let limit = usize::from(queue_size);
+        let limit = usize::from(table_limit(queue_size));
         Self {
             segments: Vec::with_capacity(limit),
             readable: 0,

@@ -89,7 +89,7 @@
 //! | INDIRECT without VIRTIO_F_INDIRECT_DESC | 2.7.5.3.1 | malformed: [`ChainError::IndirectNotNegotiated`] |
 //! | INDIRECT inside an indirect table | 2.7.5.3.1 | malformed: [`ChainError::IndirectNested`] |
 //! | INDIRECT together with NEXT | 2.7.5.3.1 | malformed: [`ChainError::IndirectNext`] |
-//! | Indirect table of length 0, no multiple of 16, or longer than the queue | 2.7.5.3, 2.7.5.3.1 | malformed: [`ChainError::IndirectLength`] |
+//! | Indirect table of length 0, no multiple of 16, or longer than the queue and 128 descriptors | 2.7.5.3, 2.7.5.3.1 | malformed: [`ChainError::IndirectLength`] |
 //! | Indirect table outside guest memory | 2.7.5.3 | malformed: [`ChainError::IndirectRead`] |
 //! | Indirect table at an odd address, or across regions that adjoin | 2.7.5.3 | served |
 //! | INDIRECT together with WRITE | 2.7.5.3.2 | served: WRITE is ignored |

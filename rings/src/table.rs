@@ -12,6 +12,21 @@ use crate::segment::Segment;
 /// Size of one descriptor in bytes, in both formats (VIRTIO 1.3, 2.7.5 and 2.8.13).
 pub(crate) const DESC_SIZE: usize = 16;
 
+/// Descriptors that an indirect table may have even if the queue has less. No chain may be longer than its queue (VIRTIO 1.3,
+/// 2.7.5.3.1 and 2.8.19), but Linux goes by what the device says of itself, such as `seg_max`, and not by the queue; and a driver
+/// may take a request that is returned unserved as done.
+const SHORT_QUEUE_TABLE: u16 = 128;
+
+/// The most descriptors that an indirect table of a queue of `size` descriptors may have.
+#[inline]
+pub(crate) const fn table_limit(size: u16) -> u16 {
+    if size > SHORT_QUEUE_TABLE {
+        size
+    } else {
+        SHORT_QUEUE_TABLE
+    }
+}
+
 /// Offset of descriptor `index` in its table or ring.
 #[inline]
 pub(crate) const fn desc_offset(index: u16) -> usize {

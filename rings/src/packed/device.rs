@@ -12,7 +12,7 @@ use crate::area::{AreaRef, resolve};
 use crate::chain::{Chain, ChainBuf};
 use crate::device::{DESC_ALIGN, MAX_SIZE, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
-use crate::table::{LastRegion, Table, desc_offset};
+use crate::table::{LastRegion, Table, desc_offset, table_limit};
 
 /// How many buffer ids there are: 16 bits, whatever the size of the queue (VIRTIO 1.3, 2.8.13).
 pub(crate) const IDS: usize = 1 << 16;
@@ -452,7 +452,6 @@ impl<M: GuestMemory> Session<'_, M> {
         follows: bool,
         buf: &mut ChainBuf,
     ) -> Result<(), ChainError> {
-        let size = self.ring.size;
         if !self.ring.indirect {
             return Err(ChainError::IndirectNotNegotiated);
         }
@@ -463,14 +462,15 @@ impl<M: GuestMemory> Session<'_, M> {
         if follows {
             return Err(ChainError::IndirectMixed);
         }
-        let (table, entries) = Table::find(self.mem, addr, rest.len, size)?;
+        let limit = table_limit(self.ring.size);
+        let (table, entries) = Table::find(self.mem, addr, rest.len, limit)?;
         for index in 0..entries {
             let (addr, word) = table.words(self.mem, index)?;
             // WRITE is the only flag here, the rest is to be ignored.
             let entry = Rest::from_word(word);
             let writable = entry.is_writable();
             let segment = self.region.segment(self.mem, addr, entry.len, writable)?;
-            buf.push(segment, writable, size)?;
+            buf.push(segment, writable, limit)?;
         }
         Ok(())
     }

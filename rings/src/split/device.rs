@@ -15,7 +15,7 @@ use crate::area::{AreaRef, resolve};
 use crate::chain::{Chain, ChainBuf};
 use crate::device::{DESC_ALIGN, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
-use crate::table::{LastRegion, Table, desc_offset};
+use crate::table::{LastRegion, Table, desc_offset, table_limit};
 
 /// The device's state of one split virtqueue.
 #[derive(Debug)]
@@ -351,13 +351,13 @@ impl<'a, M: GuestMemory> Session<'a, M> {
         Ok(self.available()? != 0)
     }
 
-    /// Walks the chain from `head` and gathers its segments. At most `size` segments and one
-    /// indirect descriptor are looked at, so that a loop ends.
+    /// Walks the chain from `head` and gathers its segments. At most `size` segments, or as many as a table may have, and
+    /// one indirect descriptor are looked at, so that a loop ends.
     fn gather(&mut self, head: u16, buf: &mut ChainBuf) -> Result<(), PopError> {
         let bad = |error| PopError::Chain { head, error };
         let size = self.ring.size;
         let mut table: Option<Table<'a, M>> = None;
-        let mut entries = size;
+        let (mut entries, mut longest) = (size, size);
         let mut index = head;
         loop {
             let (addr, rest) = match &table {
@@ -377,14 +377,15 @@ impl<'a, M: GuestMemory> Session<'a, M> {
                 }
                 // Its WRITE flag is ignored (VIRTIO 1.3, 2.7.5.3.2).
                 let (found, count) =
-                    Table::find(self.mem, desc.addr, desc.len, size).map_err(bad)?;
+                    Table::find(self.mem, desc.addr, desc.len, table_limit(size)).map_err(bad)?;
+                longest = table_limit(size);
                 (table, entries) = (Some(found), count);
                 index = 0;
                 continue;
             }
             let writable = desc.is_writable();
             let segment = self.region.segment(self.mem, desc.addr, desc.len, writable);
-            buf.push(segment.map_err(bad)?, writable, size)
+            buf.push(segment.map_err(bad)?, writable, longest)
                 .map_err(bad)?;
             if !desc.has_next() {
                 return Ok(());
