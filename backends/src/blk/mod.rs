@@ -399,7 +399,7 @@ impl Device for Blk {
             if self.shared.limits.read_only {
                 return Err(ResizeError::ReadOnly { path }.into());
             }
-            resize::set_len(file, &path, size)?;
+            resize::set_len(file, &path, size, shrink)?;
         }
         Ok(self.set_capacity(size))
     }
