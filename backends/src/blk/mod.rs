@@ -20,6 +20,7 @@ mod disk;
 mod driven;
 mod image;
 mod limits;
+mod mailbox;
 mod offload;
 mod poll;
 mod request;
