@@ -206,15 +206,16 @@ fn what_was_done_is_counted() {
     assert_eq!(request(&mut front, 77, 0), 2);
     let stats = ask(&daemon, "stats", Value::Null);
     let queue = &stats["queues"][0];
-    assert_eq!(
-        queue["requests"],
-        json!({"read": 5, "write": 3, "flush": 1, "discard": 0, "write-zeroes": 0, "secure-erase": 0, "zone": 0, "other": 2})
-    );
+    for (kind, count) in [("read", 5), ("write", 3), ("flush", 1), ("other", 2)] {
+        assert_eq!(queue["requests"][kind], count, "{kind}");
+    }
+    let requests = queue["requests"].as_object().unwrap();
+    let all = requests.values().filter_map(Value::as_u64);
+    assert_eq!(all.sum::<u64>(), 11);
     assert_eq!(queue["bytes"]["read"], 5 * 4096);
-    assert_eq!(
-        queue["errors"],
-        json!({"io": 1, "unsupported": 1, "zone": 0, "malformed": 0})
-    );
+    for (error, count) in [("io", 1), ("unsupported", 1), ("malformed", 0)] {
+        assert_eq!(queue["errors"][error], count, "{error}");
+    }
     assert_eq!(queue["latency"]["read"]["count"], 5);
     assert!(queue["kicks"].as_u64().unwrap() > 0);
     assert!(queue["notifications"].as_u64().unwrap() > 0);

@@ -1,11 +1,13 @@
 //! What the benchmarks count and check that depends on no machine's speed. No guest: the load generator is the front-end.
 
 use std::fs::File;
+use std::path::Path;
 use std::time::Duration;
 
 use super::Test;
 use crate::bench::instructions;
 use crate::command;
+use crate::ensure;
 use crate::error::{Doing, Result};
 use crate::harness::Blk;
 use crate::site::Site;
@@ -20,6 +22,11 @@ pub(super) const TESTS: &[Test] = &[
         name: "bench::load_finds_what_it_wrote",
         seconds: 60,
         run: load_finds_what_it_wrote,
+    },
+    Test {
+        name: "bench::queues_of_the_storage_are_polled",
+        seconds: 60,
+        run: queues_of_the_storage_are_polled,
     },
 ];
 
@@ -57,6 +64,39 @@ fn load_finds_what_it_wrote(site: &Site) -> Result<()> {
     print!(
         "{}",
         command::run(&mut load, site.limit(Duration::from_secs(20)))?
+    );
+    blk.stop(site)
+}
+
+/// Transfers through poll queues of the storage, and through its interrupts where it has none.
+fn queues_of_the_storage_are_polled(site: &Site) -> Result<()> {
+    for poll_queues in [1, 0] {
+        command::run_line(&format!(
+            "modprobe null_blk nr_devices=1 gb=1 bs=4096 memory_backed=1 poll_queues={poll_queues}"
+        ))?;
+        let result = polled_load(site, poll_queues > 0);
+        let removed = command::run_line("modprobe -r null_blk");
+        result?;
+        removed?;
+    }
+    Ok(())
+}
+
+fn polled_load(site: &Site, has_queues: bool) -> Result<()> {
+    let mut blk = Blk::on(Path::new("/dev/nullb0"))
+        .arg("--direct")
+        .arg("--io-poll")
+        .arg("--register-memory")
+        .start(site)?;
+    let mut load = site.program("ringside-load");
+    load.args(["--socket-path", blk.socket()]);
+    load.args(["--shape", "randrw", "--verify", "--count", "4000"]);
+    command::run(&mut load, site.limit(Duration::from_secs(20)))?;
+    let refused = blk.daemon().log().contains("cannot be polled");
+    ensure!(
+        refused != has_queues,
+        "poll queues: {has_queues}, and yet ringside-blk found it so: {}",
+        !refused
     );
     blk.stop(site)
 }

@@ -41,6 +41,8 @@ const MIB: u64 = 1 << 20;
 /// open.
 const MODULE: &str = "modprobe null_blk nr_devices=1 gb=1 bs=4096 memory_backed=1 zoned=1 zone_size=4 zone_capacity=3 \
                       zone_nr_conv=2 zone_max_open=4 zone_max_active=6";
+/// How many of the zones are used, from the first on.
+const USED: usize = 20;
 const DEVICE: &str = "/dev/nullb0";
 
 /// Runs a test on a zoned device of the host.
@@ -77,6 +79,8 @@ fn guest_zones(site: &Site, vmm: Vmm, device: &Path) -> Result<()> {
     );
     let append = guest.run_ok("cat /sys/block/vdb/queue/zone_append_max_bytes")?;
     ensure!(append.trim() != "0", "the guest cannot append");
+    let all = guest.run_ok("blkzone report /dev/vdb | wc -l")?;
+    ensure!(all.trim() == "256", "a report has {all} zones");
     // A conventional zone anywhere; others only from their start on.
     guest.run_ok(&write(MIB, 64 * KIB))?;
     guest.run_ok(&write(8 * MIB, 256 * KIB))?;
@@ -132,25 +136,32 @@ fn write(at: u64, len: u64) -> String {
     )
 }
 
-/// The guest's report says what the host's does.
+/// The guest's report says what the host's does, of the zones that the test uses: a report of all is much for a serial port.
 fn same_zones(guest: &mut Guest, device: &Path) -> Result<()> {
-    let host = command::run_line(&format!("blkzone report {}", device.display()))?;
-    let seen = guest.run_ok("blkzone report /dev/vdb")?;
-    let lines = |text: &str| {
-        text.lines()
-            .map(str::trim)
-            .map(str::to_owned)
-            .collect::<Vec<_>>()
-    };
+    let report = format!("blkzone report -c {USED}");
+    let host = command::run_line(&format!("{report} {}", device.display()))?;
+    let seen = guest.run_ok(&format!("{report} /dev/vdb"))?;
+    let lines = |text: &str| text.lines().map(comparable).collect::<Vec<_>>();
     let (host, seen) = (lines(&host), lines(&seen));
     let different = host.iter().zip(&seen).find(|(host, seen)| host != seen);
     ensure!(
-        different.is_none() && host.len() == seen.len() && host.len() == 256,
+        different.is_none() && [host.len(), seen.len()] == [USED; 2],
         "the host reports {} zones, the guest {}: {different:?}",
         host.len(),
         seen.len()
     );
     Ok(())
+}
+
+/// A line of a report, without the write pointer of a zone that is full, which means nothing.
+fn comparable(line: &str) -> String {
+    match (line.trim().split_once("wptr "), line.contains("zcond:14")) {
+        (Some((before, after)), true) => {
+            let rest = after.split_once(' ').map_or("", |(_, rest)| rest);
+            format!("{before}{rest}")
+        }
+        _ => line.trim().to_owned(),
+    }
 }
 
 /// A driver that does not know zones reads everywhere, and writes where a zone lets it.
