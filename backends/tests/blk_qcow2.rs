@@ -10,6 +10,7 @@ mod frontend;
 
 use std::fs;
 use std::io::{Seek, SeekFrom, Write};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread::sleep;
@@ -346,20 +347,12 @@ fn what_cannot_be_served_is_refused_with_a_reason() {
     images.raw("r", &pattern(MIB, 0));
     assert!(images.refusal("r", &[]).contains("not a qcow2 image"));
     let create = ["create", "-q", "-f", "qcow2"];
-    images.qemu_img(
-        &[
-            &create[..],
-            &[
-                "e",
-                "-o",
-                "encrypt.format=luks,encrypt.key-secret=s",
-                "--object",
-                "secret,id=s,data=abc",
-                "1M",
-            ],
-        ]
-        .concat(),
-    );
+    // Only its header says so (crypt_method at 32 is LUKS): to derive a real key takes seconds.
+    images.qemu_img(&[&create[..], &["e", "1M"]].concat());
+    let file = fs::File::options().write(true).open(images.path("e"));
+    file.unwrap()
+        .write_all_at(&2_u32.to_be_bytes(), 32)
+        .unwrap();
     assert!(images.refusal("e", &[]).contains("encrypted"));
     images.qemu_img(&[&create[..], &["f", "-o", "data_file=data", "1M"]].concat());
     assert!(images.refusal("f", &[]).contains("data_file"));

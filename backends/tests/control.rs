@@ -351,7 +351,7 @@ fn a_drained_disk_serves_nobody_until_it_is_resumed() {
         submit(&mut front, OUT, sector);
     }
     assert_eq!(ask(&daemon, "drain", json!({"timeout": 10})), drained);
-    assert_eq!(ask(&daemon, "status", Value::Null)["drained"], true);
+    assert_eq!(ask(&daemon, "status", Value::Null)["paused"], true);
     let stats = ask(&daemon, "stats", Value::Null);
     assert_eq!(stats["queues"][0]["in-flight"], 0);
     let served = stats["queues"][0]["requests"]["write"].as_u64().unwrap();
@@ -360,8 +360,14 @@ fn a_drained_disk_serves_nobody_until_it_is_resumed() {
     }
     submit(&mut front, OUT, 1);
     nothing_completes(&mut front);
-    // Again does no harm.
+    // Again does no harm, not even if there is no time for it.
     assert_eq!(ask(&daemon, "drain", Value::Null), drained);
+    let path = control(&daemon);
+    for _ in 0..20 {
+        let _ = client::call(&path, "drain", &json!({"timeout": 0})).unwrap();
+    }
+    assert_eq!(ask(&daemon, "status", Value::Null)["paused"], true);
+    nothing_completes(&mut front);
     ask(&daemon, "resume", Value::Null);
     for _ in served..17 {
         front.complete(0);
@@ -398,18 +404,18 @@ fn a_drain_that_takes_too_long_is_given_up_and_holds_up_nobody() {
     submit(&mut front, FLUSH, 0);
     let path = control(&daemon);
     let drain = std::thread::spawn(move || client::call(&path, "drain", &json!({"timeout": 1})));
-    eventually(|| ask(&daemon, "status", Value::Null)["drained"] == true);
+    eventually(|| ask(&daemon, "status", Value::Null)["paused"] == true);
     // Nobody else waits meanwhile.
     assert_eq!(front.messages.get_queue_num().unwrap(), 1);
     let error = drain.join().unwrap().unwrap().unwrap_err();
     assert_eq!(error.code, ErrorCode::Busy);
     assert!(error.message.contains("still in flight"), "{error:?}");
-    assert_eq!(ask(&daemon, "status", Value::Null)["drained"], false);
+    assert_eq!(ask(&daemon, "status", Value::Null)["paused"], false);
 
     // One that is overtaken by the front-end's end.
     let path = control(&daemon);
     let drain = std::thread::spawn(move || client::call(&path, "drain", &json!({"timeout": 8})));
-    eventually(|| ask(&daemon, "status", Value::Null)["drained"] == true);
+    eventually(|| ask(&daemon, "status", Value::Null)["paused"] == true);
     front.raw.0.shutdown(Shutdown::Both).unwrap();
     assert_eq!(drain.join().unwrap().unwrap(), Ok(json!({"drained": true})));
     ask(&daemon, "resume", Value::Null);

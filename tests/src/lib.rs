@@ -1,5 +1,5 @@
 //! The lab, the end-to-end tests and the benchmarks. May depend on every Ringside crate; so far it uses the driver side of
-//! the rings, and meets the others as programs only.
+//! the rings and the sizes of the control plane, and meets the others as programs only.
 //!
 //! ```text
 //! cargo lab ──── app ──── setup     Debian systems in the user's cache

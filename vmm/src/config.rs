@@ -755,7 +755,7 @@ impl VfioOptions {
 
 /// Reads `key=value,key=value`; a first item without `=` is the value of the type's main key.
 fn parse<T: DeserializeOwned + MainKey>(text: &str) -> Result<T, String> {
-    let pairs = keys_and_values(text, T::MAIN_KEY)?;
+    let pairs = keys_and_values(text, Some(T::MAIN_KEY))?;
     let map: MapDeserializer<'_, _, serde::de::value::Error> =
         MapDeserializer::new(pairs.into_iter());
     T::deserialize(map).map_err(|e| e.to_string())
@@ -1095,7 +1095,7 @@ mod tests {
             (&["--blk="], "not KEY=VALUE"),
             (&["--blk=socket=/a,num-queues=-1"], "`-1` is not a number"),
             (&["--blk=socket=/a,num-queues=70000"], "70000 is too large"),
-            (&["--blk=socket=/a,socket=/b"], "duplicate field `socket`"),
+            (&["--blk=socket=/a,socket=/b"], "`socket` is there twice"),
             (&["--net=socket=/a,mac=52:54"], "not an Ethernet address"),
             (&["--net=socket=/a,mac=ff:ff:ff:ff:ff:ff"], "multicast"),
             (&["--vhost-user=socket=/a"], "missing field `type`"),

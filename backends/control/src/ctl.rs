@@ -124,22 +124,16 @@ enum Request {
 type Arguments = Map<String, Value>;
 
 fn device(text: &str) -> Result<Arguments, String> {
-    arguments(text, "host")
+    arguments(text, Some("host"))
 }
 
 fn limits(text: &str) -> Result<Arguments, String> {
-    arguments(text, "iops")
+    arguments(text, None)
 }
 
-fn arguments(text: &str, main_key: &str) -> Result<Arguments, String> {
-    let mut arguments = Arguments::new();
-    for (key, value) in keys_and_values(text, main_key)? {
-        if arguments.contains_key(&key) {
-            return Err(format!("`{key}` is there twice"));
-        }
-        arguments.insert(key, value.into());
-    }
-    Ok(arguments)
+fn arguments(text: &str, main_key: Option<&str>) -> Result<Arguments, String> {
+    let pairs = keys_and_values(text, main_key)?.into_iter();
+    Ok(pairs.map(|(key, value)| (key, value.into())).collect())
 }
 
 impl Request {

@@ -28,10 +28,11 @@ pub(crate) fn request_line(line: &[u8]) -> Option<Wish> {
     })
 }
 
-/// A whole response. `status` is a code and its phrase.
+/// A whole response. `status` is a code and its phrase. Each says what may be asked for, as 405 has to (RFC 9110, 15.5.6).
 pub(crate) fn response(status: &str, body: &str) -> String {
     format!(
-        "HTTP/1.1 {status}\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}",
+        "HTTP/1.1 {status}\r\nAllow: GET\r\nContent-Type: text/plain; version=0.0.4; charset=utf-8\r\n\
+         Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
     )
 }

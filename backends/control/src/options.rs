@@ -1,17 +1,25 @@
 //! Options of several values: `key=value,key=value`.
 
-/// Splits `key=value,key=value`, as options have it, into keys and values; a first item without `=` is the value of `main_key`.
+/// Splits `key=value,key=value`, as options have it, into keys and values; a first item without `=` is the value of the
+/// `main_key`, if there is one.
 ///
 /// # Errors
-/// Fails if an item is neither; the message says which.
-pub fn keys_and_values(text: &str, main_key: &str) -> Result<Vec<(String, String)>, String> {
-    let mut pairs = Vec::new();
-    for (i, item) in split_items(text).into_iter().enumerate() {
-        match item.split_once('=') {
-            Some((key, value)) => pairs.push((key.to_owned(), value.to_owned())),
-            None if i == 0 && !item.is_empty() => pairs.push((main_key.to_owned(), item)),
-            None => return Err(format!("`{item}` is not KEY=VALUE")),
+/// Fails if an item is neither, or a key is there twice; the message says which.
+pub fn keys_and_values(
+    text: &str,
+    main_key: Option<&str>,
+) -> Result<Vec<(String, String)>, String> {
+    let mut pairs: Vec<(String, String)> = Vec::new();
+    for item in split_items(text) {
+        let (key, value) = match (item.split_once('='), main_key) {
+            (Some(pair), _) => pair,
+            (None, Some(key)) if pairs.is_empty() && !item.is_empty() => (key, item.as_str()),
+            (None, _) => return Err(format!("`{item}` is not KEY=VALUE")),
+        };
+        if pairs.iter().any(|(before, _)| before == key) {
+            return Err(format!("`{key}` is there twice"));
         }
+        pairs.push((key.to_owned(), value.to_owned()));
     }
     Ok(pairs)
 }
@@ -44,15 +52,16 @@ mod tests {
     fn items_have_keys_and_doubled_commas_stand_for_themselves() {
         let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
         assert_eq!(
-            keys_and_values("01:10.0,id=a,,b", "host"),
+            keys_and_values("01:10.0,id=a,,b", Some("host")),
             Ok(vec![pair("host", "01:10.0"), pair("id", "a,b")])
         );
         assert_eq!(
-            keys_and_values("host=x=y", "host"),
+            keys_and_values("host=x=y", Some("host")),
             Ok(vec![pair("host", "x=y")])
         );
-        for wrong in ["", "a,b", "a=1,"] {
-            assert!(keys_and_values(wrong, "key").is_err(), "{wrong}");
+        for wrong in ["", "a,b", "a=1,", "a=1,a=2", "a,key=b"] {
+            assert!(keys_and_values(wrong, Some("key")).is_err(), "{wrong}");
         }
+        assert!(keys_and_values("a", None).is_err());
     }
 }

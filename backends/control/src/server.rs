@@ -410,7 +410,9 @@ mod tests {
         assert!(text.contains("Content-Length: 5\r\n"), "{text}");
         assert!(text.ends_with("\r\n\r\nup 1\n"), "{text}");
         assert!(get("GET / HTTP/1.0\r\n\r\n").starts_with("HTTP/1.1 404 "));
-        assert!(get("POST /metrics HTTP/1.1\r\n\r\n").starts_with("HTTP/1.1 405 "));
+        let refused = get("POST /metrics HTTP/1.1\r\n\r\n");
+        assert!(refused.starts_with("HTTP/1.1 405 "), "{refused}");
+        assert!(refused.contains("\r\nAllow: GET\r\n"), "{refused}");
         // A head without an end is only read so far.
         let endless = format!("GET /metrics HTTP/1.1\r\n{}", "X: y\r\n".repeat(20_000));
         let mut stream = f.connect();

@@ -49,7 +49,13 @@ pub struct BlkArgs {
     pub format: Format,
 
     /// Open the backing files that a qcow2 image names, for reading; off refuses an image that has one
-    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
     pub backing: OnOff,
 
     /// How long requests wait for an NBD server that is gone, or does not answer, before they fail; 0: not at all
@@ -146,21 +152,45 @@ pub struct BlkArgs {
     pub limit: Option<RateLimits>,
 
     /// Offer discard and write-zeroes, which punch holes into an image, as far as the disk can do them
-    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
     pub discard: OnOff,
 
     /// Offer secure erase, if the disk is a block device that has it; an image file never has
-    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
     pub secure_erase: OnOff,
 
     /// Offer packed virtqueues; the guest decides
-    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
     pub packed: OnOff,
 
     /// Offer to complete requests in the order in which they came
     ///
     /// A request that is done then waits for slower ones before it.
-    #[arg(long, value_enum, default_value = "off", value_name = "on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "off",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
     pub in_order: OnOff,
 }
 

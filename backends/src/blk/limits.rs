@@ -72,15 +72,12 @@ impl RateLimits {
     /// # Errors
     /// [`LimitError`]
     pub fn parse(text: &str) -> Result<Self, LimitError> {
-        let mut changes = BTreeMap::new();
-        // A main key of no name is not known.
-        for (key, value) in keys_and_values(text, "").map_err(LimitError::Text)? {
-            let size = value.parse().map_err(LimitError::Text)?;
-            if changes.insert(key.clone(), size).is_some() {
-                return Err(LimitError::Text(format!("`{key}` is there twice")));
-            }
-        }
-        Self::default().with(&changes)
+        let read = || -> Result<BTreeMap<String, Size>, String> {
+            let pairs = keys_and_values(text, None)?.into_iter();
+            let sizes = pairs.map(|(key, value)| value.parse().map(|size| (key, size)));
+            sizes.collect()
+        };
+        Self::default().with(&read().map_err(LimitError::Text)?)
     }
 
     /// These, and what is changed: a rate sets its burst, too, unless that is given as well; a rate of 0 takes the limit away.

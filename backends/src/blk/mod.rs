@@ -20,6 +20,7 @@ mod disk;
 mod driven;
 mod image;
 mod limits;
+mod mailbox;
 mod offload;
 mod poll;
 mod request;
@@ -399,7 +400,7 @@ impl Device for Blk {
             if self.shared.limits.read_only {
                 return Err(ResizeError::ReadOnly { path }.into());
             }
-            resize::set_len(file, &path, size)?;
+            resize::set_len(file, &path, size, shrink)?;
         }
         Ok(self.set_capacity(size))
     }

@@ -10,16 +10,14 @@
 
 use std::fmt::{self, Debug};
 use std::io;
-use std::mem;
-use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use tracing::error;
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::device::BlockDevice;
+use super::mailbox::Mailbox;
 
 /// How something that a worker waited for ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,58 +41,11 @@ impl From<io::Result<()>> for Outcome {
     }
 }
 
-/// The outcomes for one worker.
-#[derive(Debug)]
-pub(super) struct Mailbox {
-    ended: Mutex<Vec<(u16, Outcome)>>,
-    event: EventFd,
-}
-
-impl Mailbox {
-    /// An empty one.
-    ///
-    /// # Errors
-    /// What the system said.
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Self {
-            ended: Mutex::default(),
-            event: EventFd::new(EFD_CLOEXEC | EFD_NONBLOCK)?,
-        })
-    }
-
-    /// Tells the worker how what a slot waits for ended.
-    pub(super) fn put(&self, slot: u16, outcome: Outcome) {
-        let first = {
-            let mut ended = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-            ended.push((slot, outcome));
-            ended.len() == 1
-        };
-        // Who finds others there was announced with them.
-        if first && let Err(e) = self.event.write(1) {
-            error!("cannot wake the worker: {e}");
-        }
-    }
-
-    /// Takes all outcomes; `ended` is emptied first. The eventfd is never read: who waits for it is told of each write.
-    pub(super) fn take(&self, ended: &mut Vec<(u16, Outcome)>) {
-        ended.clear();
-        let mut list = self.ended.lock().unwrap_or_else(PoisonError::into_inner);
-        mem::swap(ended, &mut list);
-    }
-}
-
-impl AsRawFd for Mailbox {
-    /// Readable when outcomes wait.
-    fn as_raw_fd(&self) -> RawFd {
-        self.event.as_raw_fd()
-    }
-}
-
 /// Something to be done for the request in a slot.
 struct Task {
     slot: u16,
     /// Where the outcome goes.
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Outcome>>,
     work: Box<dyn FnOnce() -> Outcome + Send>,
 }
 
@@ -111,7 +62,7 @@ impl Debug for Task {
 pub(super) struct DeviceLink {
     device: Arc<dyn BlockDevice>,
     offload: Arc<Offload>,
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Outcome>>,
 }
 
 impl DeviceLink {
@@ -145,7 +96,7 @@ impl DeviceLink {
     }
 
     /// Where outcomes come.
-    pub(super) fn mailbox(&self) -> &Arc<Mailbox> {
+    pub(super) fn mailbox(&self) -> &Arc<Mailbox<Outcome>> {
         &self.mailbox
     }
 }
@@ -225,8 +176,6 @@ mod tests {
         }
         let mailbox = Arc::clone(link.mailbox());
         drop(link);
-        // As often as its poll would report it: once for what came together.
-        assert!(mailbox.event.read().unwrap() >= 1);
         let mut ended = vec![(7, Outcome::Done)];
         mailbox.take(&mut ended);
         let failed = Outcome::Failed(libc::EOPNOTSUPP);

@@ -88,18 +88,28 @@ pub(super) fn check(now: u64, size: u64, block: u32, shrink: bool) -> Result<(),
     Ok(())
 }
 
-/// Gives the file its new length: more of it is a hole.
-pub(super) fn set_len(file: &File, path: &Path, size: u64) -> Result<(), ResizeError> {
+/// Gives the file its new length: more of it is a hole. It may be longer than the driver was told, and what lies there is not
+/// to be lost either.
+pub(super) fn set_len(
+    file: &File,
+    path: &Path,
+    size: u64,
+    shrink: bool,
+) -> Result<(), ResizeError> {
     let failed = |source| ResizeError::File {
         path: path.to_owned(),
         size: Size(size),
         source,
     };
-    let kind = file.metadata().map_err(failed)?.file_type();
-    if kind.is_block_device() {
+    let meta = file.metadata().map_err(failed)?;
+    if meta.file_type().is_block_device() {
         return Err(ResizeError::BlockDevice {
             path: path.to_owned(),
         });
+    }
+    if size < meta.len() && !shrink {
+        let (now, size) = (Size(meta.len()), Size(size));
+        return Err(ResizeError::Smaller { now, size });
     }
     file.set_len(size).map_err(failed)
 }
@@ -125,5 +135,19 @@ mod tests {
                 "{wrong}"
             );
         }
+    }
+    #[test]
+    fn a_file_that_is_longer_than_the_driver_knows_is_not_cut() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(8 << 20).unwrap();
+        let set_len = |size, shrink| super::set_len(file.as_file(), file.path(), size, shrink);
+        assert!(matches!(
+            set_len(4 << 20, false),
+            Err(ResizeError::Smaller { .. })
+        ));
+        assert_eq!(file.as_file().metadata().unwrap().len(), 8 << 20);
+        assert!(set_len(4 << 20, true).is_ok());
+        assert!(set_len(16 << 20, false).is_ok());
+        assert_eq!(file.as_file().metadata().unwrap().len(), 16 << 20);
     }
 }

@@ -20,7 +20,8 @@ use ringside_rings::{Segment, write_segments};
 
 use super::config::ZoneGeometry;
 use super::device::{BlockDevice, ZoneAction, ZoneInfo};
-use super::offload::{Mailbox, Outcome};
+use super::mailbox::Mailbox;
+use super::offload::Outcome;
 use super::request::{SECTOR, Status};
 use crate::shell::Memory;
 
@@ -65,7 +66,7 @@ impl Position {
 struct State {
     position: Position,
     held: bool,
-    waiting: VecDeque<(Arc<Mailbox>, u16)>,
+    waiting: VecDeque<(Arc<Mailbox<Outcome>>, u16)>,
 }
 
 /// The zones of a disk.
@@ -193,7 +194,7 @@ impl Zones {
     }
 
     /// Takes a zone for the request in a slot. `false` if another has it: [`Outcome::Granted`] tells when it is taken.
-    pub(super) fn enter(&self, zone: u32, mailbox: &Arc<Mailbox>, slot: u16) -> bool {
+    pub(super) fn enter(&self, zone: u32, mailbox: &Arc<Mailbox<Outcome>>, slot: u16) -> bool {
         let Some(mut state) = self.state(zone) else {
             return true; // there is nothing to wait for
         };
@@ -487,7 +488,7 @@ mod tests {
     fn a_zone_has_one_holder_and_a_queue() {
         let zones = zones(&device());
         let [one, other] = [(); 2].map(|()| Arc::new(Mailbox::new().unwrap()));
-        let take = |mailbox: &Mailbox| {
+        let take = |mailbox: &Mailbox<Outcome>| {
             let mut ended = Vec::new();
             mailbox.take(&mut ended);
             ended

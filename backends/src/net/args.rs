@@ -125,11 +125,23 @@ pub struct NetArgs {
     pub offload: Vec<Offload>,
 
     /// Offer packed virtqueues; the guest decides
-    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
     pub packed: OnOff,
 
     /// Offer to use buffers in the order in which they came, which saves both sides work
-    #[arg(long, value_enum, default_value = "on", value_name = "on|off")]
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
     pub in_order: OnOff,
 }
 

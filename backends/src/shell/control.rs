@@ -95,6 +95,8 @@ pub(super) enum Reply {
         idle: Receiver<()>,
         workers: usize,
         then: Drained,
+        /// The device was paused before, and stays so if this fails.
+        stays: bool,
     },
 }
 
@@ -175,13 +177,14 @@ impl Clients {
 
     fn drain(&self, request: Request, timeout: Duration) -> Result<Value, ApiError> {
         let start = Instant::now();
-        let (idle, workers, then) = match self.ask(request)? {
+        let (idle, workers, then, stays) = match self.ask(request)? {
             Reply::Done(value) => return Ok(value),
             Reply::Drain {
                 idle,
                 workers,
                 then,
-            } => (idle, workers, then),
+                stays,
+            } => (idle, workers, then, stays),
         };
         for _ in 0..workers {
             match idle.recv_timeout(timeout.saturating_sub(start.elapsed())) {
@@ -191,9 +194,14 @@ impl Clients {
                     return Err(ApiError::of(ErrorCode::Conflict, message));
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    self.ask(Request::Resume)?;
+                    let state = if stays {
+                        "stays paused, as it was"
+                    } else {
+                        self.ask(Request::Resume)?;
+                        "goes on"
+                    };
                     let message = format!(
-                        "requests are still in flight after {} s; the device goes on: look at its storage, or allow more \
+                        "requests are still in flight after {} s; the device {state}: look at its storage, or allow more \
                          time",
                         timeout.as_secs()
                     );

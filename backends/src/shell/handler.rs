@@ -302,13 +302,14 @@ impl<D: Device> Handler<D> {
 
     fn drain(&mut self) -> Result<Reply, ApiError> {
         let then = self.device.drained()?;
-        self.paused = true;
+        let stays = std::mem::replace(&mut self.paused, true);
         let (done, idle) = mpsc::channel();
         self.tell_workers(|| Command::Pause { done: done.clone() })?;
         Ok(Reply::Drain {
             idle,
             workers: self.workers.len(),
             then,
+            stays,
         })
     }
 
@@ -339,7 +340,7 @@ impl<D: Device> Handler<D> {
             "version": env!("CARGO_PKG_VERSION"),
             "pid": std::process::id(),
             "front-end": if self.connected.load(Ordering::Relaxed) { "connected" } else { "none" },
-            "drained": self.paused,
+            "paused": self.paused,
             "offered": names(self.device.features() | PROTOCOL_FEATURES),
             "features": names(self.acked_features),
             "queues": queues.collect::<Vec<_>>(),

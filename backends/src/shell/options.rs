@@ -74,9 +74,9 @@ pub enum LogFormat {
 /// Whether something is done or offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum OnOff {
-    /// It is
+    /// It is.
     On,
-    /// It is not
+    /// It is not.
     Off,
 }
 
@@ -155,7 +155,8 @@ impl ShellArgs {
 
 /// What all back-ends' `--help` ends with.
 const EXIT_STATUS_HELP: &str = "Exit status:
-  0  ended by SIGTERM or SIGINT, or the front-end left (--exit-on-disconnect)
+  0  ended by SIGTERM, SIGINT or `ringside-ctl quit`, or the front-end left
+     (--exit-on-disconnect)
   1  something failed; the message says what
   2  the command line is wrong";
 

@@ -11,8 +11,10 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum PlacementError {
-    /// The machine has no such NUMA node.
-    #[error("there is no NUMA node {node}; /sys/devices/system/node lists them")]
+    /// The machine has no such NUMA node, or it is one of memory alone.
+    #[error(
+        "there is no NUMA node {node} with processors; /sys/devices/system/node/has_cpu lists those that have some"
+    )]
     Node {
         /// Its number.
         node: u32,

@@ -175,22 +175,17 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
     );
     let directory = options.dir.as_deref().unwrap_or(systems.path());
     let outcomes = course.all(&cells, directory, options.size)?;
-    let others = if options.filter.is_none() {
-        course.others(directory)?
-    } else {
-        Vec::new()
+    let others = match options.filter {
+        None => course.others(directory),
+        Some(_) => Ok(Vec::new()),
     };
-    let idle = course.idle()?;
-    let instructions = match instructions::count(&site, scratch.path()) {
-        Ok(instructions) => {
-            println!("{instructions}");
-            Some(instructions)
-        }
-        Err(error) => {
-            course.skip(error)?;
-            None
-        }
-    };
+    let others = course.keep(others).unwrap_or_default();
+    let idle = course.idle();
+    let idle = course.keep(idle).unwrap_or_default();
+    let instructions = course.keep(instructions::count(&site, scratch.path()));
+    if let Some(instructions) = &instructions {
+        println!("{instructions}");
+    }
     let outcome = Outcome {
         kernel: first_line("/proc/sys/kernel/osrelease"),
         processor: processor(),
@@ -254,6 +249,18 @@ impl Course<'_> {
             }
             error => Err(error),
         }
+    }
+
+    /// What was measured; or notes why not, for the figures that there are have taken long.
+    fn keep<T>(&mut self, measured: Result<T>) -> Option<T> {
+        let kept = measured
+            .map(Some)
+            .or_else(|error| self.skip(error).map(|()| None));
+        kept.unwrap_or_else(|error| {
+            eprintln!("lab: {error}");
+            self.failed.push(error.to_string());
+            None
+        })
     }
 
     /// How long it will take, in seconds.
@@ -320,9 +327,11 @@ impl Course<'_> {
                     cell.name(),
                     start.elapsed().as_secs()
                 );
-                let outcome = self.cell(&storage, cell)?;
-                println!("{}", outcome.table());
-                outcomes.push(outcome);
+                let outcome = self.cell(&storage, cell);
+                if let Some(outcome) = self.keep(outcome) {
+                    println!("{}", outcome.table());
+                    outcomes.push(outcome);
+                }
             }
         }
         Ok(outcomes)

@@ -9,11 +9,10 @@
 //! A request that is handed over keeps its slot, so that no more wait than a queue has descriptors.
 
 use std::io;
-use std::mem;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -22,6 +21,7 @@ use ringside_rings::Segment;
 use tracing::error;
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
+use crate::blk::mailbox::Mailbox;
 use crate::shell::Memory;
 
 /// What is to be done.
@@ -64,7 +64,7 @@ pub(super) struct Op {
     /// What the segments are in.
     pub(super) memory: Arc<Memory>,
     /// Where the outcome goes.
-    pub(super) mailbox: Arc<Mailbox>,
+    pub(super) mailbox: Arc<Mailbox<Outcome>>,
 }
 
 /// How an operation ended.
@@ -123,47 +123,13 @@ impl Op {
 
     /// Tells the worker.
     pub(super) fn end(self, outcome: Outcome) {
-        if let Some(mailbox) = self.post(outcome) {
-            mailbox.ring();
-        }
+        self.mailbox.put(self.slot, outcome);
     }
 
     /// Leaves the outcome for the worker. Returns the mailbox if it is to be rung, once everything is posted.
-    pub(super) fn post(self, outcome: Outcome) -> Option<Arc<Mailbox>> {
-        let first = {
-            let mut ended = self
-                .mailbox
-                .ended
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            ended.push((self.slot, outcome));
-            ended.len() == 1
-        };
-        // Who finds others there is announced with them.
+    pub(super) fn post(self, outcome: Outcome) -> Option<Arc<Mailbox<Outcome>>> {
+        let first = self.mailbox.post(self.slot, outcome);
         first.then_some(self.mailbox)
-    }
-}
-
-/// The outcomes for one worker.
-#[derive(Debug)]
-pub(super) struct Mailbox {
-    ended: Mutex<Vec<(u16, Outcome)>>,
-    event: EventFd,
-}
-
-impl Mailbox {
-    pub(super) fn new() -> io::Result<Self> {
-        Ok(Self {
-            ended: Mutex::default(),
-            event: EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?,
-        })
-    }
-
-    /// Wakes the worker.
-    pub(super) fn ring(&self) {
-        if let Err(e) = self.event.write(1) {
-            error!("cannot wake the worker: {e}");
-        }
     }
 }
 
@@ -227,7 +193,7 @@ pub(in crate::blk) struct Link {
     sender: Sender<Op>,
     /// Wakes a companion that waits for other things as well.
     wake: Option<Arc<Wake>>,
-    mailbox: Arc<Mailbox>,
+    mailbox: Arc<Mailbox<Outcome>>,
 }
 
 impl Link {
@@ -240,7 +206,7 @@ impl Link {
     }
 
     /// For the operation's `mailbox`.
-    pub(super) fn mailbox(&self) -> Arc<Mailbox> {
+    pub(super) fn mailbox(&self) -> Arc<Mailbox<Outcome>> {
         Arc::clone(&self.mailbox)
     }
 
@@ -279,7 +245,7 @@ impl Link {
         self.announce();
         let mut outcomes = Vec::new();
         while outcomes.is_empty() {
-            let mut fds = [PollFd::new(self.mailbox.event.as_fd(), PollFlags::POLLIN)];
+            let mut fds = [PollFd::new(self.mailbox.as_fd(), PollFlags::POLLIN)];
             match poll(&mut fds, PollTimeout::NONE) {
                 Ok(_) | Err(Errno::EINTR) => self.take(&mut outcomes),
                 Err(e) => return Err(e.into()),
@@ -291,21 +257,15 @@ impl Link {
         }
     }
 
-    /// Takes all outcomes; `ended` is emptied first. The eventfd is never read: who waits for it is told of each write.
+    /// Takes all outcomes; `ended` is emptied first.
     pub(super) fn take(&self, ended: &mut Vec<(u16, Outcome)>) {
-        ended.clear();
-        let mut list = self
-            .mailbox
-            .ended
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        mem::swap(ended, &mut list);
+        self.mailbox.take(ended);
     }
 }
 
 impl AsRawFd for Link {
     /// Readable when outcomes wait.
     fn as_raw_fd(&self) -> RawFd {
-        self.mailbox.event.as_fd().as_raw_fd()
+        self.mailbox.as_raw_fd()
     }
 }

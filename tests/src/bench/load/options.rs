@@ -7,6 +7,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use nix::sched::{CpuSet, sched_setaffinity};
 use nix::unistd::Pid;
+use ringside_control::Size;
 
 use super::error::LoadError;
 
@@ -306,17 +307,8 @@ impl LoadArgs {
 
 /// A size in bytes, with a unit.
 pub(in crate::bench) fn parse_size(text: &str) -> Result<u64, String> {
-    let units = [('K', 10), ('M', 20), ('G', 30)];
-    let upper = text.to_uppercase();
-    let (digits, shift) = units
-        .iter()
-        .find_map(|&(unit, shift)| Some((upper.strip_suffix(unit)?, shift)))
-        .unwrap_or((&upper, 0));
-    digits
-        .parse::<u64>()
-        .ok()
-        .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or_else(|| "not a size; use for example 4K or 2G".into())
+    let Size(bytes) = text.parse()?;
+    Ok(bytes)
 }
 
 /// A time in seconds.

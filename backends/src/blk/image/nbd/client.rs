@@ -22,7 +22,8 @@ use super::connect;
 use super::proto::{self, Export, Reply, chunk, command, errno};
 use super::target::Target;
 use super::vectored;
-use crate::blk::image::ops::{Action, Mailbox, Op, Outcome, Wake};
+use crate::blk::image::ops::{Action, Op, Outcome, Wake};
+use crate::blk::mailbox::Mailbox;
 use crate::shell::{Chain as Causes, LogLimit};
 
 /// Size of the buffers for what is sent and received.
@@ -127,7 +128,7 @@ pub(super) struct Client {
     unread: Range<usize>,
     expect: Expect,
     /// Whom to wake when a batch is through.
-    answered: Vec<Arc<Mailbox>>,
+    answered: Vec<Arc<Mailbox<Outcome>>>,
     /// Nobody will send any more.
     ending: bool,
     limit: LogLimit,
