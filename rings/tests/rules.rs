@@ -24,6 +24,9 @@ const BORDER: u64 = 0x8000;
 /// Here memory ends.
 const END: u64 = 0x1_0000;
 
+/// Descriptors that a table may have though the queue has less.
+const TABLE: u32 = 128;
+
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -76,6 +79,14 @@ impl Rogue {
             ring,
             buf: ChainBuf::new(SIZE),
             idx: 0,
+        }
+    }
+
+    /// A table whose descriptors make one chain.
+    fn table(&mut self, at: u64, entries: u32) {
+        for i in 0..entries as u16 {
+            let last = u32::from(i) + 1 == entries;
+            self.desc(at, i, DATA, 4, if last { 0 } else { NEXT }, i + 1);
         }
     }
 
@@ -445,14 +456,25 @@ fn loops() {
 fn chain_longer_than_queue() {
     let mut rogue = Rogue::new();
     rogue.desc(DESC, 0, DATA, 4, NEXT, 1);
-    rogue.desc(DESC, 1, DATA, 16 * u32::from(SIZE), INDIRECT, 0);
+    rogue.desc(DESC, 1, DATA, 16 * TABLE, INDIRECT, 0);
+    rogue.table(DATA, TABLE);
+    assert!(matches!(
+        rogue.malformed(),
+        ChainError::TooLong { limit: 128 }
+    ));
+    let mut rogue = Rogue::new();
     for i in 0..SIZE {
-        rogue.desc(DATA, i, DATA, 4, if i + 1 < SIZE { NEXT } else { 0 }, i + 1);
+        rogue.desc(DESC, i, DATA, 4, NEXT, (i + 1) % SIZE);
     }
     assert!(matches!(
         rogue.malformed(),
         ChainError::TooLong { limit: 8 }
     ));
+    // A table may be longer than the queue: Linux makes such.
+    let mut rogue = Rogue::new();
+    rogue.desc(DESC, 0, DATA, 16 * TABLE, INDIRECT, 0);
+    rogue.table(DATA, TABLE);
+    assert_eq!(rogue.served().0.len(), TABLE as usize);
     // The longest chain allowed.
     let mut rogue = Rogue::new();
     for i in 0..SIZE {
@@ -575,7 +597,16 @@ fn indirect_with_next() {
 
 #[test]
 fn indirect_length() {
-    for len in [0, 1, 15, 17, 16 * 129, 16 * 65536, 16 * 65537, u32::MAX] {
+    for len in [
+        0,
+        1,
+        15,
+        17,
+        16 * TABLE + 16,
+        16 * 65536,
+        16 * 65537,
+        u32::MAX,
+    ] {
         let mut rogue = Rogue::new();
         rogue.desc(DESC, 0, DATA, len, INDIRECT, 0);
         let error = rogue.malformed();
