@@ -117,30 +117,31 @@ pub struct BlkArgs {
     ///
     /// Memory of the guest is then in use from the start, and cannot be swapped or given back. It counts against the
     /// limit of locked memory, once for each queue.
-    #[arg(long)]
+    #[arg(help_heading = "Performance", long)]
     pub register_memory: bool,
 
     /// Look for completions in the storage's own queues in place of taking its interrupts
     ///
     /// For devices with poll queues (NVMe: nvme.poll_queues=N). While transfers are under way the thread does not sleep.
-    #[arg(long, requires = "direct")]
+    #[arg(help_heading = "Performance", long, requires = "direct")]
     pub io_poll: bool,
 
     /// How long a queue's thread without requests may spin for the next before it sleeps, in microseconds; 0: not at all
     ///
-    /// It spins only while requests come as fast as that, and an idle disk sleeps.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 32, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    /// It spins only while requests come as fast as that, and an idle disk sleeps. Under a driver that has one request at a time
+    /// this takes about as much of the processor as sleeping and waking would.
+    #[arg(help_heading = "Performance", long, value_name = "MICROSECONDS", default_value_t = 100, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub poll: u32,
 
     /// How long a queue's thread may spin while the storage works, in microseconds; 0: not at all
     ///
     /// About twice the time that the storage takes for a request gives the least latency, and keeps a processor
     /// busy while the disk is in use. On storage that is slower the thread sleeps.
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    #[arg(help_heading = "Performance", long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=10_000))]
     pub poll_storage: u32,
 
     /// Most that spinning in vain may take of a queue's thread, in percent
-    #[arg(long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    #[arg(help_heading = "Performance", long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poll_budget: u32,
 
     /// Limit the disk's rates: keys iops, bandwidth (bytes), and both with read- or write- in front, each in a second
@@ -148,11 +149,12 @@ pub struct BlkArgs {
     /// KEY-burst=N is how much may come at once after a pause; a tenth of a second's worth, unless given. Units K, M, G are
     /// powers of 1024. Flushes, discards and write-zeroes are operations of writing, of no bytes unless zeroes have to be
     /// written one by one. `ringside-ctl limits` changes the limits of a disk in use.
-    #[arg(long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
+    #[arg(help_heading = "Performance", long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
     pub limit: Option<RateLimits>,
 
     /// Offer discard and write-zeroes, which punch holes into an image, as far as the disk can do them
     #[arg(
+        help_heading = "Features that are offered to the guest",
         long,
         value_enum,
         default_value = "on",
@@ -163,6 +165,7 @@ pub struct BlkArgs {
 
     /// Offer secure erase, if the disk is a block device that has it; an image file never has
     #[arg(
+        help_heading = "Features that are offered to the guest",
         long,
         value_enum,
         default_value = "on",
@@ -173,6 +176,7 @@ pub struct BlkArgs {
 
     /// Offer packed virtqueues; the guest decides
     #[arg(
+        help_heading = "Features that are offered to the guest",
         long,
         value_enum,
         default_value = "on",
@@ -185,6 +189,7 @@ pub struct BlkArgs {
     ///
     /// A request that is done then waits for slower ones before it.
     #[arg(
+        help_heading = "Features that are offered to the guest",
         long,
         value_enum,
         default_value = "off",

@@ -232,6 +232,8 @@ pub(super) struct Worker {
     queue: Option<Queue>,
     /// Number of the present kick poll; each start takes a new one.
     kick_tag: u32,
+    /// Commands or outcomes do not arrive any more.
+    deaf: bool,
     /// Take no chains.
     paused: bool,
     /// Who waits for that to have taken effect.
@@ -310,6 +312,7 @@ impl Worker {
             device,
             queue: None,
             kick_tag: KICKS,
+            deaf: false,
             paused: false,
             pausing: Vec::new(),
             stats,
@@ -344,6 +347,10 @@ impl Worker {
                         self.polled(tag, result, more);
                     }
                 }
+            }
+            if self.deaf {
+                // The shell sees that the thread is gone; one that hears no commands would keep it waiting for ever.
+                return;
             }
             if let (true, Some(side)) = (answered, &self.side) {
                 side.take(&mut ended.outcomes);
@@ -447,6 +454,11 @@ impl Worker {
         }
         let gone = i32::from(libc::POLLERR | libc::POLLHUP | libc::POLLNVAL);
         if result < 0 || result & gone != 0 {
+            if tag < KICKS {
+                error!("an eventfd of this program failed ({result})");
+                self.deaf = true;
+                return;
+            }
             // A front-end can bring this about as often as it likes.
             if let Some(held_back) = self.limit.check() {
                 warn!(
@@ -470,6 +482,7 @@ impl Worker {
             && let Err(e) = self.uring.poll(fd, tag)
         {
             error!("cannot wait for kicks: {e}");
+            self.deaf |= tag < KICKS;
         }
     }
 

@@ -104,11 +104,11 @@ pub struct ShellArgs {
     pub exit_on_disconnect: bool,
 
     /// Processors to run the queues' threads on, in turn: a list such as 2,3 or 4-7
-    #[arg(long, value_name = "LIST", value_parser = Cpus::parse, conflicts_with = "numa_node")]
+    #[arg(help_heading = "Performance", long, value_name = "LIST", value_parser = Cpus::parse, conflicts_with = "numa_node")]
     pub worker_cpus: Option<Cpus>,
 
     /// NUMA node to run the queues' threads on: best that of the guest's memory and of the storage or network card
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(help_heading = "Performance", long, value_name = "NUMBER")]
     pub numa_node: Option<u32>,
 
     /// Unix socket to listen on for ringside-ctl and for collectors of metrics
