@@ -9,7 +9,7 @@ use crate::bench::instructions;
 use crate::command;
 use crate::ensure;
 use crate::error::{Doing, Result};
-use crate::harness::Blk;
+use crate::harness::{Blk, with_null_blk};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -71,19 +71,15 @@ fn load_finds_what_it_wrote(site: &Site) -> Result<()> {
 /// Transfers through poll queues of the storage, and through its interrupts where it has none.
 fn queues_of_the_storage_are_polled(site: &Site) -> Result<()> {
     for poll_queues in [1, 0] {
-        command::run_line(&format!(
-            "modprobe null_blk nr_devices=1 gb=1 bs=4096 memory_backed=1 poll_queues={poll_queues}"
-        ))?;
-        let result = polled_load(site, poll_queues > 0);
-        let removed = command::run_line("modprobe -r null_blk");
-        result?;
-        removed?;
+        with_null_blk(site, &format!("poll_queues={poll_queues}"), |device| {
+            polled_load(site, device, poll_queues > 0)
+        })?;
     }
     Ok(())
 }
 
-fn polled_load(site: &Site, has_queues: bool) -> Result<()> {
-    let mut blk = Blk::on(Path::new("/dev/nullb0"))
+fn polled_load(site: &Site, device: &Path, has_queues: bool) -> Result<()> {
+    let mut blk = Blk::on(device)
         .arg("--direct")
         .arg("--io-poll")
         .arg("--register-memory")

@@ -7,7 +7,7 @@ use super::Test;
 use crate::command;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{Blk, Guest, Vmm};
+use crate::harness::{Blk, Guest, Vmm, with_null_blk};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -39,19 +39,14 @@ const MIB: u64 = 1 << 20;
 
 /// A null device in memory with 256 zones of 4 MiB, 3 of them usable. Two can be written anywhere; of the others four can be
 /// open.
-const MODULE: &str = "modprobe null_blk nr_devices=1 gb=1 bs=4096 memory_backed=1 zoned=1 zone_size=4 zone_capacity=3 \
-                      zone_nr_conv=2 zone_max_open=4 zone_max_active=6";
+const ZONES: &str =
+    "zoned=1 zone_size=4 zone_capacity=3 zone_nr_conv=2 zone_max_open=4 zone_max_active=6";
 /// How many of the zones are used, from the first on.
 const USED: usize = 20;
-const DEVICE: &str = "/dev/nullb0";
 
 /// Runs a test on a zoned device of the host.
 fn with_zones(site: &Site, test: fn(&Site, &Path) -> Result<()>) -> Result<()> {
-    command::run_line(MODULE)?;
-    let result = test(site, Path::new(DEVICE));
-    let removed = command::run_line("modprobe -r null_blk");
-    result?;
-    removed.map(drop)
+    with_null_blk(site, ZONES, |device| test(site, device))
 }
 
 fn guest_zones(site: &Site, vmm: Vmm, device: &Path) -> Result<()> {
