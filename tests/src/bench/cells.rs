@@ -69,21 +69,20 @@ pub(super) fn all(quick: bool) -> Vec<Cell> {
         add(Kind::File, &[Randread], &[1, 32], &[1]);
         return cells;
     }
-    add(Kind::Null, &[Randread], &[1, 4, 32, 128], &[1]);
-    add(Kind::Null, &[Randread], &[32], &[2, 4]);
     let small = [Randread, Randwrite, Randrw];
+    add(Kind::Null, &small, &[1, 4, 32, 128], &[1]);
+    add(Kind::Null, &[Randread], &[32], &[2, 4]);
     add(Kind::File, &small, &[1, 4, 32, 128], &[1]);
     add(Kind::File, &[Read, Write], &[SEQUENTIAL_DEPTH], &[1]);
     add(Kind::File, &[Randread, Randwrite], &[32], &[2, 4]);
     for storage in [Kind::Tmpfs, Kind::Loop] {
-        add(storage, &[Randread], &[1, 32, 128], &[1]);
-        add(storage, &[Randwrite], &[32], &[1]);
-        add(storage, &[Read], &[SEQUENTIAL_DEPTH], &[1]);
+        add(storage, &small, &[1, 4, 32, 128], &[1]);
+        add(storage, &[Read, Write], &[SEQUENTIAL_DEPTH], &[1]);
     }
     // A driver that polls shows the back-end without the cost of interrupts.
     let polled: Vec<Cell> = cells
         .iter()
-        .filter(|cell| cell.storage == Kind::Null && cell.queues == 1)
+        .filter(|cell| cell.storage == Kind::Null && cell.shape == Randread && cell.queues == 1)
         .map(|cell| Cell {
             completions: Completions::Polling,
             ..*cell
