@@ -3,7 +3,9 @@
 use std::sync::atomic::Ordering;
 
 use vm_memory::bitmap::{BS, BitmapSlice};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory, VolatileSlice};
+use vm_memory::{
+    AtomicAccess, Bytes, GuestAddress, GuestMemory, Permissions, VolatileMemory, VolatileSlice,
+};
 
 use crate::error::{Area, RingError};
 
@@ -72,6 +74,25 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         Ok(())
     }
 
+    /// Loads a value as it lies in memory.
+    #[inline]
+    fn load_atomic<T: AtomicAccess>(&self, offset: usize, order: Ordering) -> Result<T, RingError> {
+        self.slice.load(offset, order).map_err(self.failed(offset))
+    }
+
+    /// Stores a value as it is to lie in memory.
+    #[inline]
+    fn store_atomic<T: AtomicAccess>(
+        &self,
+        offset: usize,
+        value: T,
+        order: Ordering,
+    ) -> Result<(), RingError> {
+        self.slice
+            .store(value, offset, order)
+            .map_err(self.failed(offset))
+    }
+
     /// Loads a u16 that no other access is ordered by.
     #[inline]
     pub(crate) fn load_u16(&self, offset: usize) -> Result<u16, RingError> {
@@ -85,11 +106,7 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
     /// Loads a u16 atomically.
     #[inline]
     pub(crate) fn load_u16_atomic(&self, offset: usize, order: Ordering) -> Result<u16, RingError> {
-        let value = self
-            .slice
-            .load::<u16>(offset, order)
-            .map_err(self.failed(offset))?;
-        Ok(u16::from_le(value))
+        Ok(u16::from_le(self.load_atomic(offset, order)?))
     }
 
     /// Stores a u16 that no other access is ordered by.
@@ -111,19 +128,13 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         value: u16,
         order: Ordering,
     ) -> Result<(), RingError> {
-        self.slice
-            .store(value.to_le(), offset, order)
-            .map_err(self.failed(offset))
+        self.store_atomic(offset, value.to_le(), order)
     }
 
     /// Loads a u32 atomically.
     #[inline]
     pub(crate) fn load_u32_atomic(&self, offset: usize, order: Ordering) -> Result<u32, RingError> {
-        let value = self
-            .slice
-            .load::<u32>(offset, order)
-            .map_err(self.failed(offset))?;
-        Ok(u32::from_le(value))
+        Ok(u32::from_le(self.load_atomic(offset, order)?))
     }
 
     /// Stores a u32 atomically.
@@ -134,19 +145,13 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         value: u32,
         order: Ordering,
     ) -> Result<(), RingError> {
-        self.slice
-            .store(value.to_le(), offset, order)
-            .map_err(self.failed(offset))
+        self.store_atomic(offset, value.to_le(), order)
     }
 
     /// Loads a u64 atomically.
     #[inline]
     pub(crate) fn load_u64_atomic(&self, offset: usize, order: Ordering) -> Result<u64, RingError> {
-        let value = self
-            .slice
-            .load::<u64>(offset, order)
-            .map_err(self.failed(offset))?;
-        Ok(u64::from_le(value))
+        Ok(u64::from_le(self.load_atomic(offset, order)?))
     }
 
     /// Stores a u64 atomically.
@@ -157,9 +162,7 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         value: u64,
         order: Ordering,
     ) -> Result<(), RingError> {
-        self.slice
-            .store(value.to_le(), offset, order)
-            .map_err(self.failed(offset))
+        self.store_atomic(offset, value.to_le(), order)
     }
 
     /// Loads a u64 that no other access is ordered by.

@@ -158,6 +158,18 @@ impl<T> DriverRing<T> {
     }
 }
 
+/// The descriptor of one segment of a chain, with the place of the one behind it.
+#[inline]
+fn part(segment: Segment, write: u16, next: Option<u16>) -> Desc {
+    let link = if next.is_some() { DESC_F_NEXT } else { 0 };
+    Desc {
+        addr: segment.addr.0,
+        len: segment.len,
+        flags: write | link,
+        next: next.unwrap_or(0),
+    }
+}
+
 /// One turn of the driver on one virtqueue. Dropping it loses nothing.
 pub(crate) struct DriverSession<'a, T, M: GuestMemory> {
     ring: &'a mut DriverRing<T>,
@@ -196,21 +208,7 @@ impl<T, M: GuestMemory> DriverSession<'_, T, M> {
         for (segment, write) in flagged(readable, writable) {
             let next = self.following(index)?;
             left = left.wrapping_sub(1);
-            let desc = if left > 0 {
-                Desc {
-                    addr: segment.addr.0,
-                    len: segment.len,
-                    flags: write | DESC_F_NEXT,
-                    next,
-                }
-            } else {
-                Desc {
-                    addr: segment.addr.0,
-                    len: segment.len,
-                    flags: write,
-                    next: 0,
-                }
-            };
+            let desc = part(segment, write, (left > 0).then_some(next));
             store_desc(&self.desc, desc_offset(index), desc)?;
             last = index;
             index = next;
@@ -253,21 +251,7 @@ impl<T, M: GuestMemory> DriverSession<'_, T, M> {
         let mut entry = 0_u16;
         for (segment, write) in flagged(readable, writable) {
             let next = entry.wrapping_add(1);
-            let desc = if next < count {
-                Desc {
-                    addr: segment.addr.0,
-                    len: segment.len,
-                    flags: write | DESC_F_NEXT,
-                    next,
-                }
-            } else {
-                Desc {
-                    addr: segment.addr.0,
-                    len: segment.len,
-                    flags: write,
-                    next: 0,
-                }
-            };
+            let desc = part(segment, write, (next < count).then_some(next));
             store_desc(tables, table.wrapping_add(desc_offset(entry)), desc)?;
             entry = next;
         }
