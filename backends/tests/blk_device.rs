@@ -335,7 +335,7 @@ fn what_lies_outside_the_disk_or_is_unknown_is_refused() {
     assert_eq!(m.status(OUT, 0, &[1; 100], 0), IOERR);
     assert_eq!(m.status(99, 0, &[], 0), UNSUPP);
     assert_eq!(m.status(IN, 0, &[], 0), OK);
-    // No room for a status, and no whole header: returned with nothing written.
+    // No room for a status: returned with nothing written.
     let head = m.front.guest.alloc(16, 16);
     m.front
         .guest
@@ -347,7 +347,10 @@ fn what_lies_outside_the_disk_or_is_unknown_is_refused() {
     assert_eq!(m.front.complete(0), (1, 0));
     let writable = [Segment::new(status, 1)];
     m.front.queues[0].submit(&m.front.guest, &[Segment::new(head, 15)], &writable, 2);
-    assert_eq!(m.front.complete(0), (2, 0));
+    // No whole header, which leaves an error to say.
+    assert_eq!(m.front.complete(0), (2, 1));
+    let memory = m.front.guest.memory.clone();
+    assert_eq!(memory.read_obj::<u8>(status).unwrap(), IOERR);
     // A buffer outside guest memory.
     let outside = [Segment::new(GuestAddress(REGION + 4096), 512), writable[0]];
     m.front.queues[0].submit(&m.front.guest, &[Segment::new(head, 16)], &outside, 3);

@@ -182,9 +182,10 @@ impl Request {
     }
 }
 
-/// The chain has no room for an answer, or no header to tell what it asks: it is returned with length 0.
+/// The chain has no room for a status, or no header to tell what it asks: it is returned with an I/O error if that has a
+/// place, else with nothing.
 #[derive(Debug, Error)]
-pub(super) enum Unanswerable {
+pub(super) enum Malformed {
     /// There is no writable byte for the status.
     #[error("the chain has no writable byte for the status")]
     NoStatus,
@@ -203,19 +204,19 @@ pub(super) enum Unanswerable {
 /// about.
 ///
 /// # Errors
-/// [`Unanswerable`]
+/// [`Malformed`]
 pub(super) fn parse<M: GuestMemory>(
     chain: &Chain<'_>,
     mem: &M,
     limits: &Limits,
     ranges: &mut Vec<Range>,
-) -> Result<Request, Unanswerable> {
+) -> Result<Request, Malformed> {
     let Some(writable) = chain.writable_len().checked_sub(1) else {
-        return Err(Unanswerable::NoStatus);
+        return Err(Malformed::NoStatus);
     };
     let len = chain.readable_len();
     let Some(readable) = len.checked_sub(HEADER_LEN) else {
-        return Err(Unanswerable::ShortHeader { len });
+        return Err(Malformed::ShortHeader { len });
     };
     let mut header = [0; 16];
     read_segments(mem, chain.readable(), 0, &mut header)?;

@@ -23,19 +23,14 @@ pub(super) const TESTS: &[Test] = &[
         run: |site| resized(site, Vmm::Qemu11),
     },
     Test {
-        name: "blk::limits_change_at_run_time",
-        seconds: 90,
-        run: limits_change_at_run_time,
+        name: "blk::controlled_under_ringside_vmm",
+        seconds: 120,
+        run: |site| controlled(site, Vmm::Ringside),
     },
     Test {
-        name: "blk::metrics_agree_with_fio",
-        seconds: 90,
-        run: metrics_agree_with_fio,
-    },
-    Test {
-        name: "blk::drained_and_resumed_under_fio",
-        seconds: 90,
-        run: drained_and_resumed_under_fio,
+        name: "blk::controlled_under_qemu_11",
+        seconds: 120,
+        run: |site| controlled(site, Vmm::Qemu11),
     },
 ];
 
@@ -110,15 +105,24 @@ fn reads_per_second(guest: &mut Guest) -> Result<u64> {
     rate.ok_or(LabError::Protocol { from: "fio", text })
 }
 
-/// A limit holds from the moment it is set, and is gone when it is taken away.
-fn limits_change_at_run_time(site: &Site) -> Result<()> {
+/// A disk that is limited, counted and drained over its control socket.
+fn controlled(site: &Site, vmm: Vmm) -> Result<()> {
     let (blk, control) = serve(site, &["--limit=iops=40,iops-burst=4"])?;
-    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
-    let limited = reads_per_second(&mut guest)?;
+    let mut guest = Guest::on(vmm).cpus(2).device(&blk).boot(site)?;
+    limits_change_at_run_time(&mut guest, &control)?;
+    metrics_agree_with_fio(&mut guest, &control)?;
+    drained_and_resumed_under_fio(site, &mut guest, &control)?;
+    guest.shut_down()?;
+    blk.stop(site)
+}
+
+/// A limit holds from the moment it is set, and is gone when it is taken away.
+fn limits_change_at_run_time(guest: &mut Guest, control: &Control) -> Result<()> {
+    let limited = reads_per_second(guest)?;
     control.ask(&["limits", "iops=20,iops-burst=2"])?;
-    let halved = reads_per_second(&mut guest)?;
+    let halved = reads_per_second(guest)?;
     control.ask(&["limits", "iops=0"])?;
-    let free = reads_per_second(&mut guest)?;
+    let free = reads_per_second(guest)?;
     println!("reads per second: {limited} of 40, {halved} of 20, {free} without a limit");
     ensure!(
         (20..=44).contains(&limited),
@@ -132,14 +136,11 @@ fn limits_change_at_run_time(site: &Site) -> Result<()> {
         free > 60,
         "{free} reads per second without a limit are hardly more than with it"
     );
-    guest.shut_down()?;
-    blk.stop(site)
+    Ok(())
 }
 
 /// What the back-end has counted is what fio did.
-fn metrics_agree_with_fio(site: &Site) -> Result<()> {
-    let (blk, control) = serve(site, &[])?;
-    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
+fn metrics_agree_with_fio(guest: &mut Guest, control: &Control) -> Result<()> {
     // Each request of fio is one of the disk.
     guest.run_ok("echo 2 >/sys/block/vdb/queue/nomerges")?;
     let sample = || -> Result<(u64, u64, u64)> {
@@ -160,7 +161,7 @@ fn metrics_agree_with_fio(site: &Site) -> Result<()> {
     };
     let before = sample()?;
     let text = fio(
-        &mut guest,
+        guest,
         "--rw=randrw --bs=4k --iodepth=4 --size=64M --number_ios=600 --output-format=json",
     )?;
     let after = sample()?;
@@ -188,14 +189,11 @@ fn metrics_agree_with_fio(site: &Site) -> Result<()> {
         "{} reads were counted",
         counted.0
     );
-    guest.shut_down()?;
-    blk.stop(site)
+    Ok(())
 }
 
 /// A disk that is drained in the middle of a load stands still, and the load goes on unharmed when it is resumed.
-fn drained_and_resumed_under_fio(site: &Site) -> Result<()> {
-    let (blk, control) = serve(site, &[])?;
-    let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(&blk).boot(site)?;
+fn drained_and_resumed_under_fio(site: &Site, guest: &mut Guest, control: &Control) -> Result<()> {
     guest.run_ok(
         "(fio --name=x --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=16 --size=64M \
          --io_size=6M --verify=crc32c --do_verify=1 --verify_fatal=1 >/run/fio.log 2>&1; echo $? >/run/status) \
@@ -204,7 +202,8 @@ fn drained_and_resumed_under_fio(site: &Site) -> Result<()> {
     let writes =
         || -> Result<u64> { number(&control.ask_json(&["stats"])?, "/queues/0/requests/write") };
     let (begin, limit) = (Instant::now(), site.limit(Duration::from_secs(10)));
-    while writes()? < 100 {
+    let before = writes()?;
+    while writes()? < before + 100 {
         ensure!(begin.elapsed() < limit, "fio does not write");
         sleep(Duration::from_millis(50));
     }
@@ -229,6 +228,5 @@ fn drained_and_resumed_under_fio(site: &Site) -> Result<()> {
     )?;
     println!("{drained} writes before the drain, {} in all", writes()?);
     ensure!(status.starts_with('0'), "fio ended with {status}");
-    guest.shut_down()?;
-    blk.stop(site)
+    Ok(())
 }
