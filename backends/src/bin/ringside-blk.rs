@@ -18,7 +18,7 @@ const EXAMPLES: &str = "Examples:
   Serve an image to one virtual machine after the other, with four queues:
     ringside-blk --socket-path /run/vm1-disk.sock --path disk.img --queues 4
 
-  Serve a qcow2 image, an export of an NBD server, or an image of a Ceph cluster:
+  Serve a qcow2 image, an NBD export, or an RBD image of a Ceph cluster:
     ringside-blk --socket-path /run/vm1-disk.sock --format qcow2 \\
       --path disk.qcow2
     ringside-blk --socket-path /run/vm1-disk.sock --path nbd://server/disk
