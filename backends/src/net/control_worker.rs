@@ -8,9 +8,9 @@ use ringside_rings::{PopError, RingError, read_segments, write_segments};
 use tracing::{debug, error, warn};
 
 use super::control::{ControlCommand, MAX_COMMAND, RxMode, parse};
-use super::device::Interface;
 use super::epoll_set::EpollSet;
 use super::features::tun_offloads;
+use super::link::Interface;
 use super::ring::Ring;
 use super::settings::{Pairs, Shared};
 use super::worker::POLL_INTERVAL;
