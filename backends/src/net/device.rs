@@ -20,7 +20,9 @@ use super::link::{AnyLink, Interface, Link};
 use super::settings::{Pairs, Settings, Shared};
 
 use super::worker::PairWorker;
-use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread};
+use crate::shell::{
+    Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread,
+};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;

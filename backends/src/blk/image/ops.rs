@@ -188,6 +188,16 @@ impl AsFd for Wake {
     }
 }
 
+/// Wakes a thread once more when it goes: the last sender is gone then, perhaps.
+#[derive(Debug)]
+struct Bell(Arc<Wake>);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
+}
+
 /// A worker's end: where it hands operations over, and takes outcomes back.
 #[derive(Debug)]
 pub(in crate::blk) struct Link {
@@ -200,8 +210,8 @@ enum Way {
     /// To a companion's thread.
     Thread {
         sender: Sender<Op>,
-        /// Wakes one that waits for other things as well.
-        wake: Option<Arc<Wake>>,
+        /// Wakes one that waits for other things as well; goes after the sender.
+        wake: Option<Bell>,
     },
     /// To an image of a Ceph cluster.
     Image(Arc<Image>),
@@ -209,6 +219,7 @@ enum Way {
 
 impl Link {
     pub(super) fn new(sender: Sender<Op>, wake: Option<Arc<Wake>>) -> io::Result<Self> {
+        let wake = wake.map(Bell);
         Self::by(Way::Thread { sender, wake })
     }
 
@@ -242,7 +253,8 @@ impl Link {
     /// Wakes a companion that sleeps, after a batch was handed over.
     pub(in crate::blk) fn announce(&self) {
         if let Way::Thread {
-            wake: Some(wake), ..
+            wake: Some(Bell(wake)),
+            ..
         } = &self.way
         {
             wake.sent();
