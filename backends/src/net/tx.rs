@@ -56,12 +56,12 @@ impl Tx {
         self.full
     }
 
-    /// Sends what the driver has made available. Returns whether there is more.
-    pub(super) fn turn(&mut self, tap: &TapQueue, counters: &Counters) -> bool {
+    /// Sends what the driver has made available, into nothing unless the link is up. Returns whether there is more.
+    pub(super) fn turn(&mut self, tap: &TapQueue, link_up: bool, counters: &Counters) -> bool {
         if !self.ring.sound() || self.full {
             return false;
         }
-        match self.serve(tap, counters) {
+        match self.serve(tap, link_up, counters) {
             Ok((more, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -75,7 +75,12 @@ impl Tx {
         }
     }
 
-    fn serve(&mut self, tap: &TapQueue, counters: &Counters) -> Result<(bool, bool), RingError> {
+    fn serve(
+        &mut self,
+        tap: &TapQueue,
+        link_up: bool,
+        counters: &Counters,
+    ) -> Result<(bool, bool), RingError> {
         let Self {
             ring,
             header_len,
@@ -83,7 +88,7 @@ impl Tx {
             log,
         } = self;
         // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol).
-        let (enabled, queue) = (ring.vring.enabled, ring.vring.index);
+        let (enabled, queue) = (ring.vring.enabled && link_up, ring.vring.index);
         let lengths = *header_len + MIN_FRAME..=*header_len + MAX_FRAME;
         let (mut session, buf, list) = ring.parts()?;
         session.disable_notifications()?;

@@ -56,6 +56,26 @@ pub(super) enum Request {
     Resume,
     /// Has the guest make itself known to the network.
     Announce,
+    /// Plugs the network's cable in, or pulls it out.
+    Link(Link),
+}
+
+/// Arguments of [`Request::Link`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Link {
+    /// What it is to be.
+    pub(super) state: LinkState,
+}
+
+/// State of a link, as `ip link` writes it.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum LinkState {
+    /// Frames pass.
+    Up,
+    /// None does.
+    Down,
 }
 
 /// Arguments of [`Request::Resize`].
@@ -334,7 +354,17 @@ mod tests {
                 shrink: false
             })))
         );
+        assert_eq!(
+            request(r#"{"command":"link","arguments":{"state":"down"}}"#),
+            Ok(Request::Link(Link {
+                state: LinkState::Down
+            }))
+        );
         for (wrong, why) in [
+            (
+                r#"{"command":"link","arguments":{"state":"sideways"}}"#,
+                "unknown variant `sideways`",
+            ),
             (r#"{"command":"fly"}"#, "unknown variant `fly`"),
             (
                 r#"{"command":"resize","arguments":{"sise":1}}"#,

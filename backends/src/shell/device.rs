@@ -219,6 +219,16 @@ pub trait Device {
         unknown("announce")
     }
 
+    /// Plugs the network's cable in (`up`), or pulls it out, as the driver sees it. Returns whether the configuration space
+    /// changed, which the driver is then told.
+    ///
+    /// # Errors
+    /// Why the link stays as it was.
+    fn link(&mut self, up: bool) -> Result<bool, ApiError> {
+        let _ = up;
+        unknown("link")
+    }
+
     /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.
     fn reset(&mut self);
 }
