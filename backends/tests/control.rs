@@ -458,7 +458,7 @@ fn a_network_device_counts_and_announces() {
     let daemon = start(NET, &["--tap", "ctl0"]);
     let status = ask(&daemon, "status", Value::Null);
     assert_eq!(status["device"], "net");
-    assert_eq!(status["interface"]["tap"], "ctl0");
+    assert_eq!(status["interface"]["link"], "tap:ctl0");
     let stats = ask(&daemon, "stats", Value::Null);
     assert_eq!(stats["queue-pairs"][0]["tx-packets"], 0);
     let metrics = ask(&daemon, "metrics", Value::Null);
@@ -509,6 +509,6 @@ fn a_network_device_counts_and_announces() {
     // It stays out for whoever comes next.
     drop(front);
     let status = ask(&daemon, "status", Value::Null);
-    assert_eq!(status["interface"]["link"], "down");
+    assert_eq!(status["interface"]["state"], "down");
     daemon.stop();
 }

@@ -5,7 +5,6 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::str::FromStr;
-use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
@@ -13,7 +12,7 @@ use thiserror::Error;
 use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
-use super::tap::{MAX_QUEUES, Tap, TapError};
+use super::link::{HostEnd, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, Opened, Tap};
 use crate::shell::{OnOff, OpenError};
 
 /// Kinds of offload.
@@ -77,8 +76,15 @@ pub struct NetArgs {
     ///
     /// A %d in the name is replaced by a free number. Creating an interface needs CAP_NET_ADMIN. Without it, use
     /// one made for this user: ip tuntap add dev NAME mode tap user USER vnet_hdr multi_queue
-    #[arg(long, value_name = "NAME", required_unless_present_any = ["tap_fd", "print_capabilities"], conflicts_with = "tap_fd")]
+    #[arg(long, value_name = "NAME", required_unless_present_any = ["tap_fd", "link", "print_capabilities"], conflicts_with_all = ["tap_fd", "link"])]
     pub tap: Option<String>,
+
+    /// What else the card is joined to: a KIND and what belongs to it
+    ///
+    /// tap:NAME is --tap NAME. For measurements, null takes all packets and gives none, and generate:BYTES gives frames of that
+    /// length as fast as the guest takes them.
+    #[arg(long, value_name = "KIND[:…]", conflicts_with = "tap_fd")]
+    pub link: Option<LinkSpec>,
 
     /// Inherited TAP queues to use, by number: one for each queue pair, all of one interface
     ///
@@ -87,7 +93,7 @@ pub struct NetArgs {
     pub tap_fd: Vec<RawFd>,
 
     /// Keep the TAP interface when this program ends
-    #[arg(long, requires = "tap")]
+    #[arg(long, conflicts_with = "tap_fd")]
     pub tap_persist: bool,
 
     /// Bring the TAP interface up
@@ -165,9 +171,12 @@ pub enum ArgsError {
     /// Too many queues were handed over.
     #[error("--tap-fd: {0} queues; at most {MAX_QUEUES} can be served")]
     TooManyFds(usize),
-    /// The TAP cannot be used.
+    /// A setting for a TAP, and there is none.
+    #[error("{0} is for a TAP interface; a link of kind {1} has none")]
+    NoTap(&'static str, LinkSpec),
+    /// The link cannot be had.
     #[error(transparent)]
-    Tap(#[from] TapError),
+    Link(#[from] LinkError),
     /// The system refused something that every process needs.
     #[error("cannot create event descriptors: raise the limit of open files (ulimit -n)")]
     System(#[source] io::Error),
@@ -176,8 +185,8 @@ pub enum ArgsError {
 impl OpenError for ArgsError {
     fn is_usage(&self) -> bool {
         match self {
-            Self::Offload(_) | Self::SameFd(_) | Self::TooManyFds(_) => true,
-            Self::Tap(error) => matches!(error, TapError::Name { .. }),
+            Self::Offload(_) | Self::SameFd(_) | Self::TooManyFds(_) | Self::NoTap(..) => true,
+            Self::Link(error) => error.is_usage(),
             Self::System(_) => false,
         }
     }
@@ -203,51 +212,70 @@ impl NetArgs {
         Ok(offloads)
     }
 
-    /// Opens the TAP interface and makes the device.
+    fn host_end(&self) -> HostEnd {
+        HostEnd {
+            persist: self.tap_persist,
+            mtu: self.mtu,
+            address: self.tap_ip,
+            up: self.tap_up || self.tap_ip.is_some(),
+        }
+    }
+
+    fn inherit(&self, offloads: &[u32]) -> Result<Opened, ArgsError> {
+        for (index, fd) in self.tap_fd.iter().enumerate() {
+            let mut behind = self.tap_fd.iter().skip(index.saturating_add(1));
+            if behind.any(|other| other == fd) {
+                return Err(ArgsError::SameFd(*fd));
+            }
+        }
+        if self.tap_fd.len() > usize::from(MAX_QUEUES) {
+            return Err(ArgsError::TooManyFds(self.tap_fd.len()));
+        }
+        let (tap, queues) = Tap::inherit(&self.tap_fd).map_err(LinkError::from)?;
+        let mac = self.mac.unwrap_or_else(MacAddress::random);
+        Ok(Opened::tap(tap, queues, mac, offloads, self.host_end())?)
+    }
+
+    fn open_link(&self, offloads: &[u32]) -> Result<Opened, ArgsError> {
+        let link = match (&self.tap, &self.link) {
+            (Some(name), _) => LinkSpec::Tap(name.clone()),
+            (None, Some(link)) => link.clone(),
+            (None, None) => return self.inherit(offloads),
+        };
+        let settings = [
+            (self.tap_persist, "--tap-persist"),
+            (self.tap_up, "--tap-up"),
+            (self.tap_ip.is_some(), "--tap-ip"),
+        ];
+        if let Some((_, option)) = settings.into_iter().find(|(given, _)| *given)
+            && !matches!(link, LinkSpec::Tap(_))
+        {
+            return Err(ArgsError::NoTap(option, link));
+        }
+        let options = LinkOptions {
+            queues: self.queue_pairs.unwrap_or(1),
+            mac: self.mac,
+            offloads,
+            host: self.host_end(),
+        };
+        Ok(link.open(options)?)
+    }
+
+    /// Opens the link and makes the device.
     ///
     /// # Errors
     /// [`ArgsError`]
     pub fn open(&self) -> Result<Net, ArgsError> {
-        let offloads = self.offloads()?;
-        let (tap, queues) = match &self.tap {
-            Some(name) => Tap::open(name, self.queue_pairs.unwrap_or(1))?,
-            None => {
-                for (index, fd) in self.tap_fd.iter().enumerate() {
-                    if self
-                        .tap_fd
-                        .iter()
-                        .skip(index.saturating_add(1))
-                        .any(|other| other == fd)
-                    {
-                        return Err(ArgsError::SameFd(*fd));
-                    }
-                }
-                if self.tap_fd.len() > usize::from(MAX_QUEUES) {
-                    return Err(ArgsError::TooManyFds(self.tap_fd.len()));
-                }
-                Tap::inherit(&self.tap_fd)?
-            }
-        };
-        let tun = tap.probe_offloads(&offloads.candidates());
-        if self.tap_persist {
-            tap.set_persistent()?;
-        }
-        if let Some(mtu) = self.mtu {
-            tap.set_mtu(mtu)?;
-        }
-        if let Some(Cidr {
-            address,
-            prefix_len,
-        }) = self.tap_ip
-        {
-            tap.set_address(address, prefix_len)?;
-        }
-        if self.tap_up || self.tap_ip.is_some() {
-            tap.set_up()?;
-        }
+        let Opened {
+            name,
+            interface,
+            queues,
+            offloads,
+            mac,
+        } = self.open_link(&self.offloads()?.candidates())?;
         let pairs = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
         let config = NetConfig {
-            mac: self.mac.unwrap_or_else(MacAddress::random),
+            mac,
             pairs,
             mtu: self.mtu,
             speed: self.speed,
@@ -261,9 +289,8 @@ impl NetArgs {
             packed: self.packed == OnOff::On,
             in_order: self.in_order == OnOff::On,
         };
-        let features = offered(tun, extras);
-        let name = tap.name().to_owned();
-        Net::new(config, features, &name, Arc::new(tap), queues).map_err(ArgsError::System)
+        let features = offered(offloads, extras);
+        Net::new(config, features, &name, interface, queues).map_err(ArgsError::System)
     }
 }
 

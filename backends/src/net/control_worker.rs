@@ -9,9 +9,9 @@ use tracing::{debug, error, warn};
 
 use super::coalesce::Coalescing;
 use super::control::{ControlCommand, Direction, MAX_COMMAND, RxMode, parse};
-use super::device::Interface;
 use super::epoll_set::EpollSet;
 use super::features::tun_offloads;
+use super::link::Interface;
 use super::ring::Ring;
 use super::settings::{Pairs, Shared};
 use super::worker::POLL_INTERVAL;

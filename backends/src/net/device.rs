@@ -1,6 +1,5 @@
 //! The network device as the daemon shell sees it.
 
-use std::fmt::Debug;
 use std::io;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -17,50 +16,31 @@ use super::control_worker::ControlWorker;
 use super::counters::{AllCounters, Counters};
 use super::features::{control_queue, feature_name, guest_offloads, has, header_len, tun_offloads};
 use super::filter::Filter;
+use super::link::{AnyLink, Interface, Link};
 use super::settings::{Settings, Shared};
-use super::tap::{Tap, TapError, TapQueue};
 use super::worker::PairWorker;
 use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;
 
-/// What a driver can change about the network interface.
-pub(super) trait Interface: Debug + Send + Sync {
-    /// Sets how many bytes precede each packet.
-    fn set_header_len(&self, len: u8) -> Result<(), TapError>;
-    /// Says which packets the driver takes as they are: a set of `TUN_F_*`.
-    fn set_offloads(&self, offloads: u32) -> Result<(), TapError>;
-}
-
-impl Interface for Tap {
-    fn set_header_len(&self, len: u8) -> Result<(), TapError> {
-        Self::set_header_len(self, len)
-    }
-
-    fn set_offloads(&self, offloads: u32) -> Result<(), TapError> {
-        Self::set_offloads(self, offloads)
-    }
-}
-
-/// A network device on a TAP interface.
-#[derive(Debug)]
+/// A network device on a link.
 pub struct Net {
     config: NetConfig,
     features: u64,
     acked: u64,
-    /// Name of the interface, for the log.
+    /// What the link is, for the log.
     name: String,
     interface: Arc<dyn Interface>,
     /// By queue pair; taken by its worker.
-    queues: Vec<Option<TapQueue>>,
+    queues: Vec<Option<AnyLink>>,
     counters: Vec<Arc<Counters>>,
     shared: Arc<Shared>,
     log: LogLimit,
 }
 
 impl Net {
-    /// A device with one queue pair for each TAP queue.
+    /// A device with one queue pair for each queue of its link.
     ///
     /// # Errors
     /// If no eventfd can be created.
@@ -69,7 +49,7 @@ impl Net {
         features: u64,
         name: &str,
         interface: Arc<dyn Interface>,
-        queues: Vec<TapQueue>,
+        queues: Vec<AnyLink>,
     ) -> io::Result<Self> {
         let settings = Settings::new(Filter::new(config.mac, false), config.pairs);
         Ok(Self {
@@ -121,6 +101,31 @@ impl Net {
             filter.link_up = settings.filter.link_up;
             *settings = Settings::new(filter, self.config.pairs);
         });
+    }
+}
+
+/// What the thread of a queue pair begins with, beside its link.
+struct PairStart {
+    pair: u16,
+    mtu: u16,
+    commands: Commands,
+    shared: Arc<Shared>,
+    counters: Arc<Counters>,
+}
+
+impl PairStart {
+    fn spawn<L: Link + 'static>(self, link: L) -> io::Result<JoinHandle<()>> {
+        let Self {
+            pair,
+            mtu,
+            commands,
+            shared,
+            counters,
+        } = self;
+        let worker = PairWorker::new(pair, mtu, link, commands, shared, counters)?;
+        thread::Builder::new()
+            .name(format!("net-pair{pair}"))
+            .spawn(move || worker.run())
     }
 }
 
@@ -197,20 +202,25 @@ impl Device for Net {
         };
         if worker == 0 {
             let NetConfig { mac, pairs, .. } = self.config;
-            info!(tap = self.name, %mac, pairs, "network device");
+            info!(link = self.name, %mac, pairs, "network device");
         }
         let queue = self.queues.get_mut(worker).and_then(Option::take);
         let shared = Arc::clone(&self.shared);
         let thread = match (queue, self.counters.get(worker)) {
             (Some(queue), Some(counters)) => {
-                let pair = u16::try_from(worker).unwrap_or(u16::MAX);
-                let mtu = self.config.mtu.unwrap_or(DEFAULT_MTU);
-                let counters = Arc::clone(counters);
-                let worker = PairWorker::new(pair, mtu, queue, commands, shared, counters)
-                    .map_err(failed)?;
-                thread::Builder::new()
-                    .name(format!("net-pair{pair}"))
-                    .spawn(move || worker.run())
+                let start = PairStart {
+                    pair: u16::try_from(worker).unwrap_or(u16::MAX),
+                    mtu: self.config.mtu.unwrap_or(DEFAULT_MTU),
+                    commands,
+                    shared,
+                    counters: Arc::clone(counters),
+                };
+                match queue {
+                    AnyLink::Tap(link) => start.spawn(link),
+                    AnyLink::Null(link) => start.spawn(link),
+                    AnyLink::Generate(link) => start.spawn(link),
+                    AnyLink::Other(link) => start.spawn(link),
+                }
             }
             _ => {
                 let interface = Arc::clone(&self.interface);
@@ -231,17 +241,17 @@ impl Device for Net {
 
     fn status(&self) -> Map<String, Value> {
         let filter = &self.shared.get().filter;
-        let (mac, link) = (filter.mac, if filter.link_up { "up" } else { "down" });
+        let (mac, state) = (filter.mac, if filter.link_up { "up" } else { "down" });
         Map::from_iter([
             ("device".to_owned(), "net".into()),
             (
                 "interface".to_owned(),
                 json!({
-                    "tap": self.name,
+                    "link": self.name,
                     "mac": mac.to_string(),
                     "queue-pairs": self.config.pairs,
                     "mtu": self.config.mtu,
-                    "link": link,
+                    "state": state,
                 }),
             ),
         ])

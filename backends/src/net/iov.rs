@@ -17,6 +17,9 @@ use crate::shell::Memory;
 /// Most pieces that one system call takes (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
 
+/// How messages are sent: without waiting, and with an error in place of a signal when nobody is left to take them.
+const SEND_FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+
 /// A chain could not be appended.
 #[derive(Debug)]
 pub(super) enum AppendError {
@@ -33,9 +36,11 @@ pub(super) enum AppendError {
 pub(super) struct IoList {
     memory: Arc<Memory>,
     pieces: Vec<libc::iovec>,
+    /// For calls whose pieces are not a part of `pieces`: empty between calls, and without memory before the first one.
+    scratch: Vec<libc::iovec>,
     /// Pieces before this one were taken away.
     start: usize,
-    /// One place of a system call is kept free for a piece that is not guest memory.
+    /// Two places of a system call are kept free for pieces that are not guest memory.
     limit: usize,
 }
 
@@ -49,8 +54,9 @@ impl IoList {
             memory,
             // Taking away in front then rarely moves what is left.
             pieces: Vec::with_capacity(2 * MAX_PIECES),
+            scratch: Vec::new(),
             start: 0,
-            limit: MAX_PIECES.saturating_sub(1),
+            limit: MAX_PIECES.saturating_sub(2),
         }
     }
 
@@ -94,6 +100,7 @@ impl IoList {
             pieces,
             start,
             limit,
+            scratch: _,
         } = self;
         for segment in segments {
             let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
@@ -167,6 +174,98 @@ impl IoList {
         result
     }
 
+    /// Sends `front`, and behind it all bytes from byte `skip` on, as one message or a piece of a stream. Returns how much went
+    /// out, `front` included.
+    pub(super) fn send_behind(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        front: &[u8],
+        skip: usize,
+    ) -> io::Result<usize> {
+        self.gather(iovec_of(front), skip, usize::MAX);
+        let message = message(&mut self.scratch);
+        // SAFETY: each piece but the first was taken from `memory`, which this list keeps mapped; the first is `front`, borrowed
+        // for the call. The kernel only reads. The message lives until after the call.
+        let done = unsafe { libc::sendmsg(fd.as_raw_fd(), &raw const message, SEND_FLAGS) };
+        self.scratch.clear();
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Reads one packet: its first bytes into `front`, the next ones into the first `count` pieces from byte `skip` on, and
+    /// what does not fit there into `spill`. Returns the length of all of it.
+    pub(super) fn read_behind(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        front: &mut [u8],
+        skip: usize,
+        count: usize,
+        spill: &mut [u8],
+    ) -> io::Result<usize> {
+        let skipped = skip.min(self.room(count));
+        self.gather(iovec_of_mut(front), skipped, count);
+        // What is skipped and not in the pieces is in the spill.
+        let spill = spill.get_mut(skip - skipped..).unwrap_or_default();
+        self.scratch.push(iovec_of_mut(spill));
+        let pieces = libc::c_int::try_from(self.scratch.len()).unwrap_or(libc::c_int::MAX);
+        // SAFETY: the first piece is `front` and the last one `spill`, both borrowed for the call; the others were taken from
+        // `memory`, which this list keeps mapped. Only the guest's driver shares those.
+        let done = unsafe { libc::readv(fd.as_raw_fd(), self.scratch.as_ptr(), pieces) };
+        self.scratch.clear();
+        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+    }
+
+    /// Bytes of the first `count` pieces.
+    fn room(&self, count: usize) -> usize {
+        let live = self.live().iter().take(count);
+        live.fold(0, |room: usize, piece| room.saturating_add(piece.iov_len))
+    }
+
+    /// Puts `front` and the first `count` pieces from byte `skip` on into `scratch`.
+    fn gather(&mut self, front: libc::iovec, skip: usize, count: usize) {
+        let Self {
+            pieces,
+            scratch,
+            start,
+            ..
+        } = self;
+        // Room for the front and for the spill; it allocates in the first call only.
+        scratch.reserve(MAX_PIECES.saturating_add(1));
+        scratch.push(front);
+        let mut skip = skip;
+        for piece in pieces.get(*start..).unwrap_or_default().iter().take(count) {
+            let gone = skip.min(piece.iov_len);
+            skip -= gone;
+            if gone < piece.iov_len {
+                scratch.push(libc::iovec {
+                    iov_base: piece.iov_base.wrapping_byte_add(gone),
+                    iov_len: piece.iov_len - gone,
+                });
+            }
+        }
+    }
+
+    /// Puts `data` at byte `offset` of the first `count` pieces, and what does not fit there into `spill`, as if that lay
+    /// behind them. `false` if `spill` is too short.
+    pub(super) fn deliver(
+        &self,
+        offset: usize,
+        data: &[u8],
+        count: usize,
+        spill: &mut [u8],
+    ) -> bool {
+        let room = self.room(count);
+        let fits = room.saturating_sub(offset).min(data.len());
+        let (inside, outside) = data.split_at_checked(fits).unwrap_or((data, &[]));
+        let start = offset.saturating_sub(room);
+        let place = spill.get_mut(start..start.saturating_add(outside.len()));
+        if let Some(place) = place {
+            place.copy_from_slice(outside);
+            inside.is_empty() || self.copy_in(offset, inside)
+        } else {
+            false
+        }
+    }
+
     /// Copies `data` to byte `offset` of the row. `false` if the row ends before.
     pub(super) fn copy_in(&self, offset: usize, data: &[u8]) -> bool {
         self.each_part(offset, data.len(), |slice, at| {
@@ -210,6 +309,33 @@ impl IoList {
             skip = 0;
         }
         done >= len
+    }
+}
+
+fn iovec_of(bytes: &[u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    }
+}
+
+fn iovec_of_mut(bytes: &mut [u8]) -> libc::iovec {
+    libc::iovec {
+        iov_base: bytes.as_mut_ptr().cast(),
+        iov_len: bytes.len(),
+    }
+}
+
+/// A message without address and control data.
+fn message(pieces: &mut [libc::iovec]) -> libc::msghdr {
+    libc::msghdr {
+        msg_name: std::ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: pieces.as_mut_ptr(),
+        msg_iovlen: pieces.len(),
+        msg_control: std::ptr::null_mut(),
+        msg_controllen: 0,
+        msg_flags: 0,
     }
 }
 

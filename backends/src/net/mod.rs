@@ -19,7 +19,7 @@
 //! | Module | Its matter |
 //! | --- | --- |
 //! | `args` | the command line |
-//! | `tap` | the TAP interface and its queues |
+//! | `link` | what stands behind the card: a TAP interface, or another link |
 //! | `iov` | scatter/gather lists in guest memory |
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
@@ -38,11 +38,13 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
+#[allow(dead_code, reason = "for links that are sockets")]
 mod iov;
+#[allow(dead_code, reason = "for links that are sockets")]
+mod link;
 mod ring;
 mod rx;
 mod settings;
-mod tap;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -51,4 +53,4 @@ mod worker;
 pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
 pub use config::{MacAddress, MacError};
 pub use device::Net;
-pub use tap::{Tap, TapError, TapQueue};
+pub use link::{LinkError, LinkSpec, LinkSpecError, Tap, TapError, TapQueue};

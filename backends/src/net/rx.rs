@@ -1,4 +1,4 @@
-//! Receive: from the TAP straight into the driver's buffers, one system call for each packet.
+//! Receive: from the link straight into the driver's buffers; from a TAP with one system call for each packet.
 //!
 //! How long a packet will be is not known before it is read. So buffers for the longest possible one are taken
 //! from the ring beforehand, and the packet is read over all of them; those it did not need stay taken
@@ -14,7 +14,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::AsFd;
 
 use ringside_rings::{PopError, RingError};
 use tracing::{debug, warn};
@@ -31,8 +30,8 @@ use super::counters::Counters;
 use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
 use super::filter::{Filter, PEEK};
 use super::iov::{AppendError, IoList};
+use super::link::Link;
 use super::ring::Ring;
-use super::tap::TapQueue;
 use super::tx::MAX_FRAME;
 use crate::shell::{Chain as Causes, LogLimit, Vring};
 
@@ -69,7 +68,7 @@ struct Held {
 pub(super) enum RxEnd {
     /// The budget is used up.
     More,
-    /// The TAP has no packet.
+    /// The link has no packet.
     Idle,
     /// The driver has no buffer; it will kick.
     Starved,
@@ -99,7 +98,7 @@ struct State {
 }
 
 impl Rx {
-    /// `mtu` is that of the TAP, in bytes, as far as it is known.
+    /// `mtu` is that of the link, in bytes, as far as it is known.
     pub(super) fn new(mut vring: Box<Vring>, mtu: u16, log: &LogLimit) -> Self {
         // A ring that cannot be read breaks in its first turn.
         let waiting = vring.session().and_then(|mut session| session.available());
@@ -138,9 +137,14 @@ impl Rx {
         self.fed
     }
 
-    /// Receives what the TAP has.
-    pub(super) fn turn(&mut self, tap: &TapQueue, filter: &Filter, counters: &Counters) -> RxEnd {
-        match self.serve(tap, filter, counters) {
+    /// Receives what the link has.
+    pub(super) fn turn<L: Link>(
+        &mut self,
+        link: &mut L,
+        filter: &Filter,
+        counters: &Counters,
+    ) -> RxEnd {
+        match self.serve(link, filter, counters) {
             Ok((end, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -154,9 +158,9 @@ impl Rx {
         }
     }
 
-    fn serve(
+    fn serve<L: Link>(
         &mut self,
-        tap: &TapQueue,
+        link: &mut L,
         filter: &Filter,
         counters: &Counters,
     ) -> Result<(RxEnd, bool), RingError> {
@@ -225,7 +229,7 @@ impl Rx {
                     );
                     continue;
                 }
-                None if !state.posted.is_empty() => match state.read(tap, list, counters) {
+                None if !state.posted.is_empty() => match state.read(link, list, counters) {
                     Ok(Some(len)) => len,
                     Ok(None) => {
                         left = left.saturating_sub(1);
@@ -286,9 +290,9 @@ impl Rx {
 
 impl State {
     /// Reads one packet. `None` if it was lost, an error if there is none.
-    fn read(
+    fn read<L: Link>(
         &mut self,
-        tap: &TapQueue,
+        link: &mut L,
         list: &mut IoList,
         counters: &Counters,
     ) -> Result<Option<usize>, ()> {
@@ -298,7 +302,7 @@ impl State {
             self.posted.front().map_or((0, 0), |p| (p.pieces, p.len))
         };
         counters.rx_calls.add(1);
-        match list.read_from(tap.as_fd(), pieces, &mut self.spill) {
+        match link.receive(list, pieces, self.header_len, &mut self.spill) {
             Ok(len) if len < self.header_len => {
                 self.dropped(counters, &"a packet shorter than its header");
                 Ok(None)
@@ -321,7 +325,7 @@ impl State {
                         if let Some(held_back) = self.log.check() {
                             warn!(
                                 queue = self.queue,
-                                held_back, "cannot read from the TAP: {error}"
+                                held_back, "cannot receive from the link: {error}"
                             );
                         }
                     }
@@ -347,7 +351,7 @@ impl State {
             counters.rx_filtered.add(1);
             return 0;
         }
-        // The TAP may hold packets from before the driver chose its offloads.
+        // The link may hold packets from before the driver chose its offloads.
         if !self.readable(flags, gso) {
             self.dropped(
                 counters,

@@ -1,4 +1,4 @@
-//! Transmit: from the driver's chains to the TAP, one system call for each packet, however long.
+//! Transmit: from the driver's chains to the link; to a TAP with one system call for each packet, however long.
 
 use ringside_rings::{PopError, RingError};
 use tracing::{debug, warn};
@@ -6,11 +6,10 @@ use vm_memory::Permissions;
 
 use super::counters::Counters;
 use super::features::header_len;
+use super::link::Link;
 use super::ring::Ring;
-use super::tap::TapQueue;
 use crate::shell::{Chain as Causes, LogLimit, Vring};
 use std::io;
-use std::os::fd::AsFd;
 
 /// Most packets of one turn, so that receiving gets its share.
 const BUDGET: u32 = 64;
@@ -26,7 +25,7 @@ const MIN_FRAME: usize = 14;
 pub(super) struct Tx {
     pub(super) ring: Ring,
     header_len: usize,
-    /// The TAP is full; go on when it is writable.
+    /// The link is full; go on when it is writable.
     full: bool,
     log: LogLimit,
 }
@@ -46,22 +45,29 @@ impl Tx {
         }
     }
 
-    /// The TAP takes packets again.
+    /// The link takes packets again.
     pub(super) fn writable(&mut self) {
         self.full = false;
     }
 
-    /// The TAP is full.
+    /// The link is full.
     pub(super) fn is_full(&self) -> bool {
         self.full
     }
 
-    /// Sends what the driver has made available, into nothing unless the link is up. Returns whether there is more.
-    pub(super) fn turn(&mut self, tap: &TapQueue, link_up: bool, counters: &Counters) -> bool {
+    /// Sends what the driver has made available, into nothing unless the cable is in (`link_up`). Returns whether there is more.
+    pub(super) fn turn<L: Link>(
+        &mut self,
+        link: &mut L,
+        link_up: bool,
+        counters: &Counters,
+    ) -> bool {
         if !self.ring.sound() || self.full {
             return false;
         }
-        match self.serve(tap, link_up, counters) {
+        let served = self.serve(link, link_up, counters);
+        link.flush();
+        match served {
             Ok((more, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -75,9 +81,9 @@ impl Tx {
         }
     }
 
-    fn serve(
+    fn serve<L: Link>(
         &mut self,
-        tap: &TapQueue,
+        link: &mut L,
         link_up: bool,
         counters: &Counters,
     ) -> Result<(bool, bool), RingError> {
@@ -110,21 +116,19 @@ impl Tx {
                             Sent::Done
                         } else {
                             counters.tx_calls.add(1);
-                            match list.write_to(tap.as_fd()) {
-                                Ok(_) => {
+                            match link.send(list, *header_len) {
+                                Ok(()) => {
                                     counters.tx_packets.add(1);
                                     counters.tx_bytes.add(chain.readable_len());
                                     Sent::Done
                                 }
                                 Err(e) if retry(&e) => Sent::Full,
-                                Err(e) if e.raw_os_error() == Some(libc::EIO) => {
-                                    let why = "the TAP interface is down; bring it up (--tap-up)";
-                                    dropped(counters, log, queue, &why);
-                                    Sent::Done
-                                }
                                 // A header that the kernel does not like, no memory.
                                 Err(e) => {
-                                    dropped(counters, log, queue, &e);
+                                    match link.advice(&e) {
+                                        Some(advice) => dropped(counters, log, queue, &advice),
+                                        None => dropped(counters, log, queue, &e),
+                                    }
                                     Sent::Done
                                 }
                             }

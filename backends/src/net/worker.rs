@@ -1,32 +1,31 @@
-//! The worker of one queue pair: a thread that owns a TAP queue, a receive ring and a transmit ring.
+//! The worker of one queue pair: a thread that owns a queue of the link, a receive ring and a transmit ring.
 //!
 //! ```text
 //!            ┌───────────── one turn ─────────────┐
 //!  kick rx ─▶│ settings changed? go by them       │
 //!  kick tx ─▶│ transmit: up to a budget, publish  │──▶ at most one interrupt for each ring
-//!  TAP     ─▶│ receive:  up to a budget, publish  │
+//!  link    ─▶│ receive:  up to a budget, publish  │
 //!  command ─▶│ nothing left? sleep                │
 //!            └────────────────────────────────────┘
 //! ```
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
-use epoll::Events;
 use tracing::{debug, error, warn};
 
 use super::counters::Counters;
 use super::epoll_set::EpollSet;
+use super::link::Link;
 use super::rx::{Rx, RxEnd};
 use super::settings::{Pairs, Settings, Shared};
-use super::tap::TapQueue;
 use super::tx::Tx;
 use crate::shell::{Command, Commands, LogLimit, Vring};
 
 const COMMAND: u64 = 0;
 const SETTINGS: u64 = 1;
-const TAP: u64 = 2;
+const LINK: u64 = 2;
 const KICK_RX: u64 = 3;
 const KICK_TX: u64 = 4;
 const TIMER_RX: u64 = 5;
@@ -36,10 +35,10 @@ const TIMER_TX: u64 = 6;
 pub(super) const POLL_INTERVAL: i32 = 1;
 
 /// One queue pair.
-pub(super) struct PairWorker {
+pub(super) struct PairWorker<L> {
     pair: u16,
     mtu: u16,
-    tap: TapQueue,
+    link: L,
     commands: Commands,
     shared: Arc<Shared>,
     counters: Arc<Counters>,
@@ -52,27 +51,25 @@ pub(super) struct PairWorker {
     rx_fed: bool,
     /// The driver may have added packets since the last turn found none.
     tx_kicked: bool,
-    /// The TAP may have packets.
-    tap_readable: bool,
-    /// The TAP interface was deleted, and that was said.
-    lost: bool,
+    /// The link may have packets.
+    readable: bool,
     /// Of both rings.
     log: LogLimit,
 }
 
-impl PairWorker {
+impl<L: Link> PairWorker<L> {
     /// All that can fail about a worker fails here, before its thread begins.
     pub(super) fn new(
         pair: u16,
         mtu: u16,
-        tap: TapQueue,
+        mut link: L,
         commands: Commands,
         shared: Arc<Shared>,
         counters: Arc<Counters>,
     ) -> io::Result<Self> {
         let epoll = EpollSet::new()?;
         epoll.add(commands.as_raw_fd(), COMMAND)?;
-        epoll.add_both(tap.as_fd().as_raw_fd(), TAP)?;
+        link.watch(epoll.watcher(LINK))?;
         if let Some(waker) = shared.waker(pair) {
             epoll.add(waker, SETTINGS)?;
         }
@@ -80,7 +77,7 @@ impl PairWorker {
         let mut worker = Self {
             pair,
             mtu,
-            tap,
+            link,
             commands,
             shared,
             counters,
@@ -91,8 +88,7 @@ impl PairWorker {
             tx: None,
             rx_fed: false,
             tx_kicked: false,
-            tap_readable: false,
-            lost: false,
+            readable: false,
             log: LogLimit::default(),
         };
         worker.attach();
@@ -127,17 +123,10 @@ impl PairWorker {
                         debug!(pair = self.pair, "worker ends: {}", self.counters);
                         return;
                     }
-                    TAP => {
-                        self.tap_readable |= what.contains(Events::EPOLLIN);
-                        // A queue that is detached is in error as well.
-                        if what.contains(Events::EPOLLERR) && self.tap.attached() && !self.lost {
-                            self.lost = true;
-                            error!(
-                                pair = self.pair,
-                                "the TAP interface was deleted: no packet passes any more; start this program again"
-                            );
-                        }
-                        if let (true, Some(tx)) = (what.contains(Events::EPOLLOUT), &mut self.tx) {
+                    LINK => {
+                        let ready = self.link.ready(what);
+                        self.readable |= ready.readable;
+                        if let (true, Some(tx)) = (ready.writable, &mut self.tx) {
                             // A packet may wait for this.
                             self.tx_kicked |= tx.is_full();
                             tx.writable();
@@ -181,19 +170,19 @@ impl PairWorker {
         if let Some(tx) = &mut self.tx
             && (self.tx_kicked || tx.ring.polled())
         {
-            self.tx_kicked = tx.turn(&self.tap, self.settings.filter.link_up, &self.counters);
+            self.tx_kicked = tx.turn(&mut self.link, self.settings.filter.link_up, &self.counters);
             more |= self.tx_kicked;
             tx.ring.turned(&self.counters);
         }
         let in_use = self.in_use();
         if let Some(rx) = &mut self.rx
             && in_use
-            && self.tap_readable
+            && self.readable
             && (self.rx_fed || rx.ring.polled())
         {
-            match rx.turn(&self.tap, &self.settings.filter, &self.counters) {
+            match rx.turn(&mut self.link, &self.settings.filter, &self.counters) {
                 RxEnd::More => more = true,
-                RxEnd::Idle => self.tap_readable = false,
+                RxEnd::Idle => self.readable = false,
                 RxEnd::Starved => self.rx_fed = false,
             }
             rx.ring.turned(&self.counters);
@@ -213,20 +202,20 @@ impl PairWorker {
         })
     }
 
-    /// Attaches the TAP queue if the pair is in use, else detaches it, so that the kernel spreads packets over
+    /// Attaches the link's queue if the pair is in use, else detaches it, so that the kernel spreads packets over
     /// the pairs in use only. The first queue stays: an interface without any would lose its settings.
     fn attach(&mut self) {
         let attached = self.pair == 0 || self.in_use();
-        if attached != self.tap.attached() {
-            if let Err(error) = self.tap.set_attached(attached)
+        if attached != self.link.attached() {
+            if let Err(error) = self.link.set_attached(attached)
                 && let Some(held_back) = self.log.check()
             {
                 warn!(
                     pair = self.pair,
-                    attached, held_back, "cannot change the TAP queue: {error}"
+                    attached, held_back, "cannot change the link's queue: {error}"
                 );
             }
-            self.tap_readable = true;
+            self.readable = true;
         }
     }
 
@@ -270,7 +259,7 @@ impl PairWorker {
             self.wait_on(rx.ring.timer_fd(), TIMER_RX);
             self.rx = Some(rx);
             self.rx_fed = true;
-            self.tap_readable = true;
+            self.readable = true;
             self.attach();
         } else {
             let tx = Tx::new(vring, &self.log);

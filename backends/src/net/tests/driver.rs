@@ -17,8 +17,8 @@ use crate::net::config::MacAddress;
 use crate::net::counters::Counters;
 use crate::net::features::has;
 use crate::net::filter::Filter;
+use crate::net::link::Link;
 use crate::net::settings::{Settings, Shared};
-use crate::net::tap::TapQueue;
 use crate::net::worker::PairWorker;
 use crate::shell::{Command, CommandSender, Memory, Vring, command_channel};
 
@@ -235,11 +235,11 @@ pub(super) fn shared(workers: u16) -> Arc<Shared> {
 }
 
 impl Worker {
-    pub(super) fn start(pair: u16, tap: TapQueue, shared: &Arc<Shared>) -> Self {
+    pub(super) fn start<L: Link + 'static>(pair: u16, link: L, shared: &Arc<Shared>) -> Self {
         let (sender, commands) = command_channel().unwrap();
         let counters = Arc::new(Counters::default());
         let (for_worker, shared) = (Arc::clone(&counters), Arc::clone(shared));
-        let worker = PairWorker::new(pair, 1500, tap, commands, shared, for_worker).unwrap();
+        let worker = PairWorker::new(pair, 1500, link, commands, shared, for_worker).unwrap();
         Self {
             sender,
             thread: Some(std::thread::spawn(move || worker.run())),
@@ -282,11 +282,11 @@ pub(super) struct Pair {
 }
 
 impl Pair {
-    pub(super) fn new(tap: TapQueue, features: u64) -> Self {
+    pub(super) fn new<L: Link + 'static>(link: L, features: u64) -> Self {
         let mut guest = Guest::with(features);
         let (rx, tx) = (guest.queue(64), guest.queue(64));
         let shared = shared(1);
-        let worker = Worker::start(0, tap, &shared);
+        let worker = Worker::start(0, link, &shared);
         worker.own(rx.vring(0, features, true));
         worker.own(tx.vring(1, features, true));
         Self {

@@ -20,10 +20,11 @@ use super::driver::{Guest, HEADER, MAC, Pair, Queue, Worker, give_back, shared};
 use crate::net::coalesce::Coalescing;
 use crate::net::config::{MacAddress, NetConfig};
 use crate::net::control_worker::ControlWorker;
-use crate::net::device::{Interface, Net};
+use crate::net::device::Net;
 use crate::net::features::{GUEST_OFFLOADS, bit};
+use crate::net::link::{AnyLink, Interface, LinkError, TapQueue};
 use crate::net::settings::{Pairs, Shared};
-use crate::net::tap::{TapError, TapQueue};
+
 use crate::shell::{Command, Device, command_channel};
 
 const BASE: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX);
@@ -447,12 +448,12 @@ fn what_was_done_before_a_ring_broke_is_returned() {
 struct Recorder(Mutex<Vec<(&'static str, u32)>>);
 
 impl Interface for Recorder {
-    fn set_header_len(&self, len: u8) -> Result<(), TapError> {
+    fn set_header_len(&self, len: u8) -> Result<(), LinkError> {
         self.0.lock().unwrap().push(("header", len.into()));
         Ok(())
     }
 
-    fn set_offloads(&self, offloads: u32) -> Result<(), TapError> {
+    fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
         self.0.lock().unwrap().push(("offloads", offloads));
         Ok(())
     }
@@ -575,7 +576,8 @@ fn the_device_maps_queues_and_follows_features() {
     let interface = Arc::clone(&recorder) as Arc<dyn Interface>;
     let (_a, tap0) = socket();
     let (_b, tap1) = socket();
-    let mut net = Net::new(config, CONTROL, "recorder", interface, vec![tap0, tap1]).unwrap();
+    let queues = [tap0, tap1].map(AnyLink::Tap).into();
+    let mut net = Net::new(config, CONTROL, "recorder", interface, queues).unwrap();
     assert_eq!((net.queue_count(), net.worker_count()), (5, 3));
     assert_eq!([0, 1, 2, 3, 4].map(|q| net.worker_of(q)), [0, 0, 1, 1, 2]);
     net.set_features(CONTROL & !bit(VIRTIO_NET_F_MQ));

@@ -20,8 +20,8 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::driver::{Guest, HEADER, MAC, Pair, Worker, shared};
 use crate::net::args::{Cidr, NetArgs, Offload};
 use crate::net::features::{GUEST_OFFLOADS, Offloads, bit};
+use crate::net::link::{Tap, TapError};
 use crate::net::settings::Pairs;
-use crate::net::tap::{Tap, TapError};
 use crate::shell::{Device, OnOff, Vring};
 
 const FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
@@ -282,6 +282,7 @@ fn next_of_ours(host: &mut File) -> Vec<u8> {
 fn net_args(tap: &str, pairs: u16) -> NetArgs {
     NetArgs {
         tap: Some(tap.to_owned()),
+        link: None,
         tap_fd: Vec::new(),
         tap_persist: false,
         tap_up: true,

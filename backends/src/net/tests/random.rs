@@ -12,7 +12,7 @@ use vm_memory::GuestAddress;
 
 use super::driver::{HEADER, Pair};
 use crate::net::features::{GUEST_OFFLOADS, bit};
-use crate::net::tap::TapQueue;
+use crate::net::link::TapQueue;
 
 const BASE: u64 =
     bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX) | bit(VIRTIO_NET_F_MRG_RXBUF);

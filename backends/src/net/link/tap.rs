@@ -10,16 +10,22 @@ use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 
+use epoll::Events;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use thiserror::Error;
+use tracing::error;
+
+use super::{Interface, Link, LinkError, Ready};
+use crate::net::epoll_set::Watcher;
+use crate::net::iov::IoList;
 
 /// The clone device from which TAP queues are opened.
 const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// Most queues of one interface (the kernel's MAX_TAP_QUEUES).
-pub(super) const MAX_QUEUES: u16 = 256;
+pub(in crate::net) const MAX_QUEUES: u16 = 256;
 
 /// Why a TAP interface cannot be used.
 #[derive(Debug, Error)]
@@ -134,31 +140,59 @@ pub struct TapQueue {
     /// It can be attached to and detached from the interface (IFF_MULTI_QUEUE).
     switchable: bool,
     attached: bool,
+    /// The interface was deleted, and that was said.
+    lost: bool,
 }
 
 impl TapQueue {
     /// Wraps a non-blocking descriptor with a packet for each read and write. It is always attached.
     #[cfg(test)]
-    pub(super) fn from_packet_fd(fd: OwnedFd) -> Self {
+    pub(in crate::net) fn from_packet_fd(fd: OwnedFd) -> Self {
         Self {
             fd,
             switchable: false,
             attached: true,
+            lost: false,
         }
     }
+}
 
-    /// The interface delivers packets to this queue, and takes packets from it.
-    #[must_use]
-    pub fn attached(&self) -> bool {
+impl Link for TapQueue {
+    fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
+        watcher.add(self.fd.as_fd())
+    }
+
+    fn ready(&mut self, events: Events) -> Ready {
+        // A queue that is detached is in error as well.
+        if events.contains(Events::EPOLLERR) && self.attached && !self.lost {
+            self.lost = true;
+            error!(
+                "the interface was deleted: no packet passes any more; start this program again"
+            );
+        }
+        Ready::from(events)
+    }
+
+    fn send(&mut self, frame: &mut IoList, _header_len: usize) -> io::Result<()> {
+        frame.write_to(self.fd.as_fd()).map(drop)
+    }
+
+    fn receive(
+        &mut self,
+        list: &mut IoList,
+        pieces: usize,
+        _header_len: usize,
+        spill: &mut [u8],
+    ) -> io::Result<usize> {
+        list.read_from(self.fd.as_fd(), pieces, spill)
+    }
+
+    fn attached(&self) -> bool {
         self.attached
     }
 
-    /// Attaches or detaches the queue. The kernel spreads incoming packets over the queues that are attached.
     /// The queue of an interface that has only one stays attached.
-    ///
-    /// # Errors
-    /// What the system said to TUNSETQUEUE.
-    pub fn set_attached(&mut self, attached: bool) -> io::Result<()> {
+    fn set_attached(&mut self, attached: bool) -> io::Result<()> {
         if !self.switchable || self.attached == attached {
             return Ok(());
         }
@@ -170,6 +204,11 @@ impl TapQueue {
         ioctls::set_queue(self.fd.as_fd(), flag)?;
         self.attached = attached;
         Ok(())
+    }
+
+    fn advice(&self, error: &io::Error) -> Option<&'static str> {
+        (error.raw_os_error() == Some(libc::EIO))
+            .then_some("the TAP interface is down; bring it up (--tap-up)")
     }
 }
 
@@ -219,6 +258,7 @@ impl Tap {
                 fd,
                 switchable: queues > 1,
                 attached: true,
+                lost: false,
             });
         }
         Self::with_queues(name, opened)
@@ -275,6 +315,7 @@ impl Tap {
                 fd,
                 switchable: fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE != 0,
                 attached: true,
+                lost: false,
             });
         }
         let name = interface.map(|(_, name)| name).unwrap_or_default();
@@ -388,6 +429,16 @@ impl Tap {
             ioctls::set_netmask(s.as_fd(), &self.name, Ipv4Addr::from(mask))
         });
         self.request("setting the address", result)
+    }
+}
+
+impl Interface for Tap {
+    fn set_header_len(&self, len: u8) -> Result<(), LinkError> {
+        Ok(Self::set_header_len(self, len)?)
+    }
+
+    fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
+        Ok(Self::set_offloads(self, offloads)?)
     }
 }
 

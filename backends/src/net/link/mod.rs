@@ -1,0 +1,230 @@
+//! What stands behind a card: where the packets of a queue pair go to and come from.
+//!
+//! ```text
+//!  PairWorker ── send: frame in guest memory, header in front ────▶ Link ──▶ a TAP, a socket, nothing …
+//!             ◀─ receive: into guest buffers, the rest to a spill ─       ◀──
+//!             ◀─ ready: a descriptor of the link stirred ───────── epoll set of the worker
+//! ```
+//!
+//! Each frame that a link takes or gives has a virtio-net header in front of it (VIRTIO 1.3, 5.1.6). A link that does not
+//! know the header takes it off and puts an empty one there; it has no offloads then, and the device offers none.
+//!
+//! | Module | Its matter |
+//! | --- | --- |
+//! | `spec` | the option --link, and how a link is opened |
+//! | `tap` | TAP interfaces |
+//! | `idle` | links for measurements: nothing, and a source |
+
+mod idle;
+mod spec;
+mod tap;
+
+use std::fmt::Debug;
+use std::io;
+
+use epoll::Events;
+use thiserror::Error;
+
+pub(super) use idle::{Generate, Null};
+pub(super) use spec::{HostEnd, LinkOptions, Opened};
+pub use spec::{LinkSpec, LinkSpecError};
+pub(super) use tap::MAX_QUEUES;
+pub use tap::{Tap, TapError, TapQueue};
+
+use super::epoll_set::Watcher;
+use super::iov::IoList;
+
+/// The longest header (VIRTIO 1.3, 5.1.6).
+const MAX_HEADER: usize = 12;
+
+/// A link cannot be had, or not changed.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum LinkError {
+    /// The TAP cannot be used.
+    #[error(transparent)]
+    Tap(#[from] TapError),
+    /// The link has no queues to share.
+    #[error("a link of kind {kind} serves one queue pair: leave --queue-pairs away")]
+    OneQueue {
+        /// Its kind.
+        kind: &'static str,
+    },
+}
+
+impl LinkError {
+    /// Whether the command line itself is wrong, whatever the system.
+    pub(super) fn is_usage(&self) -> bool {
+        match self {
+            Self::Tap(error) => matches!(error, TapError::Name { .. }),
+            Self::OneQueue { .. } => true,
+        }
+    }
+}
+
+/// What may be worth a try after something happened to a descriptor of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Ready {
+    /// There may be a frame to receive.
+    pub(super) readable: bool,
+    /// There may be room for a frame to send.
+    pub(super) writable: bool,
+}
+
+impl From<Events> for Ready {
+    fn from(events: Events) -> Self {
+        Self {
+            readable: events.contains(Events::EPOLLIN),
+            writable: events.contains(Events::EPOLLOUT),
+        }
+    }
+}
+
+/// One queue of what stands behind a card; it belongs to one thread. No call waits.
+pub(super) trait Link: Send {
+    /// Tells it where its descriptors are waited for, edge-triggered. Called once, before all others.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn watch(&mut self, watcher: Watcher) -> io::Result<()>;
+
+    /// Something happened to one of its descriptors.
+    fn ready(&mut self, events: Events) -> Ready {
+        Ready::from(events)
+    }
+
+    /// Takes one frame, its header of `header_len` bytes in front. The list is as before afterwards.
+    ///
+    /// # Errors
+    /// `WouldBlock` if it is full: the frame can be offered again when [`ready`](Self::ready) says so. All others: the frame is lost.
+    fn send(&mut self, frame: &mut IoList, header_len: usize) -> io::Result<()>;
+
+    /// No frame is sent for a while: what was held back for company goes out.
+    fn flush(&mut self) {}
+
+    /// Gives one frame, a header of `header_len` bytes in front: into the first `pieces` pieces of the list, and what does
+    /// not fit there into `spill`. Returns the length of both together.
+    ///
+    /// # Errors
+    /// `WouldBlock` if there is none.
+    fn receive(
+        &mut self,
+        list: &mut IoList,
+        pieces: usize,
+        header_len: usize,
+        spill: &mut [u8],
+    ) -> io::Result<usize>;
+
+    /// It delivers frames.
+    fn attached(&self) -> bool {
+        true
+    }
+
+    /// Lets it deliver frames, or not, if it is one of several queues that can be told.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn set_attached(&mut self, attached: bool) -> io::Result<()> {
+        let _ = attached;
+        Ok(())
+    }
+
+    /// What to do about an error of [`send`](Self::send), if that is known.
+    fn advice(&self, error: &io::Error) -> Option<&'static str> {
+        let _ = error;
+        None
+    }
+}
+
+impl<L: Link + ?Sized> Link for Box<L> {
+    fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
+        (**self).watch(watcher)
+    }
+
+    fn ready(&mut self, events: Events) -> Ready {
+        (**self).ready(events)
+    }
+
+    fn send(&mut self, frame: &mut IoList, header_len: usize) -> io::Result<()> {
+        (**self).send(frame, header_len)
+    }
+
+    fn flush(&mut self) {
+        (**self).flush();
+    }
+
+    fn receive(
+        &mut self,
+        list: &mut IoList,
+        pieces: usize,
+        header_len: usize,
+        spill: &mut [u8],
+    ) -> io::Result<usize> {
+        (**self).receive(list, pieces, header_len, spill)
+    }
+
+    fn attached(&self) -> bool {
+        (**self).attached()
+    }
+
+    fn set_attached(&mut self, attached: bool) -> io::Result<()> {
+        (**self).set_attached(attached)
+    }
+
+    fn advice(&self, error: &io::Error) -> Option<&'static str> {
+        (**self).advice(error)
+    }
+}
+
+/// A queue of any link: those of which each instruction counts by their own type.
+pub(super) enum AnyLink {
+    /// A TAP queue.
+    Tap(TapQueue),
+    /// Nothing.
+    Null(Null),
+    /// A source.
+    Generate(Generate),
+    /// Anything else.
+    Other(Box<dyn Link>),
+}
+
+impl AnyLink {
+    /// As one type, for those who serve links of all kinds side by side.
+    pub(super) fn boxed(self) -> Box<dyn Link> {
+        match self {
+            Self::Tap(queue) => Box::new(queue),
+            Self::Null(null) => Box::new(null),
+            Self::Generate(generate) => Box::new(generate),
+            Self::Other(link) => link,
+        }
+    }
+}
+
+/// What a driver can change about a link, all queues of it.
+pub(super) trait Interface: Debug + Send + Sync {
+    /// Sets how many bytes precede each packet.
+    ///
+    /// # Errors
+    /// What the link said.
+    fn set_header_len(&self, len: u8) -> Result<(), LinkError>;
+
+    /// Says which packets the driver takes as they are: a set of `TUN_F_*`.
+    ///
+    /// # Errors
+    /// What the link said.
+    fn set_offloads(&self, offloads: u32) -> Result<(), LinkError>;
+}
+
+/// A link that takes the driver's choice from each call.
+#[derive(Debug)]
+struct Fixed;
+
+impl Interface for Fixed {
+    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
+        Ok(())
+    }
+
+    fn set_offloads(&self, _offloads: u32) -> Result<(), LinkError> {
+        Ok(())
+    }
+}

@@ -1,0 +1,225 @@
+//! The option --link, and how a link is opened.
+
+use std::fmt;
+use std::str::FromStr;
+use std::sync::Arc;
+
+use thiserror::Error;
+
+use super::idle::{MAX_GENERATED, MIN_GENERATED};
+use super::{AnyLink, Fixed, Generate, Interface, LinkError, Null, Tap};
+use crate::net::args::Cidr;
+use crate::net::config::MacAddress;
+
+/// What stands behind a card, as the command line says it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkSpec {
+    /// A TAP interface.
+    Tap(String),
+    /// Nothing.
+    Null,
+    /// A source of frames of this many bytes.
+    Generate(u16),
+}
+
+/// A text names no link.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LinkSpecError {
+    /// No such kind.
+    #[error("there is no link of kind \"{0}\"; there are tap:NAME, null and generate:BYTES")]
+    Kind(String),
+    /// The name is missing.
+    #[error("a link of kind {0} needs the name of an interface, as in {0}:eth0")]
+    NoName(&'static str),
+    /// Too much was said.
+    #[error("a link of kind {0} takes nothing behind its name")]
+    TooMuch(&'static str),
+    /// The length of frames is none.
+    #[error(
+        "frames to generate have {MIN_GENERATED} to {MAX_GENERATED} bytes, as in generate:1514"
+    )]
+    Length,
+}
+
+impl FromStr for LinkSpec {
+    type Err = LinkSpecError;
+
+    fn from_str(text: &str) -> Result<Self, LinkSpecError> {
+        let (kind, rest) = match text.split_once(':') {
+            Some((kind, rest)) => (kind, Some(rest)),
+            None => (text, None),
+        };
+        let name = |kind| match rest {
+            Some(name) if !name.is_empty() => Ok(name.to_owned()),
+            _ => Err(LinkSpecError::NoName(kind)),
+        };
+        match kind {
+            "tap" => Ok(Self::Tap(name("tap")?)),
+            "null" if rest.is_some() => Err(LinkSpecError::TooMuch("null")),
+            "null" => Ok(Self::Null),
+            "generate" => {
+                let len: u16 = rest
+                    .unwrap_or("60")
+                    .parse()
+                    .map_err(|_| LinkSpecError::Length)?;
+                if (MIN_GENERATED..=MAX_GENERATED).contains(&len) {
+                    Ok(Self::Generate(len))
+                } else {
+                    Err(LinkSpecError::Length)
+                }
+            }
+            _ => Err(LinkSpecError::Kind(kind.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for LinkSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tap(name) => write!(f, "tap:{name}"),
+            Self::Null => f.write_str("null"),
+            Self::Generate(len) => write!(f, "generate:{len}"),
+        }
+    }
+}
+
+/// What is to be done with the host's end of an interface.
+#[derive(Debug, Clone, Copy, Default)]
+pub(in crate::net) struct HostEnd {
+    /// It stays when this program ends.
+    pub(in crate::net) persist: bool,
+    /// Its MTU in bytes.
+    pub(in crate::net) mtu: Option<u16>,
+    /// Its IPv4 address.
+    pub(in crate::net) address: Option<Cidr>,
+    /// It is brought up.
+    pub(in crate::net) up: bool,
+}
+
+/// What a link needs to know of the card before it.
+#[derive(Debug, Clone, Copy)]
+pub(in crate::net) struct LinkOptions<'a> {
+    /// Number of queues.
+    pub(in crate::net) queues: u16,
+    /// Address of the card, if it has one already.
+    pub(in crate::net) mac: Option<MacAddress>,
+    /// Sets of `TUN_F_*` that are wanted, best first.
+    pub(in crate::net) offloads: &'a [u32],
+    /// For a TAP.
+    pub(in crate::net) host: HostEnd,
+}
+
+/// A link that is open.
+pub(in crate::net) struct Opened {
+    /// What it is, for the log and the status: as --link has it.
+    pub(in crate::net) name: String,
+    /// What a driver can change about it.
+    pub(in crate::net) interface: Arc<dyn Interface>,
+    /// One for each queue pair.
+    pub(in crate::net) queues: Vec<AnyLink>,
+    /// The `TUN_F_*` offloads that it takes and gives, of those that are wanted.
+    pub(in crate::net) offloads: u32,
+    /// The address that the card should have.
+    pub(in crate::net) mac: MacAddress,
+}
+
+impl LinkSpec {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// [`LinkError`]
+    pub(in crate::net) fn open(&self, options: LinkOptions<'_>) -> Result<Opened, LinkError> {
+        let LinkOptions {
+            queues,
+            mac,
+            offloads,
+            host,
+        } = options;
+        let mac = mac.unwrap_or_else(MacAddress::random);
+        let name = self.to_string();
+        // Who takes whatever comes, and gives whole frames only, has all offloads.
+        let whole = offloads.first().copied().unwrap_or(0);
+        Ok(match self {
+            Self::Tap(name) => {
+                let (tap, queues) = Tap::open(name, queues)?;
+                Opened::tap(tap, queues, mac, offloads, host)?
+            }
+            Self::Null => Opened {
+                name,
+                interface: Arc::new(Fixed),
+                queues: (0..queues).map(|_| AnyLink::Null(Null)).collect(),
+                offloads: whole,
+                mac,
+            },
+            Self::Generate(len) => Opened {
+                name,
+                interface: Arc::new(Fixed),
+                queues: (0..queues)
+                    .map(|_| AnyLink::Generate(Generate::new(*len, mac)))
+                    .collect(),
+                offloads: whole,
+                mac,
+            },
+        })
+    }
+}
+
+impl Opened {
+    /// A TAP interface that is open.
+    ///
+    /// # Errors
+    /// [`LinkError::Tap`]
+    pub(in crate::net) fn tap(
+        tap: Tap,
+        queues: Vec<super::TapQueue>,
+        mac: MacAddress,
+        offloads: &[u32],
+        host: HostEnd,
+    ) -> Result<Self, LinkError> {
+        let offloads = tap.probe_offloads(offloads);
+        if host.persist {
+            tap.set_persistent()?;
+        }
+        if let Some(mtu) = host.mtu {
+            tap.set_mtu(mtu)?;
+        }
+        if let Some(Cidr {
+            address,
+            prefix_len,
+        }) = host.address
+        {
+            tap.set_address(address, prefix_len)?;
+        }
+        if host.up {
+            tap.set_up()?;
+        }
+        Ok(Self {
+            name: format!("tap:{}", tap.name()),
+            offloads,
+            interface: Arc::new(tap),
+            queues: queues.into_iter().map(AnyLink::Tap).collect(),
+            mac,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn links_are_read_and_written_alike() {
+        for text in ["tap:vm0", "null", "generate:1514"] {
+            assert_eq!(text.parse::<LinkSpec>().unwrap().to_string(), text);
+        }
+        assert_eq!("generate".parse(), Ok(LinkSpec::Generate(60)));
+        let wrong = |text: &str| text.parse::<LinkSpec>().unwrap_err();
+        assert_eq!(wrong("tap"), LinkSpecError::NoName("tap"));
+        assert_eq!(wrong("tap:"), LinkSpecError::NoName("tap"));
+        assert_eq!(wrong("null:x"), LinkSpecError::TooMuch("null"));
+        assert_eq!(wrong("generate:59"), LinkSpecError::Length);
+        assert_eq!(wrong("generate:x"), LinkSpecError::Length);
+        assert_eq!(wrong("tun:x"), LinkSpecError::Kind("tun".to_owned()));
+    }
+}
