@@ -4,7 +4,6 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -67,7 +66,7 @@ struct Queue {
     driver: DriverRing<u64>,
     kick: EventFd,
     sender: CommandSender,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<WorkerThread>,
 }
 
 /// A disk with two queues, and their driver.

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use ringside_control::{ApiError, ErrorCode};
 use serde_json::{Map, Value, json};
@@ -20,7 +20,7 @@ use super::link::{AnyLink, Interface, Link};
 use super::settings::{Pairs, Settings, Shared};
 
 use super::worker::PairWorker;
-use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics};
+use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;
@@ -198,7 +198,7 @@ impl Device for Net {
         &mut self,
         worker: usize,
         commands: Commands,
-    ) -> Result<JoinHandle<()>, DeviceError> {
+    ) -> Result<WorkerThread, DeviceError> {
         let failed = |source: io::Error| DeviceError::Worker {
             worker,
             source: source.into(),
@@ -235,7 +235,7 @@ impl Device for Net {
                     .spawn(move || worker.run())
             }
         };
-        thread.map_err(failed)
+        thread.map(WorkerThread::Own).map_err(failed)
     }
 
     fn statistics(&self) -> Arc<dyn Statistics> {

@@ -56,6 +56,16 @@ pub(super) enum Request {
     Resume,
     /// Has the guest make itself known to the network.
     Announce,
+    /// Plugs the guest's cable in, or pulls it.
+    Link(Link),
+}
+
+/// Arguments of [`Request::Link`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Link {
+    /// It is plugged in.
+    pub(super) up: bool,
 }
 
 /// Arguments of [`Request::Resize`].
@@ -161,7 +171,7 @@ impl Requests {
 
 impl Clients {
     /// Has the control thread answer.
-    fn ask(&self, request: Request) -> Result<Reply, ApiError> {
+    pub(super) fn ask(&self, request: Request) -> Result<Reply, ApiError> {
         let ending = || {
             let message = format!("{} is ending", self.program.name);
             ApiError::of(ErrorCode::Busy, message)
