@@ -146,6 +146,13 @@ pub struct NetArgs {
     #[arg(long, value_name = "MBITS", value_parser = clap::value_parser!(u32).range(1..=0x7fff_ffff))]
     pub speed: Option<u32>,
 
+    /// Offer the card as the stand-in of an assigned network function with the same --mac
+    ///
+    /// The guest's driver (Linux: net_failover) joins both to one interface, sends over the function while it is
+    /// there, and over this card when it is taken away, as before a live migration.
+    #[arg(long, requires = "mac")]
+    pub standby: bool,
+
     /// Number of queue pairs, each served by a thread of its own [default: 1, or as many as --tap-fd has]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), conflicts_with = "tap_fd")]
     pub queue_pairs: Option<u16>,
@@ -328,10 +335,12 @@ impl NetArgs {
             pairs,
             mtu: self.mtu,
             speed: self.speed,
+            hash_types: 0,
         };
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
+            standby: self.standby,
             multi_queue: pairs > 1,
             packed: self.packed == OnOff::On,
             in_order: self.in_order == OnOff::On,

@@ -24,10 +24,12 @@
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
 //! | `tx`, `rx`, `ring` | the data path |
+//! | `coalesce` | interrupts that are held back |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
 
 mod args;
+mod coalesce;
 mod config;
 mod control;
 mod control_worker;

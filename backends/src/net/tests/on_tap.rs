@@ -294,6 +294,7 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
         mac: Some(MAC),
         mtu: None,
         speed: None,
+        standby: false,
         queue_pairs: Some(pairs),
         offload: vec![Offload::All],
         packed: OnOff::On,
