@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use ringside_control::{ApiError, ErrorCode};
 use serde_json::{Map, Value, json};
