@@ -38,9 +38,7 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
-#[allow(dead_code, reason = "for links that are sockets")]
 mod iov;
-#[allow(dead_code, reason = "for links that are sockets")]
 mod link;
 mod ring;
 mod rx;
@@ -53,4 +51,7 @@ mod worker;
 pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
 pub use config::{MacAddress, MacError};
 pub use device::Net;
-pub use link::{LinkError, LinkSpec, LinkSpecError, Tap, TapError, TapQueue};
+pub use link::{
+    Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
+    Tap, TapError, TapQueue,
+};
