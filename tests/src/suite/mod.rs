@@ -7,6 +7,7 @@ mod blk_control;
 mod boot;
 mod formats;
 mod net;
+mod net_features;
 mod others;
 mod vfio;
 mod zoned;
@@ -51,6 +52,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
+        net_features::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]
