@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
+use serde_json::Value;
+
 use super::Test;
 use crate::command;
 use crate::ensure;
-use crate::error::Result;
+use crate::error::{LabError, Result};
 use crate::harness::{
     Control, Guest, Igb, Net, Vmm, iperf3, iperf3_server, packets, sum_interrupts,
 };
@@ -21,6 +23,11 @@ pub(super) const TESTS: &[Test] = &[
         name: "net::interrupts_are_held_back",
         seconds: 60,
         run: interrupts_are_held_back,
+    },
+    Test {
+        name: "net::flows_go_where_the_guest_says",
+        seconds: 90,
+        run: flows_go_where_the_guest_says,
     },
     Test {
         name: "net::stands_in_for_a_function",
@@ -112,6 +119,82 @@ fn interrupts_are_held_back(site: &Site) -> Result<()> {
     // Nothing that is held back is lost: with a packet a second, each waits for the timer alone.
     guest.run_ok("ethtool -C eth0 rx-usecs 50000 rx-frames 64 tx-usecs 50000 tx-frames 64")?;
     guest.run_ok(&format!("ping -c 5 -i 0.5 -W 5 {HOST}"))?;
+    guest.shut_down()?;
+    net.stop(site)
+}
+
+/// Receive-side scaling: the guest's table, and what it has hashed, decide which queue pair a flow comes by.
+fn flows_go_where_the_guest_says(site: &Site) -> Result<()> {
+    const PAIRS: usize = 4;
+    let control = Control::new(site, "net.ctl");
+    let net = Net::tap("tap0")
+        .queue_pairs(4)
+        .address(&format!("{HOST}/24"))
+        .arg("--hash-report")
+        .arg(&format!("--control-socket={}", control.socket().display()))
+        .start(site)?;
+    let _server = iperf3_server(site, None)?;
+    let mut guest = Guest::on(Vmm::Ringside).cpus(4).device(&net).boot(site)?;
+    guest.network_up("10.77.0.2/24")?;
+    guest.run_ok(&format!("ethtool -L eth0 combined {PAIRS}"))?;
+    let received = || -> Result<Vec<u64>> {
+        let stats = control.ask_json(&["stats"])?;
+        let pairs = (0..PAIRS).map(|pair| {
+            let packets = stats.pointer(&format!("/queue-pairs/{pair}/rx-packets"));
+            packets
+                .and_then(Value::as_u64)
+                .ok_or_else(|| LabError::Protocol {
+                    from: "ringside-ctl stats",
+                    text: stats.to_string(),
+                })
+        });
+        pairs.collect()
+    };
+    // The pairs that have a good part of what comes by eight flows.
+    let used = |guest: &mut Guest, what: &str| -> Result<Vec<usize>> {
+        let before = received()?;
+        iperf3(guest, HOST, 2, "--parallel 8 --reverse")?;
+        let after = received()?;
+        let counts: Vec<u64> = after.iter().zip(before).map(|(a, b)| a - b).collect();
+        println!("{what}: {counts:?}");
+        let all: u64 = counts.iter().sum();
+        ensure!(all > 500, "only {all} packets came");
+        let counts = counts.into_iter().enumerate();
+        let many = counts.filter(|(_, count)| *count > all / 50);
+        Ok(many.map(|(pair, _)| pair).collect())
+    };
+    println!("{}", guest.run_ok("ethtool -x eth0")?);
+    let spread = used(&mut guest, "as the driver likes")?;
+    ensure!(spread.len() > 1, "eight flows came by {spread:?}");
+    for (table, pairs) in [
+        ("equal 2", &[0, 1][..]),
+        ("start 2 equal 2", &[2, 3]),
+        ("weight 0 0 0 1", &[3]),
+    ] {
+        guest.run_ok(&format!("ethtool -X eth0 {table}"))?;
+        let found = used(&mut guest, table)?;
+        ensure!(
+            !found.is_empty() && found.iter().all(|pair| pairs.contains(pair)),
+            "with a table of {table}, flows came by {found:?}"
+        );
+    }
+    // Without ports in the hash, all flows of two hosts are one.
+    guest.run_ok("ethtool -X eth0 equal 4 && ethtool -N eth0 rx-flow-hash tcp4 sd")?;
+    let found = used(&mut guest, "by addresses alone")?;
+    ensure!(
+        found.len() == 1,
+        "by addresses alone, flows came by {found:?}"
+    );
+    guest.run_ok("ethtool -N eth0 rx-flow-hash tcp4 sdfn")?;
+    let found = used(&mut guest, "by ports again")?;
+    ensure!(found.len() > 1, "by ports, eight flows came by {found:?}");
+    // Fewer pairs than the table had.
+    guest.run_ok("ethtool -L eth0 combined 2")?;
+    let found = used(&mut guest, "two pairs")?;
+    ensure!(
+        found.iter().all(|&pair| pair < 2),
+        "with two pairs, flows came by {found:?}"
+    );
     guest.shut_down()?;
     net.stop(site)
 }

@@ -33,9 +33,10 @@ pub use tap::{Tap, TapError, TapQueue};
 
 use super::epoll_set::Watcher;
 use super::iov::IoList;
+use super::steering::Rss;
 
 /// The longest header (VIRTIO 1.3, 5.1.6).
-const MAX_HEADER: usize = 12;
+const MAX_HEADER: usize = 20;
 
 /// A link cannot be had, or not changed.
 #[derive(Debug, Error)]
@@ -44,6 +45,9 @@ pub enum LinkError {
     /// The TAP cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// Packets go to any queue.
+    #[error("the link cannot choose the queues that packets go to: RSS is not offered")]
+    NoSteering,
     /// The link has no queues to share.
     #[error("a link of kind {kind} serves one queue pair: leave --queue-pairs away")]
     OneQueue {
@@ -58,6 +62,7 @@ impl LinkError {
         match self {
             Self::Tap(error) => matches!(error, TapError::Name { .. }),
             Self::OneQueue { .. } => true,
+            Self::NoSteering => false,
         }
     }
 }
@@ -213,6 +218,22 @@ pub(super) trait Interface: Debug + Send + Sync {
     /// # Errors
     /// What the link said.
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError>;
+
+    /// It can have packets go to the queues that a driver wants.
+    fn steers(&self) -> bool {
+        false
+    }
+
+    /// Has packets go to the queues that a driver wants; without it, to any that are attached.
+    ///
+    /// # Errors
+    /// What the link said.
+    fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
+        match rss {
+            None => Ok(()),
+            Some(_) => Err(LinkError::NoSteering),
+        }
+    }
 }
 
 /// A link that takes the driver's choice from each call.

@@ -9,17 +9,19 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use epoll::Events;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use thiserror::Error;
-use tracing::error;
+use tracing::{error, info};
 
 use super::{Interface, Link, LinkError, Ready};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
+use crate::net::steering::{Rss, Steering};
 
 /// The clone device from which TAP queues are opened.
 const TUN_DEVICE: &str = "/dev/net/tun";
@@ -140,8 +142,50 @@ pub struct TapQueue {
     /// It can be attached to and detached from the interface (IFF_MULTI_QUEUE).
     switchable: bool,
     attached: bool,
+    /// Its number among the queues of the interface that are ours.
+    number: u16,
+    members: Arc<Mutex<Members>>,
     /// The interface was deleted, and that was said.
     lost: bool,
+}
+
+/// The queues that are attached, and how packets are spread over them. The kernel knows queues by their position in an array
+/// of those: a queue that is attached comes last, and the last one takes the place of one that is detached.
+#[derive(Debug, Default)]
+struct Members {
+    order: Vec<u16>,
+    steering: Option<Steering>,
+    rss: Option<Rss>,
+}
+
+impl Members {
+    /// A queue was attached, or detached.
+    fn moved(&mut self, number: u16, attached: bool) {
+        let place = self.order.iter().position(|&other| other == number);
+        match (attached, place) {
+            (true, None) => self.order.push(number),
+            (false, Some(place)) => drop(self.order.swap_remove(place)),
+            _ => {}
+        }
+    }
+
+    /// Tells the kernel.
+    fn steer(&self) -> io::Result<()> {
+        let (Some(steering), Some(rss)) = (&self.steering, &self.rss) else {
+            return Ok(());
+        };
+        steering.set(rss, |number| {
+            let place = self.order.iter().position(|&other| other == number);
+            // Packets of a queue that is not there go to the first one.
+            place
+                .and_then(|place| u16::try_from(place).ok())
+                .unwrap_or(0)
+        })
+    }
+}
+
+fn lock(members: &Mutex<Members>) -> MutexGuard<'_, Members> {
+    members.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl TapQueue {
@@ -152,6 +196,8 @@ impl TapQueue {
             fd,
             switchable: false,
             attached: true,
+            number: 0,
+            members: Arc::default(),
             lost: false,
         }
     }
@@ -201,9 +247,11 @@ impl Link for TapQueue {
         } else {
             libc::IFF_DETACH_QUEUE
         };
+        let mut members = lock(&self.members);
         ioctls::set_queue(self.fd.as_fd(), flag)?;
         self.attached = attached;
-        Ok(())
+        members.moved(self.number, attached);
+        members.steer()
     }
 
     fn advice(&self, error: &io::Error) -> Option<&'static str> {
@@ -224,6 +272,7 @@ pub struct Tap {
     name: String,
     /// A second descriptor of the first queue, which is never detached: requests on a detached queue fail.
     control: OwnedFd,
+    members: Arc<Mutex<Members>>,
 }
 
 impl Tap {
@@ -239,6 +288,7 @@ impl Tap {
         let queues = queues.max(1);
         let mut name = name.to_owned();
         let mut opened = Vec::new();
+        let members = Arc::default();
         let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         if queues > 1 {
             flags |= libc::IFF_MULTI_QUEUE;
@@ -258,6 +308,8 @@ impl Tap {
                 fd,
                 switchable: queues > 1,
                 attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
                 lost: false,
             });
         }
@@ -271,6 +323,7 @@ impl Tap {
     /// [`TapError::NotATap`], [`TapError::Flags`], [`TapError::Mixed`]
     pub fn inherit(fds: &[RawFd]) -> Result<(Self, Vec<TapQueue>), TapError> {
         let mut opened = Vec::new();
+        let members = Arc::default();
         let mut interface: Option<(RawFd, String)> = None;
         for &number in fds {
             let not_a_tap = |errno: Errno| TapError::NotATap {
@@ -315,6 +368,8 @@ impl Tap {
                 fd,
                 switchable: fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE != 0,
                 attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
                 lost: false,
             });
         }
@@ -329,13 +384,76 @@ impl Tap {
             None => Err(none()),
         };
         match control {
-            Ok(control) => Ok((Self { name, control }, queues)),
+            Ok(control) => {
+                let members = queues.first().map(|queue| Arc::clone(&queue.members));
+                let tap = Self {
+                    name,
+                    control,
+                    members: members.unwrap_or_default(),
+                };
+                if let Err(error) = tap.prepare_steering(&queues) {
+                    let name = &tap.name;
+                    info!(
+                        "RSS is not offered on \"{name}\", whose packets cannot be steered (CAP_BPF may help): {error}"
+                    );
+                }
+                Ok((tap, queues))
+            }
             Err(source) => Err(TapError::Request {
                 name,
                 what: "duplicating a queue's descriptor",
                 source,
             }),
         }
+    }
+
+    /// Makes the positions of queues known, and gives the kernel the program that steers packets to them, if there are several.
+    fn prepare_steering(&self, queues: &[TapQueue]) -> io::Result<()> {
+        let mut members = lock(&self.members);
+        members.order = (0..).zip(queues).map(|(number, _)| number).collect();
+        if queues.len() < 2 || queues.iter().any(|queue| !queue.switchable) {
+            return Ok(());
+        }
+        // Whoever opened them may have done so in another order.
+        for flag in [libc::IFF_DETACH_QUEUE, libc::IFF_ATTACH_QUEUE] {
+            for queue in queues.iter().skip(1) {
+                ioctls::set_queue(queue.fd.as_fd(), flag)?;
+            }
+        }
+        let steering = Steering::load()?;
+        // Does this kernel take it?
+        ioctls::set_steering(self.control.as_fd(), Some(steering.program()))?;
+        ioctls::set_steering(self.control.as_fd(), None)?;
+        members.steering = Some(steering);
+        Ok(())
+    }
+
+    /// Has packets go to the queues that a driver wants, or as the kernel likes.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    fn steer(&self, rss: Option<Rss>) -> Result<(), TapError> {
+        let mut members = lock(&self.members);
+        let Members {
+            steering,
+            rss: of_driver,
+            ..
+        } = &mut *members;
+        let Some(steering) = steering else {
+            return Ok(());
+        };
+        let steered = rss.is_some();
+        let before = std::mem::replace(of_driver, rss).is_some();
+        let program = steered.then_some(steering.program());
+        let result = if steered == before {
+            Ok(())
+        } else {
+            ioctls::set_steering(self.control.as_fd(), program)
+        };
+        let told = members
+            .steer()
+            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)));
+        self.request("steering packets to queues", result.and(told))
     }
 
     /// Name of the interface.
@@ -440,6 +558,17 @@ impl Interface for Tap {
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
         Ok(Self::set_offloads(self, offloads)?)
     }
+
+    fn steers(&self) -> bool {
+        lock(&self.members).steering.is_some()
+    }
+
+    fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
+        if rss.is_some() && !self.steers() {
+            return Err(LinkError::NoSteering);
+        }
+        Ok(self.steer(rss)?)
+    }
 }
 
 fn check_name(name: &str) -> Result<(), TapError> {
@@ -500,6 +629,7 @@ mod ioctls {
         nix::ioctl_write_ptr_bad!(tunsetiff, libc::TUNSETIFF, libc::ifreq);
         nix::ioctl_read_bad!(tungetiff, libc::TUNGETIFF, libc::ifreq);
         nix::ioctl_write_ptr_bad!(tunsetqueue, libc::TUNSETQUEUE, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(tunsetsteeringebpf, libc::TUNSETSTEERINGEBPF, c_int);
         nix::ioctl_write_ptr_bad!(tunsetvnethdrsz, libc::TUNSETVNETHDRSZ, c_int);
         nix::ioctl_read_bad!(siocgifflags, libc::SIOCGIFFLAGS, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifflags, libc::SIOCSIFFLAGS, libc::ifreq);
@@ -597,6 +727,16 @@ mod ioctls {
     pub(super) fn set_offload(fd: BorrowedFd<'_>, offloads: c_ulong) -> Result<(), Errno> {
         // SAFETY: the argument is a set of bits, not a pointer.
         unsafe { raw::by_value(fd.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) }.map(drop)
+    }
+
+    /// Has the interface ask a program for the queue of each packet, or none.
+    pub(super) fn set_steering(
+        fd: BorrowedFd<'_>,
+        program: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Errno> {
+        let program = program.map_or(-1, |program| program.as_raw_fd());
+        // SAFETY: the kernel reads one int, which lives until after the call.
+        unsafe { raw::tunsetsteeringebpf(fd.as_raw_fd(), &raw const program) }.map(drop)
     }
 
     pub(super) fn set_persist(fd: BorrowedFd<'_>) -> Result<(), Errno> {
