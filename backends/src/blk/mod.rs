@@ -35,7 +35,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use ringside_control::metrics::Kind;
@@ -43,7 +43,9 @@ use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
-use crate::shell::{Commands, Device, DeviceError, Drained, LogLimit, Statistics, config_range};
+use crate::shell::{
+    Commands, Device, DeviceError, Drained, LogLimit, Statistics, WorkerThread, config_range,
+};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, ZoneGeometry};
@@ -295,7 +297,7 @@ impl Device for Blk {
         &mut self,
         worker: usize,
         commands: Commands,
-    ) -> Result<JoinHandle<()>, DeviceError> {
+    ) -> Result<WorkerThread, DeviceError> {
         let shared = self.shared.clone();
         let stats = self.stats.get(worker).cloned().unwrap_or_default();
         let (ready, started) = mpsc::channel();
@@ -328,7 +330,7 @@ impl Device for Blk {
             })
             .map_err(|e| failed(e.into()))?;
         match started.recv() {
-            Ok(Ok(())) => Ok(thread),
+            Ok(Ok(())) => Ok(WorkerThread::Own(thread)),
             Ok(Err(e)) => Err(failed(Box::new(UringError(e)))),
             Err(e) => Err(failed(Box::new(e))),
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use ringside_control::{ApiError, ErrorCode};
 use serde_json::{Map, Value, json};
@@ -19,7 +19,9 @@ use super::filter::Filter;
 use super::link::{AnyLink, Interface, Link};
 use super::settings::{Settings, Shared};
 use super::worker::PairWorker;
-use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics};
+use crate::shell::{
+    Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread,
+};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;
@@ -115,7 +117,7 @@ struct PairStart {
 }
 
 impl PairStart {
-    fn spawn<L: Link + 'static>(self, link: L) -> io::Result<JoinHandle<()>> {
+    fn spawn<L: Link + 'static>(self, link: L) -> io::Result<thread::JoinHandle<()>> {
         let Self {
             pair,
             mtu,
@@ -196,7 +198,7 @@ impl Device for Net {
         &mut self,
         worker: usize,
         commands: Commands,
-    ) -> Result<JoinHandle<()>, DeviceError> {
+    ) -> Result<WorkerThread, DeviceError> {
         let failed = |source: io::Error| DeviceError::Worker {
             worker,
             source: source.into(),
@@ -233,7 +235,7 @@ impl Device for Net {
                     .spawn(move || worker.run())
             }
         };
-        thread.map_err(failed)
+        thread.map(WorkerThread::Own).map_err(failed)
     }
 
     fn statistics(&self) -> Arc<dyn Statistics> {
@@ -271,7 +273,7 @@ impl Device for Net {
         Ok(true)
     }
 
-    fn link(&mut self, up: bool) -> Result<bool, ApiError> {
+    fn set_link(&mut self, up: bool) -> Result<bool, ApiError> {
         let mut changed = false;
         self.shared.change(|settings| {
             changed = settings.filter.link_up != up;

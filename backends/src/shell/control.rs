@@ -181,7 +181,7 @@ impl Requests {
 
 impl Clients {
     /// Has the control thread answer.
-    fn ask(&self, request: Request) -> Result<Reply, ApiError> {
+    pub(super) fn ask(&self, request: Request) -> Result<Reply, ApiError> {
         let ending = || {
             let message = format!("{} is ending", self.program.name);
             ApiError::of(ErrorCode::Busy, message)
