@@ -8,13 +8,14 @@ use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
+use tracing::info;
 
 use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
 use super::hash::HASH_TYPES;
-use super::link::{HostEnd, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, Opened, Tap};
-use crate::shell::{OnOff, OpenError};
+use super::link::{HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, Opened, Tap};
+use crate::shell::{Chain as Causes, OnOff, OpenError};
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -131,7 +132,8 @@ pub struct NetArgs {
     /// Offer to spread received packets over several queue pairs by a table of the guest's (receive-side scaling)
     ///
     /// It needs a TAP interface and a kernel that takes a program for it (CAP_BPF, or sysctl
-    /// kernel.unprivileged_bpf_disabled=0); the log says if it does not. In QEMU give rss=on to the card, too.
+    /// kernel.unprivileged_bpf_disabled=0); the log says if it does not. QEMU answers its guests on its own, so that
+    /// their tables do not come here.
     #[arg(
         long,
         value_enum,
@@ -294,7 +296,7 @@ impl NetArgs {
             mac,
         } = self.open_link(&self.offloads()?.candidates())?;
         let pairs = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
-        let rss = self.rss == OnOff::On && pairs > 1 && interface.steers();
+        let rss = self.rss == OnOff::On && pairs > 1 && can_steer(interface.as_ref());
         let config = NetConfig {
             mac,
             pairs,
@@ -318,6 +320,17 @@ impl NetArgs {
         };
         let features = offered(offloads, extras);
         Net::new(config, features, &name, interface, queues).map_err(ArgsError::System)
+    }
+}
+
+/// Whether packets can go to the queues that a driver wants.
+fn can_steer(interface: &dyn Interface) -> bool {
+    match interface.prepare_steering() {
+        Ok(()) => true,
+        Err(error) => {
+            info!("RSS is not offered: {}", Causes(&error));
+            false
+        }
     }
 }
 

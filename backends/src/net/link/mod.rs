@@ -46,7 +46,9 @@ pub enum LinkError {
     #[error(transparent)]
     Tap(#[from] TapError),
     /// Packets go to any queue.
-    #[error("the link cannot choose the queues that packets go to: RSS is not offered")]
+    #[error(
+        "the link does not let packets be steered to queues: a TAP interface with several does"
+    )]
     NoSteering,
     /// The link has no queues to share.
     #[error("a link of kind {kind} serves one queue pair: leave --queue-pairs away")]
@@ -219,15 +221,18 @@ pub(super) trait Interface: Debug + Send + Sync {
     /// What the link said.
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError>;
 
-    /// It can have packets go to the queues that a driver wants.
-    fn steers(&self) -> bool {
-        false
+    /// Makes ready to have packets go to the queues that a driver wants. Called once, before the queues have threads.
+    ///
+    /// # Errors
+    /// What the link said.
+    fn prepare_steering(&self) -> Result<(), LinkError> {
+        Err(LinkError::NoSteering)
     }
 
     /// Has packets go to the queues that a driver wants; without it, to any that are attached.
     ///
     /// # Errors
-    /// What the link said.
+    /// What the link said; [`LinkError::NoSteering`] if it was not made ready.
     fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
         match rss {
             None => Ok(()),

@@ -16,7 +16,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use thiserror::Error;
-use tracing::{error, info};
+use tracing::error;
 
 use super::{Interface, Link, LinkError, Ready};
 use crate::net::epoll_set::Watcher;
@@ -116,6 +116,18 @@ pub enum TapError {
         name: String,
         /// Interface of the other one.
         other: String,
+    },
+    /// The kernel takes no program that steers packets.
+    #[error(
+        "the kernel takes no program that steers packets of \"{name}\": give this program CAP_BPF, or allow all of them that \
+         (sysctl kernel.unprivileged_bpf_disabled=0)"
+    )]
+    Steering {
+        /// Name of the interface.
+        name: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
     },
     /// Another request to the kernel failed.
     #[error("TAP \"{name}\": {what} failed")]
@@ -374,6 +386,16 @@ impl Tap {
             });
         }
         let name = interface.map(|(_, name)| name).unwrap_or_default();
+        // Whoever attached them may have done so in another order.
+        for flag in [libc::IFF_DETACH_QUEUE, libc::IFF_ATTACH_QUEUE] {
+            for queue in opened.iter().skip(1).filter(|queue| queue.switchable) {
+                ioctls::set_queue(queue.fd.as_fd(), flag).map_err(|source| TapError::Request {
+                    name: name.clone(),
+                    what: "putting inherited queues in order",
+                    source,
+                })?;
+            }
+        }
         Self::with_queues(name, opened)
     }
 
@@ -391,12 +413,7 @@ impl Tap {
                     control,
                     members: members.unwrap_or_default(),
                 };
-                if let Err(error) = tap.prepare_steering(&queues) {
-                    let name = &tap.name;
-                    info!(
-                        "RSS is not offered on \"{name}\", whose packets cannot be steered (CAP_BPF may help): {error}"
-                    );
-                }
+                lock(&tap.members).order = queues.iter().map(|queue| queue.number).collect();
                 Ok((tap, queues))
             }
             Err(source) => Err(TapError::Request {
@@ -407,24 +424,23 @@ impl Tap {
         }
     }
 
-    /// Makes the positions of queues known, and gives the kernel the program that steers packets to them, if there are several.
-    fn prepare_steering(&self, queues: &[TapQueue]) -> io::Result<()> {
-        let mut members = lock(&self.members);
-        members.order = (0..).zip(queues).map(|(number, _)| number).collect();
-        if queues.len() < 2 || queues.iter().any(|queue| !queue.switchable) {
-            return Ok(());
-        }
-        // Whoever opened them may have done so in another order.
-        for flag in [libc::IFF_DETACH_QUEUE, libc::IFF_ATTACH_QUEUE] {
-            for queue in queues.iter().skip(1) {
-                ioctls::set_queue(queue.fd.as_fd(), flag)?;
-            }
-        }
-        let steering = Steering::load()?;
-        // Does this kernel take it?
-        ioctls::set_steering(self.control.as_fd(), Some(steering.program()))?;
-        ioctls::set_steering(self.control.as_fd(), None)?;
-        members.steering = Some(steering);
+    /// Gives the kernel the program that steers packets to queues.
+    ///
+    /// # Errors
+    /// [`TapError::Steering`]
+    fn prepare_steering(&self) -> Result<(), TapError> {
+        let load = || -> io::Result<Steering> {
+            let steering = Steering::load()?;
+            // Does this kernel take it?
+            ioctls::set_steering(self.control.as_fd(), Some(steering.program()))?;
+            ioctls::set_steering(self.control.as_fd(), None)?;
+            Ok(steering)
+        };
+        let steering = load().map_err(|source| TapError::Steering {
+            name: self.name.clone(),
+            source,
+        })?;
+        lock(&self.members).steering = Some(steering);
         Ok(())
     }
 
@@ -434,26 +450,21 @@ impl Tap {
     /// [`TapError::Request`]
     fn steer(&self, rss: Option<Rss>) -> Result<(), TapError> {
         let mut members = lock(&self.members);
-        let Members {
-            steering,
-            rss: of_driver,
-            ..
-        } = &mut *members;
-        let Some(steering) = steering else {
-            return Ok(());
-        };
         let steered = rss.is_some();
-        let before = std::mem::replace(of_driver, rss).is_some();
-        let program = steered.then_some(steering.program());
-        let result = if steered == before {
-            Ok(())
-        } else {
-            ioctls::set_steering(self.control.as_fd(), program)
-        };
-        let told = members
-            .steer()
-            .map_err(|error| Errno::from_raw(error.raw_os_error().unwrap_or(libc::EIO)));
-        self.request("steering packets to queues", result.and(told))
+        let before = std::mem::replace(&mut members.rss, rss).is_some();
+        let done = members.steer().and_then(|()| {
+            if steered == before {
+                return Ok(());
+            }
+            let steering = members.steering.as_ref().filter(|_| steered);
+            let program = steering.map(Steering::program);
+            Ok(ioctls::set_steering(self.control.as_fd(), program)?)
+        });
+        done.map_err(|source| TapError::Request {
+            name: self.name.clone(),
+            what: "steering packets to queues",
+            source,
+        })
     }
 
     /// Name of the interface.
@@ -559,12 +570,12 @@ impl Interface for Tap {
         Ok(Self::set_offloads(self, offloads)?)
     }
 
-    fn steers(&self) -> bool {
-        lock(&self.members).steering.is_some()
+    fn prepare_steering(&self) -> Result<(), LinkError> {
+        Ok(Self::prepare_steering(self)?)
     }
 
     fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
-        if rss.is_some() && !self.steers() {
+        if rss.is_some() && lock(&self.members).steering.is_none() {
             return Err(LinkError::NoSteering);
         }
         Ok(self.steer(rss)?)

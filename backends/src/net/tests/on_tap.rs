@@ -521,8 +521,8 @@ impl Scaled {
             return None;
         }
         let (tap, queues) = Tap::open("ringrss", Self::PAIRS).unwrap();
-        if !tap.steers() {
-            skipped(test, "the kernel takes no steering program");
+        if let Err(error) = Interface::prepare_steering(&tap) {
+            skipped(test, &error.to_string());
             return None;
         }
         Tap::set_header_len(&tap, HASH_HEADER as u8).unwrap();
