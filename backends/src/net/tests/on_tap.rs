@@ -16,7 +16,8 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_HASH_REPORT, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
     VIRTIO_NET_F_RSS, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE,
-    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
+    VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP,
+    VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
@@ -516,11 +517,19 @@ impl Scaled {
     const PAIRS: u16 = 4;
 
     /// `None`, and a word on standard error, if that cannot be.
-    fn new(test: &str) -> Option<Self> {
+    fn new(test: &str, inherited: bool) -> Option<Self> {
         if !own_network(test) {
             return None;
         }
-        let (tap, queues) = Tap::open("ringrss", Self::PAIRS).unwrap();
+        let (mut tap, mut queues) = Tap::open("ringrss", Self::PAIRS).unwrap();
+        if inherited {
+            // In another order than they were attached.
+            let fds = [3, 1, 0, 2].map(|at: usize| {
+                let fd = queues[at].as_fd().try_clone_to_owned();
+                fd.unwrap().into_raw_fd()
+            });
+            (tap, queues) = Tap::inherit(&fds).unwrap();
+        }
         if let Err(error) = Interface::prepare_steering(&tap) {
             skipped(test, &error.to_string());
             return None;
@@ -530,22 +539,24 @@ impl Scaled {
         let host = packet_socket(&tap);
         let shared = shared(Self::PAIRS);
         let mut guest = Guest::new();
+        let queues = (0..).zip(queues);
+        let workers: Vec<_> = queues
+            .map(|(pair, queue)| Worker::start(pair, queue, &shared))
+            .collect();
+        let version = shared.change(|s| {
+            s.filter.promiscuous = false;
+            s.filter.no_broadcast = true;
+        });
+        assert!(shared.wait(version));
         let mut rings = Vec::new();
-        let mut workers = Vec::new();
-        for (pair, queue) in (0..).zip(queues) {
-            let worker = Worker::start(pair, queue, &shared);
+        for (pair, worker) in (0..).zip(&workers) {
             let mut ring = guest.queue(256);
             for _ in 0..250 {
                 ring.post(guest.buffer(512));
             }
             worker.own(ring.vring(2 * pair, SCALED, true));
             rings.push(ring);
-            workers.push(worker);
         }
-        shared.change(|s| {
-            s.filter.promiscuous = false;
-            s.filter.no_broadcast = true;
-        });
         let (sender, commands) = command_channel().unwrap();
         let interface: Arc<dyn Interface> = Arc::new(tap);
         let worker = ControlWorker::new(interface, Arc::clone(&shared), Self::PAIRS, commands);
@@ -621,7 +632,16 @@ impl Drop for Scaled {
 
 #[test]
 fn packets_go_where_the_driver_says() {
-    let Some(mut scaled) = Scaled::new("packets_go_where_the_driver_says") else {
+    go_where_the_driver_says("packets_go_where_the_driver_says", false);
+}
+
+#[test]
+fn packets_go_to_inherited_queues_as_well() {
+    go_where_the_driver_says("packets_go_to_inherited_queues_as_well", true);
+}
+
+fn go_where_the_driver_says(test: &str, inherited: bool) {
+    let Some(mut scaled) = Scaled::new(test, inherited) else {
         return;
     };
     let hashing = |types| Hashing {
