@@ -311,6 +311,39 @@ mod tests {
     }
 
     #[test]
+    fn extras_are_offered_when_they_are_there() {
+        let bare = offered(0, NONE);
+        let all = Extras {
+            mtu: true,
+            speed: true,
+            standby: true,
+            rss: true,
+            hash_report: true,
+            multi_queue: true,
+            packed: true,
+            in_order: true,
+        };
+        for feature in [
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_SPEED_DUPLEX,
+            VIRTIO_NET_F_STANDBY,
+            VIRTIO_NET_F_RSS,
+            VIRTIO_NET_F_HASH_REPORT,
+            VIRTIO_NET_F_MQ,
+            VIRTIO_F_RING_PACKED,
+            VIRTIO_F_IN_ORDER,
+        ] {
+            assert!(
+                !has(bare, feature) && has(offered(0, all), feature),
+                "{feature}"
+            );
+        }
+        for feature in [VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_VQ_NOTF_COAL] {
+            assert!(has(bare, feature));
+        }
+    }
+
+    #[test]
     fn segmentation_needs_checksums() {
         let no_csum = Offloads { csum: false, ..ALL };
         assert_eq!(no_csum.candidates(), [0, 0, 0]);
