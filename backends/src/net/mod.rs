@@ -40,9 +40,7 @@ mod epoll_set;
 mod features;
 mod filter;
 mod hash;
-#[allow(dead_code, reason = "for links that are sockets")]
 mod iov;
-#[allow(dead_code, reason = "for links that are sockets")]
 mod link;
 mod ring;
 mod rx;
@@ -56,4 +54,7 @@ mod worker;
 pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
 pub use config::{MacAddress, MacError};
 pub use device::Net;
-pub use link::{LinkError, LinkSpec, LinkSpecError, Tap, TapError, TapQueue};
+pub use link::{
+    Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
+    Tap, TapError, TapQueue,
+};

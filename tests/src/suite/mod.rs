@@ -6,6 +6,7 @@ mod blk;
 mod blk_control;
 mod boot;
 mod formats;
+mod links;
 mod net;
 mod net_features;
 mod others;
@@ -53,6 +54,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         bench::TESTS,
         net::TESTS,
         net_features::TESTS,
+        links::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]

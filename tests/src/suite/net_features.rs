@@ -98,23 +98,22 @@ fn interrupts_are_held_back(site: &Site) -> Result<()> {
         iperf3(
             &mut guest,
             HOST,
-            4,
+            2,
             "--udp --bitrate 1M --length 400 --reverse",
         )?;
         let after = count(&mut guest)?;
         let (received, interrupts) = (after.0 - before.0, after.1 - before.1);
         println!("{limits}: {received} packets, {interrupts} interrupts");
-        ensure!(received > 200, "only {received} packets came");
+        ensure!(received > 100, "only {received} packets came");
         #[allow(clippy::cast_precision_loss, reason = "thousands at most")]
         Ok(interrupts as f64 / received as f64)
     };
     let free = per_packet("rx-usecs 0 rx-frames 0")?;
     let held = per_packet("rx-usecs 100000 rx-frames 16")?;
     let timed = per_packet("rx-usecs 30000 rx-frames 64")?;
-    let again = per_packet("rx-usecs 0 rx-frames 0")?;
     ensure!(
-        held < 0.5 * free.min(again) && timed < 0.7 * free.min(again),
-        "interrupts for each packet: {free:.2} and {again:.2} freely, {held:.2} with 16 at once, {timed:.2} every 30 ms"
+        held < 0.5 * free && timed < 0.7 * free,
+        "interrupts for each packet: {free:.2} freely, {held:.2} with 16 at once, {timed:.2} every 30 ms"
     );
     // Nothing that is held back is lost: with a packet a second, each waits for the timer alone.
     guest.run_ok("ethtool -C eth0 rx-usecs 50000 rx-frames 64 tx-usecs 50000 tx-frames 64")?;
