@@ -368,6 +368,7 @@ impl NetArgs {
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
+            coalescing: true,
             standby: self.standby,
             rss,
             hash_report: self.hash_report,
