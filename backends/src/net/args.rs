@@ -369,6 +369,7 @@ impl NetArgs {
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
+            coalescing: true,
             standby: self.standby,
             rss,
             hash_report: self.hash_report,
@@ -420,6 +421,9 @@ mod tests {
         assert!(parse(&["--tap", "t", "--mtu", "67"]).is_err());
         assert!(parse(&["--tap", "t", "--mac", "01:00:00:00:00:00"]).is_err());
         assert!(parse(&["--tap", "t", "--tap-ip", "10.0.0.1"]).is_err());
+        assert!(parse(&["--tap", "t", "--standby"]).is_err());
+        let standby = ["--tap", "t", "--standby", "--mac", "02:00:00:00:00:01"];
+        assert!(parse(&standby).unwrap().standby);
         let same = parse(&["--tap-fd", "900,900"]).unwrap().open();
         assert!(matches!(same, Err(ArgsError::SameFd(900))));
     }
