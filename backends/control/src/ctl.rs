@@ -95,6 +95,12 @@ enum Request {
     Resume,
     /// Network: asks the guest to make itself known to the network.
     Announce,
+    /// Network: plugs the guest's cable in, or pulls it out: no frame passes, and the guest sees NO-CARRIER.
+    Link {
+        /// What it is to be.
+        #[arg(value_parser = ["up", "down"])]
+        state: String,
+    },
     /// VMM: lists the machine's devices.
     DeviceList,
     /// VMM: plugs in a PCI function of the host that is bound to vfio-pci.
@@ -152,6 +158,7 @@ impl Request {
             Self::Drain { timeout } => ("drain", json!({ "timeout": timeout })),
             Self::Resume => ("resume", Value::Null),
             Self::Announce => ("announce", Value::Null),
+            Self::Link { state } => ("link", json!({ "state": state })),
             Self::DeviceList => ("device-list", Value::Null),
             Self::DeviceAdd { device } => ("device-add", json!(device)),
             Self::DeviceRemove { id, force } => {

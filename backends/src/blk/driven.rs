@@ -4,7 +4,6 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, mpsc};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -17,7 +16,7 @@ use super::device::fake::{Call, Fake};
 use super::device::{ZoneAction, ZoneInfo};
 use super::zones::Zones;
 use super::{Blk, BlkArgs, BlkConfig, ZoneGeometry};
-use crate::shell::{Command, CommandSender, Device, Memory, Vring, command_channel};
+use crate::shell::{Command, CommandSender, Device, Memory, Vring, WorkerThread, command_channel};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -67,7 +66,7 @@ struct Queue {
     driver: DriverRing<u64>,
     kick: EventFd,
     sender: CommandSender,
-    thread: Option<JoinHandle<()>>,
+    thread: Option<WorkerThread>,
 }
 
 /// A disk with two queues, and their driver.

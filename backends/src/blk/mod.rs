@@ -35,7 +35,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 use std::time::Duration;
 
 use ringside_control::metrics::Kind;
@@ -43,12 +43,17 @@ use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 
-use crate::shell::{Commands, Device, DeviceError, Drained, LogLimit, Statistics, config_range};
+use crate::shell::{
+    Commands, Device, DeviceError, Drained, LogLimit, Statistics, WorkerThread, config_range,
+};
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, ZoneGeometry};
 pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges, Source};
-pub use image::{HandshakeError, HeaderError, Image, Nbd, NbdError, Qcow2Error, UriError};
+pub use image::{
+    HandshakeError, HeaderError, Image, LoadError, NameError, Nbd, NbdError, Qcow2Error, Rbd,
+    RbdError, UriError,
+};
 pub use limits::{LimitError, RateLimits};
 
 use config::feature;
@@ -295,7 +300,7 @@ impl Device for Blk {
         &mut self,
         worker: usize,
         commands: Commands,
-    ) -> Result<JoinHandle<()>, DeviceError> {
+    ) -> Result<WorkerThread, DeviceError> {
         let shared = self.shared.clone();
         let stats = self.stats.get(worker).cloned().unwrap_or_default();
         let (ready, started) = mpsc::channel();
@@ -328,7 +333,7 @@ impl Device for Blk {
             })
             .map_err(|e| failed(e.into()))?;
         match started.recv() {
-            Ok(Ok(())) => Ok(thread),
+            Ok(Ok(())) => Ok(WorkerThread::Own(thread)),
             Ok(Err(e)) => Err(failed(Box::new(UringError(e)))),
             Err(e) => Err(failed(Box::new(e))),
         }
@@ -337,13 +342,13 @@ impl Device for Blk {
     /// The disk may have another size now. Not so an image, which nobody else can change while it is locked; an export
     /// keeps the size that it had, and so do zones.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(Source::Raw(file)), None) =
-            (&self.path, &self.source, &self.geometry.zones)
-        else {
-            return Ok(false);
+        let block = self.geometry.block_size;
+        let capacity = match (&self.path, &self.source, &self.geometry.zones) {
+            (Some(path), Some(Source::Raw(file)), None) => disk::capacity(file, path, block),
+            (Some(path), Some(Source::Rbd(rbd)), _) => disk::size_of(rbd, path, block),
+            _ => return Ok(false),
         };
-        let capacity = disk::capacity(file, path, self.geometry.block_size)
-            .map_err(|e| DeviceError::Refresh(Box::new(e)))?;
+        let capacity = capacity.map_err(|e| DeviceError::Refresh(Box::new(e)))?;
         Ok(self.set_capacity(capacity))
     }
 
@@ -394,13 +399,15 @@ impl Device for Blk {
         )?;
         if let (Some(path), Some(source)) = (&self.path, &self.source) {
             let path = path.clone();
-            let Source::Raw(file) = source else {
-                return Err(ResizeError::NotRaw { path }.into());
-            };
-            if self.shared.limits.read_only {
-                return Err(ResizeError::ReadOnly { path }.into());
+            let read_only = self.shared.limits.read_only;
+            match source {
+                Source::Qcow2(_) | Source::Nbd(_) => {
+                    return Err(ResizeError::NotRaw { path }.into());
+                }
+                _ if read_only => return Err(ResizeError::ReadOnly { path }.into()),
+                Source::Raw(file) => resize::set_len(file, &path, size, shrink)?,
+                Source::Rbd(rbd) => resize::set_size(rbd, &path, size, shrink)?,
             }
-            resize::set_len(file, &path, size, shrink)?;
         }
         Ok(self.set_capacity(size))
     }

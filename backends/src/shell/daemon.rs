@@ -19,7 +19,7 @@ use thiserror::Error;
 use tracing::{debug, error, info};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
-use super::control::{self, Requests};
+use super::control::{self, Clients, Requests};
 use super::device::{Device, OpenError};
 use super::handler::{Handler, HandlerError};
 use super::limit::LogLimit;
@@ -71,6 +71,9 @@ pub enum ShellError {
     /// The control socket cannot be used.
     #[error(transparent)]
     Control(#[from] server::Error),
+    /// A port of several cannot be had.
+    #[error("cannot serve a port")]
+    Port(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// The system refused something that every process needs.
     #[error("cannot {what}")]
     System {
@@ -88,7 +91,7 @@ pub enum ShellError {
     Session(#[from] SessionError),
 }
 
-fn system(what: &'static str) -> impl Fn(io::Error) -> ShellError {
+pub(super) fn system(what: &'static str) -> impl Fn(io::Error) -> ShellError {
     move |source| ShellError::System { what, source }
 }
 
@@ -107,6 +110,45 @@ extern "C" fn on_wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 /// # Errors
 /// [`ShellError`]: what failed, for the user.
 pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(), ShellError> {
+    let signals = prepare(args)?;
+    let endpoint = match (&args.socket_path, args.fd) {
+        (Some(path), _) if args.client => Endpoint::Connecting(path.clone()),
+        (Some(path), _) => socket::listen(path)?,
+        (None, Some(fd)) => socket::inherit(fd)?,
+        (None, None) => return Err(ShellError::NoSocket),
+    };
+    let handler = Arc::new(Mutex::new(Handler::new(device, &args.placement())?));
+    let mut daemon = Daemon::new(Some(signals), &handler, args.exit_on_disconnect)?;
+    // To the end: what was asked before is answered.
+    let _control = args
+        .control_socket
+        .as_deref()
+        .map(|path| {
+            let clients = daemon.clients(program)?;
+            Ok::<_, ShellError>(ControlSocket::start(path, Arc::new(clients))?)
+        })
+        .transpose()?;
+    let served = daemon.serve(program.name, endpoint);
+    drop(daemon);
+    end(&handler, served)
+}
+
+/// Ends the session that there may be, and the workers. Returns what went wrong first.
+pub(super) fn end<D: Device>(
+    handler: &Mutex<Handler<D>>,
+    served: Result<(), ShellError>,
+) -> Result<(), ShellError> {
+    let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+    let ended = handler.end_session();
+    if ended.is_ok() {
+        handler.shut_down();
+    }
+    served?;
+    Ok(ended?)
+}
+
+/// Sets up what a process has once: its log, its limits, and the signals that end it, which nobody else gets.
+pub(super) fn prepare(args: &ShellArgs) -> Result<SignalFd, ShellError> {
     log::start(args)?;
     raise_file_limit();
     let mut signals_taken = SigSet::empty();
@@ -122,30 +164,23 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
     )
     .map_err(|e| failed(e.into()))?;
     register_signal_handler(wake_signal(), on_wake).map_err(|e| failed(e.into()))?;
+    Ok(signals)
+}
 
-    let endpoint = match (&args.socket_path, args.fd) {
-        (Some(path), _) if args.client => Endpoint::Connecting(path.clone()),
-        (Some(path), _) => socket::listen(path)?,
-        (None, Some(fd)) => socket::inherit(fd)?,
-        (None, None) => return Err(ShellError::NoSocket),
-    };
-    let handler = Arc::new(Mutex::new(Handler::new(device, &args.placement())?));
-    let mut daemon = Daemon::new(signals, &handler, args.exit_on_disconnect)?;
-    // To the end: what was asked before is answered.
-    let _control = args
-        .control_socket
-        .as_deref()
-        .map(|path| daemon.control(program, path))
-        .transpose()?;
-    let served = daemon.serve(program, endpoint);
-    drop(daemon);
-    let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
-    let ended = handler.end_session();
-    if ended.is_ok() {
-        handler.shut_down();
+/// The signals that came and end the program. What else there is of them is for `refresh`.
+pub(super) fn ends(signals: &mut SignalFd, mut refresh: impl FnMut()) -> bool {
+    while let Ok(Some(info)) = signals.read_signal() {
+        let signal = i32::try_from(info.ssi_signo)
+            .ok()
+            .and_then(|n| Signal::try_from(n).ok());
+        if signal == Some(Signal::SIGHUP) {
+            refresh();
+        } else {
+            info!("ending on {}", signal.map_or("a signal", Signal::as_str));
+            return true;
+        }
     }
-    served?;
-    Ok(ended?)
+    false
 }
 
 /// Each queue has five descriptors or so, each memory region one; the usual soft limit of 1024 is for programs that
@@ -166,10 +201,12 @@ enum End {
     Signal,
 }
 
-struct Daemon<'h, D: Device> {
+/// Serves the front-ends of one endpoint, one after the other.
+pub(super) struct Daemon<'h, D: Device> {
     poll: Poll,
     events: Events,
-    signals: SignalFd,
+    /// Of the process, if it has no other endpoint.
+    signals: Option<SignalFd>,
     handler: &'h Arc<Mutex<Handler<D>>>,
     /// What clients of the control socket ask for, if there is one.
     requests: Option<Requests>,
@@ -179,17 +216,19 @@ struct Daemon<'h, D: Device> {
 }
 
 impl<'h, D: Device> Daemon<'h, D> {
-    fn new(
-        signals: SignalFd,
+    pub(super) fn new(
+        signals: Option<SignalFd>,
         handler: &'h Arc<Mutex<Handler<D>>>,
         exit_on_disconnect: bool,
     ) -> Result<Self, ShellError> {
         let failed = system("wait for events");
         let poll = Poll::new().map_err(&failed)?;
-        let fd = signals.as_raw_fd();
-        poll.registry()
-            .register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)
-            .map_err(&failed)?;
+        if let Some(signals) = &signals {
+            let fd = signals.as_raw_fd();
+            poll.registry()
+                .register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)
+                .map_err(&failed)?;
+        }
         let fd = torn::install().map_err(&failed)?;
         poll.registry()
             .register(&mut SourceFd(&fd), TORN, Interest::READABLE)
@@ -205,15 +244,15 @@ impl<'h, D: Device> Daemon<'h, D> {
         })
     }
 
-    /// Opens the control socket.
-    fn control(&mut self, program: &Program, path: &Path) -> Result<ControlSocket, ShellError> {
+    /// What clients ask through.
+    pub(super) fn clients(&mut self, program: &Program) -> Result<Clients, ShellError> {
         let (statistics, connected) = self.lock().observables();
         let registry = self.poll.registry();
         let (clients, requests) =
             control::channel(program, statistics, connected, registry, CONTROL)
                 .map_err(system("wait for requests"))?;
         self.requests = Some(requests);
-        Ok(ControlSocket::start(path, Arc::new(clients))?)
+        Ok(clients)
     }
 
     fn lock(&self) -> MutexGuard<'h, Handler<D>> {
@@ -236,38 +275,33 @@ impl<'h, D: Device> Daemon<'h, D> {
             info!("ending on request");
             return Ok(true);
         }
-        if !came(SIGNALS) {
-            return Ok(false);
-        }
-        while let Ok(Some(info)) = self.signals.read_signal() {
-            let signal = i32::try_from(info.ssi_signo)
-                .ok()
-                .and_then(|n| Signal::try_from(n).ok());
-            if signal == Some(Signal::SIGHUP) {
-                self.lock().refresh();
-            } else {
-                info!("ending on {}", signal.map_or("a signal", Signal::as_str));
-                return Ok(true);
-            }
-        }
-        Ok(false)
+        let came = came(SIGNALS);
+        let handler = self.handler;
+        Ok(match &mut self.signals {
+            Some(signals) if came => ends(signals, || {
+                let mut handler = handler.lock().unwrap_or_else(PoisonError::into_inner);
+                handler.refresh();
+            }),
+            _ => false,
+        })
     }
 
-    fn serve(&mut self, program: &Program, endpoint: Endpoint) -> Result<(), ShellError> {
+    /// Serves until the end. `name` is for the log.
+    pub(super) fn serve(&mut self, name: &str, endpoint: Endpoint) -> Result<(), ShellError> {
         match endpoint {
             Endpoint::Connected(stream) => {
-                info!("{} ready on an inherited connection", program.name);
+                info!("{name} ready on an inherited connection");
                 match self.session(stream)? {
                     End::Left(result) => Ok(result?),
                     End::Signal => Ok(()),
                 }
             }
             Endpoint::Listening(listener) => {
-                info!("{} ready", program.name);
+                info!("{name} ready");
                 self.listen(&listener)
             }
             Endpoint::Connecting(path) => {
-                info!("{} connecting to {}", program.name, path.display());
+                info!("{name} connecting to {}", path.display());
                 self.connect(&path)
             }
         }
@@ -352,8 +386,6 @@ impl<'h, D: Device> Daemon<'h, D> {
         self.lock().begin_session();
         let result = self.messages(stream);
         self.lock().end_session()?;
-        // No memory is mapped any more: what comes after this is the next front-end's.
-        torn::happened();
         result
     }
 
@@ -379,7 +411,7 @@ impl<'h, D: Device> Daemon<'h, D> {
             if self.wait(timeout)? {
                 break End::Signal;
             }
-            if torn::happened() {
+            if self.lock().memory_gone() {
                 break End::Left(Err(SessionError::MemoryGone));
             }
         };
@@ -397,20 +429,30 @@ pub fn main<Cli: Parser, D: Device, E: OpenError>(
     program: &Program,
     open: impl FnOnce(Cli) -> (Result<D, E>, ShellArgs),
 ) -> ExitCode {
+    main_with(program, open, run)
+}
+
+/// The same for a program that does not always serve one device: `run` is to serve what `open` makes.
+#[must_use]
+pub fn main_with<Cli: Parser, T, E: OpenError>(
+    program: &Program,
+    open: impl FnOnce(Cli) -> (Result<T, E>, ShellArgs),
+    run: impl FnOnce(&Program, T, &ShellArgs) -> Result<(), ShellError>,
+) -> ExitCode {
     match program.print_capabilities_if_asked() {
         Ok(false) => {}
         Ok(true) => return ExitCode::SUCCESS,
         Err(error) => return fail(program, &error, FAILURE),
     }
-    let (device, args) = open(Cli::parse());
-    let device = match device {
-        Ok(device) => device,
+    let (opened, args) = open(Cli::parse());
+    let opened = match opened {
+        Ok(opened) => opened,
         Err(error) => {
             let status = if error.is_usage() { USAGE } else { FAILURE };
             return fail(program, &error, status);
         }
     };
-    match run(program, device, &args) {
+    match run(program, opened, &args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(program, &error, FAILURE),
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
+use std::thread::{self, JoinHandle};
 
 use ringside_control::{ApiError, ErrorCode, Size};
 use serde_json::{Map, Value};
@@ -54,7 +54,7 @@ pub trait OpenError: StdError {
     fn is_usage(&self) -> bool;
 }
 
-/// Makes durable what a drained device was given: done on the thread of the client that asked for the drain.
+/// Makes durable what a drained device was given: done on a thread of its own, which may wait long.
 pub type Drained = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 /// What a device answers that does not know a command.
@@ -93,6 +93,28 @@ pub fn config_range(config: &[u8], offset: u32, len: u32) -> Result<Vec<u8>, Dev
         .chain(std::iter::repeat(0))
         .take(count)
         .collect())
+}
+
+/// The thread of a worker.
+#[derive(Debug)]
+pub enum WorkerThread {
+    /// It serves this device alone, and ends on [`super::Command::Exit`].
+    Own(JoinHandle<()>),
+    /// It serves others, too, and goes on when this device has ended: it must not wait for a peer.
+    Shared,
+}
+
+impl WorkerThread {
+    /// Waits for its end, if it has one with the device.
+    ///
+    /// # Errors
+    /// What it panicked with.
+    pub fn join(self) -> thread::Result<()> {
+        match self {
+            Self::Own(thread) => thread.join(),
+            Self::Shared => Ok(()),
+        }
+    }
 }
 
 /// One device: its features, its configuration space, and who serves which queue. It does no I/O itself.
@@ -141,7 +163,12 @@ pub trait Device {
     /// The worker that serves a queue: less than [`worker_count`](Self::worker_count).
     fn worker_of(&self, queue: u16) -> usize;
 
-    /// Starts a worker thread; it lives until [`super::Command::Exit`].
+    /// It shares its process with other devices, and gets no more than its share of what the process has.
+    fn shares_process(&self) -> bool {
+        false
+    }
+
+    /// Starts a worker thread, or has one that is there already serve this device; it lives until [`super::Command::Exit`].
     ///
     /// # Errors
     /// [`DeviceError::Worker`]
@@ -149,7 +176,7 @@ pub trait Device {
         &mut self,
         worker: usize,
         commands: Commands,
-    ) -> Result<JoinHandle<()>, DeviceError>;
+    ) -> Result<WorkerThread, DeviceError>;
 
     /// The front-end goes on with a ring that its driver has used before: the ring begins with a base other than 0, for the
     /// first time in this connection, and is enabled. So it is after the front-end or this program was replaced under
@@ -208,6 +235,16 @@ pub trait Device {
     /// Its workers do not obey [`super::Command::Pause`].
     fn drained(&self) -> Result<Drained, ApiError> {
         unknown("drain")
+    }
+
+    /// Says that the cable is plugged in, or not. Returns whether the configuration space changed, which the driver is then
+    /// told.
+    ///
+    /// # Errors
+    /// It has no link.
+    fn set_link(&mut self, up: bool) -> Result<bool, ApiError> {
+        let _ = up;
+        unknown("link")
     }
 
     /// Asks the driver to make itself known to the network. Returns whether the configuration space changed, which the

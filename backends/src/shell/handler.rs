@@ -27,7 +27,6 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use ringside_control::{ApiError, Chain, ErrorCode};
@@ -49,11 +48,11 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
-use super::control::{Reply, Request, Statistics, feature_names};
+use super::control::{Link, LinkState, Reply, Request, Statistics, feature_names};
 use super::daemon::wake_signal;
-use super::device::{Device, DeviceError};
+use super::device::{Device, DeviceError, WorkerThread};
 use super::limit::LogLimit;
-use super::memory::{MAX_SLOTS, MemoryError, MemoryTable};
+use super::memory::{MAX_SHARED, MAX_SLOTS, MemoryError, MemoryTable};
 use super::placement::{Placement, PlacementError};
 use super::vring::{Command, CommandSender, Vring, command_channel};
 
@@ -198,7 +197,7 @@ struct RingState {
 
 struct Worker {
     commands: CommandSender,
-    thread: JoinHandle<()>,
+    thread: WorkerThread,
 }
 
 /// The device, its workers, and all that the present front-end has said.
@@ -275,6 +274,10 @@ impl<D: Device> Handler<D> {
             }
             Request::Announce => {
                 let changed = self.device.announce()?;
+                self.configured(changed)
+            }
+            Request::Link(Link { state }) => {
+                let changed = self.device.set_link(*state == LinkState::Up)?;
                 self.configured(changed)
             }
             Request::Limits(changes) => self.device.limits(&changes.clone().unwrap_or_default())?,
@@ -444,6 +447,20 @@ impl<D: Device> Handler<D> {
             if worker.thread.join().is_err() {
                 warn!("a worker thread panicked");
             }
+        }
+    }
+
+    /// Guest memory was taken away while it was in use.
+    pub(super) fn memory_gone(&self) -> bool {
+        self.memory.torn()
+    }
+
+    /// How many memory regions a front-end may have.
+    fn memory_slots(&self) -> usize {
+        if self.device.shares_process() {
+            MAX_SHARED
+        } else {
+            MAX_SLOTS
         }
     }
 
@@ -678,7 +695,9 @@ impl<D: Device> Handler<D> {
                             );
                         }
                     }
-                    if let Err(error) = found.thread.kill(wake_signal()) {
+                    if let WorkerThread::Own(thread) = &found.thread
+                        && let Err(error) = thread.kill(wake_signal())
+                    {
                         return Err(lost(error.into()));
                     }
                 }
@@ -838,7 +857,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> ProtocolResult<Option<Vec<u64>>> {
-        self.set_memory(MemoryTable::new(regions, files))?;
+        self.set_memory(MemoryTable::new(regions, files, self.memory_slots()))?;
         Ok(None)
     }
 
@@ -955,7 +974,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
     }
 
     fn get_max_mem_slots(&mut self) -> ProtocolResult<u64> {
-        Ok(u64::try_from(MAX_SLOTS).unwrap_or(u64::MAX))
+        Ok(u64::try_from(self.memory_slots()).unwrap_or(u64::MAX))
     }
 
     fn add_mem_region(
@@ -964,7 +983,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> ProtocolResult<Option<u64>> {
-        self.set_memory(self.memory.with(region, fd))?;
+        self.set_memory(self.memory.with(region, fd, self.memory_slots()))?;
         Ok(None)
     }
 

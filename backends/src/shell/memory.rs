@@ -21,6 +21,10 @@ use super::vring::Memory;
 /// How many regions a front-end can add (VHOST_USER_GET_MAX_MEM_SLOTS): as many as KVM has slots.
 pub(super) const MAX_SLOTS: usize = 509;
 
+/// The same for each of several front-ends of one process: as many as QEMU's vhost-user code uses without being told
+/// more, so that no front-end can use up what the others need.
+pub(super) const MAX_SHARED: usize = 32;
+
 /// A memory region that the front-end named cannot be used.
 #[derive(Debug, Error)]
 pub enum MemoryError {
@@ -86,8 +90,11 @@ pub enum MemoryError {
     #[error("memory regions overlap in guest memory")]
     GuestOverlap(#[source] GuestRegionCollectionError),
     /// The front-end added more regions than the back-end said it takes.
-    #[error("more than {MAX_SLOTS} memory regions")]
-    TooMany,
+    #[error("more than {limit} memory regions")]
+    TooMany {
+        /// How many it takes.
+        limit: usize,
+    },
     /// A region to be removed is not there.
     #[error("there is no memory region at guest address {guest:#x} with {len:#x} bytes to remove")]
     NotFound {
@@ -101,7 +108,7 @@ pub enum MemoryError {
 #[derive(Clone)]
 struct Mapped {
     /// Before `region`, to be dropped first.
-    _guarded: Arc<Guarded>,
+    guarded: Arc<Guarded>,
     region: Arc<GuestRegionMmap<()>>,
     guest: u64,
     /// Where the front-end has the region in its own address space.
@@ -121,7 +128,11 @@ impl MemoryTable {
     pub(super) fn new(
         regions: &[VhostUserMemoryRegion],
         files: Vec<File>,
+        limit: usize,
     ) -> Result<Self, MemoryError> {
+        if regions.len() > limit {
+            return Err(MemoryError::TooMany { limit });
+        }
         let mapped = regions
             .iter()
             .zip(files)
@@ -135,9 +146,10 @@ impl MemoryTable {
         &self,
         region: &VhostUserMemoryRegion,
         file: File,
+        limit: usize,
     ) -> Result<Self, MemoryError> {
-        if self.mapped.len() >= MAX_SLOTS {
-            return Err(MemoryError::TooMany);
+        if self.mapped.len() >= limit {
+            return Err(MemoryError::TooMany { limit });
         }
         let mut mapped = self.mapped.clone();
         mapped.push(map(region, file)?);
@@ -177,6 +189,11 @@ impl MemoryTable {
             mapped,
             memory: Arc::new(memory),
         })
+    }
+
+    /// Some of it was taken away by the front-end, or lost by the host.
+    pub(super) fn torn(&self) -> bool {
+        self.mapped.iter().any(|mapped| mapped.guarded.torn())
     }
 
     pub(super) fn memory(&self) -> &Arc<Memory> {
@@ -227,11 +244,11 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Mapped, MemoryError
     let guarded = mapping
         .file_offset()
         .and_then(|offset| Guarded::new(mapping.as_ptr().addr(), size, offset.file()))
-        .ok_or(MemoryError::TooMany)?;
+        .ok_or(MemoryError::TooMany { limit: MAX_SLOTS })?;
     let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or_else(range)?;
     debug_assert_eq!(region.len(), len);
     Ok(Mapped {
-        _guarded: Arc::new(guarded),
+        guarded: Arc::new(guarded),
         region: Arc::new(region),
         guest,
         user,
@@ -270,6 +287,7 @@ mod tests {
                 region(0, 0x1000, 0x6000_0000, 0x1000),
             ],
             vec![file(0x2000), file(0x2000)],
+            MAX_SLOTS,
         )
         .unwrap();
         assert_eq!(table.memory().num_regions(), 2);
@@ -287,7 +305,7 @@ mod tests {
 
     #[test]
     fn refuses_what_cannot_be_mapped_safely() {
-        let one = |r, len| MemoryTable::new(&[r], vec![file(len)]).map(|_| ());
+        let one = |r, len| MemoryTable::new(&[r], vec![file(len)], MAX_SLOTS).map(|_| ());
         assert!(matches!(
             one(region(0, 0x3000, 0, 0), 0x2000),
             Err(MemoryError::FileTooShort { .. })
@@ -310,7 +328,8 @@ mod tests {
                     region(0, 0x2000, 0x1000, 0),
                     region(0x1000, 0x1000, 0x9000, 0)
                 ],
-                vec![file(0x2000), file(0x2000)]
+                vec![file(0x2000), file(0x2000)],
+                MAX_SLOTS
             ),
             Err(MemoryError::GuestOverlap(_))
         ));
@@ -320,7 +339,8 @@ mod tests {
                     region(0, 0x2000, 0x1000, 0),
                     region(0x8000, 0x1000, 0x2000, 0)
                 ],
-                vec![file(0x2000), file(0x2000)]
+                vec![file(0x2000), file(0x2000)],
+                MAX_SLOTS
             ),
             Err(MemoryError::UserOverlap { user: 0x2000 })
         ));
@@ -330,10 +350,10 @@ mod tests {
     fn adds_and_removes_regions() {
         let table = MemoryTable::default();
         let a = region(0, 0x1000, 0x1000, 0);
-        let table = table.with(&a, file(0x1000)).unwrap();
-        assert!(table.with(&a, file(0x1000)).is_err());
+        let table = table.with(&a, file(0x1000), MAX_SLOTS).unwrap();
+        assert!(table.with(&a, file(0x1000), MAX_SLOTS).is_err());
         let b = region(0x1000, 0x1000, 0x5000, 0);
-        let table = table.with(&b, file(0x1000)).unwrap();
+        let table = table.with(&b, file(0x1000), MAX_SLOTS).unwrap();
         assert!(table.without(&region(0, 0x1000, 0x5000, 0)).is_err());
         let table = table.without(&a).unwrap();
         assert_eq!(table.guest_address(0x1000), None);

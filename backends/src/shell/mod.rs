@@ -13,6 +13,9 @@
 //! With --control-socket there are threads for its clients (`ringside_control`): counters they read themselves, everything
 //! else they hand to the control thread and wait for its answer.
 //!
+//! A program with several ports (`ports`) has a control thread for each of them, so that a front-end that hangs holds up
+//! nobody else.
+//!
 //! A ring that runs belongs to its worker. Whatever is to change about it (memory, addresses, call
 //! eventfd, enabled or not), the shell stops the ring, changes it and starts it again.
 //!
@@ -38,6 +41,7 @@ mod log;
 mod memory;
 mod options;
 mod placement;
+mod ports;
 mod session;
 mod socket;
 mod torn;
@@ -45,13 +49,14 @@ mod vring;
 
 pub use control::Statistics;
 pub use counter::Counter;
-pub use daemon::{ShellError, main, run};
-pub use device::{Device, DeviceError, Drained, OpenError, config_range};
+pub use daemon::{ShellError, main, main_with, run};
+pub use device::{Device, DeviceError, Drained, OpenError, WorkerThread, config_range};
 pub use handler::HandlerError;
 pub use limit::LogLimit;
 pub use memory::MemoryError;
 pub use options::{LogFormat, OnOff, Program, ShellArgs};
 pub use placement::PlacementError;
+pub use ports::{Hub, OpenPort, PortError, PortOptions, run_ports};
 pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;

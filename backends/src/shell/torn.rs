@@ -3,8 +3,8 @@
 //! A front-end can truncate the file of its guest's memory at any time (unless it sealed it, as QEMU and ringside-vmm
 //! do), and a page of the host's memory can fail. The next access to such a page raises SIGBUS, which would end the
 //! process. Here the signal's handler puts a page of zeroes in its place, so that the access ends, and tells the control
-//! thread, which ends the connection: what was read is nobody's data, and the next front-end is served as if nothing had
-//! been. System calls on such a page (io_uring, readv, writev) raise no signal but fail with EFAULT.
+//! threads, of which that of the front-end concerned ends the connection: what was read is nobody's data, and the next
+//! front-end is served as if nothing had been. System calls on such a page (io_uring, readv, writev) raise no signal but fail with EFAULT.
 //!
 //! ```text
 //!  worker: access ──SIGBUS──▶ handler: mapped by us? ─no─▶ the process ends by the signal
@@ -27,8 +27,9 @@ use vmm_sys_util::signal::register_signal_handler;
 
 use super::memory::{MAX_SLOTS, page_size};
 
-/// Most ranges at a time: all regions of a table, and all of the one that takes its place.
-const RANGES: usize = 2 * MAX_SLOTS;
+/// Most ranges at a time: all regions of a table, and all of the one that takes its place; or the same for
+/// [`MAX_SHARED`](super::memory::MAX_SHARED) regions of each of many front-ends.
+const RANGES: usize = 8 * MAX_SLOTS;
 
 /// A mapping of guest memory. Fields other than `taken` are read by the signal handler: `version` is odd while they
 /// change.
@@ -40,6 +41,8 @@ struct Slot {
     end: AtomicUsize,
     /// Size of its pages: a power of two.
     page: AtomicUsize,
+    /// A page of it was replaced.
+    torn: AtomicBool,
 }
 
 static SLOTS: [Slot; RANGES] = [const {
@@ -48,12 +51,11 @@ static SLOTS: [Slot; RANGES] = [const {
         version: AtomicUsize::new(0),
         start: AtomicUsize::new(0),
         end: AtomicUsize::new(0),
-        page: AtomicUsize::new(1),
+        page: AtomicUsize::new(0),
+        torn: AtomicBool::new(false),
     }
 }; RANGES];
 
-/// A page was replaced since this was last asked.
-static TORN: AtomicBool = AtomicBool::new(false);
 /// Where the handler says so; -1 if nowhere.
 static WAKE: AtomicI32 = AtomicI32::new(-1);
 /// Keeps the descriptor of `WAKE` open.
@@ -100,15 +102,24 @@ impl Guarded {
         let slot = SLOTS
             .iter()
             .position(|slot| !slot.taken.swap(true, Ordering::Acquire))?;
-        SLOTS.get(slot)?.set(start, end, page_size_of(file));
+        let place = SLOTS.get(slot)?;
+        place.torn.store(false, Ordering::Relaxed);
+        place.set(start, end, page_size_of(file));
         Some(Self { slot })
+    }
+
+    /// Some of it was taken away.
+    pub(super) fn torn(&self) -> bool {
+        SLOTS
+            .get(self.slot)
+            .is_some_and(|slot| slot.torn.load(Ordering::Acquire))
     }
 }
 
 impl Drop for Guarded {
     fn drop(&mut self) {
         if let Some(slot) = SLOTS.get(self.slot) {
-            slot.set(0, 0, 1);
+            slot.set(0, 0, 0);
             slot.taken.store(false, Ordering::Release);
         }
     }
@@ -145,11 +156,6 @@ pub(super) fn install() -> io::Result<RawFd> {
     Ok(fd)
 }
 
-/// Whether guest memory was taken away since this was last asked.
-pub(super) fn happened() -> bool {
-    TORN.swap(false, Ordering::AcqRel)
-}
-
 /// Only what is async-signal-safe may be called here: atomics, mmap, write, signal and raise.
 extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut libc::c_void) {
     // SAFETY: the kernel gives each handler with SA_SIGINFO a siginfo_t that lives until it returns.
@@ -163,9 +169,13 @@ extern "C" fn on_bus_error(_: libc::c_int, info: *mut libc::siginfo_t, _: *mut l
     let errno = unsafe { libc::__errno_location() };
     // SAFETY: this thread's own. What was interrupted may be about to read it.
     let saved = unsafe { *errno };
-    let found = SLOTS.iter().find_map(|slot| slot.page_at(addr));
-    if found.is_some_and(|(start, len)| replace(start, len)) {
-        TORN.store(true, Ordering::Release);
+    let found = SLOTS
+        .iter()
+        .find_map(|slot| slot.page_at(addr).map(|page| (slot, page)));
+    if let Some((slot, (start, len))) = found
+        && replace(start, len)
+    {
+        slot.torn.store(true, Ordering::Release);
         let one = 1_u64.to_ne_bytes();
         // SAFETY: eight bytes of the stack, read by the call; a descriptor of -1 is an error like any other.
         unsafe { libc::write(WAKE.load(Ordering::Acquire), one.as_ptr().cast(), one.len()) };

@@ -1,0 +1,490 @@
+//! A process with several ports: each has its socket, its front-ends one after the other, and a control thread of its own,
+//! so that one which hangs, lies or comes and goes is no matter of the others. Ports come and go while the process runs.
+//!
+//! ```text
+//!  main thread       signals, and the end
+//!  a client's thread port-add ──▶ Hub::open ──▶ control thread of the port: Daemon (socket, messages) ──▶ workers
+//!                    port-remove ─▶ ends it: rings back, memory unmapped, socket file gone
+//!                    status, link, limits, … of a port ─▶ asks its control thread
+//! ```
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::thread::{self, JoinHandle};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token, Waker};
+use nix::sys::signalfd::SignalFd;
+use ringside_control::metrics::Kind;
+use ringside_control::{ApiError, Chain, ControlSocket, ErrorCode, Metrics, Service, Size};
+use serde::Deserialize;
+use serde_json::{Map, Value, json};
+use thiserror::Error;
+use tracing::{error, info, info_span};
+
+use super::control::{Clients, Link, LinkState, Reply, Request, Statistics};
+use super::daemon::{Daemon, ShellError, end, ends, prepare, system};
+use super::device::{Device, OpenError};
+use super::handler::Handler;
+use super::options::{Program, ShellArgs};
+use super::placement::Placement;
+use super::socket::{self, Endpoint, SocketError};
+
+const SIGNALS: Token = Token(0);
+const WAKE: Token = Token(1);
+
+/// What a port is made from, as written on the command line or in a request.
+pub type PortOptions = BTreeMap<String, String>;
+
+/// A port that is ready to be served.
+#[derive(Debug)]
+pub struct OpenPort<D> {
+    /// Its name, which no other port has.
+    pub name: String,
+    /// Where its front-ends are met.
+    pub socket: PathBuf,
+    /// They listen there, and are connected to.
+    pub client: bool,
+    /// The device that they get.
+    pub device: D,
+}
+
+/// What the ports of a process have in common.
+pub trait Hub: Send + 'static {
+    /// One of them.
+    type Port: Device + Send + 'static;
+    /// Why there is no port.
+    type Error: OpenError + Send + Sync + 'static;
+
+    /// Makes a port.
+    ///
+    /// # Errors
+    /// What is wrong with the options, or what the system refused.
+    fn open(&mut self, options: &PortOptions) -> Result<OpenPort<Self::Port>, Self::Error>;
+
+    /// The port of this name has ended: the name is free.
+    fn closed(&mut self, name: &str);
+
+    /// What all ports together count, each under its name.
+    fn statistics(&self) -> Arc<dyn Statistics>;
+
+    /// What there is to say about all of them.
+    fn status(&self) -> Map<String, Value>;
+
+    /// Which addresses were found behind which port.
+    fn addresses(&self) -> Value;
+}
+
+/// A port cannot be had.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PortError {
+    /// Its socket.
+    #[error("port {name}")]
+    Socket {
+        /// Its name.
+        name: String,
+        /// What is wrong.
+        #[source]
+        source: SocketError,
+    },
+    /// Its threads.
+    #[error("port {name} cannot be started")]
+    Start {
+        /// Its name.
+        name: String,
+        /// What failed.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// What can be asked for.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(
+    tag = "command",
+    content = "arguments",
+    rename_all = "kebab-case",
+    deny_unknown_fields
+)]
+enum PortsRequest {
+    /// What the program is and does, all ports.
+    Status,
+    /// What was counted.
+    Stats,
+    /// The same as a page of metrics.
+    Metrics,
+    /// Ends the program in order.
+    Quit,
+    /// The ports, with one line's worth about each.
+    PortList,
+    /// One port in full.
+    PortStatus(Name),
+    /// Makes a port.
+    PortAdd(PortOptions),
+    /// Ends one; its front-end is disconnected.
+    PortRemove(Name),
+    /// Plugs the cable of a port in, or pulls it.
+    PortLink(PortLink),
+    /// Changes limits of a port, by name, and shows them all.
+    PortLimits(PortLimits),
+    /// Has the guest at a port make itself known to the network.
+    PortAnnounce(Name),
+    /// Which addresses were found behind which port.
+    Addresses,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+struct Name {
+    port: String,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+struct PortLink {
+    port: String,
+    state: LinkState,
+}
+
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+struct PortLimits {
+    port: String,
+    #[serde(default)]
+    limits: BTreeMap<String, Size>,
+}
+
+/// A port that is served.
+struct Port {
+    clients: Clients,
+    connected: Arc<AtomicBool>,
+    socket: PathBuf,
+    /// Taken by who ends it.
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// All ports, and who answers for them.
+struct Ports<H: Hub> {
+    program: Program,
+    placement: Placement,
+    statistics: Arc<dyn Statistics>,
+    hub: Mutex<H>,
+    ports: Mutex<BTreeMap<String, Arc<Port>>>,
+    end: Arc<Ending>,
+}
+
+/// The end of the program, as seen from threads other than the main one.
+struct Ending {
+    waker: Waker,
+    asked: AtomicBool,
+    failure: Mutex<Option<ShellError>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Ending {
+    fn wake(&self) {
+        if let Err(error) = self.waker.wake() {
+            error!("cannot wake the main thread: {error}");
+        }
+    }
+
+    fn fail(&self, failure: ShellError) {
+        lock(&self.failure).get_or_insert(failure);
+        self.wake();
+    }
+}
+
+/// Runs a program of several ports from start to end: returns when it was told to end, or cannot go on. Call it from the
+/// main thread before any other is started, so that signals reach nobody else: `hub` starts what threads the ports share.
+///
+/// # Errors
+/// [`ShellError`]: what failed, for the user.
+pub fn run_ports<H: Hub, E: OpenError + Into<H::Error>>(
+    program: &Program,
+    hub: impl FnOnce() -> Result<H, E>,
+    first: &[PortOptions],
+    args: &ShellArgs,
+) -> Result<(), ShellError> {
+    let mut signals = prepare(args)?;
+    let failed = system("wait for events");
+    let mut poll = Poll::new().map_err(&failed)?;
+    let fd = signals.as_raw_fd();
+    poll.registry()
+        .register(&mut SourceFd(&fd), SIGNALS, Interest::READABLE)
+        .map_err(&failed)?;
+    let end = Arc::new(Ending {
+        waker: Waker::new(poll.registry(), WAKE).map_err(&failed)?,
+        asked: AtomicBool::new(false),
+        failure: Mutex::default(),
+    });
+    let placement = args.placement();
+    let pinned = placement.pin(0).map_err(super::HandlerError::from)?;
+    let hub = hub().map_err(|error| ShellError::Port(Box::new(error.into())))?;
+    drop(pinned);
+    let ports = Arc::new(Ports {
+        program: *program,
+        placement,
+        statistics: hub.statistics(),
+        hub: Mutex::new(hub),
+        ports: Mutex::default(),
+        end: Arc::clone(&end),
+    });
+    let served = serve(&ports, first, args, &mut signals, &mut poll);
+    let names: Vec<String> = lock(&ports.ports).keys().cloned().collect();
+    for name in names {
+        // Whoever else asked for the end of the port is welcome.
+        let _ = ports.remove(&name);
+    }
+    match lock(&end.failure).take() {
+        Some(failure) => Err(failure),
+        None => served,
+    }
+}
+
+fn serve<H: Hub>(
+    ports: &Arc<Ports<H>>,
+    first: &[PortOptions],
+    args: &ShellArgs,
+    signals: &mut SignalFd,
+    poll: &mut Poll,
+) -> Result<(), ShellError> {
+    for options in first {
+        ports.add(options).map_err(ShellError::Port)?;
+    }
+    // To the end: what was asked before is answered.
+    let _control = args
+        .control_socket
+        .as_deref()
+        .map(|path| ControlSocket::start(path, Arc::clone(ports)))
+        .transpose()?;
+    info!("{} ready", ports.program.name);
+    let mut events = Events::with_capacity(4);
+    loop {
+        match poll.poll(&mut events, None) {
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(system("wait for events")(e)),
+        }
+        let asked = ports.end.asked.load(Ordering::Acquire);
+        if asked || lock(&ports.end.failure).is_some() || ends(signals, || {}) {
+            return Ok(());
+        }
+    }
+}
+
+/// Any error of a port, on its way to the user.
+type AnyError = Box<dyn std::error::Error + Send + Sync>;
+
+impl<H: Hub> Ports<H> {
+    fn add(&self, options: &PortOptions) -> Result<String, AnyError> {
+        let OpenPort {
+            name,
+            socket,
+            client,
+            device,
+        } = lock(&self.hub).open(options)?;
+        match self.start(&name, socket, client, device) {
+            Ok(port) => {
+                lock(&self.ports).insert(name.clone(), Arc::new(port));
+                Ok(name)
+            }
+            Err(error) => {
+                lock(&self.hub).closed(&name);
+                Err(error.into())
+            }
+        }
+    }
+
+    fn start(
+        &self,
+        name: &str,
+        socket: PathBuf,
+        client: bool,
+        device: H::Port,
+    ) -> Result<Port, PortError> {
+        let failed = |source: AnyError| PortError::Start {
+            name: name.to_owned(),
+            source,
+        };
+        let endpoint = if client {
+            Endpoint::Connecting(socket.clone())
+        } else {
+            socket::listen(&socket).map_err(|source| PortError::Socket {
+                name: name.to_owned(),
+                source,
+            })?
+        };
+        let handler = Handler::new(device, &self.placement).map_err(|e| failed(e.into()))?;
+        let (_, connected) = handler.observables();
+        let (ready, started) = mpsc::channel();
+        let (program, end, own) = (self.program, Arc::clone(&self.end), name.to_owned());
+        let thread = thread::Builder::new()
+            .name(format!("port {name}"))
+            .spawn(move || {
+                let _span = info_span!("port", name = %own).entered();
+                if let Err(error) = serve_port(&program, &own, handler, endpoint, &ready) {
+                    error!("{}", Chain(&error));
+                    end.fail(error);
+                }
+            })
+            .map_err(|e| failed(e.into()))?;
+        match started.recv() {
+            Ok(clients) => Ok(Port {
+                clients,
+                connected,
+                socket,
+                thread: Mutex::new(Some(thread)),
+            }),
+            // It has said why.
+            Err(e) => Err(failed(e.into())),
+        }
+    }
+
+    fn port(&self, name: &str) -> Result<Arc<Port>, ApiError> {
+        lock(&self.ports).get(name).cloned().ok_or_else(|| {
+            let message = format!("there is no port `{name}`; `port-list` shows those there are");
+            ApiError::of(ErrorCode::NotFound, message)
+        })
+    }
+
+    /// Ends a port, and returns when nothing of it is left.
+    fn remove(&self, name: &str) -> Result<(), ApiError> {
+        let port = self.port(name)?;
+        let Some(thread) = lock(&port.thread).take() else {
+            let message = format!("port `{name}` is ending");
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
+        // One that has ended by itself needs not be told.
+        let _ = port.clients.ask(Request::Quit);
+        if thread.join().is_err() {
+            error!(port = name, "the thread of the port panicked");
+        }
+        lock(&self.ports).remove(name);
+        lock(&self.hub).closed(name);
+        Ok(())
+    }
+
+    fn ask(&self, name: &str, request: Request) -> Result<Value, ApiError> {
+        match self.port(name)?.clients.ask(request)? {
+            Reply::Done(value) => Ok(value),
+            Reply::Drain { .. } => Ok(Value::Null),
+        }
+    }
+
+    /// Names of all ports, sockets, and whether a front-end is there.
+    fn list(&self) -> Vec<Value> {
+        let ports = lock(&self.ports);
+        let ports = ports.iter().map(|(name, port)| {
+            let connected = port.connected.load(Ordering::Relaxed);
+            json!({
+                "name": name,
+                "socket": port.socket,
+                "front-end": if connected { "connected" } else { "none" },
+            })
+        });
+        ports.collect()
+    }
+
+    fn page(&self) -> String {
+        let mut page = Metrics::default();
+        let Program { name, kind, .. } = self.program;
+        page.single(
+            (
+                "ringside_build_info",
+                Kind::Gauge,
+                "The program and its version.",
+            ),
+            &[
+                ("program", &name),
+                ("kind", &kind),
+                ("version", &env!("CARGO_PKG_VERSION")),
+            ],
+            1,
+        );
+        let connected = "ringside_front_end_connected";
+        page.begin(
+            connected,
+            Kind::Gauge,
+            "Whether a front-end is connected to the port.",
+        );
+        for (name, port) in lock(&self.ports).iter() {
+            let value = u8::from(port.connected.load(Ordering::Relaxed));
+            page.sample(connected, &[("port", name)], value);
+        }
+        self.statistics.metrics(&mut page);
+        page.into_text()
+    }
+}
+
+/// The life of a port's control thread.
+fn serve_port<D: Device>(
+    program: &Program,
+    name: &str,
+    handler: Handler<D>,
+    endpoint: Endpoint,
+    ready: &mpsc::Sender<Clients>,
+) -> Result<(), ShellError> {
+    let handler = Arc::new(Mutex::new(handler));
+    let serve = || {
+        let mut daemon = Daemon::new(None, &handler, false)?;
+        // The receiver waits for it.
+        let _ = ready.send(daemon.clients(program)?);
+        daemon.serve(name, endpoint)
+    };
+    let served = serve();
+    end(&handler, served)
+}
+
+impl<H: Hub> Service for Ports<H> {
+    type Command = PortsRequest;
+
+    fn call(&self, request: PortsRequest) -> Result<Value, ApiError> {
+        match request {
+            PortsRequest::Status => {
+                let mut status = lock(&self.hub).status();
+                status.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+                status.insert("pid".into(), std::process::id().into());
+                status.insert("ports".into(), self.list().into());
+                Ok(status.into())
+            }
+            PortsRequest::Stats => Ok(self.statistics.stats().into()),
+            PortsRequest::Metrics => Ok(self.page().into()),
+            PortsRequest::Quit => {
+                self.end.asked.store(true, Ordering::Release);
+                self.end.wake();
+                Ok(json!({}))
+            }
+            PortsRequest::PortList => Ok(json!({ "ports": self.list() })),
+            PortsRequest::PortStatus(Name { port }) => self.ask(&port, Request::Status),
+            PortsRequest::PortAdd(options) => {
+                let added = self.add(&options);
+                let failed = |error: AnyError| ApiError::new(ErrorCode::Failed, error.as_ref());
+                Ok(json!({ "name": added.map_err(failed)? }))
+            }
+            PortsRequest::PortRemove(Name { port }) => {
+                self.remove(&port)?;
+                Ok(json!({}))
+            }
+            PortsRequest::PortLink(PortLink { port, state }) => {
+                self.ask(&port, Request::Link(Link { state }))
+            }
+            PortsRequest::PortLimits(PortLimits { port, limits }) => {
+                self.ask(&port, Request::Limits(Some(limits)))
+            }
+            PortsRequest::PortAnnounce(Name { port }) => self.ask(&port, Request::Announce),
+            PortsRequest::Addresses => Ok(lock(&self.hub).addresses()),
+        }
+    }
+
+    fn metrics(&self) -> Option<String> {
+        Some(self.page())
+    }
+}
