@@ -10,14 +10,17 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
+use tracing::info;
 
 use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
+use super::hash::HASH_TYPES;
 use super::link::{
-    Forward, HostEnd, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened, Tap,
+    Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened,
+    Tap,
 };
-use crate::shell::{OnOff, OpenError, PollLimits};
+use crate::shell::{Chain as Causes, OnOff, OpenError, PollLimits};
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -167,6 +170,26 @@ pub struct NetArgs {
     /// Most that spinning in vain may take of a queue pair's thread, in percent
     #[arg(help_heading = "Performance", long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poll_budget: u32,
+
+    /// Offer to spread received packets over several queue pairs by a table of the guest's (receive-side scaling)
+    ///
+    /// It needs a TAP interface and a kernel that takes a program for it (CAP_BPF, or sysctl
+    /// kernel.unprivileged_bpf_disabled=0); the log says if it does not. QEMU answers its guests on its own, so that
+    /// their tables do not come here.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
+    pub rss: OnOff,
+
+    /// Offer to give the guest a hash of each received packet's addresses and ports
+    ///
+    /// It saves the guest from hashing when it spreads packets over its processors, and costs the host that work.
+    #[arg(long)]
+    pub hash_report: bool,
 
     /// Work that the guest may leave to the host and the host to the guest, as far as the kernel can
     #[arg(
@@ -341,17 +364,24 @@ impl NetArgs {
             None => opened,
         };
         let pairs = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
+        let rss = self.rss == OnOff::On && pairs > 1 && can_steer(interface.as_ref());
         let config = NetConfig {
             mac,
             pairs,
             mtu: self.mtu,
             speed: self.speed,
-            hash_types: 0,
+            hash_types: if rss || self.hash_report {
+                HASH_TYPES
+            } else {
+                0
+            },
         };
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
             standby: self.standby,
+            rss,
+            hash_report: self.hash_report,
             multi_queue: pairs > 1,
             packed: self.packed == OnOff::On,
             in_order: self.in_order == OnOff::On,
@@ -364,6 +394,17 @@ impl NetArgs {
         Net::new(config, features, &name, interface, queues)
             .map(|net| net.spinning(poll))
             .map_err(ArgsError::System)
+    }
+}
+
+/// Whether packets can go to the queues that a driver wants.
+fn can_steer(interface: &dyn Interface) -> bool {
+    match interface.prepare_steering() {
+        Ok(()) => true,
+        Err(error) => {
+            info!("RSS is not offered: {}", Causes(&error));
+            false
+        }
     }
 }
 

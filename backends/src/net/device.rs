@@ -80,7 +80,8 @@ impl Net {
         let result = self
             .interface
             .set_header_len(header_len)
-            .and_then(|()| self.interface.set_offloads(offloads));
+            .and_then(|()| self.interface.set_offloads(offloads))
+            .and_then(|()| self.interface.set_steering(None));
         if let Err(error) = result
             && let Some(held_back) = self.log.check()
         {

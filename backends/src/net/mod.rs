@@ -24,6 +24,7 @@
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
 //! | `tx`, `rx`, `ring` | the data path |
+//! | `hash`, `steering` | hashes of packets, and receive-side scaling |
 //! | `coalesce` | interrupts that are held back |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
@@ -38,11 +39,13 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
+mod hash;
 mod iov;
 mod link;
 mod ring;
 mod rx;
 mod settings;
+mod steering;
 #[cfg(test)]
 mod tests;
 mod tx;

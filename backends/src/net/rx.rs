@@ -31,10 +31,12 @@ use vm_memory::Permissions;
 
 use super::counters::Counters;
 use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
-use super::filter::{Filter, PEEK};
+use super::filter::PEEK;
+use super::hash::{self, Hashing, Report};
 use super::iov::{AppendError, IoList};
 use super::link::Link;
 use super::ring::Ring;
+use super::settings::Settings;
 use super::tx::MAX_FRAME;
 use crate::shell::{Chain as Causes, LogLimit, Vring};
 
@@ -47,9 +49,11 @@ const SHORT: usize = 2048;
 const LONG_FOR: u32 = 256;
 
 /// The longest header (VIRTIO 1.3, 5.1.6).
-const MAX_HEADER: usize = 12;
+const MAX_HEADER: usize = 20;
 /// Where `num_buffers` lies in it.
 const NUM_BUFFERS: usize = 10;
+/// Where `hash_value`, `hash_report` and padding lie in the longest one, eight bytes together (VIRTIO 1.3, 5.1.6).
+const HASH_VALUE: usize = 12;
 /// Bytes of a frame beside its MTU: an Ethernet header with two VLAN tags.
 const FRAME_OVERHEAD: usize = 22;
 
@@ -152,10 +156,10 @@ impl Rx {
     pub(super) fn turn<L: Link>(
         &mut self,
         link: &mut L,
-        filter: &Filter,
+        settings: &Settings,
         counters: &Counters,
     ) -> RxEnd {
-        match self.serve(link, filter, counters) {
+        match self.serve(link, settings, counters) {
             Ok((end, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -172,7 +176,7 @@ impl Rx {
     fn serve<L: Link>(
         &mut self,
         link: &mut L,
-        filter: &Filter,
+        settings: &Settings,
         counters: &Counters,
     ) -> Result<(RxEnd, bool), RingError> {
         let Self { ring, state, .. } = self;
@@ -254,7 +258,7 @@ impl Rx {
                 }
             };
             left = left.saturating_sub(1);
-            let buffers = state.accept(list, len, filter, counters);
+            let buffers = state.accept(list, len, settings, counters);
             let mut rest = len;
             for _ in 0..buffers {
                 let Some(posted) = state.posted.pop_front() else {
@@ -367,7 +371,13 @@ impl State {
 
     /// Decides on the packet in the first `len` bytes of the list and completes its header. Returns how many of
     /// the posted buffers it takes: 0 if it is not for the driver.
-    fn accept(&mut self, list: &IoList, len: usize, filter: &Filter, counters: &Counters) -> usize {
+    fn accept(
+        &mut self,
+        list: &IoList,
+        len: usize,
+        settings: &Settings,
+        counters: &Counters,
+    ) -> usize {
         let mut start = [0; MAX_HEADER + PEEK];
         let seen = len.min(self.header_len + PEEK);
         let Some(seen) = start.get_mut(..seen).filter(|part| !part.is_empty()) else {
@@ -377,7 +387,10 @@ impl State {
             return 0;
         }
         let [flags, gso, ..] = *seen else { return 0 };
-        if !filter.passes(seen.get(self.header_len..).unwrap_or_default()) {
+        if !settings
+            .filter
+            .passes(seen.get(self.header_len..).unwrap_or_default())
+        {
             counters.rx_filtered.add(1);
             return 0;
         }
@@ -406,11 +419,28 @@ impl State {
         if self.header_len > NUM_BUFFERS {
             list.copy_in(NUM_BUFFERS, &buffers.to_le_bytes());
         }
+        if self.header_len > HASH_VALUE {
+            self.report_hash(list, len, &settings.hashing);
+        }
         counters.rx_packets.add(1);
         counters
             .rx_bytes
             .add(u64::try_from(len).unwrap_or(u64::MAX));
         buffers.into()
+    }
+
+    /// Writes the hash of the packet in the first `len` bytes of the list into its header.
+    fn report_hash(&self, list: &IoList, len: usize, hashing: &Hashing) {
+        let mut start = [0; hash::PEEK];
+        let seen = len.saturating_sub(self.header_len).min(hash::PEEK);
+        let seen = start.get_mut(..seen).unwrap_or_default();
+        let report = if list.copy_out(self.header_len, seen) {
+            hashing.report(seen)
+        } else {
+            Report::NONE
+        };
+        let fields = u64::from(report.kind) << 32 | u64::from(report.value);
+        list.copy_in(HASH_VALUE, &fields.to_le_bytes());
     }
 
     /// The driver accepted what the header asks of it (VIRTIO 1.3, 5.1.6.4.1).

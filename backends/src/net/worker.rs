@@ -286,7 +286,7 @@ impl<L: Link> PairWorker<L> {
             && self.readable
             && (self.rx_fed || rx.ring.polled())
         {
-            match rx.turn(&mut self.link, &self.settings.filter, &self.counters) {
+            match rx.turn(&mut self.link, &self.settings, &self.counters) {
                 RxEnd::More => more = true,
                 RxEnd::Idle => self.readable = false,
                 RxEnd::Starved => self.rx_fed = false,

@@ -8,6 +8,7 @@ mod boot;
 mod formats;
 mod links;
 mod net;
+mod net_features;
 mod others;
 mod vfio;
 mod zoned;
@@ -53,6 +54,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         bench::TESTS,
         net::TESTS,
         links::TESTS,
+        net_features::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]

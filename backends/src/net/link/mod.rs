@@ -43,9 +43,10 @@ pub use tap::{Tap, TapError, TapQueue};
 
 use super::epoll_set::Watcher;
 use super::iov::IoList;
+use super::steering::Rss;
 
 /// The longest header (VIRTIO 1.3, 5.1.6).
-const MAX_HEADER: usize = 12;
+const MAX_HEADER: usize = 20;
 
 /// A link cannot be had, or not changed.
 #[derive(Debug, Error)]
@@ -63,6 +64,11 @@ pub enum LinkError {
     /// The capture file cannot be had.
     #[error(transparent)]
     Pcap(#[from] PcapError),
+    /// Packets go to any queue.
+    #[error(
+        "the link does not let packets be steered to queues: a TAP interface with several does"
+    )]
+    NoSteering,
     /// The link has no queues to share.
     #[error("a link of kind {kind} serves one queue pair: leave --queue-pairs away")]
     OneQueue {
@@ -77,7 +83,7 @@ impl LinkError {
         match self {
             Self::Tap(error) => matches!(error, TapError::Name { .. }),
             Self::OneQueue { .. } => true,
-            Self::Packet(_) | Self::Passt(_) | Self::Pcap(_) => false,
+            Self::Packet(_) | Self::Passt(_) | Self::Pcap(_) | Self::NoSteering => false,
         }
     }
 }
@@ -233,6 +239,25 @@ pub(super) trait Interface: Debug + Send + Sync {
     /// # Errors
     /// What the link said.
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError>;
+
+    /// Makes ready to have packets go to the queues that a driver wants. Called once, before the queues have threads.
+    ///
+    /// # Errors
+    /// What the link said.
+    fn prepare_steering(&self) -> Result<(), LinkError> {
+        Err(LinkError::NoSteering)
+    }
+
+    /// Has packets go to the queues that a driver wants; without it, to any that are attached.
+    ///
+    /// # Errors
+    /// What the link said; [`LinkError::NoSteering`] if it was not made ready.
+    fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
+        match rss {
+            None => Ok(()),
+            Some(_) => Err(LinkError::NoSteering),
+        }
+    }
 }
 
 /// A link that takes the driver's choice from each call.
