@@ -16,7 +16,7 @@ use super::device::fake::{Call, Fake};
 use super::device::{ZoneAction, ZoneInfo};
 use super::zones::Zones;
 use super::{Blk, BlkArgs, BlkConfig, ZoneGeometry};
-use crate::shell::{Command, CommandSender, Device, Memory, Vring, command_channel};
+use crate::shell::{Command, CommandSender, Device, Memory, Vring, WorkerThread, command_channel};
 
 const IN: u32 = 0;
 const OUT: u32 = 1;

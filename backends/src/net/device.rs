@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread;
+use std::thread::{self, JoinHandle};
 
 use ringside_control::{ApiError, ErrorCode};
 use serde_json::{Map, Value, json};
@@ -20,7 +20,9 @@ use super::link::{AnyLink, Interface, Link};
 use super::settings::{Pairs, Settings, Shared};
 
 use super::worker::PairWorker;
-use crate::shell::{Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread};
+use crate::shell::{
+    Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread,
+};
 
 /// The MTU of an Ethernet that nobody has configured.
 const DEFAULT_MTU: u16 = 1500;

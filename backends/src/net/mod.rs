@@ -26,6 +26,7 @@
 //! | `tx`, `rx`, `ring` | the data path |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
+//! | `switch` | several guests, joined to each other |
 
 mod args;
 mod config;
@@ -43,6 +44,7 @@ mod link;
 mod ring;
 mod rx;
 mod settings;
+mod switch;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -52,3 +54,4 @@ pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
 pub use config::{MacAddress, MacError};
 pub use device::Net;
 pub use link::{LinkError, LinkSpec, LinkSpecError, Tap, TapError, TapQueue};
+pub use switch::{OptionsError, Switch, SwitchArgs, SwitchError, SwitchPort};
