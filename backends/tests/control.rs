@@ -23,6 +23,7 @@ use ringside_rings::Segment;
 use serde_json::{Value, json};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -486,5 +487,28 @@ fn a_network_device_counts_and_announces() {
     let mut message = [0; 12];
     ours.read_exact(&mut message).unwrap();
     assert_eq!(message[0], 2);
+
+    // The cable: told when it changes, and only then.
+    for (state, changed, status) in [
+        ("down", true, 2),
+        ("down", false, 2),
+        ("up", true, 3),
+        ("down", true, 2),
+    ] {
+        let answer = ask(&daemon, "link", json!({ "state": state }));
+        assert_eq!(answer, json!({ "changed": changed }));
+        if changed {
+            ours.read_exact(&mut message).unwrap();
+            assert_eq!(message[0], 2);
+        }
+        let flags = VhostUserConfigFlags::empty();
+        let config = front.messages.get_config(6, 2, flags, &[0; 2]).unwrap().1;
+        // The guest has not announced itself, which is the other bit.
+        assert_eq!(config, [status, 0]);
+    }
+    // It stays out for whoever comes next.
+    drop(front);
+    let status = ask(&daemon, "status", Value::Null);
+    assert_eq!(status["interface"]["state"], "down");
     daemon.stop();
 }

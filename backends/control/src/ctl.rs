@@ -103,6 +103,12 @@ enum Request {
     Resume,
     /// Network: asks the guest to make itself known to the network.
     Announce,
+    /// Network: plugs the guest's cable in, or pulls it out: no frame passes, and the guest sees NO-CARRIER.
+    Link {
+        /// What it is to be.
+        #[arg(value_parser = ["up", "down"])]
+        state: String,
+    },
     /// Switch: lists the ports.
     PortList,
     /// Switch: shows one port in full.
@@ -214,6 +220,7 @@ impl Request {
             Self::Drain { timeout } => ("drain", json!({ "timeout": timeout })),
             Self::Resume => ("resume", Value::Null),
             Self::Announce => ("announce", Value::Null),
+            Self::Link { state } => ("link", json!({ "state": state })),
             Self::PortList => ("port-list", Value::Null),
             Self::PortStatus { port } => ("port-status", json!({ "port": port })),
             Self::PortAdd { port } => ("port-add", json!(port)),

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 use std::str::FromStr;
 
 use clap::{Args, ValueEnum};
@@ -12,7 +13,9 @@ use thiserror::Error;
 use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
-use super::link::{HostEnd, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, Opened, Tap};
+use super::link::{
+    Forward, HostEnd, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened, Tap,
+};
 use crate::shell::{OnOff, OpenError};
 
 /// Kinds of offload.
@@ -81,16 +84,43 @@ pub struct NetArgs {
 
     /// What else the card is joined to: a KIND and what belongs to it
     ///
-    /// tap:NAME is --tap NAME. For measurements, null takes all packets and gives none, and generate:BYTES gives frames of that
-    /// length as fast as the guest takes them.
+    /// tap:NAME is --tap NAME. macvtap:NAME is a macvtap interface, which must be there; the guest gets its address unless --mac
+    /// says otherwise. packet:NAME shares a network interface with the host by a packet socket, and needs CAP_NET_RAW; the
+    /// guest and the host do not see each other there. passt is user-mode networking, without any privilege: this program
+    /// starts passt, which gives the guest an address by DHCP and opens its connections on its behalf; passt:SOCKET
+    /// connects to one that runs. For measurements, null takes all packets and gives none, and generate:BYTES
+    /// gives frames of that length as fast as the guest takes them.
     #[arg(long, value_name = "KIND[:…]", conflicts_with = "tap_fd")]
     pub link: Option<LinkSpec>,
+
+    /// Port of the host that leads to the guest, with --link passt: [ADDRESS/]PORT[:GUEST-PORT] behind tcp: or udp:, as in tcp:8080:80
+    #[arg(long, value_name = "PROTOCOL:PORTS", requires = "link")]
+    pub forward: Vec<Forward>,
+
+    /// One more argument for passt, with --link passt; `passt --help` lists them
+    #[arg(
+        long,
+        value_name = "ARGUMENT",
+        requires = "link",
+        allow_hyphen_values = true
+    )]
+    pub passt_arg: Vec<String>,
 
     /// Inherited TAP queues to use, by number: one for each queue pair, all of one interface
     ///
     /// Each must have been attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several with IFF_MULTI_QUEUE.
     #[arg(long, value_name = "NUMBER", value_delimiter = ',', value_parser = clap::value_parser!(RawFd).range(0..))]
     pub tap_fd: Vec<RawFd>,
+
+    /// File for a copy of all packets, in the format of tcpdump and Wireshark; one that is there is overwritten
+    ///
+    /// A file that is slower than the packets gets not all of them, which is said; the guest does not wait for it.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+
+    /// Bytes of each packet to keep with --pcap
+    #[arg(long, value_name = "BYTES", default_value_t = MAX_SNAP, requires = "pcap", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SNAP)))]
+    pub pcap_snap: u32,
 
     /// Keep the TAP interface when this program ends
     #[arg(long, conflicts_with = "tap_fd")]
@@ -115,6 +145,13 @@ pub struct NetArgs {
     /// Speed in Mbit/s that the guest shows for its interface; it limits nothing
     #[arg(long, value_name = "MBITS", value_parser = clap::value_parser!(u32).range(1..=0x7fff_ffff))]
     pub speed: Option<u32>,
+
+    /// Offer the card as the stand-in of an assigned network function with the same --mac
+    ///
+    /// The guest's driver (Linux: net_failover) joins both to one interface, sends over the function while it is
+    /// there, and over this card when it is taken away, as before a live migration.
+    #[arg(long, requires = "mac")]
+    pub standby: bool,
 
     /// Number of queue pairs, each served by a thread of its own [default: 1, or as many as --tap-fd has]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), conflicts_with = "tap_fd")]
@@ -167,6 +204,9 @@ pub enum ArgsError {
     /// A setting for a TAP, and there is none.
     #[error("{0} is for a TAP interface; a link of kind {1} has none")]
     NoTap(&'static str, LinkSpec),
+    /// A setting for passt, and this program starts none.
+    #[error("{0} is for a passt that this program starts: --link passt, not {1}")]
+    NoPasst(&'static str, LinkSpec),
     /// The link cannot be had.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -178,7 +218,11 @@ pub enum ArgsError {
 impl OpenError for ArgsError {
     fn is_usage(&self) -> bool {
         match self {
-            Self::Offload(_) | Self::SameFd(_) | Self::TooManyFds(_) | Self::NoTap(..) => true,
+            Self::Offload(_)
+            | Self::SameFd(_)
+            | Self::TooManyFds(_)
+            | Self::NoTap(..)
+            | Self::NoPasst(..) => true,
             Self::Link(error) => error.is_usage(),
             Self::System(_) => false,
         }
@@ -245,21 +289,36 @@ impl NetArgs {
             (None, Some(link)) => link.clone(),
             (None, None) => return self.inherit(offloads),
         };
-        let settings = [
+        let given = |settings: &[(bool, &'static str)]| {
+            let first = settings.iter().find(|(given, _)| *given);
+            first.map(|(_, option)| *option)
+        };
+        let for_tap = given(&[
             (self.tap_persist, "--tap-persist"),
             (self.tap_up, "--tap-up"),
             (self.tap_ip.is_some(), "--tap-ip"),
-        ];
-        if let Some((_, option)) = settings.into_iter().find(|(given, _)| *given)
-            && !matches!(link, LinkSpec::Tap(_))
-        {
-            return Err(ArgsError::NoTap(option, link));
+        ]);
+        let for_passt = given(&[
+            (!self.forward.is_empty(), "--forward"),
+            (!self.passt_arg.is_empty(), "--passt-arg"),
+        ]);
+        match (&link, for_tap, for_passt) {
+            (LinkSpec::Tap(_) | LinkSpec::Macvtap(_), _, None)
+            | (LinkSpec::Passt(None), None, _)
+            | (_, None, None) => {}
+            (LinkSpec::Tap(_) | LinkSpec::Macvtap(_), _, Some(option))
+            | (_, None, Some(option)) => {
+                return Err(ArgsError::NoPasst(option, link));
+            }
+            (_, Some(option), _) => return Err(ArgsError::NoTap(option, link)),
         }
         let options = LinkOptions {
             queues: self.queue_pairs.unwrap_or(1),
             mac: self.mac,
             offloads,
             host: self.host_end(),
+            forwards: &self.forward,
+            passt_arguments: &self.passt_arg,
         };
         Ok(link.open(options)?)
     }
@@ -269,23 +328,29 @@ impl NetArgs {
     /// # Errors
     /// [`ArgsError`]
     pub fn open(&self) -> Result<Net, ArgsError> {
+        let opened = self.open_link(&self.offloads()?.candidates())?;
         let Opened {
             name,
             interface,
             queues,
             offloads,
             mac,
-        } = self.open_link(&self.offloads()?.candidates())?;
+        } = match &self.pcap {
+            Some(path) => opened.captured(path, self.pcap_snap)?,
+            None => opened,
+        };
         let pairs = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
         let config = NetConfig {
             mac,
             pairs,
             mtu: self.mtu,
             speed: self.speed,
+            hash_types: 0,
         };
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
+            standby: self.standby,
             multi_queue: pairs > 1,
             packed: self.packed == OnOff::On,
             in_order: self.in_order == OnOff::On,

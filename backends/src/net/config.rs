@@ -91,6 +91,17 @@ pub(super) struct NetConfig {
     pub(super) mtu: Option<u16>,
     /// `speed` in Mbit/s.
     pub(super) speed: Option<u32>,
+    /// `supported_hash_types`; 0 if neither RSS nor hash reports are offered.
+    pub(super) hash_types: u32,
+}
+
+/// What `status` says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Status {
+    /// The link is up.
+    pub(super) link_up: bool,
+    /// The driver is asked to make itself known to the network.
+    pub(super) announce: bool,
 }
 
 /// VIRTIO_NET_S_LINK_UP (VIRTIO 1.3, 5.1.4).
@@ -100,23 +111,28 @@ const ANNOUNCE: u16 = 2;
 /// `duplex` full (VIRTIO 1.3, 5.1.4).
 const FULL_DUPLEX: u8 = 1;
 
-/// Length of the structure with its fields for RSS, which is not offered.
-const LEN: usize = 28;
+/// `rss_max_key_size` (VIRTIO 1.3, 5.1.4), the least that is allowed: what a hash over addresses and ports of IPv6 takes.
+pub(super) const MAX_KEY: usize = 40;
+/// `rss_max_indirection_table_length` (VIRTIO 1.3, 5.1.4), the least that is allowed.
+pub(super) const MAX_TABLE: usize = 128;
+
+/// Length of the structure.
+const LEN: usize = 24;
 
 impl NetConfig {
-    fn bytes(&self, announce: bool) -> [u8; LEN] {
+    fn bytes(&self, status: Status) -> [u8; LEN] {
         let Self {
             mac,
             pairs,
             mtu,
             speed,
+            hash_types,
         } = *self;
         let mut bytes = [0; LEN];
-        let status = if announce {
-            LINK_UP | ANNOUNCE
-        } else {
-            LINK_UP
-        };
+        let bit = |on, bit| if on { bit } else { 0_u16 };
+        let status = bit(status.link_up, LINK_UP) | bit(status.announce, ANNOUNCE);
+        let hashes = hash_types != 0;
+        let (key, table) = if hashes { (MAX_KEY, MAX_TABLE) } else { (0, 0) };
         let fields = mac
             .octets()
             .into_iter()
@@ -124,21 +140,24 @@ impl NetConfig {
             .chain(pairs.to_le_bytes())
             .chain(mtu.unwrap_or(0).to_le_bytes())
             .chain(speed.unwrap_or(0).to_le_bytes())
-            .chain([if speed.is_some() { FULL_DUPLEX } else { 0 }]);
+            .chain([if speed.is_some() { FULL_DUPLEX } else { 0 }])
+            .chain([u8::try_from(key).unwrap_or(u8::MAX)])
+            .chain(u16::try_from(table).unwrap_or(u16::MAX).to_le_bytes())
+            .chain(hash_types.to_le_bytes());
         for (place, field) in bytes.iter_mut().zip(fields) {
             *place = field;
         }
         bytes
     }
 
-    /// Reads `len` bytes from `offset` on. With `announce`, `status` asks the driver to make itself known.
+    /// Reads `len` bytes from `offset` on.
     pub(super) fn read(
         &self,
-        announce: bool,
+        status: Status,
         offset: u32,
         len: u32,
     ) -> Result<Vec<u8>, DeviceError> {
-        config_range(&self.bytes(announce), offset, len)
+        config_range(&self.bytes(status), offset, len)
     }
 }
 
@@ -177,23 +196,36 @@ mod tests {
 
     #[test]
     fn fields_lie_where_the_specification_puts_them() {
-        let config = NetConfig {
+        let mut config = NetConfig {
             mac: MacAddress::new([2, 3, 4, 5, 6, 7]),
             pairs: 4,
             mtu: Some(9000),
             speed: Some(25_000),
+            hash_types: 0,
         };
-        assert_eq!(config.read(false, 0, 6).unwrap(), [2, 3, 4, 5, 6, 7]);
-        assert_eq!(config.read(false, 6, 2).unwrap(), 1_u16.to_le_bytes());
-        assert_eq!(config.read(false, 8, 2).unwrap(), 4_u16.to_le_bytes());
-        assert_eq!(config.read(false, 10, 2).unwrap(), 9000_u16.to_le_bytes());
-        assert_eq!(config.read(false, 12, 4).unwrap(), 25_000_u32.to_le_bytes());
-        assert_eq!(config.read(false, 16, 1).unwrap(), [1]);
-        assert_eq!(config.read(false, 17, 11).unwrap(), [0; 11]);
-        assert_eq!(config.read(true, 6, 2).unwrap(), 3_u16.to_le_bytes());
-        assert_eq!(config.read(false, 17, 43).unwrap(), [0; 43]);
-        for (offset, len) in [(0, 257), (256, 1), (u32::MAX, 1), (0, u32::MAX)] {
-            assert!(config.read(false, offset, len).is_err());
+        let up = Status {
+            link_up: true,
+            announce: false,
+        };
+        assert_eq!(config.read(up, 0, 6).unwrap(), [2, 3, 4, 5, 6, 7]);
+        assert_eq!(config.read(up, 8, 2).unwrap(), 4_u16.to_le_bytes());
+        assert_eq!(config.read(up, 10, 2).unwrap(), 9000_u16.to_le_bytes());
+        assert_eq!(config.read(up, 12, 4).unwrap(), 25_000_u32.to_le_bytes());
+        assert_eq!(config.read(up, 16, 1).unwrap(), [1]);
+        assert_eq!(config.read(up, 17, 43).unwrap(), [0; 43]);
+        for (link_up, announce, status) in [
+            (true, false, 1_u16),
+            (true, true, 3),
+            (false, false, 0),
+            (false, true, 2),
+        ] {
+            let now = Status { link_up, announce };
+            assert_eq!(config.read(now, 6, 2).unwrap(), status.to_le_bytes());
         }
+        for (offset, len) in [(0, 257), (256, 1), (u32::MAX, 1), (0, u32::MAX)] {
+            assert!(config.read(up, offset, len).is_err());
+        }
+        config.hash_types = 0x3f;
+        assert_eq!(config.read(up, 17, 7).unwrap(), [40, 128, 0, 0x3f, 0, 0, 0]);
     }
 }

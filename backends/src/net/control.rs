@@ -5,14 +5,17 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
     VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
-    VIRTIO_NET_CTRL_RX, VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_ALLUNI,
-    VIRTIO_NET_CTRL_RX_NOBCAST, VIRTIO_NET_CTRL_RX_NOMULTI, VIRTIO_NET_CTRL_RX_NOUNI,
-    VIRTIO_NET_CTRL_RX_PROMISC, VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD,
-    VIRTIO_NET_CTRL_VLAN_DEL, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR,
-    VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN,
-    VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
+    VIRTIO_NET_CTRL_NOTF_COAL, VIRTIO_NET_CTRL_NOTF_COAL_RX_SET, VIRTIO_NET_CTRL_NOTF_COAL_TX_SET,
+    VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET, VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET, VIRTIO_NET_CTRL_RX,
+    VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_ALLUNI, VIRTIO_NET_CTRL_RX_NOBCAST,
+    VIRTIO_NET_CTRL_RX_NOMULTI, VIRTIO_NET_CTRL_RX_NOUNI, VIRTIO_NET_CTRL_RX_PROMISC,
+    VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, VIRTIO_NET_CTRL_VLAN_DEL,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_GUEST_ANNOUNCE,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_VQ_NOTF_COAL,
 };
 
+use super::coalesce::Coalescing;
 use super::config::MacAddress;
 use super::features::{GUEST_OFFLOADS, has};
 use super::filter::{TABLE_SIZE, Table, VLANS};
@@ -42,6 +45,21 @@ pub(super) enum ControlCommand {
     Pairs(u16),
     /// Takes packets with these offloads, as bits of the features (5.1.6.5.8).
     GuestOffloads(u64),
+    /// Holds interrupts of all queues of one direction back (5.1.6.5.9).
+    CoalesceAll(Direction, Coalescing),
+    /// Holds interrupts of one queue back (5.1.6.5.9).
+    Coalesce(u16, Coalescing),
+    /// Says how interrupts of one queue are held back (5.1.6.5.9).
+    TellCoalescing(u16),
+}
+
+/// Where packets of a queue go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Direction {
+    /// To the driver.
+    Receive,
+    /// From it.
+    Transmit,
 }
 
 /// Receive modes (5.1.6.5.1).
@@ -181,8 +199,60 @@ pub(super) fn parse(
             }
             Ok(ControlCommand::GuestOffloads(offloads))
         }
+        (
+            VIRTIO_NET_CTRL_NOTF_COAL,
+            number @ (VIRTIO_NET_CTRL_NOTF_COAL_TX_SET | VIRTIO_NET_CTRL_NOTF_COAL_RX_SET),
+        ) if has(features, VIRTIO_NET_F_NOTF_COAL) => {
+            let direction = if number == VIRTIO_NET_CTRL_NOTF_COAL_RX_SET {
+                Direction::Receive
+            } else {
+                Direction::Transmit
+            };
+            let (coalescing, rest) = parse_coalescing(data).ok_or_else(length)?;
+            if rest.is_empty() {
+                Ok(ControlCommand::CoalesceAll(direction, coalescing))
+            } else {
+                Err(length())
+            }
+        }
+        (
+            VIRTIO_NET_CTRL_NOTF_COAL,
+            number @ (VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET | VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET),
+        ) if has(features, VIRTIO_NET_F_VQ_NOTF_COAL) => {
+            // vq_index and a reserved field.
+            let ([low, high, _, _], data) = data.split_first_chunk().ok_or_else(length)?;
+            let queue = u16::from_le_bytes([*low, *high]);
+            // Not the control queue.
+            if queue >= max_pairs.saturating_mul(2) {
+                return Err(value(queue.into()));
+            }
+            if number == VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET {
+                return if data.is_empty() {
+                    Ok(ControlCommand::TellCoalescing(queue))
+                } else {
+                    Err(length())
+                };
+            }
+            let (coalescing, rest) = parse_coalescing(data).ok_or_else(length)?;
+            if rest.is_empty() {
+                Ok(ControlCommand::Coalesce(queue, coalescing))
+            } else {
+                Err(length())
+            }
+        }
         _ => Err(unknown),
     }
+}
+
+/// Reads one struct virtio_net_ctrl_coal.
+fn parse_coalescing(data: &[u8]) -> Option<(Coalescing, &[u8])> {
+    let (max_packets, rest) = data.split_first_chunk()?;
+    let (max_usecs, rest) = rest.split_first_chunk()?;
+    let coalescing = Coalescing {
+        max_packets: u32::from_le_bytes(*max_packets),
+        max_usecs: u32::from_le_bytes(*max_usecs),
+    };
+    Some((coalescing, rest))
 }
 
 /// Reads one struct virtio_net_ctrl_mac: le32 entries, then that many addresses.
@@ -318,8 +388,48 @@ mod tests {
     }
 
     #[test]
+    fn coalescing() {
+        let limits = Coalescing {
+            max_packets: 16,
+            max_usecs: 0x0102_0304,
+        };
+        let coal = [16, 0, 0, 0, 4, 3, 2, 1];
+        let with = |start: &[u8]| [start, &coal].concat();
+        for (number, direction) in [(0, Direction::Transmit), (1, Direction::Receive)] {
+            let set = with(&[6, number]);
+            assert_eq!(ok(&set), ControlCommand::CoalesceAll(direction, limits));
+            for cut in 2..set.len() {
+                assert!(matches!(fails(&set[..cut]), ControlError::Length { .. }));
+            }
+            let long = [set.as_slice(), &[0]].concat();
+            assert!(matches!(fails(&long), ControlError::Length { .. }));
+        }
+        let set = with(&[6, 2, 7, 0, 0, 0]);
+        assert_eq!(ok(&set), ControlCommand::Coalesce(7, limits));
+        for cut in 2..set.len() {
+            assert!(matches!(fails(&set[..cut]), ControlError::Length { .. }));
+        }
+        let get = [6, 3, 7, 0, 0, 0];
+        assert_eq!(ok(&get), ControlCommand::TellCoalescing(7));
+        assert!(matches!(fails(&get[..5]), ControlError::Length { .. }));
+        assert!(matches!(
+            fails(&[6, 3, 7, 0, 0, 0, 0]),
+            ControlError::Length { .. }
+        ));
+        // The control queue of four pairs, and none.
+        for queue in [8, 0xff] {
+            let value = u64::from(queue);
+            for bytes in [with(&[6, 2, queue, 0, 0, 0]), vec![6, 3, queue, 0, 0, 0]] {
+                assert!(
+                    matches!(fails(&bytes), ControlError::Value { value: v, .. } if v == value)
+                );
+            }
+        }
+    }
+
+    #[test]
     fn what_was_not_negotiated_is_unknown() {
-        let commands: [&[u8]; 8] = [
+        let commands: [&[u8]; 11] = [
             &[0, 0, 1],
             &[0, 2, 1],
             &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -328,6 +438,9 @@ mod tests {
             &[3, 0],
             &[4, 0, 1, 0],
             &[5, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[6, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[6, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+            &[6, 3, 0, 0, 0, 0],
         ];
         for bytes in commands {
             assert!(parse(u64::MAX, 4, bytes).is_ok());

@@ -7,7 +7,8 @@ use std::sync::Arc;
 use ringside_rings::{PopError, RingError, read_segments, write_segments};
 use tracing::{debug, error, warn};
 
-use super::control::{ControlCommand, MAX_COMMAND, RxMode, parse};
+use super::coalesce::Coalescing;
+use super::control::{ControlCommand, Direction, MAX_COMMAND, RxMode, parse};
 use super::epoll_set::EpollSet;
 use super::features::tun_offloads;
 use super::link::Interface;
@@ -26,6 +27,12 @@ const BUDGET: u32 = 64;
 const OK: u8 = 0;
 /// VIRTIO_NET_ERR (VIRTIO 1.3, 5.1.6.5).
 const ERR: u8 = 1;
+
+/// Bytes of a command's result: struct virtio_net_ctrl_coal, the only one there is.
+const RESULT: usize = 8;
+
+/// A command is answered with [`ERR`].
+struct Refused;
 
 /// What commands act on.
 struct Target {
@@ -194,16 +201,30 @@ fn serve(
             Ok(Some(chain)) => {
                 let memory = session.memory();
                 let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
-                let ack = match bytes.get_mut(..len) {
+                let answer = match bytes.get_mut(..len) {
                     Some(command) => match read_segments(memory, chain.readable(), 0, command) {
                         Ok(()) => target.execute(features, command, log),
-                        Err(_) => ERR,
+                        Err(_) => Err(Refused),
                     },
-                    None => ERR,
+                    None => Err(Refused),
                 };
-                // `ack` is the first byte behind the command (VIRTIO 1.3, 5.1.6.5).
-                let written = write_segments(memory, chain.writable(), 0, &[ack]);
-                session.push_used(chain.head(), u32::from(written.is_ok()))?;
+                // `ack` is the first byte behind the command, a result follows it (VIRTIO 1.3, 5.1.6.5).
+                let mut reply = [OK; 1 + RESULT];
+                let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
+                let reply = match answer {
+                    Ok(None) => reply.get(..1),
+                    Ok(Some(result)) if room >= reply.len() => {
+                        for (place, byte) in reply.iter_mut().skip(1).zip(result) {
+                            *place = byte;
+                        }
+                        Some(reply.as_slice())
+                    }
+                    _ => Some([ERR].as_slice()),
+                };
+                let reply = reply.unwrap_or_default();
+                let written = write_segments(memory, chain.writable(), 0, reply);
+                let len = if written.is_ok() { reply.len() } else { 0 };
+                session.push_used(chain.head(), u32::try_from(len).unwrap_or(0))?;
             }
             Ok(None) => {
                 if session.enable_notifications()? {
@@ -230,13 +251,18 @@ fn serve(
 }
 
 impl Target {
-    /// Obeys one command and returns its `ack`.
-    fn execute(&self, features: u64, bytes: &[u8], log: &LogLimit) -> u8 {
+    /// Obeys one command and returns its result.
+    fn execute(
+        &self,
+        features: u64,
+        bytes: &[u8],
+        log: &LogLimit,
+    ) -> Result<Option<[u8; RESULT]>, Refused> {
         let failed = match parse(features, self.pairs, bytes) {
             Ok(command) => {
                 debug!("control command {command:?}");
                 match self.apply(command) {
-                    Ok(()) => return OK,
+                    Ok(result) => return Ok(result),
                     Err(why) => why,
                 }
             }
@@ -245,10 +271,10 @@ impl Target {
         if let Some(held_back) = log.check() {
             warn!(held_back, "control command refused: {failed}");
         }
-        ERR
+        Err(Refused)
     }
 
-    fn apply(&self, command: ControlCommand) -> Result<(), String> {
+    fn apply(&self, command: ControlCommand) -> Result<Option<[u8; RESULT]>, String> {
         let version = match command {
             ControlCommand::Rx(mode, on) => self.shared.change(|settings| {
                 let filter = &mut settings.filter;
@@ -279,15 +305,35 @@ impl Target {
             ControlCommand::Pairs(pairs) => self
                 .shared
                 .change(|settings| settings.pairs = Pairs::First(pairs)),
+            ControlCommand::CoalesceAll(direction, coalescing) => self.shared.change(|settings| {
+                // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
+                let first = usize::from(direction == Direction::Transmit);
+                let queues = settings.coalescing.iter_mut().skip(first).step_by(2);
+                queues.for_each(|queue| *queue = coalescing);
+            }),
+            ControlCommand::Coalesce(queue, coalescing) => self.shared.change(|settings| {
+                if let Some(place) = settings.coalescing.get_mut(usize::from(queue)) {
+                    *place = coalescing;
+                }
+            }),
+            ControlCommand::TellCoalescing(queue) => {
+                let Coalescing {
+                    max_packets,
+                    max_usecs,
+                } = self.shared.get().coalescing_of(queue);
+                let both = u64::from(max_usecs) << 32 | u64::from(max_packets);
+                return Ok(Some(both.to_le_bytes()));
+            }
             ControlCommand::GuestOffloads(offloads) => {
                 return self
                     .interface
                     .set_offloads(tun_offloads(offloads))
+                    .map(|()| None)
                     .map_err(|error| Causes(&error).to_string());
             }
         };
         if self.shared.wait(version) {
-            Ok(())
+            Ok(None)
         } else {
             Err("a queue pair did not take notice in time".to_owned())
         }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::thread::{self, JoinHandle};
+use std::thread;
 
 use ringside_control::{ApiError, ErrorCode};
 use serde_json::{Map, Value, json};
@@ -11,14 +11,13 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
 };
 
-use super::config::NetConfig;
+use super::config::{NetConfig, Status};
 use super::control_worker::ControlWorker;
 use super::counters::{AllCounters, Counters};
 use super::features::{control_queue, feature_name, guest_offloads, has, header_len, tun_offloads};
 use super::filter::Filter;
 use super::link::{AnyLink, Interface, Link};
-use super::settings::{Pairs, Settings, Shared};
-
+use super::settings::{Settings, Shared};
 use super::worker::PairWorker;
 use crate::shell::{
     Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread,
@@ -54,11 +53,7 @@ impl Net {
         interface: Arc<dyn Interface>,
         queues: Vec<AnyLink>,
     ) -> io::Result<Self> {
-        let settings = Settings {
-            filter: Filter::new(config.mac, false),
-            pairs: Pairs::Enabled,
-            announce: false,
-        };
+        let settings = Settings::new(Filter::new(config.mac, false), config.pairs);
         Ok(Self {
             shared: Arc::new(Shared::new(settings, config.pairs)?),
             counters: queues.iter().map(|_| Arc::default()).collect(),
@@ -102,13 +97,11 @@ impl Net {
 
     /// Forgets what the driver set by the control queue.
     fn forget_settings(&self) {
-        let filter = Filter::new(self.config.mac, has(self.acked, VIRTIO_NET_F_CTRL_VLAN));
+        let mut filter = Filter::new(self.config.mac, has(self.acked, VIRTIO_NET_F_CTRL_VLAN));
         self.shared.change(|settings| {
-            *settings = Settings {
-                filter,
-                pairs: Pairs::Enabled,
-                announce: false,
-            };
+            // The cable is not the driver's.
+            filter.link_up = settings.filter.link_up;
+            *settings = Settings::new(filter, self.config.pairs);
         });
     }
 }
@@ -123,7 +116,7 @@ struct PairStart {
 }
 
 impl PairStart {
-    fn spawn<L: Link + 'static>(self, link: L) -> io::Result<JoinHandle<()>> {
+    fn spawn<L: Link + 'static>(self, link: L) -> io::Result<thread::JoinHandle<()>> {
         let Self {
             pair,
             mtu,
@@ -152,7 +145,11 @@ impl Device for Net {
         // The driver may have changed the address (VIRTIO 1.3, 5.1.6.5.2).
         let settings = self.shared.get();
         let mac = settings.filter.mac;
-        NetConfig { mac, ..self.config }.read(settings.announce, offset, len)
+        let status = Status {
+            link_up: settings.filter.link_up,
+            announce: settings.announce,
+        };
+        NetConfig { mac, ..self.config }.read(status, offset, len)
     }
 
     /// All fields are read-only for a driver (VIRTIO 1.3, 5.1.4).
@@ -245,7 +242,8 @@ impl Device for Net {
     }
 
     fn status(&self) -> Map<String, Value> {
-        let mac = self.shared.get().filter.mac;
+        let filter = &self.shared.get().filter;
+        let (mac, state) = (filter.mac, if filter.link_up { "up" } else { "down" });
         Map::from_iter([
             ("device".to_owned(), "net".into()),
             (
@@ -255,6 +253,7 @@ impl Device for Net {
                     "mac": mac.to_string(),
                     "queue-pairs": self.config.pairs,
                     "mtu": self.config.mtu,
+                    "state": state,
                 }),
             ),
         ])
@@ -271,6 +270,15 @@ impl Device for Net {
         }
         self.shared.change(|settings| settings.announce = true);
         Ok(true)
+    }
+
+    fn set_link(&mut self, up: bool) -> Result<bool, ApiError> {
+        let mut changed = false;
+        self.shared.change(|settings| {
+            changed = settings.filter.link_up != up;
+            settings.filter.link_up = up;
+        });
+        Ok(changed)
     }
 
     fn reset(&mut self) {

@@ -6,10 +6,11 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_RX, VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ,
     VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_GUEST_UFO,
-    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HOST_ECN,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO, VIRTIO_NET_F_HOST_USO,
-    VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
-    VIRTIO_NET_F_SPEED_DUPLEX, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6, VIRTIO_NET_F_HASH_REPORT,
+    VIRTIO_NET_F_HOST_ECN, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_HOST_UFO,
+    VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_RSS, VIRTIO_NET_F_SPEED_DUPLEX,
+    VIRTIO_NET_F_STANDBY, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_VQ_NOTF_COAL,
 };
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 
@@ -109,6 +110,11 @@ pub(super) fn feature_name(bit: u32) -> Option<&'static str> {
         VIRTIO_NET_F_GUEST_USO6 => "GUEST_USO6",
         VIRTIO_NET_F_HOST_USO => "HOST_USO",
         VIRTIO_NET_F_SPEED_DUPLEX => "SPEED_DUPLEX",
+        VIRTIO_NET_F_VQ_NOTF_COAL => "VQ_NOTF_COAL",
+        VIRTIO_NET_F_NOTF_COAL => "NOTF_COAL",
+        VIRTIO_NET_F_HASH_REPORT => "HASH_REPORT",
+        VIRTIO_NET_F_RSS => "RSS",
+        VIRTIO_NET_F_STANDBY => "STANDBY",
         _ => return None,
     })
 }
@@ -120,6 +126,8 @@ pub(super) struct Extras {
     pub(super) mtu: bool,
     /// A speed was given.
     pub(super) speed: bool,
+    /// It stands in for another device.
+    pub(super) standby: bool,
     /// There is more than one queue pair.
     pub(super) multi_queue: bool,
     /// Packed virtqueues were not ruled out.
@@ -141,10 +149,13 @@ pub(super) fn offered(tun: u32, extras: Extras) -> u64 {
         | bit(VIRTIO_NET_F_CTRL_RX_EXTRA)
         | bit(VIRTIO_NET_F_CTRL_VLAN)
         | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
-        | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
+        | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
+        | bit(VIRTIO_NET_F_NOTF_COAL)
+        | bit(VIRTIO_NET_F_VQ_NOTF_COAL);
     let optional = [
         (extras.mtu, VIRTIO_NET_F_MTU),
         (extras.speed, VIRTIO_NET_F_SPEED_DUPLEX),
+        (extras.standby, VIRTIO_NET_F_STANDBY),
         (extras.multi_queue, VIRTIO_NET_F_MQ),
         (extras.packed, VIRTIO_F_RING_PACKED),
         (extras.in_order, VIRTIO_F_IN_ORDER),
@@ -265,6 +276,7 @@ mod tests {
     const NONE: Extras = Extras {
         mtu: false,
         speed: false,
+        standby: false,
         multi_queue: false,
         packed: false,
         in_order: false,

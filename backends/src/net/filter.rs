@@ -66,6 +66,8 @@ impl VlanSet {
 /// does not know the control queue must not be deaf.
 #[derive(Debug, Clone)]
 pub(super) struct Filter {
+    /// The link is up. Else no packet passes.
+    pub(super) link_up: bool,
     /// All packets pass.
     pub(super) promiscuous: bool,
     /// All packets to a group pass.
@@ -92,6 +94,7 @@ impl Filter {
     /// The filter before a driver speaks.
     pub(super) fn new(mac: MacAddress, filters_vlans: bool) -> Self {
         Self {
+            link_up: true,
             promiscuous: true,
             all_multicast: false,
             all_unicast: false,
@@ -107,8 +110,8 @@ impl Filter {
 
     /// Whether a frame passes. `start` is its first bytes, up to [`PEEK`] of them.
     pub(super) fn passes(&self, start: &[u8]) -> bool {
-        if self.promiscuous {
-            return true;
+        if self.promiscuous || !self.link_up {
+            return self.link_up;
         }
         let Some((&destination, rest)) = start.split_first_chunk::<6>() else {
             return false;
@@ -166,7 +169,11 @@ mod tests {
     fn modes() {
         let mut filter = Filter::new(OWN, false);
         assert_eq!(passed(&filter), [true; 4]);
+        filter.link_up = false;
+        assert_eq!(passed(&filter), [false; 4]);
         filter.promiscuous = false;
+        assert_eq!(passed(&filter), [false; 4]);
+        filter.link_up = true;
         assert_eq!(passed(&filter), [true, false, false, true]);
         filter.all_multicast = true;
         assert_eq!(passed(&filter), [true, false, true, true]);

@@ -214,6 +214,11 @@ impl IoList {
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 
+    /// Bytes of all pieces.
+    pub(super) fn bytes(&self) -> usize {
+        self.room(usize::MAX)
+    }
+
     /// Bytes of the first `count` pieces.
     fn room(&self, count: usize) -> usize {
         let live = self.live().iter().take(count);
@@ -264,6 +269,25 @@ impl IoList {
         } else {
             false
         }
+    }
+
+    /// Copies what lies from byte `offset` on: in the first `count` pieces, and then in `spill`. `false` if both end before.
+    pub(super) fn collect(
+        &self,
+        offset: usize,
+        out: &mut [u8],
+        count: usize,
+        spill: &[u8],
+    ) -> bool {
+        let room = self.room(count);
+        let fits = room.saturating_sub(offset).min(out.len());
+        let (inside, outside) = out.split_at_mut(fits);
+        let start = offset.saturating_sub(room);
+        let Some(place) = spill.get(start..start.saturating_add(outside.len())) else {
+            return false;
+        };
+        outside.copy_from_slice(place);
+        inside.is_empty() || self.copy_out(offset, inside)
     }
 
     /// Copies `data` to byte `offset` of the row. `false` if the row ends before.

@@ -24,11 +24,13 @@
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
 //! | `tx`, `rx`, `ring` | the data path |
+//! | `coalesce` | interrupts that are held back |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
 //! | `switch` | several guests, joined to each other |
 
 mod args;
+mod coalesce;
 mod config;
 mod control;
 mod control_worker;
@@ -37,9 +39,7 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
-#[allow(dead_code, reason = "for links that are sockets")]
 mod iov;
-#[allow(dead_code, reason = "for links that are sockets")]
 mod link;
 mod ring;
 mod rx;
@@ -53,5 +53,8 @@ mod worker;
 pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
 pub use config::{MacAddress, MacError};
 pub use device::Net;
-pub use link::{LinkError, LinkSpec, LinkSpecError, Tap, TapError, TapQueue};
+pub use link::{
+    Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
+    Tap, TapError, TapQueue,
+};
 pub use switch::{OptionsError, Switch, SwitchArgs, SwitchError, SwitchPort};

@@ -4,8 +4,11 @@ use std::sync::Arc;
 
 use ringside_rings::{ChainBuf, RingError, Session};
 use tracing::{debug, warn};
+use virtio_bindings::virtio_net::{VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_VQ_NOTF_COAL};
 
+use super::coalesce::{Coalescer, Coalescing};
 use super::counters::Counters;
+use super::features::has;
 use super::iov::IoList;
 use crate::shell::{Chain as Causes, LogLimit, Memory, Vring};
 
@@ -14,6 +17,8 @@ pub(super) struct Ring {
     pub(super) vring: Box<Vring>,
     pub(super) buf: ChainBuf,
     pub(super) list: IoList,
+    /// If the driver may have its interrupts held back.
+    coalescer: Option<Coalescer>,
     /// The driver broke the ring: it is not served any more.
     broken: bool,
     /// Of the worker: a ring that comes and goes has no more to say than one that stays.
@@ -22,7 +27,21 @@ pub(super) struct Ring {
 
 impl Ring {
     pub(super) fn new(vring: Box<Vring>, log: &LogLimit) -> Self {
+        let may_wait = has(vring.features, VIRTIO_NET_F_NOTF_COAL)
+            || has(vring.features, VIRTIO_NET_F_VQ_NOTF_COAL);
+        let coalescer = may_wait.then(Coalescer::new).transpose();
+        let coalescer = coalescer.unwrap_or_else(|error| {
+            if let Some(held_back) = log.check() {
+                let queue = vring.index;
+                warn!(
+                    queue,
+                    held_back, "no timer to hold interrupts back with: {error}"
+                );
+            }
+            None
+        });
         Self {
+            coalescer,
             buf: ChainBuf::new(vring.ring.size()),
             list: IoList::new(Arc::clone(&vring.memory)),
             vring,
@@ -77,8 +96,51 @@ impl Ring {
         }
     }
 
+    /// Interrupts the driver, now or when it has said.
+    pub(super) fn interrupt(&mut self, counters: &Counters) {
+        let done = self.done(counters);
+        if self.coalescer.as_mut().is_none_or(|c| c.wanted(done)) {
+            self.interrupt_now(counters);
+        }
+    }
+
+    /// A turn has ended.
+    pub(super) fn turned(&mut self, counters: &Counters) {
+        let done = self.done(counters);
+        if self.coalescer.as_mut().is_some_and(|c| c.turned(done)) {
+            self.interrupt_now(counters);
+        }
+    }
+
+    /// An interrupt that is held back is to be held back no longer.
+    pub(super) fn flush(&mut self, counters: &Counters) {
+        let done = self.done(counters);
+        if self.coalescer.as_mut().is_some_and(|c| c.flush(done)) {
+            self.interrupt_now(counters);
+        }
+    }
+
+    /// From now on interrupts are held back like this.
+    pub(super) fn coalesce(&mut self, limits: Coalescing, counters: &Counters) {
+        let done = self.done(counters);
+        if self.coalescer.as_mut().is_some_and(|c| c.set(limits, done)) {
+            self.interrupt_now(counters);
+        }
+    }
+
+    /// The packets that were done, those before this ring included.
+    fn done(&self, counters: &Counters) -> u64 {
+        // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
+        if self.vring.index.is_multiple_of(2) {
+            counters.rx_packets.get()
+        } else {
+            let dropped = counters.tx_dropped.get();
+            counters.tx_packets.get().wrapping_add(dropped)
+        }
+    }
+
     /// Interrupts the driver, unless it polls.
-    pub(super) fn interrupt(&self, counters: &Counters) {
+    fn interrupt_now(&self, counters: &Counters) {
         if self.vring.call.is_none() {
             return;
         }
@@ -91,6 +153,11 @@ impl Ring {
                 held_back, "the driver cannot be interrupted: {error}"
             );
         }
+    }
+
+    /// Becomes readable when an interrupt was held back for long enough.
+    pub(super) fn timer_fd(&self) -> Option<i32> {
+        self.coalescer.as_ref().map(Coalescer::timer_fd)
     }
 
     /// The descriptor to wait on, if the ring is still served.

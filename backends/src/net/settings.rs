@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
+use super::coalesce::Coalescing;
 use super::filter::Filter;
 
 /// How long a command may wait for the workers before it is answered as failed.
@@ -36,6 +37,26 @@ pub(super) struct Settings {
     pub(super) pairs: Pairs,
     /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
     pub(super) announce: bool,
+    /// By queue: how its interrupts are held back.
+    pub(super) coalescing: Box<[Coalescing]>,
+}
+
+impl Settings {
+    /// Those of a driver that has not spoken yet, on a device with this many queue pairs.
+    pub(super) fn new(filter: Filter, pairs: u16) -> Self {
+        Self {
+            filter,
+            pairs: Pairs::Enabled,
+            announce: false,
+            coalescing: vec![Coalescing::default(); usize::from(pairs) * 2].into(),
+        }
+    }
+
+    /// How interrupts of a queue are held back.
+    pub(super) fn coalescing_of(&self, queue: u16) -> Coalescing {
+        let found = self.coalescing.get(usize::from(queue));
+        found.copied().unwrap_or_default()
+    }
 }
 
 #[derive(Debug)]
@@ -149,15 +170,7 @@ mod tests {
     #[test]
     fn a_change_is_complete_when_all_workers_have_adopted_it() {
         let filter = Filter::new(MacAddress::default(), false);
-        let shared = Shared::new(
-            Settings {
-                filter,
-                pairs: Pairs::Enabled,
-                announce: false,
-            },
-            2,
-        )
-        .unwrap();
+        let shared = Shared::new(Settings::new(filter, 2), 2).unwrap();
         let version = shared.change(|s| s.pairs = Pairs::First(1));
         assert!(shared.is_newer(0));
         std::thread::scope(|scope| {

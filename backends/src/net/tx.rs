@@ -55,12 +55,17 @@ impl Tx {
         self.full
     }
 
-    /// Sends what the driver has made available. Returns whether there is more.
-    pub(super) fn turn<L: Link>(&mut self, link: &mut L, counters: &Counters) -> bool {
+    /// Sends what the driver has made available, into nothing unless the cable is in (`link_up`). Returns whether there is more.
+    pub(super) fn turn<L: Link>(
+        &mut self,
+        link: &mut L,
+        link_up: bool,
+        counters: &Counters,
+    ) -> bool {
         if !self.ring.sound() || self.full {
             return false;
         }
-        let served = self.serve(link, counters);
+        let served = self.serve(link, link_up, counters);
         link.flush();
         match served {
             Ok((more, interrupt)) => {
@@ -79,6 +84,7 @@ impl Tx {
     fn serve<L: Link>(
         &mut self,
         link: &mut L,
+        link_up: bool,
         counters: &Counters,
     ) -> Result<(bool, bool), RingError> {
         let Self {
@@ -88,7 +94,7 @@ impl Tx {
             log,
         } = self;
         // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol).
-        let (enabled, queue) = (ring.vring.enabled, ring.vring.index);
+        let (enabled, queue) = (ring.vring.enabled && link_up, ring.vring.index);
         let lengths = *header_len + MIN_FRAME..=*header_len + MAX_FRAME;
         let (mut session, buf, list) = ring.parts()?;
         session.disable_notifications()?;

@@ -10,7 +10,7 @@
 //! ```
 
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use tracing::{debug, error, warn};
@@ -18,7 +18,6 @@ use tracing::{debug, error, warn};
 use super::counters::Counters;
 use super::epoll_set::EpollSet;
 use super::link::Link;
-use super::ring::Ring;
 use super::rx::{Rx, RxEnd};
 use super::settings::{Pairs, Settings, Shared};
 use super::tx::Tx;
@@ -29,6 +28,8 @@ const SETTINGS: u64 = 1;
 const LINK: u64 = 2;
 const KICK_RX: u64 = 3;
 const KICK_TX: u64 = 4;
+const TIMER_RX: u64 = 5;
+const TIMER_TX: u64 = 6;
 
 /// How often a ring without a kick descriptor is looked at, in milliseconds.
 pub(super) const POLL_INTERVAL: i32 = 1;
@@ -133,6 +134,16 @@ impl<L: Link> PairWorker<L> {
                     }
                     KICK_RX => self.rx_fed = true,
                     KICK_TX => self.tx_kicked = true,
+                    TIMER_RX => {
+                        if let Some(rx) = &mut self.rx {
+                            rx.ring.flush(&self.counters);
+                        }
+                    }
+                    TIMER_TX => {
+                        if let Some(tx) = &mut self.tx {
+                            tx.ring.flush(&self.counters);
+                        }
+                    }
                     // A command obeyed, or SETTINGS, which are looked at in each turn.
                     _ => {}
                 }
@@ -140,6 +151,7 @@ impl<L: Link> PairWorker<L> {
             if self.shared.is_newer(self.version) {
                 (self.version, self.settings) = self.shared.latest();
                 self.attach();
+                self.coalesce();
                 self.shared.adopt(self.pair, self.version);
             }
             more = self.turn();
@@ -158,8 +170,9 @@ impl<L: Link> PairWorker<L> {
         if let Some(tx) = &mut self.tx
             && (self.tx_kicked || tx.ring.polled())
         {
-            self.tx_kicked = tx.turn(&mut self.link, &self.counters);
+            self.tx_kicked = tx.turn(&mut self.link, self.settings.filter.link_up, &self.counters);
             more |= self.tx_kicked;
+            tx.ring.turned(&self.counters);
         }
         let in_use = self.in_use();
         if let Some(rx) = &mut self.rx
@@ -172,6 +185,7 @@ impl<L: Link> PairWorker<L> {
                 RxEnd::Idle => self.readable = false,
                 RxEnd::Starved => self.rx_fed = false,
             }
+            rx.ring.turned(&self.counters);
         }
         more
     }
@@ -205,6 +219,18 @@ impl<L: Link> PairWorker<L> {
         }
     }
 
+    /// Has both rings hold their interrupts back as the driver said.
+    fn coalesce(&mut self) {
+        let rings = [
+            self.rx.as_mut().map(|rx| &mut rx.ring),
+            self.tx.as_mut().map(|tx| &mut tx.ring),
+        ];
+        for ring in rings.into_iter().flatten() {
+            let limits = self.settings.coalescing_of(ring.vring.index);
+            ring.coalesce(limits, &self.counters);
+        }
+    }
+
     /// Obeys all commands that wait. `false` if the thread is to end.
     fn obey(&mut self) -> bool {
         self.commands.acknowledge();
@@ -229,39 +255,44 @@ impl<L: Link> PairWorker<L> {
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if vring.index.is_multiple_of(2) {
             let rx = Rx::new(vring, self.mtu, &self.log);
-            self.wait_for_kicks(&rx.ring, KICK_RX);
+            self.wait_on(rx.ring.kick_fd(), KICK_RX);
+            self.wait_on(rx.ring.timer_fd(), TIMER_RX);
             self.rx = Some(rx);
             self.rx_fed = true;
             self.readable = true;
             self.attach();
         } else {
             let tx = Tx::new(vring, &self.log);
-            self.wait_for_kicks(&tx.ring, KICK_TX);
+            self.wait_on(tx.ring.kick_fd(), KICK_TX);
+            self.wait_on(tx.ring.timer_fd(), TIMER_TX);
             // What a disabled queue holds is for its driver to say again: the ring may be none any more.
             self.tx_kicked = tx.ring.runs();
             self.tx = Some(tx);
         }
+        self.coalesce();
     }
 
-    fn wait_for_kicks(&self, ring: &Ring, token: u64) {
-        if let Some(fd) = ring.kick_fd()
+    fn wait_on(&self, fd: Option<RawFd>, token: u64) {
+        if let Some(fd) = fd
             && let Err(error) = self.epoll.add(fd, token)
             && let Some(held_back) = self.log.check()
         {
             warn!(
-                queue = ring.vring.index,
-                held_back, "cannot wait on the front-end's kick descriptor: {error}"
+                pair = self.pair,
+                held_back, "cannot wait on the front-end's kick descriptor, or on a timer: {error}"
             );
         }
     }
 
     fn stop(&mut self, index: u16) -> Option<Box<Vring>> {
         let vring = if index.is_multiple_of(2) {
-            let rx = self.rx.take_if(|rx| rx.ring.vring.index == index)?;
+            let mut rx = self.rx.take_if(|rx| rx.ring.vring.index == index)?;
+            rx.ring.flush(&self.counters);
             self.attach();
             rx.into_vring()
         } else {
-            let tx = self.tx.take_if(|tx| tx.ring.vring.index == index)?;
+            let mut tx = self.tx.take_if(|tx| tx.ring.vring.index == index)?;
+            tx.ring.flush(&self.counters);
             tx.into_vring()
         };
         if let Some(fd) = vring.kick_fd() {

@@ -56,7 +56,7 @@ pub(super) enum Request {
     Resume,
     /// Has the guest make itself known to the network.
     Announce,
-    /// Plugs the guest's cable in, or pulls it.
+    /// Plugs the network's cable in, or pulls it out.
     Link(Link),
 }
 
@@ -64,8 +64,18 @@ pub(super) enum Request {
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Link {
-    /// It is plugged in.
-    pub(super) up: bool,
+    /// What it is to be.
+    pub(super) state: LinkState,
+}
+
+/// State of a link, as `ip link` writes it.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum LinkState {
+    /// Frames pass.
+    Up,
+    /// None does.
+    Down,
 }
 
 /// Arguments of [`Request::Resize`].
@@ -344,7 +354,17 @@ mod tests {
                 shrink: false
             })))
         );
+        assert_eq!(
+            request(r#"{"command":"link","arguments":{"state":"down"}}"#),
+            Ok(Request::Link(Link {
+                state: LinkState::Down
+            }))
+        );
         for (wrong, why) in [
+            (
+                r#"{"command":"link","arguments":{"state":"sideways"}}"#,
+                "unknown variant `sideways`",
+            ),
             (r#"{"command":"fly"}"#, "unknown variant `fly`"),
             (
                 r#"{"command":"resize","arguments":{"sise":1}}"#,

@@ -48,7 +48,7 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::signal::Killable;
 
-use super::control::{Link, Reply, Request, Statistics, feature_names};
+use super::control::{Link, LinkState, Reply, Request, Statistics, feature_names};
 use super::daemon::wake_signal;
 use super::device::{Device, DeviceError, WorkerThread};
 use super::limit::LogLimit;
@@ -276,8 +276,8 @@ impl<D: Device> Handler<D> {
                 let changed = self.device.announce()?;
                 self.configured(changed)
             }
-            Request::Link(Link { up }) => {
-                let changed = self.device.set_link(*up)?;
+            Request::Link(Link { state }) => {
+                let changed = self.device.set_link(*state == LinkState::Up)?;
                 self.configured(changed)
             }
             Request::Limits(changes) => self.device.limits(&changes.clone().unwrap_or_default())?,

@@ -26,7 +26,7 @@ use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{error, info, info_span};
 
-use super::control::{Clients, Link, Reply, Request, Statistics};
+use super::control::{Clients, Link, LinkState, Reply, Request, Statistics};
 use super::daemon::{Daemon, ShellError, end, ends, prepare, system};
 use super::device::{Device, OpenError};
 use super::handler::Handler;
@@ -148,7 +148,7 @@ struct Name {
 #[serde(deny_unknown_fields)]
 struct PortLink {
     port: String,
-    up: bool,
+    state: LinkState,
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -473,8 +473,8 @@ impl<H: Hub> Service for Ports<H> {
                 self.remove(&port)?;
                 Ok(json!({}))
             }
-            PortsRequest::PortLink(PortLink { port, up }) => {
-                self.ask(&port, Request::Link(Link { up }))
+            PortsRequest::PortLink(PortLink { port, state }) => {
+                self.ask(&port, Request::Link(Link { state }))
             }
             PortsRequest::PortLimits(PortLimits { port, limits }) => {
                 self.ask(&port, Request::Limits(Some(limits)))

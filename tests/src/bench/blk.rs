@@ -393,25 +393,28 @@ impl Course<'_> {
 /// The ratios of all cells, one line each.
 fn summary(outcome: &Outcome) -> String {
     let mut text = format!(
-        "{}\n{:<28} {:>14} {:>14} {:>16}\n",
+        "{}\n{:<28} {:>14} {:>14} {:>19} {:>8} {:>8}\n",
         outcome.machine(),
         "",
         "ringside/raw",
         "qsd best/raw",
-        "ringside/qsd best"
+        "ringside/qsd best:",
+        "99 %",
+        "CPU"
     );
     for cell in &outcome.cells {
         let ours = cell.rows.iter().find(|row| row.family == Family::Ringside);
         let number = |ratio: Option<f64>| ratio.map_or("-".into(), |ratio| format!("{ratio:.2}"));
+        let best = cell.best(Family::Qemu);
+        let between = |of: fn(&Row) -> Option<f64>| Some(ours.and_then(of)? / best.and_then(of)?);
         text.push_str(&format!(
-            "{:<28} {:>14} {:>14} {:>16}\n",
+            "{:<28} {:>14} {:>14} {:>19} {:>8} {:>8}\n",
             cell.name,
             number(ours.and_then(|row| Some(row.to_raw?.median))),
-            number(
-                cell.best(Family::Qemu)
-                    .and_then(|row| Some(row.to_raw?.median))
-            ),
+            number(best.and_then(|row| Some(row.to_raw?.median))),
             number(ours.and_then(|row| Some(row.to_qsd?.median))),
+            number(between(Row::p99)),
+            number(between(Row::cpu)),
         ));
     }
     for why in &outcome.skipped {

@@ -3,18 +3,20 @@
 use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::Stdio;
 use std::thread;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::contender::{Contender, Process};
+use super::contender::{self, Contender, Family, Process};
 use super::load::Usage;
 use super::measure::Bench;
 use super::storage::Storage;
 use crate::command::{GRACE, end_tree};
 use crate::error::{Doing, LabError, Result};
+use crate::site::Site;
 
 /// Requests before it is idle.
 const REQUESTS: u32 = 1000;
@@ -27,14 +29,14 @@ const LINGER: &str = "10";
 
 /// An idle back-end.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub(super) struct Idle {
+pub struct Idle {
     pub(super) name: String,
     /// How often one of its threads woke up, per second.
-    pub(super) wake_ups: f64,
+    pub wake_ups: f64,
     /// Processor time per second, in nanoseconds.
     pub(super) cpu: f64,
     /// Resident memory in bytes, without guest memory and other shared mappings.
-    pub(super) resident: u64,
+    pub resident: u64,
     /// From its start until it listened, in seconds.
     pub(super) started: f64,
 }
@@ -56,7 +58,24 @@ impl fmt::Display for Idle {
 /// Watches a back-end that served some requests and then has no more.
 pub(super) fn watch(bench: &Bench<'_>, contender: &Contender) -> Result<Idle> {
     let process = bench.start(contender, &Storage::null(), 1)?;
-    let mut load = bench.site.program("ringside-load");
+    watch_process(bench.site, &contender.name, &process)
+}
+
+/// Watches `ringside-blk` as it comes.
+///
+/// # Errors
+/// Fails if it does.
+pub fn of_ringside_blk(site: &Site, directory: &Path) -> Result<Idle> {
+    let ours = contender::all(&[])?
+        .into_iter()
+        .find(|contender| contender.family == Family::Ringside)
+        .ok_or_else(|| LabError::Setup("ringside-blk is not among the back-ends".into()))?;
+    let process = ours.start(site, &Storage::null(), 1, directory)?;
+    watch_process(site, &ours.name, &process)
+}
+
+fn watch_process(site: &Site, name: &str, process: &Process) -> Result<Idle> {
+    let mut load = site.program("ringside-load");
     load.arg("--socket-path").arg(&process.socket);
     load.arg("--count").arg(REQUESTS.to_string());
     load.args(["--linger", LINGER, "--json"]);
@@ -72,7 +91,7 @@ pub(super) fn watch(bench: &Bench<'_>, contender: &Contender) -> Result<Idle> {
         None => Ok(0),
     };
     let idle = match read {
-        Ok(1..) => observe(contender, &process),
+        Ok(1..) => observe(name, process),
         _ => Err(LabError::Ended {
             what: "the load ended without a result".into(),
             output: process.text(),
@@ -82,7 +101,7 @@ pub(super) fn watch(bench: &Bench<'_>, contender: &Contender) -> Result<Idle> {
     idle
 }
 
-fn observe(contender: &Contender, process: &Process) -> Result<Idle> {
+fn observe(name: &str, process: &Process) -> Result<Idle> {
     let usage = || Usage::of(process.pid()).map_err(|error| LabError::Setup(error.to_string()));
     thread::sleep(SETTLING);
     let before = usage()?;
@@ -92,7 +111,7 @@ fn observe(contender: &Contender, process: &Process) -> Result<Idle> {
     let path = format!("/proc/{}/smaps", process.pid());
     let maps = fs::read_to_string(&path).doing(|| format!("read {path}"))?;
     Ok(Idle {
-        name: contender.name.clone(),
+        name: name.into(),
         wake_ups: per_second(used.voluntary),
         cpu: per_second(used.cpu),
         resident: resident(&maps),

@@ -18,13 +18,13 @@
 mod blk;
 mod cells;
 mod contender;
-mod idle;
 mod measure;
 mod others;
 mod outcome;
 mod picture;
 mod storage;
 
+pub mod idle;
 pub mod instructions;
 pub mod load;
 

@@ -80,6 +80,16 @@ impl Row {
     pub(super) fn iops(&self) -> f64 {
         self.median(|sample| Some(sample.iops)).unwrap_or_default()
     }
+
+    /// Median of the latencies that 1 % of the requests exceed, in nanoseconds.
+    pub(super) fn p99(&self) -> Option<f64> {
+        self.median(|sample| Some(sample.p99))
+    }
+
+    /// Median of the processor time for a request, in nanoseconds.
+    pub(super) fn cpu(&self) -> Option<f64> {
+        self.median(|sample| sample.cpu)
+    }
 }
 
 impl CellOutcome {
@@ -162,8 +172,8 @@ impl CellOutcome {
                 row.to_qsd,
                 [
                     (row.median(|sample| Some(micros(sample.p50))), 1),
-                    (row.median(|sample| Some(micros(sample.p99))), 1),
-                    (row.median(|sample| sample.cpu.map(micros)), 2),
+                    (row.p99().map(micros), 1),
+                    (row.cpu().map(micros), 2),
                     (row.system_calls, 2),
                     (row.median(|sample| sample.waits), 2),
                 ],

@@ -82,6 +82,7 @@ impl BackEnd {
         queues: u16,
         socket: Option<String>,
         arguments: &[String],
+        ordinary_user: bool,
     ) -> Result<Self> {
         let (program, stem) = match kind {
             Kind::Blk => ("ringside-blk", "blk"),
@@ -90,6 +91,9 @@ impl BackEnd {
         let socket = socket.unwrap_or_else(|| fresh_name(site, stem, "sock"));
         let mut command = site.program(program);
         command.arg("--socket-path").arg(&socket).args(arguments);
+        if ordinary_user {
+            command = command::as_ordinary_user(&command);
+        }
         Self::start(site, program, kind, queues, socket, command)
     }
 
@@ -154,14 +158,16 @@ impl Blk {
         self.arguments
             .push(format!("--path={}", self.path.display()));
         self.arguments.push(format!("--queues={}", self.queues));
-        BackEnd::ours(site, Kind::Blk, self.queues, None, &self.arguments)
+        BackEnd::ours(site, Kind::Blk, self.queues, None, &self.arguments, false)
     }
 }
 
-/// Starts `ringside-net` on a TAP of the test's network namespace.
+/// Starts `ringside-net` on a TAP of the test's network namespace, or another link.
 #[derive(Debug)]
 pub struct Net {
-    tap: String,
+    /// Name of the TAP, if it is one.
+    tap: Option<String>,
+    ordinary_user: bool,
     address: Option<String>,
     pairs: u16,
     socket: Option<String>,
@@ -173,12 +179,33 @@ impl Net {
     #[must_use]
     pub fn tap(name: &str) -> Self {
         Self {
-            tap: name.into(),
+            tap: Some(name.into()),
+            ..Self::without(format!("--tap={name}"))
+        }
+    }
+
+    /// A network card on a link that is ready, as `--link` has it.
+    #[must_use]
+    pub fn link(link: &str) -> Self {
+        Self::without(format!("--link={link}"))
+    }
+
+    fn without(argument: String) -> Self {
+        Self {
+            tap: None,
+            ordinary_user: false,
             address: None,
             pairs: 1,
             socket: None,
-            arguments: Vec::new(),
+            arguments: vec![argument],
         }
+    }
+
+    /// Runs it as a user without privileges.
+    #[must_use]
+    pub fn as_ordinary_user(mut self) -> Self {
+        self.ordinary_user = true;
+        self
     }
 
     /// The address (with its prefix length) that this side of the TAP gets.
@@ -214,7 +241,6 @@ impl Net {
     /// # Errors
     /// Fails, with the end of its log, if it does not come up; and if the TAP cannot be set up.
     pub fn start(mut self, site: &Site) -> Result<BackEnd> {
-        self.arguments.push(format!("--tap={}", self.tap));
         self.arguments.push(format!("--queue-pairs={}", self.pairs));
         let backend = BackEnd::ours(
             site,
@@ -222,11 +248,14 @@ impl Net {
             self.pairs,
             self.socket.take(),
             &self.arguments,
+            self.ordinary_user,
         )?;
-        if let Some(address) = &self.address {
-            command::run_line(&format!("ip address add {address} dev {}", self.tap))?;
+        if let Some(tap) = &self.tap {
+            if let Some(address) = &self.address {
+                command::run_line(&format!("ip address add {address} dev {tap}"))?;
+            }
+            command::run_line(&format!("ip link set {tap} up"))?;
         }
-        command::run_line(&format!("ip link set {} up", self.tap))?;
         Ok(backend)
     }
 }

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 
 use super::backend::{BackEnd, Blk, Kind};
 use super::daemon::{fresh_name, signal_child};
-use crate::command::{describe, wait_for};
+use crate::command::{as_ordinary_user, describe, wait_for};
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::site::{QemuVersion, Site};
 
@@ -45,6 +45,7 @@ pub struct GuestBuilder<'a> {
     cpus: u32,
     memory: String,
     diskless: bool,
+    ordinary_user: bool,
     pvh: bool,
     back_ends: Vec<&'a BackEnd>,
     packed: bool,
@@ -73,6 +74,13 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn diskless(mut self) -> Self {
         self.diskless = true;
+        self
+    }
+
+    /// Runs the VMM as a user without privileges, who must have access to `/dev/kvm` and to the sockets.
+    #[must_use]
+    pub fn as_ordinary_user(mut self) -> Self {
+        self.ordinary_user = true;
         self
     }
 
@@ -140,6 +148,9 @@ impl<'a> GuestBuilder<'a> {
             Vmm::Qemu11 => self.qemu(site, QemuVersion::V11),
         };
         command.args(&self.arguments);
+        if self.ordinary_user {
+            command = as_ordinary_user(&command);
+        }
         if let Some(cpu) = site.guest_cpu() {
             command = pinned(&command, cpu);
         }
@@ -308,6 +319,7 @@ impl Guest {
             cpus: 1,
             memory: "512M".into(),
             diskless: false,
+            ordinary_user: false,
             pvh: false,
             back_ends: Vec::new(),
             packed: false,

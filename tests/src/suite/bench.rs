@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::Test;
-use crate::bench::instructions;
+use crate::bench::{idle, instructions};
 use crate::command;
 use crate::ensure;
 use crate::error::{Doing, Result};
@@ -19,6 +19,11 @@ pub(super) const TESTS: &[Test] = &[
         run: instructions_per_request,
     },
     Test {
+        name: "bench::an_idle_disk_sleeps_and_is_small",
+        seconds: 30,
+        run: an_idle_disk_sleeps_and_is_small,
+    },
+    Test {
         name: "bench::load_finds_what_it_wrote",
         seconds: 60,
         run: load_finds_what_it_wrote,
@@ -30,8 +35,24 @@ pub(super) const TESTS: &[Test] = &[
     },
 ];
 
+/// What may be resident besides guest memory.
+const MOST_RESIDENT: u64 = 8 << 20;
+
 fn instructions_per_request(site: &Site) -> Result<()> {
     println!("{}", instructions::count(site, &site.scratch)?);
+    Ok(())
+}
+
+/// A back-end that has nothing to do is not woken, and is small besides guest memory.
+fn an_idle_disk_sleeps_and_is_small(site: &Site) -> Result<()> {
+    let idle = idle::of_ringside_blk(site, &site.scratch)?;
+    println!("{idle}");
+    ensure!(idle.wake_ups == 0.0, "{} wake-ups a second", idle.wake_ups);
+    ensure!(
+        idle.resident < MOST_RESIDENT,
+        "{} bytes are resident",
+        idle.resident
+    );
     Ok(())
 }
 

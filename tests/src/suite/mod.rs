@@ -6,6 +6,7 @@ mod blk;
 mod blk_control;
 mod boot;
 mod formats;
+mod links;
 mod net;
 mod others;
 mod vfio;
@@ -51,6 +52,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
+        links::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]

@@ -12,10 +12,16 @@
 //! | Module | Its matter |
 //! | --- | --- |
 //! | `spec` | the option --link, and how a link is opened |
-//! | `tap` | TAP interfaces |
+//! | `tap` | TAP and macvtap interfaces |
+//! | `packet` | packet sockets on an interface |
+//! | `passt` | user-mode networking |
+//! | `pcap` | a capture file behind any link |
 //! | `idle` | links for measurements: nothing, and a source |
 
 mod idle;
+mod packet;
+mod passt;
+mod pcap;
 mod spec;
 mod tap;
 
@@ -26,6 +32,10 @@ use epoll::Events;
 use thiserror::Error;
 
 pub(super) use idle::{Generate, Null};
+pub use packet::PacketError;
+pub use passt::{Forward, ForwardError, PasstError};
+pub(super) use pcap::MAX_SNAP;
+pub use pcap::PcapError;
 pub(super) use spec::{HostEnd, LinkOptions, Opened};
 pub use spec::{LinkSpec, LinkSpecError};
 pub(super) use tap::MAX_QUEUES;
@@ -44,6 +54,15 @@ pub enum LinkError {
     /// The TAP cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
+    /// The packet socket cannot be had.
+    #[error(transparent)]
+    Packet(#[from] PacketError),
+    /// There is no passt.
+    #[error(transparent)]
+    Passt(#[from] PasstError),
+    /// The capture file cannot be had.
+    #[error(transparent)]
+    Pcap(#[from] PcapError),
     /// The link has no queues to share.
     #[error("a link of kind {kind} serves one queue pair: leave --queue-pairs away")]
     OneQueue {
@@ -58,6 +77,7 @@ impl LinkError {
         match self {
             Self::Tap(error) => matches!(error, TapError::Name { .. }),
             Self::OneQueue { .. } => true,
+            Self::Packet(_) | Self::Passt(_) | Self::Pcap(_) => false,
         }
     }
 }

@@ -1,4 +1,5 @@
-//! A Linux TAP interface: opened by name or inherited, its offloads, and its queues.
+//! A Linux TAP interface: opened by name or inherited, its offloads, and its queues. A macvtap interface is one, too, whose
+//! other end is the network of a real interface.
 //!
 //! The interface is one object of the kernel, each open file one queue of it. [`Tap`] speaks about the
 //! interface, [`TapQueue`] is what one queue pair reads and writes.
@@ -13,11 +14,13 @@ use std::os::unix::fs::OpenOptionsExt;
 use epoll::Events;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use thiserror::Error;
 use tracing::error;
 
 use super::{Interface, Link, LinkError, Ready};
+use crate::net::config::MacAddress;
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 
@@ -50,6 +53,40 @@ pub enum TapError {
         name: String,
         /// Queues wanted.
         queues: u16,
+    },
+    /// No such macvtap interface.
+    #[error(
+        "there is no macvtap interface \"{name}\": make one on an interface of the host \
+         (ip link add link eth0 name {name} type macvtap mode bridge)"
+    )]
+    NoMacvtap {
+        /// What was asked for.
+        name: String,
+    },
+    /// The device file of a macvtap interface is not there, or not for us.
+    #[error(
+        "cannot open {path}, the device file of \"{name}\": it must be there, and this user have access to it"
+    )]
+    OpenMacvtap {
+        /// Name of the interface.
+        name: String,
+        /// The file.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device file is that of an interface in another network namespace.
+    #[error(
+        "{path} is the device file of \"{other}\", not of \"{name}\": it is in another network namespace"
+    )]
+    OtherMacvtap {
+        /// Name of the interface.
+        name: String,
+        /// The file.
+        path: String,
+        /// Whose it is.
+        other: String,
     },
     /// Somebody has it open.
     #[error("TAP \"{name}\" is in use by another program: end that, or choose another name")]
@@ -264,6 +301,54 @@ impl Tap {
         Self::with_queues(name, opened)
     }
 
+    /// Opens `queues` queues of the macvtap interface `name`, which there must be.
+    ///
+    /// # Errors
+    /// [`TapError`]
+    pub fn macvtap(name: &str, queues: u16) -> Result<(Self, Vec<TapQueue>), TapError> {
+        check_name(name)?;
+        let queues = queues.max(1);
+        let owned = || name.to_owned();
+        let index = if_nametoindex(name).map_err(|_| TapError::NoMacvtap { name: owned() })?;
+        let path = format!("/dev/tap{index}");
+        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if queues > 1 {
+            flags |= libc::IFF_MULTI_QUEUE;
+        }
+        let mut opened = Vec::new();
+        for _ in 0..queues {
+            let fd = open_queue(&path).map_err(|source| match source.raw_os_error() {
+                Some(libc::ENOENT) => TapError::NoMacvtap { name: owned() },
+                Some(libc::EBUSY) => TapError::TooManyQueues {
+                    name: owned(),
+                    queues,
+                },
+                _ => TapError::OpenMacvtap {
+                    name: owned(),
+                    path: path.clone(),
+                    source,
+                },
+            })?;
+            ioctls::set_interface(fd.as_fd(), name, flags)
+                .and_then(|_| ioctls::get_interface(fd.as_fd()))
+                .map_err(|errno| open_error(name, queues, errno))
+                .and_then(|(other, _)| {
+                    let (name, path) = (owned(), path.clone());
+                    match other == name {
+                        true => Ok(()),
+                        false => Err(TapError::OtherMacvtap { name, path, other }),
+                    }
+                })?;
+            opened.push(TapQueue {
+                fd,
+                switchable: queues > 1,
+                attached: true,
+                lost: false,
+            });
+        }
+        Self::with_queues(owned(), opened)
+    }
+
     /// Takes over descriptors that a parent has opened, one for each queue. Each number is taken once: the
     /// descriptors belong to the result.
     ///
@@ -406,6 +491,21 @@ impl Tap {
         self.request("setting the MTU", result)
     }
 
+    /// The interface's own address.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub(super) fn mac(&self) -> Result<MacAddress, TapError> {
+        inet_socket()
+            .and_then(|s| ioctls::get_mac(s.as_fd(), &self.name))
+            .map(MacAddress::new)
+            .map_err(|errno| TapError::Request {
+                name: self.name.clone(),
+                what: "asking for its address",
+                source: errno.into(),
+            })
+    }
+
     /// Brings the interface up.
     ///
     /// # Errors
@@ -453,13 +553,16 @@ fn check_name(name: &str) -> Result<(), TapError> {
 }
 
 fn open_device() -> Result<OwnedFd, TapError> {
+    open_queue(TUN_DEVICE).map_err(TapError::OpenDevice)
+}
+
+fn open_queue(path: &str) -> io::Result<OwnedFd> {
     OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
-        .open(TUN_DEVICE)
+        .open(path)
         .map(OwnedFd::from)
-        .map_err(TapError::OpenDevice)
 }
 
 fn open_error(name: &str, queues: u16, errno: Errno) -> TapError {
@@ -503,6 +606,7 @@ mod ioctls {
         nix::ioctl_write_ptr_bad!(tunsetvnethdrsz, libc::TUNSETVNETHDRSZ, c_int);
         nix::ioctl_read_bad!(siocgifflags, libc::SIOCGIFFLAGS, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifflags, libc::SIOCSIFFLAGS, libc::ifreq);
+        nix::ioctl_read_bad!(siocgifhwaddr, libc::SIOCGIFHWADDR, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifmtu, libc::SIOCSIFMTU, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifaddr, libc::SIOCSIFADDR, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifnetmask, libc::SIOCSIFNETMASK, libc::ifreq);
@@ -608,6 +712,19 @@ mod ioctls {
         let request = ifreq(name, libc::__c_anonymous_ifr_ifru { ifru_mtu: mtu })?;
         // SAFETY: the kernel reads one ifreq, which lives until after the call.
         unsafe { raw::siocsifmtu(socket.as_raw_fd(), &raw const request) }.map(drop)
+    }
+
+    pub(super) fn get_mac(socket: BorrowedFd<'_>, name: &str) -> Result<[u8; 6], Errno> {
+        let mut request = ifreq(name, flags_field(0)?)?;
+        // SAFETY: the kernel reads and writes one ifreq, which lives until after the call.
+        unsafe { raw::siocgifhwaddr(socket.as_raw_fd(), &raw mut request) }?;
+        // SAFETY: all bytes of the union were initialised, and any bits are a sockaddr.
+        let address = unsafe { request.ifr_ifru.ifru_hwaddr };
+        let mut mac = [0; 6];
+        for (to, from) in mac.iter_mut().zip(address.sa_data) {
+            *to = u8::from_ne_bytes(from.to_ne_bytes());
+        }
+        Ok(mac)
     }
 
     pub(super) fn set_up(socket: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {

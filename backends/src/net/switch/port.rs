@@ -12,22 +12,17 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
 };
 
-use super::super::config::NetConfig;
+use super::super::config::{NetConfig, Status};
 use super::super::control_worker::ControlWorker;
 use super::super::features::{control_queue, feature_name, guest_offloads, has, tun_offloads};
 use super::super::filter::Filter;
 use super::super::link::Interface;
-use super::super::settings::{Pairs, Settings, Shared};
+use super::super::settings::{Settings, Shared};
 use super::counters::AllPorts;
 use super::policy::PortId;
 use super::shared::PortShared;
 use super::worker::{Behind, Inbox, Order};
-use crate::shell::{Commands, Device, DeviceError, Statistics, WorkerThread, config_range};
-
-/// VIRTIO_NET_S_LINK_UP (VIRTIO 1.3, 5.1.4), in the byte of `status` that has it.
-const LINK_UP: u8 = 1;
-/// Where `status` lies in the configuration space.
-const STATUS: usize = 6;
+use crate::shell::{Commands, Device, DeviceError, Statistics, WorkerThread};
 
 /// The worker that serves a port's queue pairs: the switch's thread.
 const SWITCH: usize = 0;
@@ -50,11 +45,8 @@ pub struct SwitchPort {
 }
 
 fn settings_of(config: &NetConfig, acked: u64) -> Settings {
-    Settings {
-        filter: Filter::new(config.mac, has(acked, VIRTIO_NET_F_CTRL_VLAN)),
-        pairs: Pairs::Enabled,
-        announce: false,
-    }
+    let filter = Filter::new(config.mac, has(acked, VIRTIO_NET_F_CTRL_VLAN));
+    Settings::new(filter, config.pairs)
 }
 
 impl SwitchPort {
@@ -123,13 +115,11 @@ impl Device for SwitchPort {
         let settings = self.settings.get();
         let mac = settings.filter.mac;
         let config = NetConfig { mac, ..self.config };
-        let mut bytes = config.read(settings.announce, 0, 64)?;
-        if let Some(status) = bytes.get_mut(STATUS)
-            && !self.shared.is_up()
-        {
-            *status &= !LINK_UP;
-        }
-        config_range(&bytes, offset, len)
+        let status = Status {
+            link_up: self.shared.is_up(),
+            announce: settings.announce,
+        };
+        config.read(status, offset, len)
     }
 
     /// All fields are read-only for a driver (VIRTIO 1.3, 5.1.4).

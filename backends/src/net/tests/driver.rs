@@ -18,7 +18,7 @@ use crate::net::counters::Counters;
 use crate::net::features::has;
 use crate::net::filter::Filter;
 use crate::net::link::Link;
-use crate::net::settings::{Pairs, Settings, Shared};
+use crate::net::settings::{Settings, Shared};
 use crate::net::worker::PairWorker;
 use crate::shell::{Command, CommandSender, Memory, Vring, command_channel};
 
@@ -181,6 +181,12 @@ impl Queue {
         }
     }
 
+    /// Wants an interrupt for the next one.
+    pub(super) fn want(&mut self) {
+        let mut session = self.ring.session(self.memory.as_ref()).unwrap();
+        assert!(!session.enable_interrupts().unwrap());
+    }
+
     /// Nothing is used for a while.
     pub(in crate::net) fn stays_unused(&mut self) -> bool {
         std::thread::sleep(Duration::from_millis(50));
@@ -225,17 +231,7 @@ pub(in crate::net) struct Worker {
 
 pub(in crate::net) fn shared(workers: u16) -> Arc<Shared> {
     let filter = Filter::new(MAC, true);
-    Arc::new(
-        Shared::new(
-            Settings {
-                filter,
-                pairs: Pairs::Enabled,
-                announce: false,
-            },
-            workers,
-        )
-        .unwrap(),
-    )
+    Arc::new(Shared::new(Settings::new(filter, workers), workers).unwrap())
 }
 
 impl Worker {

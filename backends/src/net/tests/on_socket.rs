@@ -11,12 +11,13 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VI
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_VQ_NOTF_COAL,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddress;
 
 use super::driver::{Guest, HEADER, MAC, Pair, Queue, Worker, give_back, shared};
+use crate::net::coalesce::Coalescing;
 use crate::net::config::{MacAddress, NetConfig};
 use crate::net::control_worker::ControlWorker;
 use crate::net::device::Net;
@@ -192,6 +193,108 @@ fn packets_that_do_not_pass_the_filter_cost_no_buffer() {
 }
 
 #[test]
+fn nothing_passes_a_link_that_is_down() {
+    let (socket, mut pair) = pair(ALL);
+    pair.post(1, 2048);
+    let set_link = |pair: &Pair, up| {
+        let version = pair.shared.change(|s| s.filter.link_up = up);
+        assert!(pair.shared.wait(version));
+    };
+    set_link(&pair, false);
+    socket.send(&packet(300)).unwrap();
+    let lost = pair.guest.filled(&packet(70));
+    pair.tx.send(&[lost]);
+    assert_eq!(pair.tx.used(), (vec![lost], 0));
+    assert!(pair.rx.stays_unused());
+    set_link(&pair, true);
+    let (sent, own) = (packet(80), packet(60));
+    let whole = pair.guest.filled(&sent);
+    pair.tx.send(&[whole]);
+    assert_eq!(receive(&socket), sent);
+    // What came meanwhile does not arrive late.
+    socket.send(&own).unwrap();
+    assert_eq!(pair.receive(), with_buffers(own, 1));
+}
+
+#[test]
+fn interrupts_are_held_back_and_none_is_lost() {
+    const COAL: u64 = ALL | bit(VIRTIO_NET_F_NOTF_COAL);
+    /// Of 40 packets in each direction, one every two milliseconds, and how many interrupts they take.
+    fn interrupts(coalescing: Coalescing) -> [u64; 2] {
+        let (socket, mut pair) = pair(COAL);
+        let version = pair.shared.change(|s| s.coalescing.fill(coalescing));
+        assert!(pair.shared.wait(version));
+        pair.post(40, 256);
+        let mut each = [0; 2];
+        for (direction, interrupts) in each.iter_mut().enumerate() {
+            let before = pair.worker.counters.interrupts.get();
+            for _ in 0..40 {
+                let sent = packet(60);
+                if direction == 0 {
+                    socket.send(&sent).unwrap();
+                } else {
+                    let whole = pair.guest.filled(&sent);
+                    pair.tx.send(&[whole]);
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            // `used` fails if it sleeps and no interrupt comes.
+            for _ in 0..40 {
+                if direction == 0 {
+                    pair.receive();
+                } else {
+                    pair.tx.used();
+                }
+            }
+            *interrupts = pair.worker.counters.interrupts.get() - before;
+        }
+        each
+    }
+    let limits = |max_packets, max_usecs| Coalescing {
+        max_packets,
+        max_usecs,
+    };
+    // The driver asks once and then looks: without limits that is one interrupt at the first packet.
+    assert_eq!(interrupts(limits(0, 0)), [1, 1]);
+    // With a limit of packets it comes before the timer, which would take ten seconds.
+    assert_eq!(interrupts(limits(40, 10_000_000)), [1, 1]);
+    // With a timer, a driver that has looked for itself is interrupted for nothing, and no more.
+    assert_eq!(interrupts(limits(0, 20_000)), [1, 1]);
+}
+
+#[test]
+fn a_held_interrupt_comes_when_the_ring_stops_or_the_limits_go() {
+    let (socket, mut pair) = pair(ALL | bit(VIRTIO_NET_F_VQ_NOTF_COAL));
+    let set = |pair: &Pair, max_usecs| {
+        let version = pair.shared.change(|s| {
+            s.coalescing[0] = Coalescing {
+                max_packets: 0,
+                max_usecs,
+            };
+        });
+        assert!(pair.shared.wait(version));
+    };
+    let interrupts = |pair: &Pair| pair.worker.counters.interrupts.get();
+    let never = 4_000_000_000;
+    set(&pair, never);
+    pair.post(2, 256);
+    socket.send(&packet(60)).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(interrupts(&pair), 0);
+    set(&pair, 0);
+    pair.receive();
+    assert_eq!(interrupts(&pair), 1);
+    set(&pair, never);
+    pair.rx.want();
+    socket.send(&packet(60)).unwrap();
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(interrupts(&pair), 1);
+    pair.worker.give_back(0);
+    assert_eq!(interrupts(&pair), 2);
+    pair.receive();
+}
+
+#[test]
 fn offloads_the_driver_did_not_accept_do_not_reach_it() {
     let (socket, mut pair) = pair(MERGEABLE);
     pair.post(1, 2048);
@@ -363,6 +466,8 @@ const CONTROL: u64 = ALL
     | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
     | bit(VIRTIO_NET_F_CTRL_GUEST_OFFLOADS)
     | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
+    | bit(VIRTIO_NET_F_NOTF_COAL)
+    | bit(VIRTIO_NET_F_VQ_NOTF_COAL)
     | bit(VIRTIO_NET_F_MQ);
 
 fn command(guest: &mut Guest, queue: &mut Queue, bytes: &[u8]) -> u8 {
@@ -418,6 +523,26 @@ fn the_control_queue_sets_what_workers_go_by() {
     shared.change(|settings| settings.announce = true);
     assert_eq!(run(&[3, 0]), 0);
     assert!(!state(&shared).announce);
+    // All receive queues, one queue, and what a queue has then.
+    assert_eq!(run(&[6, 1, 16, 0, 0, 0, 50, 0, 0, 0]), 0);
+    assert_eq!(run(&[6, 2, 3, 0, 0, 0, 8, 0, 0, 0, 0, 1, 0, 0]), 0);
+    let of = |queue| {
+        let Coalescing {
+            max_packets,
+            max_usecs,
+        } = shared.get().coalescing_of(queue);
+        (max_packets, max_usecs)
+    };
+    assert_eq!([0, 1, 2, 3].map(of), [(16, 50), (0, 0), (16, 50), (8, 256)]);
+    let get = guest.filled(&[6, 3, 3, 0, 0, 0]);
+    let answer = guest.filled(&[0xaa; 9]);
+    queue.add(&[(&[get], &[answer])]);
+    assert_eq!(queue.used(), (vec![get, answer], 9));
+    assert_eq!(guest.read(answer, 9), [0, 8, 0, 0, 0, 0, 1, 0, 0]);
+    // No room for the result, no such queue.
+    let mut run = |bytes: &[u8]| command(&mut guest, &mut queue, bytes);
+    assert_eq!(run(&[6, 3, 3, 0, 0, 0]), 1);
+    assert_eq!(run(&[6, 3, 4, 0, 0, 0]), 1);
     // No room for the answer.
     let lonely = guest.filled(&[0, 0, 1]);
     queue.add(&[(&[lonely], &[])]);
@@ -446,6 +571,7 @@ fn the_device_maps_queues_and_follows_features() {
         pairs: 2,
         mtu: None,
         speed: None,
+        hash_types: 0,
     };
     let interface = Arc::clone(&recorder) as Arc<dyn Interface>;
     let (_a, tap0) = socket();

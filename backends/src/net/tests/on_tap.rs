@@ -24,23 +24,23 @@ use crate::net::link::{Tap, TapError};
 use crate::net::settings::Pairs;
 use crate::shell::{Device, OnOff, Vring};
 
-const FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
+pub(super) const FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_EVENT_IDX)
     | bit(VIRTIO_NET_F_MRG_RXBUF)
     | GUEST_OFFLOADS;
 
 /// Bytes of the header on a packet socket: without `num_buffers`.
-const SOCKET_HEADER: usize = 10;
+pub(super) const SOCKET_HEADER: usize = 10;
 const ETHERNET: usize = 14;
-const PEER: [u8; 6] = [2, 0, 0, 0, 0, 9];
+pub(super) const PEER: [u8; 6] = [2, 0, 0, 0, 0, 9];
 /// Payload of the pieces that a segment is to be cut into.
 const PIECE: usize = 1448;
 /// The longest frame that Linux does not cut before an interface (GSO_MAX_SIZE).
-const LONGEST: usize = 65535;
+pub(super) const LONGEST: usize = 65535;
 
 /// A kind of segment.
 #[derive(Clone, Copy)]
-struct Kind {
+pub(super) struct Kind {
     ip: Ip,
     protocol: Protocol,
     /// How the header calls it (VIRTIO 1.3, 5.1.6).
@@ -80,7 +80,7 @@ impl Kind {
     }
 
     /// Length of all headers.
-    const fn headers(self) -> usize {
+    pub(super) const fn headers(self) -> usize {
         self.csum_start()
             + match self.protocol {
                 Protocol::Tcp => 20,
@@ -92,10 +92,10 @@ impl Kind {
 /// The kinds of segment, and the tests that each of them has.
 macro_rules! kinds {
     ($($name:ident: $ip:ident $protocol:ident $gso:ident $offload:ident,)*) => {$(
-        mod $name {
+        pub(super) mod $name {
             use super::*;
 
-            pub(super) const KIND: Kind = Kind {
+            pub(in super::super) const KIND: Kind = Kind {
                 ip: Ip::$ip,
                 protocol: Protocol::$protocol,
                 gso: $gso,
@@ -125,13 +125,13 @@ kinds! {
 }
 
 /// Says on standard error that a test does not run.
-fn skipped(test: &str, why: &str) {
+pub(super) fn skipped(test: &str, why: &str) {
     // Past the capture of the test harness: a test that did not run must not look like one that did.
     let _ = writeln!(io::stderr(), "test {test}: skipped: {why}");
 }
 
 /// Gives this thread a network of its own. `false`, and a word on standard error, if that cannot be.
-fn own_network(test: &str) -> bool {
+pub(super) fn own_network(test: &str) -> bool {
     let why = match unshare(CloneFlags::CLONE_NEWNET) {
         Err(e) => format!("no network namespace: {e}"),
         Ok(()) => match File::options().read(true).write(true).open("/dev/net/tun") {
@@ -148,7 +148,7 @@ fn own_network(test: &str) -> bool {
     unsafe_code,
     reason = "packet sockets with headers have no safe wrapper"
 )]
-fn packet_socket(tap: &Tap) -> File {
+pub(super) fn packet_socket(interface: &str) -> File {
     let fd: OwnedFd = socket(
         AddressFamily::Packet,
         SockType::Raw,
@@ -171,7 +171,7 @@ fn packet_socket(tap: &Tap) -> File {
     let address = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
         sll_protocol: (libc::ETH_P_ALL as u16).to_be(),
-        sll_ifindex: if_nametoindex(tap.name()).unwrap() as i32,
+        sll_ifindex: if_nametoindex(interface).unwrap() as i32,
         sll_hatype: 0,
         sll_pkttype: 0,
         sll_halen: 0,
@@ -208,7 +208,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
 }
 
 /// An Ethernet frame with a packet from `port`, and the fields of the header that let it be cut into pieces.
-fn segment(
+pub(super) fn segment(
     kind: Kind,
     to: [u8; 6],
     from: [u8; 6],
@@ -267,12 +267,12 @@ fn segment(
     (header, frame)
 }
 
-/// Reads packets until one from or to our address comes: the host's own chatter is on the interface as well.
-fn next_of_ours(host: &mut File) -> Vec<u8> {
+/// Reads packets until one from our address to the peer's comes: the host's own chatter is on the interface as well.
+pub(super) fn next_of_ours(host: &mut File) -> Vec<u8> {
     let mut buffer = vec![0; 1 << 17];
     loop {
         let len = host.read(&mut buffer).expect("no packet came");
-        if buffer[SOCKET_HEADER + 6..SOCKET_HEADER + 12] == MAC.octets() {
+        if buffer[SOCKET_HEADER..SOCKET_HEADER + 12] == [PEER, MAC.octets()].concat() {
             buffer.truncate(len);
             return buffer;
         }
@@ -283,6 +283,10 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
     NetArgs {
         tap: Some(tap.to_owned()),
         link: None,
+        forward: Vec::new(),
+        passt_arg: Vec::new(),
+        pcap: None,
+        pcap_snap: 65535,
         tap_fd: Vec::new(),
         tap_persist: false,
         tap_up: true,
@@ -290,6 +294,7 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
         mac: Some(MAC),
         mtu: None,
         speed: None,
+        standby: false,
         queue_pairs: Some(pairs),
         offload: vec![Offload::All],
         packed: OnOff::On,
@@ -318,13 +323,13 @@ fn pair(test: &str, needed: u32) -> Option<(Tap, File, Pair)> {
     tap.set_header_len(HEADER as u8).unwrap();
     tap.set_offloads(offloads).unwrap();
     tap.set_up().unwrap();
-    let host = packet_socket(&tap);
+    let host = packet_socket(tap.name());
     let pair = Pair::new(queues.remove(0), FEATURES);
     Some((tap, host, pair))
 }
 
 /// From now on the driver receives only what is for us, of all that the host sends by itself.
-fn only_ours(pair: &Pair) {
+pub(super) fn only_ours(pair: &Pair) {
     let version = pair.shared.change(|s| {
         s.filter.promiscuous = false;
         s.filter.no_broadcast = true;
@@ -415,7 +420,7 @@ fn pairs_that_are_not_in_use_get_no_packets() {
     let (tap, queues) = Tap::open("ringmq", 2).unwrap();
     tap.set_header_len(HEADER as u8).unwrap();
     tap.set_up().unwrap();
-    let mut host = packet_socket(&tap);
+    let mut host = packet_socket(tap.name());
     let shared = shared(2);
     let mut guest = Guest::new();
     let mut rings = [guest.queue(256), guest.queue(256)];
