@@ -1,4 +1,4 @@
-//! `ringside-blk` with NBD servers: QEMU's, one that comes and goes, and hostile ones.
+//! `ringside-blk` with NBD servers: QEMU's and nbdkit, some that come and go, and hostile ones.
 
 #![allow(
     clippy::unwrap_used,
@@ -27,40 +27,59 @@ const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const MIB: usize = 1 << 20;
 const IOERR: u8 = 1;
 
-/// QEMU's server, ended when dropped.
+/// A server in a directory with a socket `s` and a file `disk` of 16 MiB, ended when dropped.
 struct Server {
     dir: tempfile::TempDir,
     child: Child,
+    program: &'static str,
     args: Vec<String>,
 }
 
 impl Server {
-    /// Serves `disk` of 16 MiB under the name "disk"; `None`, and a word on standard error, if there is no qemu-nbd.
+    /// QEMU's, of the file, under the name "disk"; `None`, and a word on standard error, if there is none.
     fn new(test: &str, args: &[&str]) -> Option<Self> {
-        if Command::new("qemu-nbd").arg("--version").output().is_err() {
-            skip(test, "qemu-nbd is not installed (package qemu-utils)");
+        let all = ["-f", "raw", "-x", "disk", "-t", "--discard=unmap"];
+        Self::start(
+            test,
+            ("qemu-nbd", "qemu-utils"),
+            &[&all, args, &["disk"]].concat(),
+        )
+    }
+
+    /// nbdkit, with these filters and this plugin; `None`, and a word on standard error, if there is none.
+    fn nbdkit(test: &str, args: &[&str]) -> Option<Self> {
+        let all = [&["-f", "-U", "s"], args].concat();
+        Self::start(test, ("nbdkit", "nbdkit"), &all)
+    }
+
+    fn start(test: &str, (program, package): (&'static str, &str), args: &[&str]) -> Option<Self> {
+        if Command::new(program).arg("--version").output().is_err() {
+            skip(
+                test,
+                format_args!("{program} is not installed (package {package})"),
+            );
             return None;
         }
         let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let disk = fs::File::create(dir.path().join("disk")).unwrap();
         disk.set_len(16 << 20).unwrap();
         let args: Vec<String> = args.iter().map(ToString::to_string).collect();
-        let child = Self::spawn(&dir, &args);
-        Some(Self { dir, child, args })
+        let child = Self::spawn(&dir, program, &args);
+        Some(Self {
+            dir,
+            child,
+            program,
+            args,
+        })
     }
 
-    fn spawn(dir: &tempfile::TempDir, args: &[String]) -> Child {
-        let mut command = Command::new("qemu-nbd");
-        command
-            .args(["-f", "raw", "-x", "disk", "-t", "--discard=unmap"])
-            .args(args)
-            .arg("disk")
-            .current_dir(dir.path())
-            .stdin(Stdio::null());
-        if !args.iter().any(|arg| arg == "-p") {
+    fn spawn(dir: &tempfile::TempDir, program: &str, args: &[String]) -> Child {
+        let mut command = Command::new(program);
+        command.args(args).current_dir(dir.path());
+        if program == "qemu-nbd" && !args.iter().any(|arg| arg == "-p") {
             command.arg("-k").arg(dir.path().join("s"));
         }
-        let child = command.spawn().unwrap();
+        let child = command.stdin(Stdio::null()).spawn().unwrap();
         sleep(Duration::from_millis(300));
         child
     }
@@ -72,7 +91,7 @@ impl Server {
 
     fn restart(&mut self) {
         let _ = fs::remove_file(self.dir.path().join("s"));
-        self.child = Self::spawn(&self.dir, &self.args);
+        self.child = Self::spawn(&self.dir, self.program, &self.args);
     }
 
     fn uri(&self) -> String {
@@ -220,6 +239,172 @@ fn requests_fail_when_a_server_stays_away() {
         sleep(Duration::from_millis(50));
     }
     server.kill();
+    drop(disk);
+    daemon.stop();
+}
+
+#[test]
+fn a_server_that_wants_one_client_by_now_does_not_get_several() {
+    let test = "a_server_that_wants_one_client_by_now_does_not_get_several";
+    let Some(mut server) = Server::new(test, &["--shared=4"]) else {
+        return;
+    };
+    let allow = |server: &mut Server, clients: &str| {
+        server.kill();
+        let shared = |arg: &&mut String| arg.starts_with("--shared=");
+        *server.args.iter_mut().find(shared).unwrap() = format!("--shared={clients}");
+        server.restart();
+    };
+    for (queues, status) in [("1", OK), ("2", IOERR)] {
+        allow(&mut server, "4");
+        let args = ["--queues", queues, "--reconnect-timeout", "1"];
+        let daemon = serve(&server.uri(), &args);
+        let mut disk = connect(&daemon, 1, vec![0; 16 * MIB]);
+        assert_eq!(disk.attempt(OUT, 0, 4096), OK);
+        allow(&mut server, "1");
+        assert_eq!(disk.attempt(OUT, 0, 4096), status, "{queues} queues");
+        if status != OK {
+            assert!(
+                daemon.log().contains("wants one client"),
+                "{}",
+                daemon.log()
+            );
+            allow(&mut server, "4");
+            let start = Instant::now();
+            while disk.attempt(OUT, 0, 4096) != OK {
+                assert!(start.elapsed() < PATIENCE, "does not come back");
+                sleep(Duration::from_millis(50));
+            }
+        }
+        drop(disk);
+        daemon.stop();
+    }
+}
+
+#[test]
+fn a_drain_does_not_wait_for_a_server_that_is_gone() {
+    let test = "a_drain_does_not_wait_for_a_server_that_is_gone";
+    let Some(mut server) = Server::new(test, &[]) else {
+        return;
+    };
+    let control = server.dir.path().join("c");
+    let args = ["--control-socket", &control.display().to_string()];
+    let daemon = serve(&server.uri(), &args);
+    let drain = || {
+        let arguments = serde_json::json!({"timeout": 1});
+        ringside_control::client::call(&control, "drain", &arguments).unwrap()
+    };
+    server.kill();
+    let start = Instant::now();
+    let error = drain().unwrap_err();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    assert!(
+        error.message.contains("not durable yet after 1 s"),
+        "{error:?}"
+    );
+    assert!(error.message.contains("goes on"), "{error:?}");
+    server.restart();
+    let start = Instant::now();
+    while drain().is_err() {
+        assert!(start.elapsed() < PATIENCE, "{}", daemon.log());
+    }
+    daemon.stop();
+}
+
+#[test]
+fn nbdkit_is_served_from_memory_and_from_a_file() {
+    let test = "nbdkit_is_served_from_memory_and_from_a_file";
+    for (plugin, queues) in [(["memory", "16M"], 1), (["file", "disk"], 3)] {
+        let Some(server) = Server::nbdkit(test, &plugin) else {
+            return;
+        };
+        let daemon = serve(&server.uri(), &["--queues", "3"]);
+        let mut disk = connect(&daemon, queues, vec![0; 16 * MIB]);
+        disk.exercise(2000, true);
+        disk.verify();
+        disk.flush();
+        assert!(plugin == ["memory", "16M"] || server.disk() == disk.model);
+        drop(disk);
+        daemon.assert_idle();
+        daemon.stop();
+    }
+}
+
+#[test]
+fn errors_of_nbdkit_reach_the_guest_and_are_over_when_they_are_over() {
+    let test = "errors_of_nbdkit_reach_the_guest_and_are_over_when_they_are_over";
+    let args = [
+        "--filter=error",
+        "memory",
+        "16M",
+        "error-file=fail",
+        "error-pread=EIO",
+        "error-pread-rate=50%",
+        "error-pwrite=ENOSPC",
+        "error-pwrite-rate=50%",
+    ];
+    let Some(server) = Server::nbdkit(test, &args) else {
+        return;
+    };
+    let daemon = serve(&server.uri(), &[]);
+    let mut disk = connect(&daemon, 1, vec![0; 16 * MIB]);
+    disk.exercise(500, true);
+    fs::write(server.dir.path().join("fail"), "").unwrap();
+    let mut failed = 0;
+    for block in 0..100 {
+        let at = block * 65536;
+        while disk.attempt(OUT, at, 65536) != OK {
+            failed += 1;
+        }
+        while disk.attempt(IN, at, 4096) != OK {
+            failed += 1;
+        }
+        disk.model[at as usize..][..65536].fill(0x5a);
+    }
+    assert!((40..1000).contains(&failed), "{failed} of some 400 failed");
+    assert!(daemon.log().contains("No space left"), "{}", daemon.log());
+    assert!(!daemon.log().contains("lost"), "{}", daemon.log());
+    fs::remove_file(server.dir.path().join("fail")).unwrap();
+    disk.verify();
+    disk.exercise(200, true);
+    disk.verify();
+    drop(disk);
+    daemon.stop();
+}
+
+#[test]
+fn requests_to_a_slow_server_wait_together_and_outlive_it() {
+    let test = "requests_to_a_slow_server_wait_together_and_outlive_it";
+    let args = [
+        "--filter=delay",
+        "file",
+        "disk",
+        "rdelay=30ms",
+        "wdelay=30ms",
+    ];
+    let Some(mut server) = Server::nbdkit(test, &args) else {
+        return;
+    };
+    let daemon = serve(&server.uri(), &["--queues", "2"]);
+    let mut disk = connect(&daemon, 2, vec![0; 16 * MIB]);
+    let start = Instant::now();
+    disk.exercise(200, false);
+    // One after the other they would take 6 s.
+    let taken = start.elapsed();
+    assert!(taken < Duration::from_secs(3), "{taken:?}");
+    for _ in 0..3 {
+        // On this thread: nbdkit ends when the thread ends that started it.
+        thread::scope(|scope| {
+            scope.spawn(|| disk.exercise(200, true));
+            sleep(Duration::from_millis(100));
+            server.kill();
+            sleep(Duration::from_millis(200));
+            server.restart();
+        });
+    }
+    disk.verify();
+    assert!(daemon.log().contains("connected to"), "{}", daemon.log());
+    assert!(server.disk() == disk.model);
     drop(disk);
     daemon.stop();
 }

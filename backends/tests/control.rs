@@ -406,6 +406,10 @@ fn a_drain_that_takes_too_long_is_given_up_and_holds_up_nobody() {
     let path = control(&daemon);
     let drain = std::thread::spawn(move || client::call(&path, "drain", &json!({"timeout": 1})));
     eventually(|| ask(&daemon, "status", Value::Null)["paused"] == true);
+    let second = client::call(&control(&daemon), "drain", &json!({"timeout": 1}));
+    let error = second.unwrap().unwrap_err();
+    assert_eq!(error.code, ErrorCode::Conflict);
+    assert!(error.message.contains("another client"), "{error:?}");
     // Nobody else waits meanwhile.
     assert_eq!(front.messages.get_queue_num().unwrap(), 1);
     let error = drain.join().unwrap().unwrap().unwrap_err();

@@ -18,10 +18,11 @@ const EXAMPLES: &str = "Examples:
   Serve an image to one virtual machine after the other, with four queues:
     ringside-blk --socket-path /run/vm1-disk.sock --path disk.img --queues 4
 
-  Serve a qcow2 image, or an export of an NBD server:
+  Serve a qcow2 image, an NBD export, or an RBD image of a Ceph cluster:
     ringside-blk --socket-path /run/vm1-disk.sock --format qcow2 \\
       --path disk.qcow2
     ringside-blk --socket-path /run/vm1-disk.sock --path nbd://server/disk
+    ringside-blk --socket-path /run/vm1-disk.sock --path rbd:rbd/disk:id=vm1
 
   Attach it to ringside-vmm:
     ringside-vmm --kernel vmlinuz --blk socket=/run/vm1-disk.sock ...
@@ -42,7 +43,7 @@ const EXAMPLES: &str = "Examples:
       driver=virtio-blk-vhost-user,path=/tmp/null.sock,cache.direct=on
 ";
 
-/// Serves a disk image, a block device or an NBD export to a virtual machine over vhost-user.
+/// Serves a disk image, a block device, an NBD export or an RBD image to a virtual machine over vhost-user.
 ///
 /// The virtual machine monitor connects to a Unix socket and shares its guest's memory; requests are then taken from
 /// the guest's virtqueues and handed to the kernel by io_uring, without copying their data.

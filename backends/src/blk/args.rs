@@ -29,9 +29,12 @@ pub enum Cache {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Disk")]
 pub struct BlkArgs {
-    /// Image file, block device, or export of an NBD server to serve
+    /// Image file, block device, export of an NBD server, or RBD image of a Ceph cluster to serve
     ///
-    /// An export is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH.
+    /// An export is nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH. An RBD image is
+    /// rbd:POOL/[NAMESPACE/]IMAGE[@SNAPSHOT][:KEY=VALUE]..., as QEMU writes it: the keys are id (the user), conf (the configuration
+    /// file), and Ceph's own, such as mon_host; a backslash goes before a colon in a value. A snapshot needs --read-only. Ceph's
+    /// librbd is loaded for it, which a statically linked program cannot do.
     #[arg(long, alias = "blk-file", value_name = "FILE", required_unless_present_any = ["null", "print_capabilities"], conflicts_with = "null")]
     pub path: Option<PathBuf>,
 
@@ -58,9 +61,10 @@ pub struct BlkArgs {
     )]
     pub backing: OnOff,
 
-    /// How long requests wait for an NBD server that is gone, or does not answer, before they fail; 0: not at all
+    /// How long requests wait for a server that is gone, or does not answer, before they fail; 0: not at all
     ///
-    /// Until then they are kept, and sent again when the server is back.
+    /// Until then they are kept, and sent again when the NBD server is back. For a Ceph cluster it is one second at least,
+    /// also for connecting to it, and for another client to close the image.
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u32).range(0..=86_400))]
     pub reconnect_timeout: u32,
 

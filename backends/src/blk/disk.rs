@@ -16,7 +16,9 @@ use tracing::{debug, warn};
 
 use super::config::ZoneGeometry;
 use super::device::{BlockDevice, Device};
-use super::image::{Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Side, Target};
+use super::image::{
+    Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Rbd, RbdError, RbdTarget, Side, Target,
+};
 use super::request::SECTOR;
 use super::zones::Zones;
 use crate::shell::Drained;
@@ -129,6 +131,24 @@ pub enum DiskError {
     /// The server says no.
     #[error(transparent)]
     Nbd(#[from] Box<NbdError>),
+    /// The cluster says no.
+    #[error(transparent)]
+    Rbd(#[from] Box<RbdError>),
+    /// Its size cannot be found out.
+    #[error("the size of {path} cannot be read")]
+    Size {
+        /// The path.
+        path: PathBuf,
+        /// What librbd said.
+        #[source]
+        source: io::Error,
+    },
+    /// A format in a cluster.
+    #[error("{path}: an RBD image is served as it is; leave --format out")]
+    FormatOfRbd {
+        /// The path.
+        path: PathBuf,
+    },
     /// An image on a server.
     #[error(
         "{path}: an export is served as it is; let the server open the image, for example with qemu-nbd -f qcow2"
@@ -263,6 +283,8 @@ pub enum Source {
     Qcow2(Image),
     /// On an NBD server.
     Nbd(Nbd),
+    /// In a Ceph cluster.
+    Rbd(Rbd),
 }
 
 impl Source {
@@ -271,7 +293,7 @@ impl Source {
         match self {
             Self::Raw(file) => vec![Arc::clone(file)],
             Self::Qcow2(image) => image.files().to_vec(),
-            Self::Nbd(_) => Vec::new(),
+            Self::Nbd(_) | Self::Rbd(_) => Vec::new(),
         }
     }
 
@@ -284,6 +306,7 @@ impl Source {
             Self::Raw(_) => Ok(None),
             Self::Qcow2(image) => image.attach().map(Some),
             Self::Nbd(nbd) => nbd.attach().map(Some),
+            Self::Rbd(rbd) => rbd.attach().map(Some),
         }
     }
 
@@ -308,13 +331,17 @@ impl Source {
                 let link = nbd.link()?;
                 Ok(Box::new(move || link.flush()))
             }
+            Self::Rbd(rbd) => {
+                let link = rbd.link()?;
+                Ok(Box::new(move || link.flush()))
+            }
         }
     }
 
     /// Discarding and zeroing are possible.
     pub(super) fn ranges(&self) -> bool {
         match self {
-            Self::Raw(_) => true,
+            Self::Raw(_) | Self::Rbd(_) => true,
             Self::Qcow2(image) => image.ranges(),
             Self::Nbd(nbd) => nbd.ranges(),
         }
@@ -331,6 +358,10 @@ impl Disk {
         if let Some(target) = Target::parse(path) {
             let target = target.map_err(NbdError::from).map_err(Box::new)?;
             return Self::connect(options, target);
+        }
+        if let Some(target) = RbdTarget::parse(path) {
+            let target = target.map_err(RbdError::from).map_err(Box::new)?;
+            return Self::of_cluster(options, &target);
         }
         let file = Arc::new(open_locked(options)?);
         let meta = file.metadata().map_err(|source| DiskError::Open {
@@ -437,6 +468,37 @@ impl Disk {
     }
 }
 
+impl Disk {
+    fn of_cluster(options: &DiskOptions, target: &RbdTarget) -> Result<Self, DiskError> {
+        let path = &options.path;
+        if options.format != Format::Raw {
+            return Err(DiskError::FormatOfRbd { path: path.clone() });
+        }
+        let rbd = Rbd::open(target, options.read_only, options.patience).map_err(Box::new)?;
+        let sector = u32::try_from(SECTOR).unwrap_or(512);
+        let block_size = options.block_size.unwrap_or(sector);
+        // What guests align their file systems to.
+        let physical_block_size = block_size.max(4096);
+        let ranges = Ranges {
+            discard_align: rbd.discard_align(),
+            ..Ranges::of_blocks(physical_block_size)
+        };
+        Ok(Self {
+            capacity: size_of(&rbd, path, block_size)?,
+            path: path.clone(),
+            zones: None,
+            ranges,
+            device: None,
+            block_size,
+            physical_block_size,
+            opt_io: rbd.discard_align(),
+            align: 1,
+            memory_align: 1,
+            source: Source::Rbd(rbd),
+        })
+    }
+}
+
 /// The block that a server prefers, if it can be a disk's.
 fn physical(preferred: u32, block: u32) -> u32 {
     if preferred.is_power_of_two() && (block..=1 << 20).contains(&preferred) {
@@ -458,6 +520,15 @@ pub(super) fn capacity(file: &File, path: &Path, block: u32) -> Result<u64, Disk
             source,
         })?;
     in_blocks(size, &path(), block)
+}
+
+/// The size of an image of a cluster in bytes, which must be some, in whole blocks.
+pub(super) fn size_of(rbd: &Rbd, path: &Path, block: u32) -> Result<u64, DiskError> {
+    let size = rbd.size().map_err(|source| DiskError::Size {
+        path: path.to_owned(),
+        source,
+    })?;
+    in_blocks(size, path, block)
 }
 
 fn in_blocks(size: u64, path: &Path, block: u32) -> Result<u64, DiskError> {

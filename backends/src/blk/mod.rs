@@ -50,7 +50,10 @@ use crate::shell::{
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, ZoneGeometry};
 pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges, Source};
-pub use image::{HandshakeError, HeaderError, Image, Nbd, NbdError, Qcow2Error, UriError};
+pub use image::{
+    HandshakeError, HeaderError, Image, LoadError, NameError, Nbd, NbdError, Qcow2Error, Rbd,
+    RbdError, UriError,
+};
 pub use limits::{LimitError, RateLimits};
 
 use config::feature;
@@ -339,13 +342,13 @@ impl Device for Blk {
     /// The disk may have another size now. Not so an image, which nobody else can change while it is locked; an export
     /// keeps the size that it had, and so do zones.
     fn refresh(&mut self) -> Result<bool, DeviceError> {
-        let (Some(path), Some(Source::Raw(file)), None) =
-            (&self.path, &self.source, &self.geometry.zones)
-        else {
-            return Ok(false);
+        let block = self.geometry.block_size;
+        let capacity = match (&self.path, &self.source, &self.geometry.zones) {
+            (Some(path), Some(Source::Raw(file)), None) => disk::capacity(file, path, block),
+            (Some(path), Some(Source::Rbd(rbd)), _) => disk::size_of(rbd, path, block),
+            _ => return Ok(false),
         };
-        let capacity = disk::capacity(file, path, self.geometry.block_size)
-            .map_err(|e| DeviceError::Refresh(Box::new(e)))?;
+        let capacity = capacity.map_err(|e| DeviceError::Refresh(Box::new(e)))?;
         Ok(self.set_capacity(capacity))
     }
 
@@ -396,13 +399,15 @@ impl Device for Blk {
         )?;
         if let (Some(path), Some(source)) = (&self.path, &self.source) {
             let path = path.clone();
-            let Source::Raw(file) = source else {
-                return Err(ResizeError::NotRaw { path }.into());
-            };
-            if self.shared.limits.read_only {
-                return Err(ResizeError::ReadOnly { path }.into());
+            let read_only = self.shared.limits.read_only;
+            match source {
+                Source::Qcow2(_) | Source::Nbd(_) => {
+                    return Err(ResizeError::NotRaw { path }.into());
+                }
+                _ if read_only => return Err(ResizeError::ReadOnly { path }.into()),
+                Source::Raw(file) => resize::set_len(file, &path, size, shrink)?,
+                Source::Rbd(rbd) => resize::set_size(rbd, &path, size, shrink)?,
             }
-            resize::set_len(file, &path, size, shrink)?;
         }
         Ok(self.set_capacity(size))
     }

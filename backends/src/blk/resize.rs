@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use ringside_control::{ApiError, ErrorCode, Size};
 use thiserror::Error;
 
+use super::image::Rbd;
+
 /// The disk keeps its size.
 #[derive(Debug, Error)]
 pub(super) enum ResizeError {
@@ -112,6 +114,21 @@ pub(super) fn set_len(
         return Err(ResizeError::Smaller { now, size });
     }
     file.set_len(size).map_err(failed)
+}
+
+/// Gives an image of a cluster its new size. It may be larger than the driver was told, as a file may.
+pub(super) fn set_size(rbd: &Rbd, path: &Path, size: u64, shrink: bool) -> Result<(), ResizeError> {
+    let failed = |source| ResizeError::File {
+        path: path.to_owned(),
+        size: Size(size),
+        source,
+    };
+    let now = rbd.size().map_err(failed)?;
+    if size < now && !shrink {
+        let (now, size) = (Size(now), Size(size));
+        return Err(ResizeError::Smaller { now, size });
+    }
+    rbd.resize(size).map_err(failed)
 }
 
 #[cfg(test)]

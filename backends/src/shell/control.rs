@@ -8,13 +8,14 @@
 //!  drain ────────────────────▶ Command::Pause ─────────────▶ no new chains
 //!        ◀── Reply::Drain ─────┘ (goes on)                   … what is in flight ends
 //!        ◀─────────────────────────────────────────────────── done
-//!  makes it durable
+//!  has it made durable, by a thread of its own
 //! ```
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use mio::{Registry, Token, Waker};
@@ -134,6 +135,8 @@ pub(super) struct Clients {
     connected: Arc<AtomicBool>,
     requests: Sender<Envelope>,
     waker: Waker,
+    /// A client waits for the end of a drain.
+    draining: AtomicBool,
 }
 
 /// The control thread's side: what the clients have asked for.
@@ -155,6 +158,7 @@ pub(super) fn channel(
         connected,
         requests,
         waker: Waker::new(registry, token)?,
+        draining: AtomicBool::new(false),
     };
     Ok((clients, Requests(receiver)))
 }
@@ -179,6 +183,22 @@ impl Requests {
     }
 }
 
+/// The only one at something.
+struct One<'f>(&'f AtomicBool);
+
+impl<'f> One<'f> {
+    /// `None`: somebody is at it.
+    fn begin(flag: &'f AtomicBool) -> Option<Self> {
+        (!flag.swap(true, Ordering::Acquire)).then(|| Self(flag))
+    }
+}
+
+impl Drop for One<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::Release);
+    }
+}
+
 impl Clients {
     /// Has the control thread answer.
     pub(super) fn ask(&self, request: Request) -> Result<Reply, ApiError> {
@@ -197,6 +217,12 @@ impl Clients {
 
     fn drain(&self, request: Request, timeout: Duration) -> Result<Value, ApiError> {
         let start = Instant::now();
+        let left = || timeout.saturating_sub(start.elapsed());
+        let Some(_one) = One::begin(&self.draining) else {
+            let message =
+                "another client drains the device; wait for it, or end that with `resume`";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
         let (idle, workers, then, stays) = match self.ask(request)? {
             Reply::Done(value) => return Ok(value),
             Reply::Drain {
@@ -206,37 +232,53 @@ impl Clients {
                 stays,
             } => (idle, workers, then, stays),
         };
+        let late = |what: &str| {
+            let state = if stays {
+                "stays paused, as it was"
+            } else {
+                if let Err(error) = self.ask(Request::Resume) {
+                    return error;
+                }
+                "goes on"
+            };
+            let message = format!(
+                "{what} after {} s; the device {state}: look at its storage, or allow more time",
+                timeout.as_secs()
+            );
+            ApiError::of(ErrorCode::Busy, message)
+        };
         for _ in 0..workers {
-            match idle.recv_timeout(timeout.saturating_sub(start.elapsed())) {
+            match idle.recv_timeout(left()) {
                 Ok(()) => {}
                 Err(RecvTimeoutError::Disconnected) => {
                     let message = "the device was resumed, or ends, before it was drained";
                     return Err(ApiError::of(ErrorCode::Conflict, message));
                 }
                 Err(RecvTimeoutError::Timeout) => {
-                    let state = if stays {
-                        "stays paused, as it was"
-                    } else {
-                        self.ask(Request::Resume)?;
-                        "goes on"
-                    };
-                    let message = format!(
-                        "requests are still in flight after {} s; the device {state}: look at its storage, or allow more \
-                         time",
-                        timeout.as_secs()
-                    );
-                    return Err(ApiError::of(ErrorCode::Busy, message));
+                    return Err(late("requests are still in flight"));
                 }
             }
         }
-        then().map_err(|source| {
-            let message = format!(
-                "the device is drained, but not durable: {}; `resume` lets it go on",
-                Chain(&source)
-            );
-            ApiError::of(ErrorCode::Failed, message)
-        })?;
-        Ok(json!({ "drained": true }))
+        // Storage that does not answer keeps a thread of its own waiting, and not the client.
+        let (done, durable) = mpsc::channel();
+        thread::Builder::new()
+            .name("drain".to_owned())
+            .spawn(move || {
+                // Nobody is there to be told when the time is over.
+                let _ = done.send(then());
+            })
+            .map_err(|e| ApiError::new(ErrorCode::Failed, &e))?;
+        match durable.recv_timeout(left()) {
+            Ok(Ok(())) => Ok(json!({ "drained": true })),
+            Ok(Err(source)) => {
+                let message = format!(
+                    "the device is drained, but not durable: {}; `resume` lets it go on",
+                    Chain(&source)
+                );
+                Err(ApiError::of(ErrorCode::Failed, message))
+            }
+            Err(_) => Err(late("what was written is not durable yet")),
+        }
     }
 
     fn page(&self) -> String {

@@ -54,7 +54,7 @@ pub trait OpenError: StdError {
     fn is_usage(&self) -> bool;
 }
 
-/// Makes durable what a drained device was given: done on the thread of the client that asked for the drain.
+/// Makes durable what a drained device was given: done on a thread of its own, which may wait long.
 pub type Drained = Box<dyn FnOnce() -> io::Result<()> + Send>;
 
 /// What a device answers that does not know a command.

@@ -1,5 +1,7 @@
 //! A disk's driver with many requests in flight, and a model of what the disk holds.
 
+use std::collections::BTreeMap;
+
 use ringside_rings::Segment;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -26,6 +28,8 @@ enum Expected {
     Zeroes {
         any: bool,
     },
+    /// What is read is kept, under this number.
+    Unknown(u64),
     Nothing,
 }
 
@@ -45,6 +49,8 @@ pub struct Disk {
     flights: Vec<Option<Flight>>,
     /// What it holds; a discarded range is looked at again before it is known.
     pub model: Vec<u8>,
+    /// What was read without an expectation.
+    found: BTreeMap<u64, Vec<u8>>,
     random: u64,
 }
 
@@ -58,6 +64,7 @@ impl Disk {
             buffers,
             flights: vec![None; SLOTS],
             model,
+            found: BTreeMap::new(),
             random: 0x9e37_79b9_7f4a_7c15,
         }
     }
@@ -153,6 +160,10 @@ impl Disk {
         let range = offset as usize..(offset + len) as usize;
         match flight.expected {
             Expected::Nothing => {}
+            Expected::Unknown(number) => {
+                let found = self.front.guest.read(base, len as usize);
+                self.found.insert(number, found);
+            }
             Expected::Data(bytes) if kind == OUT => self.model[range].copy_from_slice(&bytes),
             Expected::Data(bytes) => {
                 let found = self.front.guest.read(base, len as usize);
@@ -195,22 +206,26 @@ impl Disk {
     /// Reads without an expectation, in one request.
     fn read(&mut self, offset: u64, len: u64) -> Vec<u8> {
         let mut all = Vec::new();
-        let slot = self.flights.iter().position(Option::is_none).unwrap();
         for start in (0..len).step_by(ROOM as usize) {
             let piece = ROOM.min(len - start);
+            // Others that complete meanwhile may read, too, and take the slot when it is free.
+            let number = self.random();
+            let slot = self.flights.iter().position(Option::is_none).unwrap();
             let flight = Flight {
                 queue: self.front.queues.len() - 1,
                 offset: offset + start,
                 len: piece,
                 kind: IN,
-                expected: Expected::Nothing,
+                expected: Expected::Unknown(number),
             };
             let queue = flight.queue;
             self.submit(slot, flight);
-            while self.flights[slot].is_some() {
-                self.complete(queue);
-            }
-            all.extend(self.front.guest.read(self.buffers[slot], piece as usize));
+            all.extend(loop {
+                match self.found.remove(&number) {
+                    Some(found) => break found,
+                    None => self.complete(queue),
+                }
+            });
         }
         all
     }

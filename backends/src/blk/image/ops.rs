@@ -1,7 +1,7 @@
 //! What a worker hands to a companion, and how the answer comes back.
 //!
 //! ```text
-//!  worker ──Op──▶ channel ──▶ companion: qcow2's, or a connection's
+//!  worker ──Op──▶ channel ──▶ companion: qcow2's, or a connection's; or librbd, without a channel
 //!    ▲                           │
 //!    └── eventfd in its ring ◀── mailbox: (slot, outcome)
 //! ```
@@ -21,6 +21,7 @@ use ringside_rings::Segment;
 use tracing::error;
 use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
 
+use super::rbd::{self, Image};
 use crate::blk::mailbox::Mailbox;
 use crate::shell::Memory;
 
@@ -187,20 +188,48 @@ impl AsFd for Wake {
     }
 }
 
+/// Wakes a thread once more when it goes: the last sender is gone then, perhaps.
+#[derive(Debug)]
+struct Bell(Arc<Wake>);
+
+impl Drop for Bell {
+    fn drop(&mut self) {
+        self.0.wake();
+    }
+}
+
 /// A worker's end: where it hands operations over, and takes outcomes back.
 #[derive(Debug)]
 pub(in crate::blk) struct Link {
-    sender: Sender<Op>,
-    /// Wakes a companion that waits for other things as well.
-    wake: Option<Arc<Wake>>,
+    way: Way,
     mailbox: Arc<Mailbox<Outcome>>,
+}
+
+#[derive(Debug)]
+enum Way {
+    /// To a companion's thread.
+    Thread {
+        sender: Sender<Op>,
+        /// Wakes one that waits for other things as well; goes after the sender.
+        wake: Option<Bell>,
+    },
+    /// To an image of a Ceph cluster.
+    Image(Arc<Image>),
 }
 
 impl Link {
     pub(super) fn new(sender: Sender<Op>, wake: Option<Arc<Wake>>) -> io::Result<Self> {
+        let wake = wake.map(Bell);
+        Self::by(Way::Thread { sender, wake })
+    }
+
+    pub(super) fn to_image(image: Arc<Image>) -> io::Result<Self> {
+        Self::by(Way::Image(image))
+    }
+
+    fn by(way: Way) -> io::Result<Self> {
         Ok(Self {
-            sender,
-            wake,
+            way,
             mailbox: Arc::new(Mailbox::new()?),
         })
     }
@@ -212,12 +241,22 @@ impl Link {
 
     /// Hands an operation over, to be [announced](Self::announce). `false` if nobody is there any more.
     pub(super) fn hand_over(&self, op: Op) -> bool {
-        self.sender.send(op).is_ok()
+        match &self.way {
+            Way::Thread { sender, .. } => sender.send(op).is_ok(),
+            Way::Image(image) => {
+                rbd::begin(image, op);
+                true
+            }
+        }
     }
 
     /// Wakes a companion that sleeps, after a batch was handed over.
     pub(in crate::blk) fn announce(&self) {
-        if let Some(wake) = &self.wake {
+        if let Way::Thread {
+            wake: Some(Bell(wake)),
+            ..
+        } = &self.way
+        {
             wake.sent();
         }
     }

@@ -6,6 +6,7 @@ use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
 
@@ -108,6 +109,8 @@ pub(super) struct Client {
     patience: Duration,
     ops: Receiver<Op>,
     wake: Arc<Wake>,
+    /// How many connections there are.
+    connections: Arc<AtomicUsize>,
     socket: File,
     /// Since when no request succeeded, if the connection was lost since.
     lost: Option<Instant>,
@@ -142,6 +145,7 @@ impl Client {
         socket: File,
         ops: Receiver<Op>,
         wake: Arc<Wake>,
+        connections: Arc<AtomicUsize>,
     ) -> io::Result<Self> {
         set_nonblocking(&socket)?;
         Ok(Self {
@@ -150,6 +154,7 @@ impl Client {
             patience,
             ops,
             wake,
+            connections,
             socket,
             lost: None,
             pause: Duration::ZERO,
@@ -753,7 +758,7 @@ impl Client {
                 .saturating_mul(2)
                 .clamp(FIRST_PAUSE, LONGEST_PAUSE);
             let connected = connect(&self.target).and_then(|(socket, export)| {
-                export.succeeds(&self.export)?;
+                export.succeeds(&self.export, self.connections.load(Ordering::Relaxed))?;
                 set_nonblocking(&socket)?;
                 Ok((socket, export))
             });

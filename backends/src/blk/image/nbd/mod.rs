@@ -22,6 +22,7 @@ mod vectored;
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -75,6 +76,8 @@ pub struct Nbd {
     /// The first connection, until its thread starts.
     socket: Option<File>,
     connections: Vec<Connection>,
+    /// How many these are.
+    count: Arc<AtomicUsize>,
     /// The server takes no more connections.
     full: bool,
 }
@@ -112,6 +115,7 @@ impl Nbd {
             patience,
             socket: Some(socket),
             connections: Vec::new(),
+            count: Arc::default(),
             full: !export.multi_conn(),
         })
     }
@@ -141,11 +145,14 @@ impl Nbd {
     /// # Errors
     /// What the system said.
     pub(in crate::blk) fn attach(&mut self) -> io::Result<Side> {
+        let with_it = self.connections.len().saturating_add(1);
         let socket = match self.socket.take() {
             Some(socket) => Some(socket),
             None if self.full => None,
             None => match connect(&self.target) {
-                Ok((socket, export)) if export.succeeds(&self.export).is_ok() => Some(socket),
+                Ok((socket, export)) if export.succeeds(&self.export, with_it).is_ok() => {
+                    Some(socket)
+                }
                 _ => {
                     self.full = true;
                     info!(
@@ -195,6 +202,7 @@ impl Nbd {
             socket,
             ops,
             Arc::clone(&wake),
+            Arc::clone(&self.count),
         )?;
         let number = self.connections.len();
         if number == 0 {
@@ -207,6 +215,7 @@ impl Nbd {
             } = self.export;
             info!(%self.target, size, min_block, max_block, structured, "NBD export");
         }
+        self.count.fetch_add(1, Ordering::Relaxed);
         let thread = thread::Builder::new()
             .name(format!("blk-nbd-{number}"))
             .spawn(move || client.run())?;

@@ -167,8 +167,8 @@ impl Export {
         self.has(flag::CAN_MULTI_CONN)
     }
 
-    /// Whether this export can take the place of `before`.
-    pub(super) fn succeeds(&self, before: &Self) -> Result<(), HandshakeError> {
+    /// Whether this export can take the place of `before`, on one of `connections`.
+    pub(super) fn succeeds(&self, before: &Self, connections: usize) -> Result<(), HandshakeError> {
         if self.size < before.size {
             return Err(HandshakeError::Changed("it is smaller"));
         }
@@ -180,6 +180,12 @@ impl Export {
         }
         if (before.flushes() && !self.flushes()) || (before.zeroes() && !self.zeroes()) {
             return Err(HandshakeError::Changed("it cannot do as much"));
+        }
+        if connections > 1 && !self.multi_conn() {
+            return Err(HandshakeError::Changed(
+                "it wants one client, and the queues have connections of their own by now; let the server allow several, or \
+                 start ringside-blk again",
+            ));
         }
         Ok(())
     }
