@@ -28,7 +28,7 @@ const EXAMPLES: &str = "Examples:
       --mac 52:54:00:12:34:56
 
   A switch of two guests in a VLAN of their own, joined to a TAP interface:
-    ringside-net --port socket=/run/vm1.sock,vlan=7 \
+    ringside-net --port socket=/run/vm1.sock,vlan=7 \\
       --port socket=/run/vm2.sock,vlan=7 --uplink tap:up0,vlan=7
 
   Attach it to ringside-vmm:
