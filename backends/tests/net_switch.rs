@@ -223,23 +223,22 @@ fn a_pulled_cable_is_seen_by_the_guest() {
     let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
     let (ours, theirs) = UnixStream::pair().unwrap();
     b.messages.set_backend_request_fd(&theirs).unwrap();
-    let link = |up| {
-        switch
-            .ask("port-link", json!({"port": "b", "up": up}))
-            .unwrap()
+    let link = |state| {
+        let arguments = json!({"port": "b", "state": state});
+        switch.ask("port-link", arguments).unwrap()
     };
     let status = |front: &mut FrontEnd| {
         let flags = VhostUserConfigFlags::empty();
         front.messages.get_config(6, 2, flags, &[0; 2]).unwrap().1[0]
     };
     assert_eq!(status(&mut b), 1);
-    assert_eq!(link(false), json!({"changed": true}));
+    assert_eq!(link("down"), json!({"changed": true}));
     assert!(readable(ours.as_raw_fd(), Duration::from_secs(2)));
     assert_eq!(status(&mut b), 0);
     let shown = switch.ask("port-status", json!({"port": "b"})).unwrap();
     assert_eq!(shown["interface"]["link"], "down");
-    assert_eq!(link(false), json!({"changed": false}));
-    link(true);
+    assert_eq!(link("down"), json!({"changed": false}));
+    link("up");
     exchange(&mut a, &mut b, 1);
     let limits = json!({"port": "b", "limits": {"rx-bytes": "10M"}});
     let limits = switch.ask("port-limits", limits).unwrap();

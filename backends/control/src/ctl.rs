@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::io::{self, Write};
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 use serde_json::{Map, Value, json};
 
 use crate::client;
@@ -132,8 +132,8 @@ enum Request {
         /// Its name.
         port: String,
         /// What its guest is to see.
-        #[arg(value_enum)]
-        state: LinkState,
+        #[arg(value_parser = ["up", "down"])]
+        state: String,
     },
     /// Switch: sets limits of a port's rates, and shows them.
     PortLimits {
@@ -173,15 +173,6 @@ enum Request {
     },
     /// VMM: ends the machine, as a power cut would for the guest.
     PowerOff,
-}
-
-/// Of a cable.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum LinkState {
-    /// It is plugged in.
-    Up,
-    /// It is not.
-    Down,
 }
 
 /// A command's arguments.
@@ -226,8 +217,7 @@ impl Request {
             Self::PortAdd { port } => ("port-add", json!(port)),
             Self::PortRemove { port } => ("port-remove", json!({ "port": port })),
             Self::PortLink { port, state } => {
-                let up = *state == LinkState::Up;
-                ("port-link", json!({ "port": port, "up": up }))
+                ("port-link", json!({ "port": port, "state": state }))
             }
             Self::PortLimits { port, limits } => {
                 let limits = limits.clone().unwrap_or_default();
