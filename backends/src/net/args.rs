@@ -284,7 +284,17 @@ impl NetArgs {
         Ok(offloads)
     }
 
-    fn host_end(&self) -> HostEnd {
+    /// The sets of `TUN_F_*` offloads for guests that are joined by a switch, best first. It cuts segments where need be, but
+    /// makes no UDP fragments.
+    pub(super) fn switched_offloads(&self) -> Result<[u32; 3], ArgsError> {
+        let offloads = Offloads {
+            ufo: false,
+            ..self.offloads()?
+        };
+        Ok(offloads.candidates())
+    }
+
+    pub(super) fn host_end(&self) -> HostEnd {
         HostEnd {
             persist: self.tap_persist,
             mtu: self.mtu,

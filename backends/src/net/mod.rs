@@ -28,6 +28,7 @@
 //! | `coalesce` | interrupts that are held back |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
+//! | `switch` | several guests, joined to each other |
 
 mod args;
 mod coalesce;
@@ -46,6 +47,7 @@ mod ring;
 mod rx;
 mod settings;
 mod steering;
+mod switch;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -58,3 +60,4 @@ pub use link::{
     Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
     Tap, TapError, TapQueue, XdpError,
 };
+pub use switch::{OptionsError, Switch, SwitchArgs, SwitchError, SwitchPort};

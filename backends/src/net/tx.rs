@@ -19,7 +19,7 @@ const BUDGET: u32 = 128;
 pub(super) const MAX_FRAME: usize = 22 + 40 + 65535;
 
 /// The shortest frame: an Ethernet header.
-const MIN_FRAME: usize = 14;
+pub(super) const MIN_FRAME: usize = 14;
 
 /// The transmit queue of a pair.
 pub(super) struct Tx {
