@@ -56,6 +56,22 @@ pub fn bound(program: impl AsRef<OsStr>) -> Command {
     command
 }
 
+/// User and group of tests that are to need no privilege: some number, of which the system knows nothing.
+pub const ORDINARY_USER: u32 = 1000;
+
+/// The same command, run by a user who is not root and has no capability.
+#[must_use]
+pub fn as_ordinary_user(command: &Command) -> Command {
+    let mut changing = Command::new("setpriv");
+    changing
+        .arg(format!("--reuid={ORDINARY_USER}"))
+        .arg(format!("--regid={ORDINARY_USER}"))
+        .args(["--clear-groups", "--inh-caps=-all", "--no-new-privs", "--"])
+        .arg(command.get_program())
+        .args(command.get_args());
+    changing
+}
+
 /// Waits for a process until the limit; `None` when it is still running then.
 ///
 /// # Errors

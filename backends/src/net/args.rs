@@ -4,16 +4,23 @@ use std::fmt;
 use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
+use tracing::info;
 
 use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
-use super::link::{HostEnd, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, Opened, Tap};
-use crate::shell::{OnOff, OpenError};
+use super::hash::HASH_TYPES;
+use super::link::{
+    Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened,
+    Tap,
+};
+use crate::shell::{Chain as Causes, OnOff, OpenError, PollLimits};
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -81,16 +88,44 @@ pub struct NetArgs {
 
     /// What else the card is joined to: a KIND and what belongs to it
     ///
-    /// tap:NAME is --tap NAME. For measurements, null takes all packets and gives none, and generate:BYTES gives frames of that
-    /// length as fast as the guest takes them.
+    /// tap:NAME is --tap NAME. macvtap:NAME is a macvtap interface, which must be there; the guest gets its address unless --mac
+    /// says otherwise. packet:NAME shares a network interface with the host by a packet socket, and needs CAP_NET_RAW; the
+    /// guest and the host do not see each other there. xdp:NAME takes the interface from the host by AF_XDP, one of its queues for
+    /// each queue pair, and needs CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF; it has no offloads. passt is user-mode networking, without any privilege: this program
+    /// starts passt, which gives the guest an address by DHCP and opens its connections on its behalf; passt:SOCKET
+    /// connects to one that runs. For measurements, null takes all packets and gives none, and generate:BYTES
+    /// gives frames of that length as fast as the guest takes them.
     #[arg(long, value_name = "KIND[:…]", conflicts_with = "tap_fd")]
     pub link: Option<LinkSpec>,
+
+    /// Port of the host that leads to the guest, with --link passt: [ADDRESS/]PORT[:GUEST-PORT] behind tcp: or udp:, as in tcp:8080:80
+    #[arg(long, value_name = "PROTOCOL:PORTS", requires = "link")]
+    pub forward: Vec<Forward>,
+
+    /// One more argument for passt, with --link passt; `passt --help` lists them
+    #[arg(
+        long,
+        value_name = "ARGUMENT",
+        requires = "link",
+        allow_hyphen_values = true
+    )]
+    pub passt_arg: Vec<String>,
 
     /// Inherited TAP queues to use, by number: one for each queue pair, all of one interface
     ///
     /// Each must have been attached with IFF_TAP, IFF_NO_PI and IFF_VNET_HDR, several with IFF_MULTI_QUEUE.
     #[arg(long, value_name = "NUMBER", value_delimiter = ',', value_parser = clap::value_parser!(RawFd).range(0..))]
     pub tap_fd: Vec<RawFd>,
+
+    /// File for a copy of all packets, in the format of tcpdump and Wireshark; one that is there is overwritten
+    ///
+    /// A file that is slower than the packets gets not all of them, which is said; the guest does not wait for it.
+    #[arg(long, value_name = "FILE")]
+    pub pcap: Option<PathBuf>,
+
+    /// Bytes of each packet to keep with --pcap
+    #[arg(long, value_name = "BYTES", default_value_t = MAX_SNAP, requires = "pcap", value_parser = clap::value_parser!(u32).range(1..=i64::from(MAX_SNAP)))]
+    pub pcap_snap: u32,
 
     /// Keep the TAP interface when this program ends
     #[arg(long, conflicts_with = "tap_fd")]
@@ -126,6 +161,36 @@ pub struct NetArgs {
     /// Number of queue pairs, each served by a thread of its own [default: 1, or as many as --tap-fd has]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), conflicts_with = "tap_fd")]
     pub queue_pairs: Option<u16>,
+
+    /// How long a queue pair's thread without packets may spin for the next before it sleeps, in microseconds; 0: not at all
+    ///
+    /// It spins only while packets come as fast as that, and spares the guest its kicks meanwhile. A card that is idle sleeps.
+    #[arg(help_heading = "Performance", long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub poll: u32,
+
+    /// Most that spinning in vain may take of a queue pair's thread, in percent
+    #[arg(help_heading = "Performance", long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub poll_budget: u32,
+
+    /// Offer to spread received packets over several queue pairs by a table of the guest's (receive-side scaling)
+    ///
+    /// It needs a TAP interface and a kernel that takes a program for it (CAP_BPF, or sysctl
+    /// kernel.unprivileged_bpf_disabled=0); the log says if it does not. QEMU answers its guests on its own, so that
+    /// their tables do not come here.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
+    pub rss: OnOff,
+
+    /// Offer to give the guest a hash of each received packet's addresses and ports
+    ///
+    /// It saves the guest from hashing when it spreads packets over its processors, and costs the host that work.
+    #[arg(long)]
+    pub hash_report: bool,
 
     /// Work that the guest may leave to the host and the host to the guest, as far as the kernel can
     #[arg(
@@ -174,6 +239,9 @@ pub enum ArgsError {
     /// A setting for a TAP, and there is none.
     #[error("{0} is for a TAP interface; a link of kind {1} has none")]
     NoTap(&'static str, LinkSpec),
+    /// A setting for passt, and this program starts none.
+    #[error("{0} is for a passt that this program starts: --link passt, not {1}")]
+    NoPasst(&'static str, LinkSpec),
     /// The link cannot be had.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -185,7 +253,11 @@ pub enum ArgsError {
 impl OpenError for ArgsError {
     fn is_usage(&self) -> bool {
         match self {
-            Self::Offload(_) | Self::SameFd(_) | Self::TooManyFds(_) | Self::NoTap(..) => true,
+            Self::Offload(_)
+            | Self::SameFd(_)
+            | Self::TooManyFds(_)
+            | Self::NoTap(..)
+            | Self::NoPasst(..) => true,
             Self::Link(error) => error.is_usage(),
             Self::System(_) => false,
         }
@@ -242,21 +314,36 @@ impl NetArgs {
             (None, Some(link)) => link.clone(),
             (None, None) => return self.inherit(offloads),
         };
-        let settings = [
+        let given = |settings: &[(bool, &'static str)]| {
+            let first = settings.iter().find(|(given, _)| *given);
+            first.map(|(_, option)| *option)
+        };
+        let for_tap = given(&[
             (self.tap_persist, "--tap-persist"),
             (self.tap_up, "--tap-up"),
             (self.tap_ip.is_some(), "--tap-ip"),
-        ];
-        if let Some((_, option)) = settings.into_iter().find(|(given, _)| *given)
-            && !matches!(link, LinkSpec::Tap(_))
-        {
-            return Err(ArgsError::NoTap(option, link));
+        ]);
+        let for_passt = given(&[
+            (!self.forward.is_empty(), "--forward"),
+            (!self.passt_arg.is_empty(), "--passt-arg"),
+        ]);
+        match (&link, for_tap, for_passt) {
+            (LinkSpec::Tap(_) | LinkSpec::Macvtap(_), _, None)
+            | (LinkSpec::Passt(None), None, _)
+            | (_, None, None) => {}
+            (LinkSpec::Tap(_) | LinkSpec::Macvtap(_), _, Some(option))
+            | (_, None, Some(option)) => {
+                return Err(ArgsError::NoPasst(option, link));
+            }
+            (_, Some(option), _) => return Err(ArgsError::NoTap(option, link)),
         }
         let options = LinkOptions {
             queues: self.queue_pairs.unwrap_or(1),
             mac: self.mac,
             offloads,
             host: self.host_end(),
+            forwards: &self.forward,
+            passt_arguments: &self.passt_arg,
         };
         Ok(link.open(options)?)
     }
@@ -266,31 +353,60 @@ impl NetArgs {
     /// # Errors
     /// [`ArgsError`]
     pub fn open(&self) -> Result<Net, ArgsError> {
+        let opened = self.open_link(&self.offloads()?.candidates())?;
         let Opened {
             name,
             interface,
             queues,
             offloads,
             mac,
-        } = self.open_link(&self.offloads()?.candidates())?;
+        } = match &self.pcap {
+            Some(path) => opened.captured(path, self.pcap_snap)?,
+            None => opened,
+        };
         let pairs = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
+        let rss = self.rss == OnOff::On && pairs > 1 && can_steer(interface.as_ref());
         let config = NetConfig {
             mac,
             pairs,
             mtu: self.mtu,
             speed: self.speed,
-            hash_types: 0,
+            hash_types: if rss || self.hash_report {
+                HASH_TYPES
+            } else {
+                0
+            },
         };
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
+            coalescing: true,
             standby: self.standby,
+            rss,
+            hash_report: self.hash_report,
             multi_queue: pairs > 1,
             packed: self.packed == OnOff::On,
             in_order: self.in_order == OnOff::On,
         };
         let features = offered(offloads, extras);
-        Net::new(config, features, &name, interface, queues).map_err(ArgsError::System)
+        let poll = PollLimits {
+            window: Duration::from_micros(self.poll.into()),
+            budget: self.poll_budget,
+        };
+        Net::new(config, features, &name, interface, queues)
+            .map(|net| net.spinning(poll))
+            .map_err(ArgsError::System)
+    }
+}
+
+/// Whether packets can go to the queues that a driver wants.
+fn can_steer(interface: &dyn Interface) -> bool {
+    match interface.prepare_steering() {
+        Ok(()) => true,
+        Err(error) => {
+            info!("RSS is not offered: {}", Causes(&error));
+            false
+        }
     }
 }
 
@@ -322,6 +438,9 @@ mod tests {
         assert!(parse(&["--tap", "t", "--mtu", "67"]).is_err());
         assert!(parse(&["--tap", "t", "--mac", "01:00:00:00:00:00"]).is_err());
         assert!(parse(&["--tap", "t", "--tap-ip", "10.0.0.1"]).is_err());
+        assert!(parse(&["--tap", "t", "--standby"]).is_err());
+        let standby = ["--tap", "t", "--standby", "--mac", "02:00:00:00:00:01"];
+        assert!(parse(&standby).unwrap().standby);
         let same = parse(&["--tap-fd", "900,900"]).unwrap().open();
         assert!(matches!(same, Err(ArgsError::SameFd(900))));
     }

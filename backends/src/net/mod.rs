@@ -24,6 +24,7 @@
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
 //! | `tx`, `rx`, `ring` | the data path |
+//! | `hash`, `steering` | hashes of packets, and receive-side scaling |
 //! | `coalesce` | interrupts that are held back |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
@@ -38,13 +39,13 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
-#[allow(dead_code, reason = "for links that are sockets")]
+mod hash;
 mod iov;
-#[allow(dead_code, reason = "for links that are sockets")]
 mod link;
 mod ring;
 mod rx;
 mod settings;
+mod steering;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -53,4 +54,7 @@ mod worker;
 pub use args::{ArgsError, Cidr, CidrError, NetArgs, Offload};
 pub use config::{MacAddress, MacError};
 pub use device::Net;
-pub use link::{LinkError, LinkSpec, LinkSpecError, Tap, TapError, TapQueue};
+pub use link::{
+    Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
+    Tap, TapError, TapQueue, XdpError,
+};

@@ -84,6 +84,7 @@ impl BackEnd {
         queues: u16,
         socket: Option<String>,
         arguments: &[String],
+        ordinary_user: bool,
     ) -> Result<Self> {
         let stem = match kind {
             Kind::Blk => "blk",
@@ -92,6 +93,9 @@ impl BackEnd {
         let socket = socket.unwrap_or_else(|| fresh_name(site, stem, "sock"));
         let mut command = site.program(program);
         command.arg("--socket-path").arg(&socket).args(arguments);
+        if ordinary_user {
+            command = command::as_ordinary_user(&command);
+        }
         Self::start(site, program, kind, queues, socket, command)
     }
 
@@ -121,6 +125,7 @@ pub struct Blk {
     program: &'static str,
     path: PathBuf,
     queues: u16,
+    socket: Option<String>,
     arguments: Vec<String>,
 }
 
@@ -132,6 +137,7 @@ impl Blk {
             program: "ringside-blk",
             path: path.into(),
             queues: 1,
+            socket: None,
             arguments: Vec::new(),
         }
     }
@@ -147,6 +153,13 @@ impl Blk {
     #[must_use]
     pub fn queues(mut self, queues: u16) -> Self {
         self.queues = queues;
+        self
+    }
+
+    /// The socket of one that is gone, to take its place.
+    #[must_use]
+    pub fn in_place_of(mut self, gone: &BackEnd) -> Self {
+        self.socket = Some(gone.socket.clone());
         self
     }
 
@@ -170,16 +183,19 @@ impl Blk {
             Kind::Blk,
             self.program,
             self.queues,
-            None,
+            self.socket,
             &self.arguments,
+            false,
         )
     }
 }
 
-/// Starts `ringside-net` on a TAP of the test's network namespace.
+/// Starts `ringside-net` on a TAP of the test's network namespace, or another link.
 #[derive(Debug)]
 pub struct Net {
-    tap: String,
+    /// Name of the TAP, if it is one.
+    tap: Option<String>,
+    ordinary_user: bool,
     address: Option<String>,
     pairs: u16,
     socket: Option<String>,
@@ -191,12 +207,33 @@ impl Net {
     #[must_use]
     pub fn tap(name: &str) -> Self {
         Self {
-            tap: name.into(),
+            tap: Some(name.into()),
+            ..Self::without(format!("--tap={name}"))
+        }
+    }
+
+    /// A network card on a link that is ready, as `--link` has it.
+    #[must_use]
+    pub fn link(link: &str) -> Self {
+        Self::without(format!("--link={link}"))
+    }
+
+    fn without(argument: String) -> Self {
+        Self {
+            tap: None,
+            ordinary_user: false,
             address: None,
             pairs: 1,
             socket: None,
-            arguments: Vec::new(),
+            arguments: vec![argument],
         }
+    }
+
+    /// Runs it as a user without privileges.
+    #[must_use]
+    pub fn as_ordinary_user(mut self) -> Self {
+        self.ordinary_user = true;
+        self
     }
 
     /// The address (with its prefix length) that this side of the TAP gets.
@@ -232,7 +269,6 @@ impl Net {
     /// # Errors
     /// Fails, with the end of its log, if it does not come up; and if the TAP cannot be set up.
     pub fn start(mut self, site: &Site) -> Result<BackEnd> {
-        self.arguments.push(format!("--tap={}", self.tap));
         self.arguments.push(format!("--queue-pairs={}", self.pairs));
         let backend = BackEnd::ours(
             site,
@@ -241,11 +277,14 @@ impl Net {
             self.pairs,
             self.socket.take(),
             &self.arguments,
+            self.ordinary_user,
         )?;
-        if let Some(address) = &self.address {
-            command::run_line(&format!("ip address add {address} dev {}", self.tap))?;
+        if let Some(tap) = &self.tap {
+            if let Some(address) = &self.address {
+                command::run_line(&format!("ip address add {address} dev {tap}"))?;
+            }
+            command::run_line(&format!("ip link set {tap} up"))?;
         }
-        command::run_line(&format!("ip link set {} up", self.tap))?;
         Ok(backend)
     }
 }

@@ -14,7 +14,7 @@ use nix::sys::signal::Signal;
 
 use super::backend::{BackEnd, Blk, Kind};
 use super::daemon::{fresh_name, signal_child};
-use crate::command::{describe, wait_for};
+use crate::command::{as_ordinary_user, describe, wait_for};
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::site::{QemuVersion, Site};
 
@@ -45,9 +45,11 @@ pub struct GuestBuilder<'a> {
     cpus: u32,
     memory: String,
     diskless: bool,
+    ordinary_user: bool,
     pvh: bool,
     back_ends: Vec<&'a BackEnd>,
     packed: bool,
+    reconnects: bool,
     passed_through: Vec<String>,
     kernel_arguments: Vec<String>,
     arguments: Vec<String>,
@@ -76,6 +78,13 @@ impl<'a> GuestBuilder<'a> {
         self
     }
 
+    /// Runs the VMM as a user without privileges, who must have access to `/dev/kvm` and to the sockets.
+    #[must_use]
+    pub fn as_ordinary_user(mut self) -> Self {
+        self.ordinary_user = true;
+        self
+    }
+
     /// Boots the kernel as an ELF file by PVH, in place of the bzImage.
     #[must_use]
     pub fn pvh(mut self) -> Self {
@@ -94,6 +103,13 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn packed(mut self) -> Self {
         self.packed = true;
+        self
+    }
+
+    /// Lets QEMU look for back-ends that went away. `ringside-vmm` does so by itself.
+    #[must_use]
+    pub fn reconnects(mut self) -> Self {
+        self.reconnects = true;
         self
     }
 
@@ -140,6 +156,9 @@ impl<'a> GuestBuilder<'a> {
             Vmm::Qemu11 => self.qemu(site, QemuVersion::V11),
         };
         command.args(&self.arguments);
+        if self.ordinary_user {
+            command = as_ordinary_user(&command);
+        }
         if let Some(cpu) = site.guest_cpu() {
             command = pinned(&command, cpu);
         }
@@ -232,8 +251,15 @@ impl<'a> GuestBuilder<'a> {
         let packed = if self.packed { ",packed=on" } else { "" };
         for (number, back_end) in self.back_ends.iter().enumerate() {
             let queues = back_end.queues;
-            qemu.arg("-chardev")
-                .arg(format!("socket,id=char{number},path={}", back_end.socket));
+            let reconnect = if self.reconnects {
+                ",reconnect-ms=100"
+            } else {
+                ""
+            };
+            qemu.arg("-chardev").arg(format!(
+                "socket,id=char{number},path={}{reconnect}",
+                back_end.socket
+            ));
             match back_end.kind {
                 Kind::Blk => {
                     qemu.arg("-device").arg(format!(
@@ -308,9 +334,11 @@ impl Guest {
             cpus: 1,
             memory: "512M".into(),
             diskless: false,
+            ordinary_user: false,
             pvh: false,
             back_ends: Vec::new(),
             packed: false,
+            reconnects: false,
             passed_through: Vec::new(),
             kernel_arguments: Vec::new(),
             arguments: Vec::new(),

@@ -23,7 +23,7 @@ pub use counters::{
 pub use daemon::Daemon;
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};
 pub use kernel_log::{KernelLog, dma_fault};
-pub use network::{Capture, Namespace, iperf3, iperf3_server};
+pub use network::{Capture, Namespace, http_server, iperf3, iperf3_server, name_server};
 pub use null_blk::with_null_blk;
 pub use passthrough::{Assigned, Device, PciId, VirtualFunctions, ringside_vfio};
 pub use registers::{Registers, Transfer, Width, edu_transfer, igbvf_transmit_from};

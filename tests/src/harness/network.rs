@@ -1,14 +1,20 @@
 //! Networks around a guest: namespaces beyond the test's own, and iperf3.
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::fs::File;
+use std::io;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::thread;
 use std::time::Duration;
+
+use nix::sched::{CloneFlags, setns};
 
 use super::daemon::{Daemon, fresh_name};
 use super::guest::Guest;
 use crate::command;
-use crate::error::{LabError, Result};
+use crate::error::{Doing, LabError, Result};
 use crate::site::Site;
 
 /// How long a server may take to listen, on plain hardware.
@@ -72,6 +78,23 @@ impl Namespace {
         entering
     }
 
+    /// Does something on a thread in the namespace: sockets that it opens belong there.
+    ///
+    /// # Errors
+    /// Fails if the namespace cannot be entered, or as `act` does.
+    pub fn within<T: Send>(&self, act: impl FnOnce() -> io::Result<T> + Send) -> Result<T> {
+        let path = format!("/proc/{}/ns/net", self.holder.pid());
+        let doing = || format!("work in the namespace {path}");
+        let entered = || {
+            let namespace = File::open(&path)?;
+            setns(namespace, CloneFlags::CLONE_NEWNET)?;
+            act()
+        };
+        thread::scope(|scope| scope.spawn(entered).join())
+            .unwrap_or_else(|_| Err(io::Error::other("the thread panicked")))
+            .doing(doing)
+    }
+
     /// As [`command::run_line`], in the namespace.
     ///
     /// # Errors
@@ -87,7 +110,8 @@ impl Namespace {
 /// Records the headers of what passes an interface of the test's own namespace.
 #[derive(Debug)]
 pub struct Capture {
-    tcpdump: Daemon,
+    /// What writes it, if that is still at work.
+    tcpdump: Option<Daemon>,
     file: PathBuf,
 }
 
@@ -109,7 +133,17 @@ impl Capture {
             // It is created when the recording has begun.
             file.exists()
         })?;
-        Ok(Self { tcpdump, file })
+        Ok(Self {
+            tcpdump: Some(tcpdump),
+            file,
+        })
+    }
+
+    /// A file that somebody else has written.
+    #[must_use]
+    pub fn of(file: PathBuf) -> Self {
+        let tcpdump = None;
+        Self { tcpdump, file }
     }
 
     /// Ends the recording; counts the packets that match each of the filters (pcap-filter(7)).
@@ -121,7 +155,9 @@ impl Capture {
         site: &Site,
         filters: [impl AsRef<OsStr>; N],
     ) -> Result<[u64; N]> {
-        self.tcpdump.stop(site)?;
+        if let Some(tcpdump) = &mut self.tcpdump {
+            tcpdump.stop(site)?;
+        }
         let mut counts = [0; N];
         for (count, filter) in counts.iter_mut().zip(filters) {
             let mut command = site.root_program("usr/bin/tcpdump");
@@ -141,6 +177,69 @@ impl Capture {
     }
 }
 
+/// Starts a server of HTTP, in a namespace, for the files of a directory.
+///
+/// # Errors
+/// Fails if it does not come to listen.
+pub fn http_server(site: &Site, namespace: &Namespace, directory: &Path) -> Result<Daemon> {
+    let mut command = site.root_program("usr/bin/busybox");
+    command
+        .args(["httpd", "-f", "-p", "80", "-h"])
+        .arg(directory);
+    let mut server = Daemon::start(site, "httpd", namespace.enter(&command))?;
+    let pid = server.pid();
+    server.wait_until("it listens", site.limit(LISTEN_LIMIT), || listens(pid, 80))?;
+    Ok(server)
+}
+
+/// Answers questions of DNS for the address of any name, in a namespace, with one address, as long as the test runs.
+///
+/// # Errors
+/// Fails if its port cannot be had.
+pub fn name_server(namespace: &Namespace, address: Ipv4Addr) -> Result<()> {
+    let socket = namespace.within(|| UdpSocket::bind(("0.0.0.0", 53)))?;
+    thread::spawn(move || {
+        let mut question = [0; 512];
+        while let Ok((len, peer)) = socket.recv_from(&mut question) {
+            let asked = question.get(..len).unwrap_or_default();
+            if let Some(answer) = dns_answer(asked, address) {
+                // Who does not get it asks again.
+                let _ = socket.send_to(&answer, peer);
+            }
+        }
+    });
+    Ok(())
+}
+
+/// The answer to a question with one name (RFC 1035, 4.1): the address if it asks for one of IPv4, else nothing.
+fn dns_answer(question: &[u8], address: Ipv4Addr) -> Option<Vec<u8>> {
+    let (header, rest) = question.split_first_chunk::<12>()?;
+    let name = rest.iter().position(|byte| *byte == 0)?;
+    // The name with its end, the type and the class.
+    let asked = rest.get(..name + 5)?;
+    let count = u8::from(asked.get(name + 1..name + 3)? == [0, 1]);
+    let [id0, id1, ..] = *header;
+    // A response, without error.
+    let mut answer = vec![id0, id1, 0x81, 0x80, 0, 1, 0, count, 0, 0, 0, 0];
+    answer.extend(asked);
+    if count == 1 {
+        // The name again, type A, class IN, for a minute, four bytes.
+        answer.extend([0xc0, 12, 0, 1, 0, 1, 0, 0, 0, 60, 0, 4]);
+        answer.extend(address.octets());
+    }
+    Some(answer)
+}
+
+/// A process's network namespace has a TCP socket that listens on this port.
+fn listens(pid: u32, port: u16) -> bool {
+    let local = format!(":{port:04X} 0");
+    ["tcp", "tcp6"].iter().any(|file| {
+        // In state LISTEN (0A).
+        std::fs::read_to_string(format!("/proc/{pid}/net/{file}"))
+            .is_ok_and(|table| table.contains(&local) && table.contains(" 0A "))
+    })
+}
+
 /// Starts an iperf3 server, in a namespace or in the test's own.
 ///
 /// # Errors
@@ -154,11 +253,7 @@ pub fn iperf3_server(site: &Site, namespace: Option<&Namespace>) -> Result<Daemo
     let mut server = Daemon::start(site, "iperf3", command)?;
     let pid = server.pid();
     server.wait_until("it listens", site.limit(LISTEN_LIMIT), || {
-        // Port 5201 (0x1451) in state LISTEN (0A), of the namespace that process is in.
-        ["tcp", "tcp6"].iter().any(|file| {
-            std::fs::read_to_string(format!("/proc/{pid}/net/{file}"))
-                .is_ok_and(|table| table.contains(":1451 0") && table.contains(" 0A "))
-        })
+        listens(pid, 5201)
     })?;
     Ok(server)
 }

@@ -5,8 +5,11 @@ mod bench;
 mod blk;
 mod blk_control;
 mod boot;
+mod crash;
 mod formats;
+mod links;
 mod net;
+mod net_features;
 mod others;
 mod vfio;
 mod zoned;
@@ -48,9 +51,12 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         boot::TESTS,
         blk::TESTS,
         blk_control::TESTS,
+        crash::TESTS,
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
+        links::TESTS,
+        net_features::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]

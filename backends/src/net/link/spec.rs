@@ -1,12 +1,17 @@
 //! The option --link, and how a link is opened.
 
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
 use thiserror::Error;
 
 use super::idle::{MAX_GENERATED, MIN_GENERATED};
+use super::packet::Packet;
+use super::passt::{Forward, Passt, Source};
+use super::pcap::tee;
+use super::xdp::Xdp;
 use super::{AnyLink, Fixed, Generate, Interface, LinkError, Null, Tap};
 use crate::net::args::Cidr;
 use crate::net::config::MacAddress;
@@ -16,6 +21,14 @@ use crate::net::config::MacAddress;
 pub enum LinkSpec {
     /// A TAP interface.
     Tap(String),
+    /// A macvtap interface that there is.
+    Macvtap(String),
+    /// A packet socket on an interface.
+    Packet(String),
+    /// AF_XDP sockets on an interface.
+    Xdp(String),
+    /// A passt: one that listens on this socket, or one that this program starts.
+    Passt(Option<PathBuf>),
     /// Nothing.
     Null,
     /// A source of frames of this many bytes.
@@ -27,7 +40,9 @@ pub enum LinkSpec {
 #[non_exhaustive]
 pub enum LinkSpecError {
     /// No such kind.
-    #[error("there is no link of kind \"{0}\"; there are tap:NAME, null and generate:BYTES")]
+    #[error(
+        "there is no link of kind \"{0}\"; there are tap:NAME, macvtap:NAME, packet:NAME, xdp:NAME, passt, passt:SOCKET, null and generate:BYTES"
+    )]
     Kind(String),
     /// The name is missing.
     #[error("a link of kind {0} needs the name of an interface, as in {0}:eth0")]
@@ -56,6 +71,12 @@ impl FromStr for LinkSpec {
         };
         match kind {
             "tap" => Ok(Self::Tap(name("tap")?)),
+            "macvtap" => Ok(Self::Macvtap(name("macvtap")?)),
+            "packet" => Ok(Self::Packet(name("packet")?)),
+            "xdp" => Ok(Self::Xdp(name("xdp")?)),
+            "passt" => Ok(Self::Passt(
+                rest.filter(|path| !path.is_empty()).map(PathBuf::from),
+            )),
             "null" if rest.is_some() => Err(LinkSpecError::TooMuch("null")),
             "null" => Ok(Self::Null),
             "generate" => {
@@ -78,6 +99,11 @@ impl fmt::Display for LinkSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tap(name) => write!(f, "tap:{name}"),
+            Self::Macvtap(name) => write!(f, "macvtap:{name}"),
+            Self::Packet(name) => write!(f, "packet:{name}"),
+            Self::Xdp(name) => write!(f, "xdp:{name}"),
+            Self::Passt(Some(path)) => write!(f, "passt:{}", path.display()),
+            Self::Passt(None) => f.write_str("passt"),
             Self::Null => f.write_str("null"),
             Self::Generate(len) => write!(f, "generate:{len}"),
         }
@@ -108,6 +134,10 @@ pub(in crate::net) struct LinkOptions<'a> {
     pub(in crate::net) offloads: &'a [u32],
     /// For a TAP.
     pub(in crate::net) host: HostEnd,
+    /// For a passt that this program starts: ports of the host that lead to the guest.
+    pub(in crate::net) forwards: &'a [Forward],
+    /// For a passt that this program starts: more arguments.
+    pub(in crate::net) passt_arguments: &'a [String],
 }
 
 /// A link that is open.
@@ -135,15 +165,61 @@ impl LinkSpec {
             mac,
             offloads,
             host,
+            forwards,
+            passt_arguments,
         } = options;
         let mac = mac.unwrap_or_else(MacAddress::random);
         let name = self.to_string();
         // Who takes whatever comes, and gives whole frames only, has all offloads.
         let whole = offloads.first().copied().unwrap_or(0);
         Ok(match self {
-            Self::Tap(name) => {
-                let (tap, queues) = Tap::open(name, queues)?;
+            Self::Tap(interface) => {
+                let (tap, queues) = Tap::open(interface, queues)?;
                 Opened::tap(tap, queues, mac, offloads, host)?
+            }
+            Self::Macvtap(interface) => {
+                let (tap, queues) = Tap::macvtap(interface, queues)?;
+                // Packets for other addresses do not reach it.
+                let mac = match options.mac {
+                    Some(mac) => mac,
+                    None => tap.mac()?,
+                };
+                let opened = Opened::tap(tap, queues, mac, offloads, host)?;
+                Opened { name, ..opened }
+            }
+            Self::Packet(interface) => Opened {
+                name,
+                interface: Arc::new(Fixed),
+                queues: Packet::open(interface, queues)?
+                    .into_iter()
+                    .map(|queue| AnyLink::Other(Box::new(queue)))
+                    .collect(),
+                offloads: whole,
+                mac,
+            },
+            Self::Xdp(interface) => Opened {
+                name,
+                interface: Arc::new(Fixed),
+                queues: Xdp::open(interface, queues)?
+                    .into_iter()
+                    .map(|queue| AnyLink::Other(Box::new(queue)))
+                    .collect(),
+                offloads: 0,
+                mac,
+            },
+            Self::Passt(_) if queues > 1 => return Err(LinkError::OneQueue { kind: "passt" }),
+            Self::Passt(path) => {
+                let source = match path {
+                    Some(path) => Source::Listening(path.clone()),
+                    None => Source::started(forwards, passt_arguments, host.mtu),
+                };
+                Opened {
+                    name,
+                    interface: Arc::new(Fixed),
+                    queues: vec![AnyLink::Other(Box::new(Passt::open(source)?))],
+                    offloads: 0,
+                    mac,
+                }
             }
             Self::Null => Opened {
                 name,
@@ -166,6 +242,15 @@ impl LinkSpec {
 }
 
 impl Opened {
+    /// With a file that gets a copy of its frames, at most `snap` bytes of each.
+    ///
+    /// # Errors
+    /// [`LinkError::Pcap`]
+    pub(in crate::net) fn captured(self, path: &Path, snap: u32) -> Result<Self, LinkError> {
+        let queues = tee(self.queues, path, snap)?;
+        Ok(Self { queues, ..self })
+    }
+
     /// A TAP interface that is open.
     ///
     /// # Errors

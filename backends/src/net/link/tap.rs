@@ -1,4 +1,5 @@
-//! A Linux TAP interface: opened by name or inherited, its offloads, and its queues.
+//! A Linux TAP interface: opened by name or inherited, its offloads, and its queues. A macvtap interface is one, too, whose
+//! other end is the network of a real interface.
 //!
 //! The interface is one object of the kernel, each open file one queue of it. [`Tap`] speaks about the
 //! interface, [`TapQueue`] is what one queue pair reads and writes.
@@ -9,17 +10,21 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use epoll::Events;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
+use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 use thiserror::Error;
 use tracing::error;
 
 use super::{Interface, Link, LinkError, Ready};
+use crate::net::config::MacAddress;
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
+use crate::net::steering::{Rss, Steering};
 
 /// The clone device from which TAP queues are opened.
 const TUN_DEVICE: &str = "/dev/net/tun";
@@ -50,6 +55,40 @@ pub enum TapError {
         name: String,
         /// Queues wanted.
         queues: u16,
+    },
+    /// No such macvtap interface.
+    #[error(
+        "there is no macvtap interface \"{name}\": make one on an interface of the host \
+         (ip link add link eth0 name {name} type macvtap mode bridge)"
+    )]
+    NoMacvtap {
+        /// What was asked for.
+        name: String,
+    },
+    /// The device file of a macvtap interface is not there, or not for us.
+    #[error(
+        "cannot open {path}, the device file of \"{name}\": it must be there, and this user have access to it"
+    )]
+    OpenMacvtap {
+        /// Name of the interface.
+        name: String,
+        /// The file.
+        path: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The device file is that of an interface in another network namespace.
+    #[error(
+        "{path} is the device file of \"{other}\", not of \"{name}\": it is in another network namespace"
+    )]
+    OtherMacvtap {
+        /// Name of the interface.
+        name: String,
+        /// The file.
+        path: String,
+        /// Whose it is.
+        other: String,
     },
     /// Somebody has it open.
     #[error("TAP \"{name}\" is in use by another program: end that, or choose another name")]
@@ -115,6 +154,18 @@ pub enum TapError {
         /// Interface of the other one.
         other: String,
     },
+    /// The kernel takes no program that steers packets.
+    #[error(
+        "the kernel takes no program that steers packets of \"{name}\": give this program CAP_BPF, or allow all of them that \
+         (sysctl kernel.unprivileged_bpf_disabled=0)"
+    )]
+    Steering {
+        /// Name of the interface.
+        name: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// Another request to the kernel failed.
     #[error("TAP \"{name}\": {what} failed")]
     Request {
@@ -140,8 +191,50 @@ pub struct TapQueue {
     /// It can be attached to and detached from the interface (IFF_MULTI_QUEUE).
     switchable: bool,
     attached: bool,
+    /// Its number among the queues of the interface that are ours.
+    number: u16,
+    members: Arc<Mutex<Members>>,
     /// The interface was deleted, and that was said.
     lost: bool,
+}
+
+/// The queues that are attached, and how packets are spread over them. The kernel knows queues by their position in an array
+/// of those: a queue that is attached comes last, and the last one takes the place of one that is detached.
+#[derive(Debug, Default)]
+struct Members {
+    order: Vec<u16>,
+    steering: Option<Steering>,
+    rss: Option<Rss>,
+}
+
+impl Members {
+    /// A queue was attached, or detached.
+    fn moved(&mut self, number: u16, attached: bool) {
+        let place = self.order.iter().position(|&other| other == number);
+        match (attached, place) {
+            (true, None) => self.order.push(number),
+            (false, Some(place)) => drop(self.order.swap_remove(place)),
+            _ => {}
+        }
+    }
+
+    /// Tells the kernel.
+    fn steer(&self) -> io::Result<()> {
+        let (Some(steering), Some(rss)) = (&self.steering, &self.rss) else {
+            return Ok(());
+        };
+        steering.set(rss, |number| {
+            let place = self.order.iter().position(|&other| other == number);
+            // Packets of a queue that is not there go to the first one.
+            place
+                .and_then(|place| u16::try_from(place).ok())
+                .unwrap_or(0)
+        })
+    }
+}
+
+fn lock(members: &Mutex<Members>) -> MutexGuard<'_, Members> {
+    members.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl TapQueue {
@@ -152,6 +245,8 @@ impl TapQueue {
             fd,
             switchable: false,
             attached: true,
+            number: 0,
+            members: Arc::default(),
             lost: false,
         }
     }
@@ -201,9 +296,11 @@ impl Link for TapQueue {
         } else {
             libc::IFF_DETACH_QUEUE
         };
+        let mut members = lock(&self.members);
         ioctls::set_queue(self.fd.as_fd(), flag)?;
         self.attached = attached;
-        Ok(())
+        members.moved(self.number, attached);
+        members.steer()
     }
 
     fn advice(&self, error: &io::Error) -> Option<&'static str> {
@@ -224,6 +321,7 @@ pub struct Tap {
     name: String,
     /// A second descriptor of the first queue, which is never detached: requests on a detached queue fail.
     control: OwnedFd,
+    members: Arc<Mutex<Members>>,
 }
 
 impl Tap {
@@ -239,6 +337,7 @@ impl Tap {
         let queues = queues.max(1);
         let mut name = name.to_owned();
         let mut opened = Vec::new();
+        let members = Arc::default();
         let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         if queues > 1 {
             flags |= libc::IFF_MULTI_QUEUE;
@@ -258,10 +357,63 @@ impl Tap {
                 fd,
                 switchable: queues > 1,
                 attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
                 lost: false,
             });
         }
         Self::with_queues(name, opened)
+    }
+
+    /// Opens `queues` queues of the macvtap interface `name`, which there must be.
+    ///
+    /// # Errors
+    /// [`TapError`]
+    pub fn macvtap(name: &str, queues: u16) -> Result<(Self, Vec<TapQueue>), TapError> {
+        check_name(name)?;
+        let queues = queues.max(1);
+        let owned = || name.to_owned();
+        let index = if_nametoindex(name).map_err(|_| TapError::NoMacvtap { name: owned() })?;
+        let path = format!("/dev/tap{index}");
+        let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        if queues > 1 {
+            flags |= libc::IFF_MULTI_QUEUE;
+        }
+        let mut opened = Vec::new();
+        let members = Arc::default();
+        for _ in 0..queues {
+            let fd = open_queue(&path).map_err(|source| match source.raw_os_error() {
+                Some(libc::ENOENT) => TapError::NoMacvtap { name: owned() },
+                Some(libc::EBUSY) => TapError::TooManyQueues {
+                    name: owned(),
+                    queues,
+                },
+                _ => TapError::OpenMacvtap {
+                    name: owned(),
+                    path: path.clone(),
+                    source,
+                },
+            })?;
+            ioctls::set_interface(fd.as_fd(), name, flags)
+                .and_then(|_| ioctls::get_interface(fd.as_fd()))
+                .map_err(|errno| open_error(name, queues, errno))
+                .and_then(|(other, _)| {
+                    let (name, path) = (owned(), path.clone());
+                    match other == name {
+                        true => Ok(()),
+                        false => Err(TapError::OtherMacvtap { name, path, other }),
+                    }
+                })?;
+            opened.push(TapQueue {
+                fd,
+                switchable: queues > 1,
+                attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
+                lost: false,
+            });
+        }
+        Self::with_queues(owned(), opened)
     }
 
     /// Takes over descriptors that a parent has opened, one for each queue. Each number is taken once: the
@@ -271,6 +423,7 @@ impl Tap {
     /// [`TapError::NotATap`], [`TapError::Flags`], [`TapError::Mixed`]
     pub fn inherit(fds: &[RawFd]) -> Result<(Self, Vec<TapQueue>), TapError> {
         let mut opened = Vec::new();
+        let members = Arc::default();
         let mut interface: Option<(RawFd, String)> = None;
         for &number in fds {
             let not_a_tap = |errno: Errno| TapError::NotATap {
@@ -315,10 +468,22 @@ impl Tap {
                 fd,
                 switchable: fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE != 0,
                 attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
                 lost: false,
             });
         }
         let name = interface.map(|(_, name)| name).unwrap_or_default();
+        // Whoever attached them may have done so in another order.
+        for flag in [libc::IFF_DETACH_QUEUE, libc::IFF_ATTACH_QUEUE] {
+            for queue in opened.iter().skip(1).filter(|queue| queue.switchable) {
+                ioctls::set_queue(queue.fd.as_fd(), flag).map_err(|source| TapError::Request {
+                    name: name.clone(),
+                    what: "putting inherited queues in order",
+                    source,
+                })?;
+            }
+        }
         Self::with_queues(name, opened)
     }
 
@@ -329,13 +494,65 @@ impl Tap {
             None => Err(none()),
         };
         match control {
-            Ok(control) => Ok((Self { name, control }, queues)),
+            Ok(control) => {
+                let members = queues.first().map(|queue| Arc::clone(&queue.members));
+                let tap = Self {
+                    name,
+                    control,
+                    members: members.unwrap_or_default(),
+                };
+                lock(&tap.members).order = queues.iter().map(|queue| queue.number).collect();
+                Ok((tap, queues))
+            }
             Err(source) => Err(TapError::Request {
                 name,
                 what: "duplicating a queue's descriptor",
                 source,
             }),
         }
+    }
+
+    /// Gives the kernel the program that steers packets to queues.
+    ///
+    /// # Errors
+    /// [`TapError::Steering`]
+    fn prepare_steering(&self) -> Result<(), TapError> {
+        let load = || -> io::Result<Steering> {
+            let steering = Steering::load()?;
+            // Does this kernel take it?
+            ioctls::set_steering(self.control.as_fd(), Some(steering.program()))?;
+            ioctls::set_steering(self.control.as_fd(), None)?;
+            Ok(steering)
+        };
+        let steering = load().map_err(|source| TapError::Steering {
+            name: self.name.clone(),
+            source,
+        })?;
+        lock(&self.members).steering = Some(steering);
+        Ok(())
+    }
+
+    /// Has packets go to the queues that a driver wants, or as the kernel likes.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    fn steer(&self, rss: Option<Rss>) -> Result<(), TapError> {
+        let mut members = lock(&self.members);
+        let steered = rss.is_some();
+        let before = std::mem::replace(&mut members.rss, rss).is_some();
+        let done = members.steer().and_then(|()| {
+            if steered == before {
+                return Ok(());
+            }
+            let steering = members.steering.as_ref().filter(|_| steered);
+            let program = steering.map(Steering::program);
+            Ok(ioctls::set_steering(self.control.as_fd(), program)?)
+        });
+        done.map_err(|source| TapError::Request {
+            name: self.name.clone(),
+            what: "steering packets to queues",
+            source,
+        })
     }
 
     /// Name of the interface.
@@ -406,6 +623,21 @@ impl Tap {
         self.request("setting the MTU", result)
     }
 
+    /// The interface's own address.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    pub(super) fn mac(&self) -> Result<MacAddress, TapError> {
+        inet_socket()
+            .and_then(|s| ioctls::get_mac(s.as_fd(), &self.name))
+            .map(MacAddress::new)
+            .map_err(|errno| TapError::Request {
+                name: self.name.clone(),
+                what: "asking for its address",
+                source: errno.into(),
+            })
+    }
+
     /// Brings the interface up.
     ///
     /// # Errors
@@ -440,6 +672,17 @@ impl Interface for Tap {
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
         Ok(Self::set_offloads(self, offloads)?)
     }
+
+    fn prepare_steering(&self) -> Result<(), LinkError> {
+        Ok(Self::prepare_steering(self)?)
+    }
+
+    fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
+        if rss.is_some() && lock(&self.members).steering.is_none() {
+            return Err(LinkError::NoSteering);
+        }
+        Ok(self.steer(rss)?)
+    }
 }
 
 fn check_name(name: &str) -> Result<(), TapError> {
@@ -453,13 +696,16 @@ fn check_name(name: &str) -> Result<(), TapError> {
 }
 
 fn open_device() -> Result<OwnedFd, TapError> {
+    open_queue(TUN_DEVICE).map_err(TapError::OpenDevice)
+}
+
+fn open_queue(path: &str) -> io::Result<OwnedFd> {
     OpenOptions::new()
         .read(true)
         .write(true)
         .custom_flags(libc::O_NONBLOCK)
-        .open(TUN_DEVICE)
+        .open(path)
         .map(OwnedFd::from)
-        .map_err(TapError::OpenDevice)
 }
 
 fn open_error(name: &str, queues: u16, errno: Errno) -> TapError {
@@ -500,9 +746,11 @@ mod ioctls {
         nix::ioctl_write_ptr_bad!(tunsetiff, libc::TUNSETIFF, libc::ifreq);
         nix::ioctl_read_bad!(tungetiff, libc::TUNGETIFF, libc::ifreq);
         nix::ioctl_write_ptr_bad!(tunsetqueue, libc::TUNSETQUEUE, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(tunsetsteeringebpf, libc::TUNSETSTEERINGEBPF, c_int);
         nix::ioctl_write_ptr_bad!(tunsetvnethdrsz, libc::TUNSETVNETHDRSZ, c_int);
         nix::ioctl_read_bad!(siocgifflags, libc::SIOCGIFFLAGS, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifflags, libc::SIOCSIFFLAGS, libc::ifreq);
+        nix::ioctl_read_bad!(siocgifhwaddr, libc::SIOCGIFHWADDR, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifmtu, libc::SIOCSIFMTU, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifaddr, libc::SIOCSIFADDR, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifnetmask, libc::SIOCSIFNETMASK, libc::ifreq);
@@ -599,6 +847,16 @@ mod ioctls {
         unsafe { raw::by_value(fd.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) }.map(drop)
     }
 
+    /// Has the interface ask a program for the queue of each packet, or none.
+    pub(super) fn set_steering(
+        fd: BorrowedFd<'_>,
+        program: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Errno> {
+        let program = program.map_or(-1, |program| program.as_raw_fd());
+        // SAFETY: the kernel reads one int, which lives until after the call.
+        unsafe { raw::tunsetsteeringebpf(fd.as_raw_fd(), &raw const program) }.map(drop)
+    }
+
     pub(super) fn set_persist(fd: BorrowedFd<'_>) -> Result<(), Errno> {
         // SAFETY: the argument is a truth value, not a pointer.
         unsafe { raw::by_value(fd.as_raw_fd(), libc::TUNSETPERSIST, 1) }.map(drop)
@@ -608,6 +866,19 @@ mod ioctls {
         let request = ifreq(name, libc::__c_anonymous_ifr_ifru { ifru_mtu: mtu })?;
         // SAFETY: the kernel reads one ifreq, which lives until after the call.
         unsafe { raw::siocsifmtu(socket.as_raw_fd(), &raw const request) }.map(drop)
+    }
+
+    pub(super) fn get_mac(socket: BorrowedFd<'_>, name: &str) -> Result<[u8; 6], Errno> {
+        let mut request = ifreq(name, flags_field(0)?)?;
+        // SAFETY: the kernel reads and writes one ifreq, which lives until after the call.
+        unsafe { raw::siocgifhwaddr(socket.as_raw_fd(), &raw mut request) }?;
+        // SAFETY: all bytes of the union were initialised, and any bits are a sockaddr.
+        let address = unsafe { request.ifr_ifru.ifru_hwaddr };
+        let mut mac = [0; 6];
+        for (to, from) in mac.iter_mut().zip(address.sa_data) {
+            *to = u8::from_ne_bytes(from.to_ne_bytes());
+        }
+        Ok(mac)
     }
 
     pub(super) fn set_up(socket: BorrowedFd<'_>, name: &str) -> Result<(), Errno> {

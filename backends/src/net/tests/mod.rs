@@ -1,5 +1,5 @@
-//! Queue pairs served from a driver's rings: on a socket pair in place of a TAP, and on a TAP where the
-//! system lets us have one.
+//! Queue pairs served from a driver's rings: on a socket pair in place of a TAP, and on a TAP and
+//! other links where the system lets us have them.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -7,6 +7,7 @@
 )]
 
 mod driver;
+mod on_links;
 mod on_socket;
 mod on_tap;
 mod random;

@@ -1,0 +1,494 @@
+//! User-mode networking without privileges: a passt process on the other end of a stream socket.
+//!
+//! ```text
+//!  guest memory ──sendmsg──▶ [length, 4 bytes, big endian][frame] … ─▶ passt ─▶ its own sockets on the host
+//!               ◀──copy───── buffer ◀──recv── as many frames as are there
+//! ```
+//!
+//! passt knows no virtio-net header, so there are no offloads. A frame of which the socket took only a part is finished before
+//! the next one: its rest is kept here. When passt goes, it is connected to or started again, at growing intervals;
+//! frames from the guest are dropped meanwhile.
+
+use std::ffi::OsString;
+use std::io;
+use std::net::IpAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::{Child, Command};
+use std::str::FromStr;
+use std::time::Duration;
+
+use epoll::Events;
+use nix::sys::socket::sockopt::SndBuf;
+use nix::sys::socket::{MsgFlags, recv, send, setsockopt};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use std::os::fd::AsRawFd;
+use thiserror::Error;
+use tracing::{debug, info, warn};
+
+use super::{Link, MAX_HEADER, Ready};
+use crate::net::epoll_set::Watcher;
+use crate::net::iov::IoList;
+use crate::net::tx::MAX_FRAME;
+
+/// Bytes before each frame: its length.
+const PREFIX: usize = 4;
+/// Bytes that are read at once: several of the longest frames.
+const BUFFER: usize = 4 * (PREFIX + MAX_FRAME);
+/// Bytes that the socket is asked to hold, so that long frames pass whole.
+const SOCKET_BUFFER: usize = 1 << 20;
+/// First and longest time between two attempts to have a passt again.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// Name of the program.
+const PROGRAM: &str = "passt";
+
+/// There is no passt to be had.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum PasstError {
+    /// Nobody listens.
+    #[error(
+        "no passt listens at {path}: start one (passt --socket {path}), or say --link passt and let this program start it",
+        path = .path.display()
+    )]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// It cannot be started.
+    #[error("cannot start {PROGRAM}: install it, and have it in the PATH")]
+    Start(#[source] io::Error),
+    /// It ended at once.
+    #[error("{PROGRAM} ended at once ({0}): it says why above")]
+    Ended(std::process::ExitStatus),
+    /// The system refused something that every process needs.
+    #[error("cannot make a socket or a timer for {PROGRAM}")]
+    System(#[source] io::Error),
+}
+
+/// A protocol whose ports can be forwarded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Protocol {
+    Tcp,
+    Udp,
+}
+
+/// A port of the host that leads to a port of the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Forward {
+    protocol: Protocol,
+    /// The address of the host; all without one.
+    address: Option<IpAddr>,
+    host: u16,
+    guest: u16,
+}
+
+/// A text is no forwarded port.
+#[derive(Debug, Error, PartialEq, Eq)]
+#[error(
+    "expected PROTOCOL:[ADDRESS/]HOST-PORT[:GUEST-PORT], as in tcp:8080:80 or udp:127.0.0.1/5353"
+)]
+pub struct ForwardError;
+
+impl FromStr for Forward {
+    type Err = ForwardError;
+
+    fn from_str(text: &str) -> Result<Self, ForwardError> {
+        let (protocol, rest) = text.split_once(':').ok_or(ForwardError)?;
+        let protocol = match protocol {
+            "tcp" => Protocol::Tcp,
+            "udp" => Protocol::Udp,
+            _ => return Err(ForwardError),
+        };
+        let (address, ports) = match rest.split_once('/') {
+            Some((address, ports)) => (Some(address.parse().map_err(|_| ForwardError)?), ports),
+            None => (None, rest),
+        };
+        let port = |text: &str| match text.parse() {
+            Ok(0) | Err(_) => Err(ForwardError),
+            Ok(port) => Ok(port),
+        };
+        let (host, guest) = match ports.split_once(':') {
+            Some((host, guest)) => (port(host)?, port(guest)?),
+            None => (port(ports)?, port(ports)?),
+        };
+        Ok(Self {
+            protocol,
+            address,
+            host,
+            guest,
+        })
+    }
+}
+
+impl Forward {
+    /// As passt has it on its command line.
+    fn arguments(self) -> [OsString; 2] {
+        let option = match self.protocol {
+            Protocol::Tcp => "--tcp-ports",
+            Protocol::Udp => "--udp-ports",
+        };
+        let address = self.address.map(|address| format!("{address}/"));
+        let ports = format!(
+            "{}{}:{}",
+            address.unwrap_or_default(),
+            self.host,
+            self.guest
+        );
+        [option.into(), ports.into()]
+    }
+}
+
+/// Where a passt comes from.
+#[derive(Debug)]
+pub(super) enum Source {
+    /// One listens on this socket.
+    Listening(PathBuf),
+    /// This program starts it, with these arguments.
+    Started(Vec<OsString>),
+}
+
+impl Source {
+    /// A passt to be started, that forwards ports and tells the guest this MTU.
+    pub(super) fn started(forwards: &[Forward], arguments: &[String], mtu: Option<u16>) -> Self {
+        let mtu = mtu.map(|mtu| ["--mtu".into(), mtu.to_string().into()]);
+        let all = mtu
+            .into_iter()
+            .flatten()
+            .chain(forwards.iter().flat_map(|forward| forward.arguments()))
+            .chain(arguments.iter().map(OsString::from));
+        Self::Started(all.collect())
+    }
+
+    /// The stream to it, and its process if it is a child of this program.
+    fn connect(&self) -> Result<(UnixStream, Option<Child>), PasstError> {
+        match self {
+            Self::Listening(path) => {
+                let stream = UnixStream::connect(path).map_err(|source| PasstError::Connect {
+                    path: path.clone(),
+                    source,
+                })?;
+                Ok((stream, None))
+            }
+            Self::Started(arguments) => {
+                let (ours, theirs) = UnixStream::pair().map_err(PasstError::System)?;
+                // It ends when our end of the socket closes, whatever ends this program.
+                let child = Command::new(PROGRAM)
+                    .args(["--foreground", "--quiet", "--fd", "0"])
+                    .args(arguments)
+                    .stdin(OwnedFd::from(theirs))
+                    .spawn()
+                    .map_err(PasstError::Start)?;
+                Ok((ours, Some(child)))
+            }
+        }
+    }
+}
+
+/// A connection to a passt.
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    child: Option<Child>,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if let Some(child) = &mut self.child {
+            // It may have ended already.
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+}
+
+/// The link to a passt.
+pub(super) struct Passt {
+    source: Source,
+    connection: Option<Connection>,
+    watcher: Option<Watcher>,
+    /// Rings when it is time to have a passt again.
+    timer: TimerFd,
+    backoff: Duration,
+    /// What came from it and was not given yet lies in `start..end`.
+    buffer: Box<[u8]>,
+    start: usize,
+    end: usize,
+    /// The rest of a frame of which the socket took a part.
+    pending: Vec<u8>,
+    /// Bytes of it that are gone by now.
+    sent: usize,
+}
+
+impl Passt {
+    /// Connects to a passt, or starts one.
+    pub(super) fn open(source: Source) -> Result<Self, PasstError> {
+        let timer = TimerFd::new(
+            ClockId::CLOCK_MONOTONIC,
+            TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
+        )
+        .map_err(|errno| PasstError::System(errno.into()))?;
+        let (stream, child) = source.connect()?;
+        let connection = Connection { stream, child };
+        prepare(&connection.stream).map_err(PasstError::System)?;
+        Ok(Self {
+            source,
+            connection: Some(connection),
+            watcher: None,
+            timer,
+            backoff: BACKOFF.0,
+            buffer: vec![0; BUFFER].into(),
+            start: 0,
+            end: 0,
+            pending: Vec::with_capacity(PREFIX + MAX_FRAME),
+            sent: 0,
+        })
+    }
+
+    /// The connection is over. There will be another one after a while.
+    fn lose(&mut self, why: &dyn std::fmt::Display) {
+        if self.connection.take().is_none() {
+            return;
+        }
+        warn!("passt is gone ({why}); no packet passes until it is back");
+        self.start = 0;
+        self.end = 0;
+        self.pending.clear();
+        self.sent = 0;
+        self.try_later();
+    }
+
+    fn try_later(&mut self) {
+        let once = Expiration::OneShot(TimeSpec::from(self.backoff));
+        if let Err(error) = self.timer.set(once, TimerSetTimeFlags::empty()) {
+            warn!("passt will not be back: a timer cannot be set: {error}");
+        }
+        self.backoff = self.backoff.saturating_mul(2).min(BACKOFF.1);
+    }
+
+    fn reconnect(&mut self) {
+        let connected = self.source.connect().and_then(|(stream, child)| {
+            let connection = Connection { stream, child };
+            prepare(&connection.stream).map_err(PasstError::System)?;
+            if let Some(watcher) = &self.watcher {
+                let fd = connection.stream.as_fd();
+                watcher.add(fd).map_err(PasstError::System)?;
+            }
+            Ok(connection)
+        });
+        match connected {
+            Ok(connection) => {
+                info!("passt is back");
+                self.connection = Some(connection);
+            }
+            Err(error) => {
+                debug!("passt is not back yet: {}", crate::shell::Chain(&error));
+                self.try_later();
+            }
+        }
+    }
+
+    /// Sends what is left of the last frame. `false` if there is still some.
+    fn drain(&mut self) -> bool {
+        while let Some(rest) = self.pending.get(self.sent..).filter(|r| !r.is_empty()) {
+            let Some(connection) = &self.connection else {
+                break;
+            };
+            let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
+            match send(connection.stream.as_raw_fd(), rest, flags) {
+                Ok(sent) => self.sent = self.sent.saturating_add(sent),
+                Err(nix::Error::EAGAIN) => return false,
+                Err(nix::Error::EINTR) => {}
+                Err(errno) => self.lose(&errno),
+            }
+        }
+        self.pending.clear();
+        self.sent = 0;
+        true
+    }
+
+    /// The length of the next frame and where it lies, if all of it is there.
+    fn next_frame(&self) -> Result<Option<std::ops::Range<usize>>, usize> {
+        let there = self.buffer.get(self.start..self.end).unwrap_or_default();
+        let Some((prefix, rest)) = there.split_first_chunk::<PREFIX>() else {
+            return Ok(None);
+        };
+        let len = usize::try_from(u32::from_be_bytes(*prefix)).unwrap_or(usize::MAX);
+        if len == 0 || len > MAX_FRAME {
+            return Err(len);
+        }
+        let begin = self.start.saturating_add(PREFIX);
+        Ok((rest.len() >= len).then(|| begin..begin.saturating_add(len)))
+    }
+
+    /// Reads more into the buffer. `false` if nothing came.
+    fn fill(&mut self) -> bool {
+        if self.start > 0 {
+            self.buffer.copy_within(self.start..self.end, 0);
+            self.end = self.end.saturating_sub(self.start);
+            self.start = 0;
+        }
+        let Some(connection) = &self.connection else {
+            return false;
+        };
+        let fd = connection.stream.as_raw_fd();
+        let place = self.buffer.get_mut(self.end..).unwrap_or_default();
+        match recv(fd, place, MsgFlags::MSG_DONTWAIT) {
+            Ok(0) => self.lose(&"it closed the connection"),
+            Ok(count) => {
+                self.end = self.end.saturating_add(count);
+                self.backoff = BACKOFF.0;
+                return true;
+            }
+            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
+            Err(errno) => self.lose(&errno),
+        }
+        false
+    }
+}
+
+/// Long frames are to pass whole, if the system lets them.
+fn prepare(stream: &UnixStream) -> io::Result<()> {
+    stream.set_nonblocking(true)?;
+    if let Err(error) = setsockopt(stream, SndBuf, &SOCKET_BUFFER) {
+        debug!("the socket to passt stays as it is: {error}");
+    }
+    Ok(())
+}
+
+impl Link for Passt {
+    fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
+        watcher.add(self.timer.as_fd())?;
+        if let Some(connection) = &self.connection {
+            watcher.add(connection.stream.as_fd())?;
+        }
+        self.watcher = Some(watcher);
+        Ok(())
+    }
+
+    fn ready(&mut self, events: Events) -> Ready {
+        // Both descriptors have one token. The timer runs only while there is no connection.
+        if self.connection.is_none() {
+            let mut rung = [0; 8];
+            if nix::unistd::read(&self.timer, &mut rung).is_ok() {
+                self.reconnect();
+            }
+        } else if events.intersects(Events::EPOLLHUP | Events::EPOLLERR) {
+            self.lose(&"it closed the connection");
+        }
+        Ready {
+            readable: true,
+            writable: self.drain(),
+        }
+    }
+
+    fn send(&mut self, frame: &mut IoList, header_len: usize) -> io::Result<()> {
+        if !self.drain() {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let Some(connection) = &self.connection else {
+            return Err(io::ErrorKind::NotConnected.into());
+        };
+        let len = frame.bytes().saturating_sub(header_len);
+        let prefix = u32::try_from(len).unwrap_or(u32::MAX).to_be_bytes();
+        match frame.send_behind(connection.stream.as_fd(), &prefix, header_len) {
+            Ok(sent) if sent < PREFIX.saturating_add(len) => {
+                let front = prefix.get(sent..).unwrap_or_default();
+                self.pending.extend_from_slice(front);
+                let gone = sent.saturating_sub(PREFIX);
+                let copied = self.pending.len();
+                self.pending
+                    .resize(copied.saturating_add(len.saturating_sub(gone)), 0);
+                let rest = self.pending.get_mut(copied..).unwrap_or_default();
+                frame.copy_out(header_len.saturating_add(gone), rest);
+                Ok(())
+            }
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(error),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => Err(error),
+            Err(error) => {
+                self.lose(&error);
+                Err(error)
+            }
+        }
+    }
+
+    fn receive(
+        &mut self,
+        list: &mut IoList,
+        pieces: usize,
+        header_len: usize,
+        spill: &mut [u8],
+    ) -> io::Result<usize> {
+        loop {
+            match self.next_frame() {
+                Ok(Some(place)) => {
+                    self.start = place.end;
+                    let len = header_len.saturating_add(place.len());
+                    let frame = self.buffer.get(place).unwrap_or_default();
+                    let header = [0; MAX_HEADER];
+                    let header = header.get(..header_len).unwrap_or(&header);
+                    let given = list.deliver(0, header, pieces, spill)
+                        && list.deliver(header_len, frame, pieces, spill);
+                    if given {
+                        return Ok(len);
+                    }
+                }
+                Ok(None) if self.fill() => {}
+                Ok(None) => return Err(io::ErrorKind::WouldBlock.into()),
+                Err(len) => self.lose(&format_args!("it sent a frame of {len} bytes")),
+            }
+        }
+    }
+
+    fn advice(&self, error: &io::Error) -> Option<&'static str> {
+        (error.kind() == io::ErrorKind::NotConnected).then_some("passt is not there")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forwards_are_read_strictly() {
+        let arguments = |text: &str| text.parse::<Forward>().unwrap().arguments();
+        assert_eq!(arguments("tcp:8080:80"), ["--tcp-ports", "8080:80"]);
+        assert_eq!(arguments("udp:53"), ["--udp-ports", "53:53"]);
+        assert_eq!(
+            arguments("tcp:127.0.0.1/22:2222"),
+            ["--tcp-ports", "127.0.0.1/22:2222"]
+        );
+        assert_eq!(arguments("tcp:::1/22"), ["--tcp-ports", "::1/22:22"]);
+        for wrong in [
+            "",
+            "tcp",
+            "tcp:",
+            "tcp:0",
+            "tcp:1:0",
+            "sctp:1",
+            "tcp:x/1",
+            "tcp:65536",
+            "tcp:1:2:3",
+        ] {
+            assert_eq!(wrong.parse::<Forward>(), Err(ForwardError), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_passt_that_is_not_there_is_named() {
+        let source = Source::Listening("/nowhere/passt.sock".into());
+        let error = Passt::open(source).err().unwrap();
+        assert!(
+            error
+                .to_string()
+                .contains("passt --socket /nowhere/passt.sock"),
+            "{error}"
+        );
+    }
+}

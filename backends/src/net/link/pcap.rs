@@ -1,0 +1,278 @@
+//! A copy of all frames of a link in a file that Wireshark and tcpdump read: the capture format pcap with times in
+//! nanoseconds (draft-ietf-opsawg-pcap).
+//!
+//! ```text
+//!  queue's thread: frame ─copy─▶ [record][record] … ─ end of a batch, or full ─▶ writer thread ─▶ file
+//!                                 ◀──────────────── empty buffers ────────────────╯
+//! ```
+//!
+//! A queue has a fixed number of buffers. When the file is too slow for them, frames are missing in it, and that is said;
+//! the queue waits for nobody.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::thread::{self, JoinHandle};
+use std::time::SystemTime;
+
+use epoll::Events;
+use nix::sys::signal::SigSet;
+use thiserror::Error;
+use tracing::{error, warn};
+
+use super::{AnyLink, Link, Ready};
+use crate::net::epoll_set::Watcher;
+use crate::net::iov::IoList;
+use crate::shell::LogLimit;
+
+/// Buffers of a queue.
+const BUFFERS: usize = 4;
+/// Bytes of a buffer.
+const BUFFER: usize = 1 << 19;
+/// Most bytes of a frame that are kept, as of tcpdump.
+pub(in crate::net) const MAX_SNAP: u32 = 1 << 18;
+/// Bytes before each frame: two times, two lengths.
+const RECORD: usize = 16;
+/// The first field of a file with times in nanoseconds.
+const MAGIC: u32 = 0xa1b2_3c4d;
+/// Version 2.4 of the format.
+const VERSION: [u16; 2] = [2, 4];
+/// Frames begin with an Ethernet header.
+const LINKTYPE_ETHERNET: u32 = 1;
+
+/// A capture file cannot be had.
+#[derive(Debug, Error)]
+#[error("cannot write the capture file {path}", path = .path.display())]
+pub struct PcapError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// A buffer of records, and where it goes when it is empty again.
+struct Batch {
+    records: Vec<u8>,
+    back: Sender<Vec<u8>>,
+}
+
+/// The thread that writes the file; it ends with the last queue.
+struct Writer {
+    /// `None` at the end only.
+    sender: Option<SyncSender<Batch>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Writer {
+    fn start(path: &Path, queues: usize, snap: u32) -> Result<Self, PcapError> {
+        let failed = |source| PcapError {
+            path: path.to_owned(),
+            source,
+        };
+        let mut file = File::create(path).map_err(failed)?;
+        file.write_all(&header(snap)).map_err(failed)?;
+        let (sender, receiver) = sync_channel(queues.saturating_mul(BUFFERS));
+        let thread = thread::Builder::new()
+            .name("net-pcap".to_owned())
+            .spawn(move || {
+                // Signals are the control thread's.
+                let _ = SigSet::all().thread_block();
+                write_all(file, &receiver);
+            })
+            .map_err(failed)?;
+        Ok(Self {
+            sender: Some(sender),
+            thread: Some(thread),
+        })
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.sender = None;
+        if let Some(thread) = self.thread.take() {
+            // What it had to say, it has said.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn header(snap: u32) -> [u8; 24] {
+    let [major, minor] = VERSION.map(u16::to_ne_bytes);
+    let mut header = [0; 24];
+    let fields = MAGIC
+        .to_ne_bytes()
+        .into_iter()
+        .chain(major)
+        .chain(minor)
+        // Two fields that are 0.
+        .chain([0; 8])
+        .chain(snap.to_ne_bytes())
+        .chain(LINKTYPE_ETHERNET.to_ne_bytes());
+    for (place, byte) in header.iter_mut().zip(fields) {
+        *place = byte;
+    }
+    header
+}
+
+fn write_all(mut file: File, batches: &Receiver<Batch>) {
+    let mut broken = false;
+    while let Ok(Batch { mut records, back }) = batches.recv() {
+        if !broken && let Err(error) = file.write_all(&records) {
+            broken = true;
+            error!("the capture ends: its file cannot be written: {error}");
+        }
+        records.clear();
+        // The queue may be gone.
+        let _ = back.send(records);
+    }
+}
+
+/// A link whose frames are kept in a file.
+pub(super) struct Tee {
+    inner: Box<dyn Link>,
+    snap: usize,
+    current: Option<Vec<u8>>,
+    back: Sender<Vec<u8>>,
+    empty: Receiver<Vec<u8>>,
+    writer: Arc<Writer>,
+    missing: u64,
+    log: LogLimit,
+}
+
+/// Puts a capture file behind each of these queues, with at most `snap` bytes of each frame.
+pub(super) fn tee(queues: Vec<AnyLink>, path: &Path, snap: u32) -> Result<Vec<AnyLink>, PcapError> {
+    let writer = Arc::new(Writer::start(path, queues.len(), snap)?);
+    let teed = queues.into_iter().map(|queue| {
+        let (back, empty) = channel();
+        for _ in 0..BUFFERS {
+            // Both ends are here.
+            let _ = back.send(Vec::with_capacity(BUFFER));
+        }
+        AnyLink::Other(Box::new(Tee {
+            inner: queue.boxed(),
+            snap: usize::try_from(snap).unwrap_or(BUFFER),
+            current: None,
+            back,
+            empty,
+            writer: Arc::clone(&writer),
+            missing: 0,
+            log: LogLimit::default(),
+        }))
+    });
+    Ok(teed.collect())
+}
+
+impl Tee {
+    /// Appends the record of a frame of `len` bytes, that `copy` gives the first bytes of.
+    fn keep(&mut self, len: usize, copy: impl FnOnce(&mut [u8])) {
+        let kept = len.min(self.snap);
+        let room = RECORD.saturating_add(kept);
+        if self
+            .current
+            .as_ref()
+            .is_some_and(|buffer| buffer.capacity() - buffer.len() < room)
+        {
+            self.hand_over();
+        }
+        if self.current.is_none() {
+            self.current = self.empty.try_recv().ok();
+        }
+        let Some(buffer) = &mut self.current else {
+            self.missing = self.missing.saturating_add(1);
+            if let Some(held_back) = self.log.check() {
+                warn!(
+                    held_back,
+                    missing = self.missing,
+                    "frames are missing in the capture: its file is too slow"
+                );
+            }
+            return;
+        };
+        let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+        let now = now.unwrap_or_default();
+        // The format ends in 2106.
+        let seconds = u32::try_from(now.as_secs()).unwrap_or(u32::MAX);
+        let [kept_len, whole_len] = [kept, len].map(|n| u32::try_from(n).unwrap_or(u32::MAX));
+        for field in [seconds, now.subsec_nanos(), kept_len, whole_len] {
+            buffer.extend_from_slice(&field.to_ne_bytes());
+        }
+        let start = buffer.len();
+        buffer.resize(start.saturating_add(kept), 0);
+        copy(buffer.get_mut(start..).unwrap_or_default());
+    }
+
+    fn hand_over(&mut self) {
+        if let Some(records) = self.current.take_if(|records| !records.is_empty()) {
+            let back = self.back.clone();
+            if let Some(writer) = &self.writer.sender {
+                // There is room for all buffers of all queues.
+                let _ = writer.try_send(Batch { records, back });
+            }
+        }
+    }
+}
+
+impl Drop for Tee {
+    fn drop(&mut self) {
+        self.hand_over();
+    }
+}
+
+impl Link for Tee {
+    fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
+        self.inner.watch(watcher)
+    }
+
+    fn ready(&mut self, events: Events) -> Ready {
+        self.inner.ready(events)
+    }
+
+    fn send(&mut self, frame: &mut IoList, header_len: usize) -> io::Result<()> {
+        self.inner.send(frame, header_len)?;
+        let len = frame.bytes().saturating_sub(header_len);
+        self.keep(len, |out| {
+            frame.copy_out(header_len, out);
+        });
+        Ok(())
+    }
+
+    fn flush(&mut self) {
+        self.inner.flush();
+        self.hand_over();
+    }
+
+    fn receive(
+        &mut self,
+        list: &mut IoList,
+        pieces: usize,
+        header_len: usize,
+        spill: &mut [u8],
+    ) -> io::Result<usize> {
+        match self.inner.receive(list, pieces, header_len, spill) {
+            Ok(len) => {
+                self.keep(len.saturating_sub(header_len), |out| {
+                    list.collect(header_len, out, pieces, spill);
+                });
+                Ok(len)
+            }
+            Err(error) => {
+                self.hand_over();
+                Err(error)
+            }
+        }
+    }
+
+    fn attached(&self) -> bool {
+        self.inner.attached()
+    }
+
+    fn set_attached(&mut self, attached: bool) -> io::Result<()> {
+        self.inner.set_attached(attached)
+    }
+
+    fn advice(&self, error: &io::Error) -> Option<&'static str> {
+        self.inner.advice(error)
+    }
+}
