@@ -90,7 +90,8 @@ pub struct NetArgs {
     ///
     /// tap:NAME is --tap NAME. macvtap:NAME is a macvtap interface, which must be there; the guest gets its address unless --mac
     /// says otherwise. packet:NAME shares a network interface with the host by a packet socket, and needs CAP_NET_RAW; the
-    /// guest and the host do not see each other there. passt is user-mode networking, without any privilege: this program
+    /// guest and the host do not see each other there. xdp:NAME takes the interface from the host by AF_XDP, one of its queues for
+    /// each queue pair, and needs CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF; it has no offloads. passt is user-mode networking, without any privilege: this program
     /// starts passt, which gives the guest an address by DHCP and opens its connections on its behalf; passt:SOCKET
     /// connects to one that runs. For measurements, null takes all packets and gives none, and generate:BYTES
     /// gives frames of that length as fast as the guest takes them.
@@ -379,6 +380,7 @@ impl NetArgs {
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
+            coalescing: true,
             standby: self.standby,
             rss,
             hash_report: self.hash_report,
@@ -436,6 +438,9 @@ mod tests {
         assert!(parse(&["--tap", "t", "--mtu", "67"]).is_err());
         assert!(parse(&["--tap", "t", "--mac", "01:00:00:00:00:00"]).is_err());
         assert!(parse(&["--tap", "t", "--tap-ip", "10.0.0.1"]).is_err());
+        assert!(parse(&["--tap", "t", "--standby"]).is_err());
+        let standby = ["--tap", "t", "--standby", "--mac", "02:00:00:00:00:01"];
+        assert!(parse(&standby).unwrap().standby);
         let same = parse(&["--tap-fd", "900,900"]).unwrap().open();
         assert!(matches!(same, Err(ArgsError::SameFd(900))));
     }
