@@ -372,7 +372,7 @@ fn a_disk_whose_back_end_notes_what_is_under_way_goes_on_with_the_next_one() {
     device.activate(activation).unwrap();
     let notes = ["new notes 3 64", "notes 3 64", "memory 1"];
     assert_eq!(link.log()[1..4], notes);
-    let shared = &device.shared;
+    let shared = Arc::clone(&device.shared);
     shared.lose(&mut shared.state(), "test");
     eventually("it goes on", || kick.read().is_ok());
     let log = link.log();
