@@ -12,7 +12,7 @@
 use std::ffi::OsString;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command};
@@ -20,11 +20,11 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use epoll::Events;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::SndBuf;
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use std::os::fd::AsRawFd;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
@@ -41,6 +41,8 @@ const BUFFER: usize = 4 * (PREFIX + MAX_FRAME);
 const SOCKET_BUFFER: usize = 1 << 20;
 /// First and longest time between two attempts to have a passt again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// How long a passt that is started may take to say something, in milliseconds.
+const START_LIMIT: u16 = 500;
 /// Name of the program.
 const PROGRAM: &str = "passt";
 
@@ -197,6 +199,27 @@ struct Connection {
     child: Option<Child>,
 }
 
+impl Connection {
+    /// Waits until a passt that was just started says something, which it does at once, or does not like its arguments.
+    fn await_life(&mut self) -> Result<(), PasstError> {
+        let Some(child) = &mut self.child else {
+            return Ok(());
+        };
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        // If it is silent, it is taken as it is.
+        let _ = poll(&mut fds, PollTimeout::from(START_LIMIT));
+        let [fd] = fds;
+        let happened = fd.revents().unwrap_or(PollFlags::empty());
+        if !happened.contains(PollFlags::POLLHUP) {
+            return Ok(());
+        }
+        child
+            .wait()
+            .map_err(PasstError::System)
+            .and_then(|status| Err(PasstError::Ended(status)))
+    }
+}
+
 impl Drop for Connection {
     fn drop(&mut self) {
         if let Some(child) = &mut self.child {
@@ -234,8 +257,9 @@ impl Passt {
         )
         .map_err(|errno| PasstError::System(errno.into()))?;
         let (stream, child) = source.connect()?;
-        let connection = Connection { stream, child };
+        let mut connection = Connection { stream, child };
         prepare(&connection.stream).map_err(PasstError::System)?;
+        connection.await_life()?;
         Ok(Self {
             source,
             connection: Some(connection),
