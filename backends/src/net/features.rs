@@ -126,6 +126,8 @@ pub(super) struct Extras {
     pub(super) mtu: bool,
     /// A speed was given.
     pub(super) speed: bool,
+    /// Interrupts can be held back.
+    pub(super) coalescing: bool,
     /// It stands in for another device.
     pub(super) standby: bool,
     /// Packets can be steered to queue pairs.
@@ -153,12 +155,12 @@ pub(super) fn offered(tun: u32, extras: Extras) -> u64 {
         | bit(VIRTIO_NET_F_CTRL_RX_EXTRA)
         | bit(VIRTIO_NET_F_CTRL_VLAN)
         | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
-        | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
-        | bit(VIRTIO_NET_F_NOTF_COAL)
-        | bit(VIRTIO_NET_F_VQ_NOTF_COAL);
+        | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
     let optional = [
         (extras.mtu, VIRTIO_NET_F_MTU),
         (extras.speed, VIRTIO_NET_F_SPEED_DUPLEX),
+        (extras.coalescing, VIRTIO_NET_F_NOTF_COAL),
+        (extras.coalescing, VIRTIO_NET_F_VQ_NOTF_COAL),
         (extras.standby, VIRTIO_NET_F_STANDBY),
         (extras.rss, VIRTIO_NET_F_RSS),
         (extras.hash_report, VIRTIO_NET_F_HASH_REPORT),
@@ -284,6 +286,7 @@ mod tests {
     const NONE: Extras = Extras {
         mtu: false,
         speed: false,
+        coalescing: false,
         standby: false,
         rss: false,
         hash_report: false,
@@ -308,6 +311,39 @@ mod tests {
         assert_eq!(bare & GUEST_OFFLOADS, 0);
         assert!(!has(bare, VIRTIO_NET_F_CSUM));
         assert!(!has(bare, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS));
+    }
+
+    #[test]
+    fn extras_are_offered_when_they_are_there() {
+        let bare = offered(0, NONE);
+        let all = Extras {
+            mtu: true,
+            speed: true,
+            coalescing: true,
+            standby: true,
+            rss: true,
+            hash_report: true,
+            multi_queue: true,
+            packed: true,
+            in_order: true,
+        };
+        for feature in [
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_SPEED_DUPLEX,
+            VIRTIO_NET_F_NOTF_COAL,
+            VIRTIO_NET_F_VQ_NOTF_COAL,
+            VIRTIO_NET_F_STANDBY,
+            VIRTIO_NET_F_RSS,
+            VIRTIO_NET_F_HASH_REPORT,
+            VIRTIO_NET_F_MQ,
+            VIRTIO_F_RING_PACKED,
+            VIRTIO_F_IN_ORDER,
+        ] {
+            assert!(
+                !has(bare, feature) && has(offered(0, all), feature),
+                "{feature}"
+            );
+        }
     }
 
     #[test]

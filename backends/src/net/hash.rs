@@ -194,7 +194,7 @@ impl Hashing {
     pub(super) fn off() -> Self {
         Self {
             types: 0,
-            toeplitz: Toeplitz::new(&[]),
+            toeplitz: Toeplitz(Box::default()),
         }
     }
 

@@ -564,6 +564,7 @@ mod bpf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::hash::Toeplitz;
 
     #[test]
     fn every_jump_leads_to_a_place_in_the_program() {
@@ -585,7 +586,10 @@ mod tests {
     #[test]
     fn the_value_lies_as_the_program_reads_it() {
         let rss = Rss {
-            hashing: Hashing::off(),
+            hashing: Hashing {
+                types: 0,
+                toeplitz: Toeplitz::new(&[]),
+            },
             table: vec![2, 0, 1, 2],
             unclassified: 1,
             max_tx: 1,

@@ -98,23 +98,22 @@ fn interrupts_are_held_back(site: &Site) -> Result<()> {
         iperf3(
             &mut guest,
             HOST,
-            4,
+            2,
             "--udp --bitrate 1M --length 400 --reverse",
         )?;
         let after = count(&mut guest)?;
         let (received, interrupts) = (after.0 - before.0, after.1 - before.1);
         println!("{limits}: {received} packets, {interrupts} interrupts");
-        ensure!(received > 200, "only {received} packets came");
+        ensure!(received > 100, "only {received} packets came");
         #[allow(clippy::cast_precision_loss, reason = "thousands at most")]
         Ok(interrupts as f64 / received as f64)
     };
     let free = per_packet("rx-usecs 0 rx-frames 0")?;
     let held = per_packet("rx-usecs 100000 rx-frames 16")?;
     let timed = per_packet("rx-usecs 30000 rx-frames 64")?;
-    let again = per_packet("rx-usecs 0 rx-frames 0")?;
     ensure!(
-        held < 0.5 * free.min(again) && timed < 0.7 * free.min(again),
-        "interrupts for each packet: {free:.2} and {again:.2} freely, {held:.2} with 16 at once, {timed:.2} every 30 ms"
+        held < 0.5 * free && timed < 0.7 * free,
+        "interrupts for each packet: {free:.2} freely, {held:.2} with 16 at once, {timed:.2} every 30 ms"
     );
     // Nothing that is held back is lost: with a packet a second, each waits for the timer alone.
     guest.run_ok("ethtool -C eth0 rx-usecs 50000 rx-frames 64 tx-usecs 50000 tx-frames 64")?;
@@ -153,12 +152,12 @@ fn flows_go_where_the_guest_says(site: &Site) -> Result<()> {
     // The pairs that have a good part of what comes by eight flows.
     let used = |guest: &mut Guest, what: &str| -> Result<Vec<usize>> {
         let before = received()?;
-        iperf3(guest, HOST, 2, "--parallel 8 --reverse")?;
+        iperf3(guest, HOST, 1, "--parallel 8 --reverse")?;
         let after = received()?;
         let counts: Vec<u64> = after.iter().zip(before).map(|(a, b)| a - b).collect();
         println!("{what}: {counts:?}");
         let all: u64 = counts.iter().sum();
-        ensure!(all > 500, "only {all} packets came");
+        ensure!(all > 200, "only {all} packets came");
         let counts = counts.into_iter().enumerate();
         let many = counts.filter(|(_, count)| *count > all / 50);
         Ok(many.map(|(pair, _)| pair).collect())
@@ -233,10 +232,8 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
         .device(&net)
         .arg(&format!("--api-socket={}", control.socket().display()))
         .boot(site)?;
-    let both = guest.run_ok("ls /sys/class/net; readlink /sys/class/net/*/master")?;
     let master = guest.run_ok("basename $(readlink /sys/class/net/*/master)")?;
     let master = master.trim().to_owned();
-    println!("interfaces: {both}, joined to {master}");
     guest.run_ok(&format!(
         "ip address add 10.77.0.2/24 dev {master} && ip link set {master} up"
     ))?;
@@ -246,12 +243,13 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     );
     guest.run_ok(&reach)?;
     guest.run_ok(&format!(
-        "iperf3 --client {HOST} --time 40 >/tmp/iperf3.log 2>&1; echo $? >/tmp/iperf3.status &"
+        "iperf3 --client {HOST} --time 60 --forceflush >/tmp/iperf3.log 2>&1; echo $? >/tmp/iperf3.status &"
     ))?;
+    guest.run_ok(&until("grep -q sec /tmp/iperf3.log"))?;
     // What our card has, and what the function has, of some seconds of TCP.
     let shares = || -> Result<[u64; 2]> {
         let before = (packets("tap0")?.received, packets(physical)?.received);
-        std::thread::sleep(Duration::from_secs(2));
+        std::thread::sleep(Duration::from_secs(4));
         let after = (packets("tap0")?.received, packets(physical)?.received);
         Ok([after.0 - before.0, after.1 - before.1])
     };
@@ -287,7 +285,7 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     }
     guest.run_ok_within(
         "until [ -e /tmp/iperf3.status ]; do sleep 0.2; done; cat /tmp/iperf3.log; [ $(cat /tmp/iperf3.status) = 0 ]",
-        Duration::from_secs(60),
+        Duration::from_secs(70),
     )?;
     guest.shut_down()?;
     functions.destroy()?;
