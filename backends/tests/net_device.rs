@@ -358,6 +358,39 @@ fn command_lines_that_cannot_be_served_end_with_a_reason() {
     assert!(log.contains("capture file /nowhere/all.pcap"), "{log}");
 }
 
+#[test]
+fn an_interface_is_served_by_af_xdp_and_the_log_says_in_which_mode() {
+    let test = "an_interface_is_served_by_af_xdp_and_the_log_says_in_which_mode";
+    if !own_network(test) {
+        return;
+    }
+    for line in [
+        "link add ring0 type veth peer name ring1",
+        "link set ring0 up",
+        "link set ring1 up",
+    ] {
+        let made = Command::new("ip").args(line.split(' ')).status();
+        if !made.is_ok_and(|status| status.success()) {
+            eprintln!("test {test}: skipped: ip {line} failed");
+            return;
+        }
+    }
+    let daemon = Daemon::start(NET, &["--mac", MAC_TEXT, "--link", "xdp:ring0"]);
+    let front = connect(&daemon, 2);
+    // Copies: virtual Ethernet has no other mode.
+    assert!(
+        daemon.log().contains("AF_XDP in copy mode"),
+        "{}",
+        daemon.log()
+    );
+    drop(front);
+    daemon.stop();
+    let (code, log) =
+        Daemon::spawn(NET, &["--link", "xdp:ring0", "--queue-pairs", "200"]).outcome();
+    assert_eq!(code, Some(1));
+    assert!(log.contains("has no queue"), "{log}");
+}
+
 /// Puts a program called passt, made of this script, alone into a directory.
 fn fake_passt(script: &str) -> tempfile::TempDir {
     let directory = tempfile::tempdir().unwrap();
