@@ -17,7 +17,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use epoll::Events;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
@@ -32,6 +32,7 @@ use super::{Link, MAX_HEADER, Ready};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 use crate::net::tx::MAX_FRAME;
+use crate::shell::{Chain as Causes, LogLimit};
 
 /// Bytes before each frame: its length.
 const PREFIX: usize = 4;
@@ -167,15 +168,15 @@ impl Source {
         Self::Started(all.collect())
     }
 
-    /// The stream to it, and its process if it is a child of this program.
-    fn connect(&self) -> Result<(UnixStream, Option<Child>), PasstError> {
-        match self {
+    /// A connection to it, and its process if it is a child of this program.
+    fn connect(&self) -> Result<Connection, PasstError> {
+        let (stream, child) = match self {
             Self::Listening(path) => {
                 let stream = UnixStream::connect(path).map_err(|source| PasstError::Connect {
                     path: path.clone(),
                     source,
                 })?;
-                Ok((stream, None))
+                (stream, None)
             }
             Self::Started(arguments) => {
                 let (ours, theirs) = UnixStream::pair().map_err(PasstError::System)?;
@@ -186,9 +187,16 @@ impl Source {
                     .stdin(OwnedFd::from(theirs))
                     .spawn()
                     .map_err(PasstError::Start)?;
-                Ok((ours, Some(child)))
+                (ours, Some(child))
             }
-        }
+        };
+        let connection = Connection {
+            stream,
+            child,
+            since: Instant::now(),
+        };
+        prepare(&connection.stream).map_err(PasstError::System)?;
+        Ok(connection)
     }
 }
 
@@ -197,6 +205,7 @@ impl Source {
 struct Connection {
     stream: UnixStream,
     child: Option<Child>,
+    since: Instant,
 }
 
 impl Connection {
@@ -246,6 +255,7 @@ pub(super) struct Passt {
     pending: Vec<u8>,
     /// Bytes of it that are gone by now.
     sent: usize,
+    log: LogLimit,
 }
 
 impl Passt {
@@ -256,9 +266,7 @@ impl Passt {
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )
         .map_err(|errno| PasstError::System(errno.into()))?;
-        let (stream, child) = source.connect()?;
-        let mut connection = Connection { stream, child };
-        prepare(&connection.stream).map_err(PasstError::System)?;
+        let mut connection = source.connect()?;
         connection.await_life()?;
         Ok(Self {
             source,
@@ -271,15 +279,25 @@ impl Passt {
             end: 0,
             pending: Vec::with_capacity(PREFIX + MAX_FRAME),
             sent: 0,
+            log: LogLimit::default(),
         })
     }
 
     /// The connection is over. There will be another one after a while.
     fn lose(&mut self, why: &dyn std::fmt::Display) {
-        if self.connection.take().is_none() {
+        let Some(connection) = self.connection.take() else {
             return;
+        };
+        if let Some(held_back) = self.log.check() {
+            warn!(
+                held_back,
+                "passt is gone ({why}); no packet passes until it is back"
+            );
         }
-        warn!("passt is gone ({why}); no packet passes until it is back");
+        // One that goes again and again is not started more and more often.
+        if connection.since.elapsed() > BACKOFF.1 {
+            self.backoff = BACKOFF.0;
+        }
         self.start = 0;
         self.end = 0;
         self.pending.clear();
@@ -296,9 +314,7 @@ impl Passt {
     }
 
     fn reconnect(&mut self) {
-        let connected = self.source.connect().and_then(|(stream, child)| {
-            let connection = Connection { stream, child };
-            prepare(&connection.stream).map_err(PasstError::System)?;
+        let connected = self.source.connect().and_then(|connection| {
             if let Some(watcher) = &self.watcher {
                 let fd = connection.stream.as_fd();
                 watcher.add(fd).map_err(PasstError::System)?;
@@ -307,11 +323,13 @@ impl Passt {
         });
         match connected {
             Ok(connection) => {
-                info!("passt is back");
+                if let Some(held_back) = self.log.check() {
+                    info!(held_back, "passt is back");
+                }
                 self.connection = Some(connection);
             }
             Err(error) => {
-                debug!("passt is not back yet: {}", crate::shell::Chain(&error));
+                debug!("passt is not back yet: {}", Causes(&error));
                 self.try_later();
             }
         }
@@ -366,7 +384,6 @@ impl Passt {
             Ok(0) => self.lose(&"it closed the connection"),
             Ok(count) => {
                 self.end = self.end.saturating_add(count);
-                self.backoff = BACKOFF.0;
                 return true;
             }
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
