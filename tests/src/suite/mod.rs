@@ -53,8 +53,8 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
-        net_features::TESTS,
         links::TESTS,
+        net_features::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]

@@ -55,11 +55,6 @@ pub enum LinkError {
     /// The TAP cannot be used.
     #[error(transparent)]
     Tap(#[from] TapError),
-    /// Packets go to any queue.
-    #[error(
-        "the link does not let packets be steered to queues: a TAP interface with several does"
-    )]
-    NoSteering,
     /// The packet socket cannot be had.
     #[error(transparent)]
     Packet(#[from] PacketError),
@@ -69,6 +64,11 @@ pub enum LinkError {
     /// The capture file cannot be had.
     #[error(transparent)]
     Pcap(#[from] PcapError),
+    /// Packets go to any queue.
+    #[error(
+        "the link does not let packets be steered to queues: a TAP interface with several does"
+    )]
+    NoSteering,
     /// The link has no queues to share.
     #[error("a link of kind {kind} serves one queue pair: leave --queue-pairs away")]
     OneQueue {
@@ -83,7 +83,7 @@ impl LinkError {
         match self {
             Self::Tap(error) => matches!(error, TapError::Name { .. }),
             Self::OneQueue { .. } => true,
-            Self::NoSteering | Self::Packet(_) | Self::Passt(_) | Self::Pcap(_) => false,
+            Self::Packet(_) | Self::Passt(_) | Self::Pcap(_) | Self::NoSteering => false,
         }
     }
 }
