@@ -42,6 +42,7 @@ use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
     Commands, Device, DeviceError, Drained, LogLimit, Statistics, WorkerThread, config_range,
@@ -252,6 +253,10 @@ impl Drop for Blk {
 impl Device for Blk {
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn queue_count(&self) -> u16 {

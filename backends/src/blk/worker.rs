@@ -415,6 +415,12 @@ impl Worker {
         if let Some(side) = &mut self.side {
             side.attach(size);
         }
+        // One that ended may have shown the driver something and not have interrupted it.
+        if vring.ring.is_tracked()
+            && let Err(e) = vring.notify_driver()
+        {
+            debug!("cannot signal the call eventfd: {e}");
+        }
         self.queue = Some(Queue {
             chain: ChainBuf::new(size),
             jobs: vec![None; usize::from(size)],
@@ -494,7 +500,8 @@ impl Worker {
         self.stats
             .in_flight
             .set(queue.vring.ring.in_flight().into());
-        if queue.stop.is_some() && queue.idle() && self.uring.in_flight() == 0 {
+        let ended = queue.idle() && queue.to_take() == 0;
+        if queue.stop.is_some() && ended && self.uring.in_flight() == 0 {
             self.give_back();
         }
         again
@@ -580,6 +587,16 @@ impl Queue {
     /// New chains are to be taken.
     fn serves(&self) -> bool {
         self.vring.enabled && !self.broken && !self.paused && self.stop.is_none()
+    }
+
+    /// How many chains are to be taken in a turn. A ring that is to be given back ends what an earlier owner began.
+    fn to_take(&self) -> u16 {
+        let ring = &self.vring.ring;
+        match self.serves() {
+            true => ring.size(),
+            false if self.vring.enabled && !self.broken && !self.paused => ring.unserved(),
+            false => 0,
+        }
     }
 
     /// Drops the requests that the kernel does not have: there is no ring to answer them on.

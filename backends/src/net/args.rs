@@ -89,7 +89,8 @@ pub struct NetArgs {
     ///
     /// tap:NAME is --tap NAME. macvtap:NAME is a macvtap interface, which must be there; the guest gets its address unless --mac
     /// says otherwise. packet:NAME shares a network interface with the host by a packet socket, and needs CAP_NET_RAW; the
-    /// guest and the host do not see each other there. passt is user-mode networking, without any privilege: this program
+    /// guest and the host do not see each other there. xdp:NAME takes the interface from the host by AF_XDP, one of its queues for
+    /// each queue pair, and needs CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF; it has no offloads. passt is user-mode networking, without any privilege: this program
     /// starts passt, which gives the guest an address by DHCP and opens its connections on its behalf; passt:SOCKET
     /// connects to one that runs. For measurements, null takes all packets and gives none, and generate:BYTES
     /// gives frames of that length as fast as the guest takes them.

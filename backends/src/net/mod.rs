@@ -56,5 +56,5 @@ pub use config::{MacAddress, MacError};
 pub use device::Net;
 pub use link::{
     Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
-    Tap, TapError, TapQueue,
+    Tap, TapError, TapQueue, XdpError,
 };

@@ -28,6 +28,7 @@
 //! | sends one without wanting a reply, or garbage, or half a message | ends the connection; the next front-end is served |
 //! | leaves with requests in flight | waits for their end before guest memory is unmapped |
 //! | truncates the file of guest memory | goes on with zeroes there, and ends the connection (`torn`) |
+//! | leaves notes about requests in flight that make no sense | does not start that ring; the others go on (`inflight`) |
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
@@ -36,6 +37,7 @@ mod counter;
 mod daemon;
 mod device;
 mod handler;
+mod inflight;
 mod limit;
 mod log;
 mod memory;

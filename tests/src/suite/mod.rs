@@ -5,6 +5,7 @@ mod bench;
 mod blk;
 mod blk_control;
 mod boot;
+mod crash;
 mod formats;
 mod links;
 mod net;
@@ -50,6 +51,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         boot::TESTS,
         blk::TESTS,
         blk_control::TESTS,
+        crash::TESTS,
         formats::TESTS,
         bench::TESTS,
         net::TESTS,

@@ -14,6 +14,7 @@
 //! | `spec` | the option --link, and how a link is opened |
 //! | `tap` | TAP and macvtap interfaces |
 //! | `packet` | packet sockets on an interface |
+//! | `xdp` | AF_XDP sockets on an interface |
 //! | `passt` | user-mode networking |
 //! | `pcap` | a capture file behind any link |
 //! | `idle` | links for measurements: nothing, and a source |
@@ -24,6 +25,7 @@ mod passt;
 mod pcap;
 mod spec;
 mod tap;
+mod xdp;
 
 use std::fmt::Debug;
 use std::io;
@@ -40,6 +42,7 @@ pub(super) use spec::{HostEnd, LinkOptions, Opened};
 pub use spec::{LinkSpec, LinkSpecError};
 pub(super) use tap::MAX_QUEUES;
 pub use tap::{Tap, TapError, TapQueue};
+pub use xdp::XdpError;
 
 use super::epoll_set::Watcher;
 use super::iov::IoList;
@@ -58,6 +61,9 @@ pub enum LinkError {
     /// The packet socket cannot be had.
     #[error(transparent)]
     Packet(#[from] PacketError),
+    /// The AF_XDP socket cannot be had.
+    #[error(transparent)]
+    Xdp(#[from] XdpError),
     /// There is no passt.
     #[error(transparent)]
     Passt(#[from] PasstError),
@@ -83,7 +89,9 @@ impl LinkError {
         match self {
             Self::Tap(error) => matches!(error, TapError::Name { .. }),
             Self::OneQueue { .. } => true,
-            Self::Packet(_) | Self::Passt(_) | Self::Pcap(_) | Self::NoSteering => false,
+            Self::Packet(_) | Self::Xdp(_) | Self::Passt(_) | Self::Pcap(_) | Self::NoSteering => {
+                false
+            }
         }
     }
 }

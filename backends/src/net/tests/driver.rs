@@ -52,6 +52,16 @@ impl Guest {
         }
     }
 
+    /// What is allocated after this can be given up.
+    pub(super) fn mark(&self) -> u64 {
+        self.next
+    }
+
+    /// Gives up what was allocated since then: no ring holds it any more.
+    pub(super) fn rewind(&mut self, mark: u64) {
+        self.next = mark;
+    }
+
     pub(super) fn buffer(&mut self, len: u32) -> Segment {
         let segment = Segment::new(GuestAddress(self.next), len);
         self.next += u64::from(len).next_multiple_of(64);
