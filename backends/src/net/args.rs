@@ -6,6 +6,7 @@ use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
@@ -19,7 +20,7 @@ use super::link::{
     Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened,
     Tap,
 };
-use crate::shell::{Chain as Causes, OnOff, OpenError};
+use crate::shell::{Chain as Causes, OnOff, OpenError, PollLimits};
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -160,6 +161,16 @@ pub struct NetArgs {
     /// Number of queue pairs, each served by a thread of its own [default: 1, or as many as --tap-fd has]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), conflicts_with = "tap_fd")]
     pub queue_pairs: Option<u16>,
+
+    /// How long a queue pair's thread without packets may spin for the next before it sleeps, in microseconds; 0: not at all
+    ///
+    /// It spins only while packets come as fast as that, and spares the guest its kicks meanwhile. A card that is idle sleeps.
+    #[arg(help_heading = "Performance", long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub poll: u32,
+
+    /// Most that spinning in vain may take of a queue pair's thread, in percent
+    #[arg(help_heading = "Performance", long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub poll_budget: u32,
 
     /// Offer to spread received packets over several queue pairs by a table of the guest's (receive-side scaling)
     ///
@@ -378,7 +389,13 @@ impl NetArgs {
             in_order: self.in_order == OnOff::On,
         };
         let features = offered(offloads, extras);
-        Net::new(config, features, &name, interface, queues).map_err(ArgsError::System)
+        let poll = PollLimits {
+            window: Duration::from_micros(self.poll.into()),
+            budget: self.poll_budget,
+        };
+        Net::new(config, features, &name, interface, queues)
+            .map(|net| net.spinning(poll))
+            .map_err(ArgsError::System)
     }
 }
 

@@ -10,6 +10,9 @@
 //!               ╰─ packet ─╯  the next one begins here     spill: what did not fit, until the driver posts more
 //! ```
 //!
+//! The kernel looks at each buffer of a read, whether it needs it or not. So as long as packets are short, only the first
+//! buffers of the row are given to it; a long one then goes through the spill, and for a while all buffers are given.
+//!
 //! A packet that the filter refuses is overwritten by the next one.
 
 use std::collections::VecDeque;
@@ -38,7 +41,12 @@ use super::tx::MAX_FRAME;
 use crate::shell::{Chain as Causes, LogLimit, Vring};
 
 /// Most packets of one turn, so that transmitting gets its share.
-const BUDGET: u32 = 64;
+const BUDGET: u32 = 128;
+
+/// Bytes of buffers that are given to the kernel while packets are short: those of the usual MTU fit.
+const SHORT: usize = 2048;
+/// Packets after a long one that are read over all buffers.
+const LONG_FOR: u32 = 256;
 
 /// The longest header (VIRTIO 1.3, 5.1.6).
 const MAX_HEADER: usize = 20;
@@ -74,7 +82,7 @@ pub(super) enum RxEnd {
     More,
     /// The link has no packet.
     Idle,
-    /// The driver has no buffer; it will kick.
+    /// The driver has no buffer.
     Starved,
 }
 
@@ -97,6 +105,8 @@ struct State {
     /// Bytes in `posted`.
     room: usize,
     held: Option<Held>,
+    /// Packets to come that may be long.
+    long_for: u32,
     spill: Box<[u8]>,
     log: LogLimit,
 }
@@ -126,6 +136,7 @@ impl Rx {
             posted: VecDeque::with_capacity(vring.ring.size().into()),
             room: 0,
             held: None,
+            long_for: 0,
             spill: vec![0; MAX_HEADER + MAX_FRAME].into(),
             log: log.clone(),
         };
@@ -242,10 +253,6 @@ impl Rx {
                     Err(()) => break RxEnd::Idle,
                 },
                 _ => {
-                    if session.enable_notifications()? {
-                        session.disable_notifications()?;
-                        continue;
-                    }
                     counters.rx_starved.add(1);
                     break RxEnd::Starved;
                 }
@@ -293,6 +300,23 @@ impl Rx {
 }
 
 impl State {
+    /// How many pieces of the row are given to the link for a packet, and their bytes.
+    fn given(&mut self, list: &IoList) -> (usize, usize) {
+        if self.long_for > 0 {
+            self.long_for = self.long_for.saturating_sub(1);
+            return (list.len(), self.room);
+        }
+        let (mut pieces, mut room) = (0_usize, 0_usize);
+        for posted in &self.posted {
+            pieces = pieces.saturating_add(posted.pieces);
+            room = room.saturating_add(posted.len);
+            if room >= SHORT {
+                break;
+            }
+        }
+        (pieces, room)
+    }
+
     /// Reads one packet. `None` if it was lost, an error if there is none.
     fn read<L: Link>(
         &mut self,
@@ -301,7 +325,7 @@ impl State {
         counters: &Counters,
     ) -> Result<Option<usize>, ()> {
         let (pieces, room) = if self.mergeable {
-            (list.len(), self.room)
+            self.given(list)
         } else {
             self.posted.front().map_or((0, 0), |p| (p.pieces, p.len))
         };
@@ -311,13 +335,19 @@ impl State {
                 self.dropped(counters, &"a packet shorter than its header");
                 Ok(None)
             }
-            Ok(len) if len <= room => Ok(Some(len)),
+            Ok(len) if len <= room => {
+                if len > SHORT {
+                    self.long_for = LONG_FOR;
+                }
+                Ok(Some(len))
+            }
             // The spill was full as well, so maybe not all of it is here.
             Ok(len) if !self.mergeable || len >= room.saturating_add(self.spill.len()) => {
                 self.dropped(counters, &"a packet longer than the driver's buffers");
                 Ok(None)
             }
             Ok(len) => {
+                self.long_for = LONG_FOR;
                 self.held = Some(Held { len, fitted: room });
                 Ok(None)
             }

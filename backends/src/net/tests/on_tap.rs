@@ -303,6 +303,8 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
         rss: OnOff::On,
         hash_report: false,
         queue_pairs: Some(pairs),
+        poll: 50,
+        poll_budget: 20,
         offload: vec![Offload::All],
         packed: OnOff::On,
         in_order: OnOff::On,
