@@ -227,7 +227,6 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     let control = Control::new(site, "api.sock");
     let mut guest = Guest::on(Vmm::Ringside)
         .cpus(2)
-        .diskless()
         .device(&net)
         .arg(&format!("--api-socket={}", control.socket().display()))
         .boot(site)?;
