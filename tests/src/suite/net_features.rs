@@ -186,13 +186,6 @@ fn flows_go_where_the_guest_says(site: &Site) -> Result<()> {
     guest.run_ok("ethtool -N eth0 rx-flow-hash tcp4 sdfn")?;
     let found = used(&mut guest, "by ports again")?;
     ensure!(found.len() > 1, "by ports, eight flows came by {found:?}");
-    // Fewer pairs than the table had.
-    guest.run_ok("ethtool -L eth0 combined 2")?;
-    let found = used(&mut guest, "two pairs")?;
-    ensure!(
-        found.iter().all(|&pair| pair < 2),
-        "with two pairs, flows came by {found:?}"
-    );
     guest.shut_down()?;
     net.stop(site)
 }
