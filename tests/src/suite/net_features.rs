@@ -234,7 +234,8 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     );
     guest.run_ok(&reach)?;
     guest.run_ok(&format!(
-        "iperf3 --client {HOST} --time 60 --forceflush >/tmp/iperf3.log 2>&1; echo $? >/tmp/iperf3.status &"
+        "(iperf3 --client {HOST} --time 60 --forceflush >/tmp/iperf3.log 2>&1; echo $? >/tmp/iperf3.status) \
+         >/dev/null 2>&1 </dev/null &"
     ))?;
     guest.run_ok(&until("grep -q sec /tmp/iperf3.log"))?;
     // What our card has, and what the function has, of some seconds of TCP.
