@@ -8,6 +8,7 @@ mod boot;
 mod formats;
 mod links;
 mod net;
+mod net_switch;
 mod others;
 mod vfio;
 mod zoned;
@@ -52,6 +53,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
+        net_switch::TESTS,
         links::TESTS,
         others::TESTS,
         zoned::TESTS,
