@@ -54,6 +54,14 @@ pub(crate) fn resolve<'a, M: GuestMemory>(
     }
 }
 
+impl<'a, B> AreaRef<'a, B> {
+    /// An area that was found elsewhere.
+    #[inline]
+    pub(crate) const fn new(area: Area, slice: VolatileSlice<'a, B>) -> Self {
+        Self { area, slice }
+    }
+}
+
 impl<B: BitmapSlice> AreaRef<'_, B> {
     fn failed(&self, offset: usize) -> impl FnOnce(vm_memory::VolatileMemoryError) -> RingError {
         let area = self.area;
@@ -88,9 +96,30 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         value: T,
         order: Ordering,
     ) -> Result<(), RingError> {
+        #[cfg(test)]
+        if !stores::may_store() {
+            return Ok(());
+        }
         self.slice
             .store(value, offset, order)
             .map_err(self.failed(offset))
+    }
+
+    /// Loads a byte atomically.
+    #[inline]
+    pub(crate) fn load_u8_atomic(&self, offset: usize, order: Ordering) -> Result<u8, RingError> {
+        self.load_atomic(offset, order)
+    }
+
+    /// Stores a byte atomically.
+    #[inline]
+    pub(crate) fn store_u8_atomic(
+        &self,
+        offset: usize,
+        value: u8,
+        order: Ordering,
+    ) -> Result<(), RingError> {
+        self.store_atomic(offset, value, order)
     }
 
     /// Loads a u16 that no other access is ordered by.
@@ -112,6 +141,10 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
     /// Stores a u16 that no other access is ordered by.
     #[inline]
     pub(crate) fn store_u16(&self, offset: usize, value: u16) -> Result<(), RingError> {
+        #[cfg(test)]
+        if !stores::may_store() {
+            return Ok(());
+        }
         let slot = self
             .slice
             .get_ref::<u16>(offset)
@@ -178,11 +211,49 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
     /// Stores a u64 that no other access is ordered by.
     #[inline]
     pub(crate) fn store_u64(&self, offset: usize, value: u64) -> Result<(), RingError> {
+        #[cfg(test)]
+        if !stores::may_store() {
+            return Ok(());
+        }
         let slot = self
             .slice
             .get_ref::<u64>(offset)
             .map_err(self.failed(offset))?;
         slot.store(value.to_le());
         Ok(())
+    }
+}
+
+/// The end of a process behind any of its stores: those that follow come to nothing.
+#[cfg(test)]
+pub(crate) mod stores {
+    use std::cell::Cell;
+
+    thread_local! {
+        /// Stores that are left to this thread.
+        static LEFT: Cell<u64> = const { Cell::new(u64::MAX) };
+    }
+
+    /// Lets the thread store so many times more; `u64::MAX` stands for ever.
+    pub(crate) fn limit(stores: u64) {
+        LEFT.set(stores);
+    }
+
+    /// How many are left.
+    pub(crate) fn left() -> u64 {
+        LEFT.get()
+    }
+
+    /// Whether the limit was reached.
+    pub(crate) fn ended() -> bool {
+        LEFT.get() == 0
+    }
+
+    pub(super) fn may_store() -> bool {
+        let left = LEFT.get();
+        if left != u64::MAX {
+            LEFT.set(left.saturating_sub(1));
+        }
+        left > 0
     }
 }

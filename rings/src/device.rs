@@ -18,6 +18,7 @@ use vm_memory::{GuestAddress, GuestMemory};
 
 use crate::chain::{Chain, ChainBuf};
 use crate::error::{Area, PopError, RingError};
+use crate::inflight::Inflight;
 use crate::order::Order;
 use crate::{packed, split};
 
@@ -63,8 +64,8 @@ impl RingConfig {
 
 /// The device's state of one virtqueue.
 ///
-/// It begins with no chain in flight: whatever `next_avail` and `next_used` say, chains taken by an
-/// earlier owner of the queue are not known to it.
+/// A [new](Self::new) one begins with no chain in flight: whatever `next_avail` and `next_used` say, chains taken by an
+/// earlier owner of the queue are not known to it. One that is [resumed](Self::resume) knows them.
 #[derive(Debug)]
 pub struct DeviceRing {
     format: Format,
@@ -86,15 +87,57 @@ impl DeviceRing {
     /// memory, or across regions mapped apart, if an area that the device writes overlaps another one, or
     /// if an index of a packed queue does not exist.
     pub fn new<M: GuestMemory>(config: &RingConfig, mem: &M) -> Result<Self, RingError> {
-        let (format, heads) = if config.packed {
-            let ring = packed::device::DeviceRing::new(config, mem)?;
-            (Format::Packed(ring), packed::device::IDS)
+        let format = if config.packed {
+            Format::Packed(packed::device::DeviceRing::new(config, mem)?)
         } else {
-            let ring = split::device::DeviceRing::new(config, mem)?;
-            (Format::Split(ring), config.size.into())
+            Format::Split(split::device::DeviceRing::new(config, mem)?)
+        };
+        Ok(Self::with_order(format, config))
+    }
+
+    /// Takes over a virtqueue from an owner that may have ended at any time, and notes the chains in flight for the next
+    /// one. Chains that were taken and not returned come first, in the order in which they were taken. Where notes were
+    /// begun they say where the queue stands, not `next_avail` and `next_used`.
+    ///
+    /// A packed queue then shows the driver each chain as it is [pushed](Session::push_used); interrupts are still for
+    /// [`publish`](Session::publish) to decide on.
+    ///
+    /// # Errors
+    /// As from [`new`](Self::new); [`RingError::Inflight`] if the notes are not of a device side that served this queue, or
+    /// have room for a smaller one only; [`RingError::Access`] if they do not lie in their memory.
+    pub fn resume<M: GuestMemory>(
+        config: &RingConfig,
+        mem: &M,
+        notes: Inflight,
+    ) -> Result<Self, RingError> {
+        let format = if config.packed {
+            Format::Packed(packed::device::DeviceRing::resume(config, mem, notes)?)
+        } else {
+            Format::Split(split::device::DeviceRing::resume(config, mem, notes)?)
+        };
+        Ok(Self::with_order(format, config))
+    }
+
+    fn with_order(format: Format, config: &RingConfig) -> Self {
+        let heads = match &format {
+            Format::Split(_) => config.size.into(),
+            Format::Packed(_) => packed::device::IDS,
         };
         let order = config.in_order.then(|| Order::new(config.size, heads));
-        Ok(Self { format, order })
+        Self { format, order }
+    }
+
+    /// Chains in flight are noted for the next owner.
+    #[must_use]
+    pub fn is_tracked(&self) -> bool {
+        either!(Format, &self.format, ring => ring.is_tracked())
+    }
+
+    /// Chains in flight that an earlier owner took, and this one has not taken again. They are [available](Session::available).
+    #[inline]
+    #[must_use]
+    pub fn unserved(&self) -> u16 {
+        either!(Format, &self.format, ring => ring.unserved())
     }
 
     /// Queue size in descriptors.
@@ -126,7 +169,7 @@ impl DeviceRing {
         self.next_avail() != RingConfig::fresh_index(packed)
     }
 
-    /// Chains taken and not yet returned by [`Session::push_used`].
+    /// Chains taken and not yet returned by [`Session::push_used`], by this owner or one before it.
     #[inline]
     #[must_use]
     pub fn in_flight(&self) -> u16 {
@@ -188,14 +231,17 @@ impl<M: GuestMemory> Session<'_, M> {
         either!(Side, &self.side, side => side.memory())
     }
 
-    /// Chains that are available and not yet taken. A packed queue does not say how many: 1 stands for any number.
+    /// Chains that are available, or [unserved](DeviceRing::unserved), and not yet taken. A packed queue does not say how many: 1 stands for any number.
     ///
     /// # Errors
     /// [`RingError::AvailIndex`] or [`RingError::AvailDescriptor`] if the driver made more available than can be
     /// outstanding.
     #[inline]
     pub fn available(&mut self) -> Result<u16, RingError> {
-        either!(Side, &mut self.side, side => side.available())
+        either!(Side, &mut self.side, side => {
+            let unserved = side.unserved();
+            Ok(unserved.saturating_add(side.available()?))
+        })
     }
 
     /// Takes the next available chain, or `None` when there is none. `buf` holds its segments until
@@ -249,7 +295,7 @@ impl<M: GuestMemory> Session<'_, M> {
         }
     }
 
-    /// Makes all that was pushed visible with one store. Returns whether the driver wants an interrupt for
+    /// Makes all that was pushed visible with one store, unless it is. Returns whether the driver wants an interrupt for
     /// it; `false` when there was nothing.
     ///
     /// # Errors
@@ -288,6 +334,8 @@ impl<M: GuestMemory> Session<'_, M> {
     /// As from [`available`](Self::available).
     #[inline]
     pub fn enable_notifications(&mut self) -> Result<bool, RingError> {
-        either!(Side, &mut self.side, side => side.enable_notifications())
+        either!(Side, &mut self.side, side => {
+            Ok(side.enable_notifications()? || side.unserved() > 0)
+        })
     }
 }

@@ -20,6 +20,8 @@ pub enum Area {
     DeviceEvent,
     /// A driver's indirect descriptor tables (VIRTIO 1.3, 2.7.5.3).
     IndirectTables,
+    /// What a device side notes about chains in flight (vhost-user, "Inflight I/O tracking").
+    Inflight,
 }
 
 impl fmt::Display for Area {
@@ -31,6 +33,7 @@ impl fmt::Display for Area {
             Self::DriverEvent => "driver event suppression structure",
             Self::DeviceEvent => "device event suppression structure",
             Self::IndirectTables => "indirect tables",
+            Self::Inflight => "notes about chains in flight",
         })
     }
 }
@@ -146,6 +149,12 @@ pub enum RingError {
     HeadNotInFlight {
         /// The number of the head descriptor, or the buffer id.
         head: u16,
+    },
+    /// The notes about chains in flight are not those of a device side that served this queue.
+    #[error("the notes about chains in flight make no sense: {why}")]
+    Inflight {
+        /// What is wrong with them.
+        why: &'static str,
     },
     /// An access inside an area failed, although the area was checked.
     #[error("access to the {area} at offset {offset} failed")]

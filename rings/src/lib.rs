@@ -17,6 +17,7 @@
 //! | --- | --- |
 //! | `device`, `driver` | the two sides, whatever the format |
 //! | `split`, `packed` | the same for one format, each with the layout of its memory |
+//! | `inflight` | what outlasts the device side: which chains it has |
 //! | `order` | chains that are done before their turn (VIRTIO_F_IN_ORDER) |
 //! | `chain`, `segment` | what is in a chain |
 //! | `table` | what descriptors refer to: buffers and indirect tables |
@@ -145,6 +146,7 @@ mod chain;
 mod device;
 mod driver;
 mod error;
+mod inflight;
 mod order;
 mod packed;
 mod segment;
@@ -155,4 +157,5 @@ pub use chain::{Chain, ChainBuf};
 pub use device::{DeviceRing, RingConfig, Session};
 pub use driver::{DriverLayout, DriverRing, DriverSession};
 pub use error::{Area, ChainError, DriverError, PopError, RingError, SegmentError};
+pub use inflight::Inflight;
 pub use segment::{Segment, in_one_region, read_segments, total_len, write_segments};

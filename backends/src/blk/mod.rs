@@ -22,7 +22,6 @@ mod image;
 mod limits;
 mod mailbox;
 mod offload;
-mod poll;
 mod request;
 mod resize;
 mod stats;
@@ -42,9 +41,11 @@ use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
-    Commands, Device, DeviceError, Drained, LogLimit, Statistics, WorkerThread, config_range,
+    Commands, Device, DeviceError, Drained, LogLimit, PollLimits, Statistics, WorkerThread,
+    config_range,
 };
 
 pub use args::{ArgsError, BlkArgs};
@@ -58,7 +59,6 @@ pub use limits::{LimitError, RateLimits};
 
 use config::feature;
 use limits::Throttle;
-use poll::PollLimits;
 use request::{ID_LEN, Limits};
 use resize::ResizeError;
 use stats::{Clock, QueueStats};
@@ -252,6 +252,10 @@ impl Drop for Blk {
 impl Device for Blk {
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::INFLIGHT_SHMFD
     }
 
     fn queue_count(&self) -> u16 {

@@ -12,7 +12,7 @@
 //!  io_uring_enter  waits for the next kick, which is never read
 //! ```
 //!
-//! Between having nothing to do and sleeping lies the poll window (`poll.rs`): while events come fast, the worker looks for the
+//! Between having nothing to do and sleeping lies the poll window (`PollWindow`): while events come fast, the worker looks for the
 //! next one without telling the driver that it sleeps, which saves its wake-up and the driver's kick:
 //!
 //! ```text
@@ -53,12 +53,11 @@ use super::device::BlockDevice;
 use super::image::{Outcome, Side};
 use super::limits::Throttle;
 use super::offload::{self, DeviceLink, Offload};
-use super::poll::{PollLimits, PollWindow};
 use super::request::{ID_LEN, Limits, Range};
 use super::stats::{Clock, QueueStats};
 use super::uring::{Completion, Uring};
 use super::zones::Zones;
-use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Vring};
+use crate::shell::{Chain as Causes, Command, Commands, LogLimit, PollLimits, PollWindow, Vring};
 
 use job::Job;
 use turn::{Turn, abandon_zone};
@@ -415,6 +414,12 @@ impl Worker {
         if let Some(side) = &mut self.side {
             side.attach(size);
         }
+        // One that ended may have shown the driver something and not have interrupted it.
+        if vring.ring.is_tracked()
+            && let Err(e) = vring.notify_driver()
+        {
+            debug!("cannot signal the call eventfd: {e}");
+        }
         self.queue = Some(Queue {
             chain: ChainBuf::new(size),
             jobs: vec![None; usize::from(size)],
@@ -494,7 +499,8 @@ impl Worker {
         self.stats
             .in_flight
             .set(queue.vring.ring.in_flight().into());
-        if queue.stop.is_some() && queue.idle() && self.uring.in_flight() == 0 {
+        let ended = queue.idle() && queue.to_take() == 0;
+        if queue.stop.is_some() && ended && self.uring.in_flight() == 0 {
             self.give_back();
         }
         again
@@ -580,6 +586,16 @@ impl Queue {
     /// New chains are to be taken.
     fn serves(&self) -> bool {
         self.vring.enabled && !self.broken && !self.paused && self.stop.is_none()
+    }
+
+    /// How many chains are to be taken in a turn. A ring that is to be given back ends what an earlier owner began.
+    fn to_take(&self) -> u16 {
+        let ring = &self.vring.ring;
+        match self.serves() {
+            true => ring.size(),
+            false if self.vring.enabled && !self.broken && !self.paused => ring.unserved(),
+            false => 0,
+        }
     }
 
     /// Drops the requests that the kernel does not have: there is no ring to answer them on.

@@ -9,7 +9,8 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use ringside_rings::Segment;
+use ringside_rings::{Segment, in_one_region};
+use vm_memory::bitmap::MS;
 use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
 
 use crate::shell::Memory;
@@ -104,11 +105,7 @@ impl IoList {
         } = self;
         for segment in segments {
             let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
-            let slices = memory
-                .get_slices(segment.addr, len, access)
-                .map_err(|_| AppendError::NotInMemory)?;
-            for slice in slices {
-                let slice = slice.map_err(|_| AppendError::NotInMemory)?;
+            let mut push = |slice: VolatileSlice<'_, MS<'_, Memory>>| {
                 if pieces.len().saturating_sub(*start) >= *limit {
                     return Err(AppendError::TooManyPieces);
                 }
@@ -116,6 +113,17 @@ impl IoList {
                     iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                     iov_len: slice.len(),
                 });
+                Ok(())
+            };
+            if let Some(slice) = in_one_region(memory.as_ref(), segment.addr, len) {
+                push(slice)?;
+                continue;
+            }
+            let slices = memory
+                .get_slices(segment.addr, len, access)
+                .map_err(|_| AppendError::NotInMemory)?;
+            for slice in slices {
+                push(slice.map_err(|_| AppendError::NotInMemory)?)?;
             }
         }
         Ok(())
@@ -258,6 +266,12 @@ impl IoList {
         count: usize,
         spill: &mut [u8],
     ) -> bool {
+        if count > 0
+            && let Some(slice) = self.in_first(offset, data.len())
+        {
+            slice.copy_from(data);
+            return true;
+        }
         let room = self.room(count);
         let fits = room.saturating_sub(offset).min(data.len());
         let (inside, outside) = data.split_at_checked(fits).unwrap_or((data, &[]));
@@ -291,7 +305,12 @@ impl IoList {
     }
 
     /// Copies `data` to byte `offset` of the row. `false` if the row ends before.
+    #[inline]
     pub(super) fn copy_in(&self, offset: usize, data: &[u8]) -> bool {
+        if let Some(slice) = self.in_first(offset, data.len()) {
+            slice.copy_from(data);
+            return true;
+        }
         self.each_part(offset, data.len(), |slice, at| {
             let part = data.get(at..).unwrap_or_default();
             slice.write(part, 0).unwrap_or(0)
@@ -299,12 +318,29 @@ impl IoList {
     }
 
     /// Copies from byte `offset` of the row to `out`. `false` if the row ends before.
+    #[inline]
     pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) -> bool {
         let len = out.len();
+        if let Some(slice) = self.in_first(offset, len) {
+            slice.copy_to(out);
+            return true;
+        }
         self.each_part(offset, len, |slice, at| {
             let part = out.get_mut(at..).unwrap_or_default();
             slice.read(part, 0).unwrap_or(0)
         })
+    }
+
+    /// Bytes `offset..offset + len` of the row, if the first piece has them all, as it has nearly all headers and most packets.
+    #[inline]
+    fn in_first(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        let first = self.live().first()?;
+        if offset.checked_add(len)? > first.iov_len {
+            return None;
+        }
+        // SAFETY: the piece was taken from `memory`, which outlives this borrow.
+        let slice = unsafe { VolatileSlice::new(first.iov_base.cast(), first.iov_len) };
+        slice.subslice(offset, len).ok()
     }
 
     /// Calls `copy` with each piece of memory from byte `offset` on and the number of bytes copied so

@@ -24,6 +24,7 @@
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
 //! | `tx`, `rx`, `ring` | the data path |
+//! | `hash`, `steering` | hashes of packets, and receive-side scaling |
 //! | `coalesce` | interrupts that are held back |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
@@ -39,11 +40,13 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
+mod hash;
 mod iov;
 mod link;
 mod ring;
 mod rx;
 mod settings;
+mod steering;
 mod switch;
 #[cfg(test)]
 mod tests;
@@ -55,6 +58,6 @@ pub use config::{MacAddress, MacError};
 pub use device::Net;
 pub use link::{
     Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
-    Tap, TapError, TapQueue,
+    Tap, TapError, TapQueue, XdpError,
 };
 pub use switch::{OptionsError, Switch, SwitchArgs, SwitchError, SwitchPort};

@@ -18,8 +18,11 @@
 //! Rings start on SET_VRING_KICK and not on the first kick, as all known back-ends do: a chain that was
 //! added before the connection must not wait for the next one.
 //!
-//! Inflight tracking and the dirty log are not offered. They would come in here with their messages, reach a
-//! worker inside its [`Vring`], and be served where a chain is taken and where it is returned.
+//! A device that offers INFLIGHT_SHMFD has its requests in flight noted by the rings themselves: they begin with what the
+//! back-end before this one noted, and a worker serves it as it comes.
+//!
+//! The dirty log is not offered. It would come in here with its messages, reach a worker inside its [`Vring`], and be served
+//! where a chain is taken and where it is returned.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -51,6 +54,7 @@ use vmm_sys_util::signal::Killable;
 use super::control::{Link, LinkState, Reply, Request, Statistics, feature_names};
 use super::daemon::wake_signal;
 use super::device::{Device, DeviceError, WorkerThread};
+use super::inflight::{self, InflightError, Notes};
 use super::limit::LogLimit;
 use super::memory::{MAX_SHARED, MAX_SLOTS, MemoryError, MemoryTable};
 use super::placement::{Placement, PlacementError};
@@ -123,6 +127,9 @@ pub enum HandlerError {
     /// Guest memory cannot be used as it is described.
     #[error("guest memory")]
     Memory(#[from] MemoryError),
+    /// Requests in flight cannot be tracked.
+    #[error(transparent)]
+    Inflight(#[from] InflightError),
     /// The device refuses.
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -206,6 +213,8 @@ pub(super) struct Handler<D> {
     workers: Vec<Worker>,
     rings: Vec<RingState>,
     memory: MemoryTable,
+    /// Where requests in flight are noted, if the front-end wants it.
+    notes: Option<Notes>,
     /// With VHOST_USER_F_PROTOCOL_FEATURES.
     acked_features: u64,
     acked_protocol: u64,
@@ -244,6 +253,7 @@ impl<D: Device> Handler<D> {
             workers,
             rings,
             memory: MemoryTable::default(),
+            notes: None,
             acked_features: 0,
             acked_protocol: 0,
             requests: None,
@@ -344,6 +354,7 @@ impl<D: Device> Handler<D> {
             "pid": std::process::id(),
             "front-end": if self.connected.load(Ordering::Relaxed) { "connected" } else { "none" },
             "paused": self.paused,
+            "inflight-tracking": self.notes.is_some(),
             "offered": names(self.device.features() | PROTOCOL_FEATURES),
             "features": names(self.acked_features),
             "queues": queues.collect::<Vec<_>>(),
@@ -430,6 +441,7 @@ impl<D: Device> Handler<D> {
         self.connected.store(false, Ordering::Relaxed);
         self.reset_rings()?;
         self.memory = MemoryTable::default();
+        self.notes = None;
         self.acked_features = 0;
         self.acked_protocol = 0;
         self.requests = None;
@@ -452,7 +464,7 @@ impl<D: Device> Handler<D> {
 
     /// Guest memory was taken away while it was in use.
     pub(super) fn memory_gone(&self) -> bool {
-        self.memory.torn()
+        self.memory.torn() || self.notes.as_ref().is_some_and(Notes::torn)
     }
 
     /// How many memory regions a front-end may have.
@@ -621,8 +633,11 @@ impl<D: Device> Handler<D> {
             next_avail,
             next_used: next_used.unwrap_or(next_avail),
         };
-        let ring = DeviceRing::new(&config, memory.as_ref())
-            .map_err(|source| HandlerError::Ring { index, source })?;
+        let ring = match &self.notes {
+            Some(notes) => DeviceRing::resume(&config, memory.as_ref(), notes.of(index, packed)?),
+            None => DeviceRing::new(&config, memory.as_ref()),
+        };
+        let ring = ring.map_err(|source| HandlerError::Ring { index, source })?;
         let begun = ring.has_begun();
         let state = self.state(index)?;
         let vring = Vring {
@@ -649,8 +664,9 @@ impl<D: Device> Handler<D> {
             queue = index,
             size,
             packed,
-            next_avail = config.next_avail,
-            next_used = config.next_used,
+            next_avail = vring.ring.next_avail(),
+            next_used = vring.ring.next_used(),
+            unserved = vring.ring.unserved(),
             enabled = vring.enabled,
             "ring starts"
         );
@@ -746,6 +762,26 @@ impl<D: Device> Handler<D> {
         self.change(index, |ring| ring.enabled = enable)
     }
 
+    /// How many queues of which size are to be tracked.
+    fn tracked(&self, inflight: &VhostUserInflight) -> Result<(u16, u16), InflightError> {
+        let (queues, size) = (inflight.num_queues, inflight.queue_size);
+        let (count, max) = (self.device.queue_count(), self.max_queue_size());
+        if queues == 0 || queues > count || size == 0 || size > max {
+            return Err(InflightError::Shape {
+                queues,
+                size,
+                count,
+                max,
+            });
+        }
+        Ok((queues, size))
+    }
+
+    /// The largest queue size that is served.
+    fn max_queue_size(&self) -> u16 {
+        self.device.max_queue_size().min(MAX_QUEUE_SIZE)
+    }
+
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -817,6 +853,9 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
 
     fn reset_device(&mut self) -> ProtocolResult<()> {
         self.reset_rings()?;
+        if let Some(notes) = &self.notes {
+            notes.clear();
+        }
         self.device.reset();
         // What was negotiated holds until the front-end negotiates again.
         self.device
@@ -862,7 +901,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> ProtocolResult<()> {
-        let max = self.device.max_queue_size().min(MAX_QUEUE_SIZE);
+        let max = self.max_queue_size();
         let packed = self.packed();
         let size = u16::try_from(num)
             .ok()
@@ -991,6 +1030,25 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         self.set_memory(self.memory.without(region))
     }
 
+    fn get_inflight_fd(
+        &mut self,
+        inflight: &VhostUserInflight,
+    ) -> ProtocolResult<(VhostUserInflight, File)> {
+        let (queues, size) = self.tracked(inflight).map_err(HandlerError::from)?;
+        Ok(inflight::create(queues, size).map_err(HandlerError::from)?)
+    }
+
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> ProtocolResult<()> {
+        self.tracked(inflight).map_err(HandlerError::from)?;
+        let notes = Notes::map(inflight, file).map_err(HandlerError::from)?;
+        debug!(
+            queues = inflight.num_queues,
+            size = inflight.queue_size,
+            "requests in flight are noted from now on"
+        );
+        Ok(self.change_all(|handler| handler.notes = Some(notes))?)
+    }
+
     // The rest belongs to protocol features that are not offered.
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> ProtocolResult<()> {
@@ -999,21 +1057,6 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
 
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> ProtocolResult<File> {
         Err(HandlerError::NotOffered("SHARED_OBJECT").into())
-    }
-
-    fn get_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-    ) -> ProtocolResult<(VhostUserInflight, File)> {
-        Err(HandlerError::NotOffered("INFLIGHT_SHMFD").into())
-    }
-
-    fn set_inflight_fd(
-        &mut self,
-        _inflight: &VhostUserInflight,
-        _file: File,
-    ) -> ProtocolResult<()> {
-        Err(HandlerError::NotOffered("INFLIGHT_SHMFD").into())
     }
 
     fn set_device_state_fd(

@@ -28,6 +28,7 @@
 //! | sends one without wanting a reply, or garbage, or half a message | ends the connection; the next front-end is served |
 //! | leaves with requests in flight | waits for their end before guest memory is unmapped |
 //! | truncates the file of guest memory | goes on with zeroes there, and ends the connection (`torn`) |
+//! | leaves notes about requests in flight that make no sense | does not start that ring; the others go on (`inflight`) |
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
@@ -36,11 +37,13 @@ mod counter;
 mod daemon;
 mod device;
 mod handler;
+mod inflight;
 mod limit;
 mod log;
 mod memory;
 mod options;
 mod placement;
+mod poll;
 mod ports;
 mod rate;
 mod session;
@@ -57,6 +60,7 @@ pub use limit::LogLimit;
 pub use memory::MemoryError;
 pub use options::{LogFormat, OnOff, Program, ShellArgs};
 pub use placement::PlacementError;
+pub(crate) use poll::{PollLimits, PollWindow};
 pub use ports::{Hub, OpenPort, PortError, PortOptions, run_ports};
 pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;

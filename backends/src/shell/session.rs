@@ -169,7 +169,8 @@ impl<D: Device> Session<D> {
         }
         // The `vhost` crate acknowledges a message that failed, but sends nothing in place of an answer: a front-end that
         // waits for one would wait for ever.
-        let answered = !header.is(FrontendReq::GET_VRING_BASE);
+        let answered =
+            !header.is(FrontendReq::GET_VRING_BASE) && !header.is(FrontendReq::GET_INFLIGHT_FD);
         let told = answered && header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
         told || header.is(FrontendReq::SET_CONFIG)
     }

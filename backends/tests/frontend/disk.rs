@@ -281,6 +281,12 @@ impl Disk {
 
     /// Random requests on all queues, several at a time; no two that are in flight overlap unless both read.
     pub fn exercise(&mut self, requests: usize, ranges: bool) {
+        self.load(requests, ranges);
+        self.drain();
+    }
+
+    /// The same, with some left in flight.
+    pub fn load(&mut self, requests: usize, ranges: bool) {
         let sectors = self.model.len() as u64 / 512;
         for _ in 0..requests {
             while self.in_flight() >= SLOTS - 2 {
@@ -340,6 +346,5 @@ impl Disk {
                 },
             );
         }
-        self.drain();
     }
 }

@@ -31,7 +31,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, geteuid};
 use ringside_rings::{DriverLayout, DriverRing, Segment};
-use vhost::vhost_user::message::{VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::message::{
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+};
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
@@ -117,6 +119,18 @@ impl Daemon {
         let log = File::create(dir.path().join("log"))?;
         let child = command.env_remove("RINGSIDE_LOG").stderr(log).spawn()?;
         Ok(Self { child, dir })
+    }
+
+    /// Kills it, and starts another one in its place, with a log of its own.
+    pub fn replace(&mut self, program: &str, args: &[&str]) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+        let log = File::create(self.dir.path().join("log")).unwrap();
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(self.socket()).args(args);
+        command.stdin(Stdio::null()).stderr(log);
+        self.child = command.env_remove("RINGSIDE_LOG").spawn().unwrap();
+        self.wait_for_socket();
     }
 
     pub fn wait_for_socket(&self) {
@@ -336,6 +350,8 @@ pub struct Setup {
     pub packed: bool,
     /// Use in order, which has to be offered.
     pub in_order: bool,
+    /// Requests in flight are tracked, which has to be offered.
+    pub tracked: bool,
 }
 
 impl Setup {
@@ -366,6 +382,7 @@ impl Default for Setup {
             slots: false,
             packed: false,
             in_order: false,
+            tracked: false,
         }
     }
 }
@@ -378,6 +395,8 @@ pub struct FrontEnd {
     pub guest: Guest,
     pub queues: Vec<Queue>,
     pub features: u64,
+    /// Where the back-end notes requests in flight.
+    pub inflight: Option<(VhostUserInflight, File)>,
 }
 
 /// Connects and negotiates, for split queues used in any order: each message is acknowledged by the back-end.
@@ -398,7 +417,8 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(protocol.contains(wanted), "{protocol:?}");
-    messages.set_protocol_features(wanted).unwrap();
+    let tracking = protocol & VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    messages.set_protocol_features(wanted | tracking).unwrap();
     messages.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     messages.set_features(features).unwrap();
     (messages, features)
@@ -428,7 +448,14 @@ impl FrontEnd {
             queues: Vec::new(),
             features,
             guest,
+            inflight: None,
         };
+        if setup.tracked {
+            let wanted = VhostUserInflight::new(0, 0, setup.queues as u16, setup.size);
+            let inflight = this.messages.get_inflight_fd(&wanted).unwrap();
+            this.track(&inflight);
+            this.inflight = Some(inflight);
+        }
         for index in 0..setup.queues {
             let layout = |base| {
                 let layout = if setup.packed {
@@ -474,6 +501,37 @@ impl FrontEnd {
         let regions = self.guest.regions();
         self.messages.set_mem_table(&regions).unwrap();
         bases
+    }
+
+    /// Says where requests in flight are noted.
+    pub fn track(&mut self, (area, file): &(VhostUserInflight, File)) {
+        let fd = file.as_raw_fd();
+        self.messages.set_inflight_fd(area, fd).unwrap();
+    }
+
+    /// Hands a running guest to the back-end that came after one that died, and starts its rings.
+    pub fn hand_over(&mut self, socket: &Path) {
+        self.raw = Raw::connect(socket);
+        let (messages, features) = negotiate_on(self.raw.0.try_clone().unwrap(), !self.features);
+        assert_eq!(features, self.features);
+        self.messages = messages;
+        if let Some(inflight) = self.inflight.take() {
+            self.track(&inflight);
+            self.inflight = Some(inflight);
+        }
+        let regions = self.guest.regions();
+        self.messages.set_mem_table(&regions).unwrap();
+        for index in 0..self.queues.len() {
+            // As QEMU does: the used index, or for a packed ring where it began.
+            let base = if self.features & RING_PACKED != 0 {
+                self.fresh()
+            } else {
+                let used = self.queues[index].ring.layout().used_ring();
+                let index = GuestAddress(used.0 + 2);
+                self.guest.memory.read_obj::<u16>(index).unwrap().into()
+            };
+            self.start(index, base);
+        }
     }
 
     /// The base of a fresh ring.

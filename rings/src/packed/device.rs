@@ -7,11 +7,13 @@ use vm_memory::bitmap::BS;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::desc::{self, DESC_F_WRITE, Rest};
+use super::inflight::{Resumed, Tracking};
 use super::layout::{Cursor, EVENT_ALIGN, EVENT_LEN, Event};
 use crate::area::{AreaRef, resolve};
 use crate::chain::{Chain, ChainBuf};
 use crate::device::{DESC_ALIGN, MAX_SIZE, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
+use crate::inflight::{Inflight, damaged};
 use crate::table::{LastRegion, Table, desc_offset, table_limit};
 
 /// How many buffer ids there are: 16 bits, whatever the size of the queue (VIRTIO 1.3, 2.8.13).
@@ -47,6 +49,8 @@ pub(crate) struct DeviceRing {
     published: bool,
     /// What the driver was last told about notifications, if it was told by this owner.
     notifications: Option<bool>,
+    /// What is noted for an owner that comes after this one. Chains are then shown to the driver one by one.
+    tracking: Option<Box<Tracking>>,
 }
 
 impl DeviceRing {
@@ -89,9 +93,51 @@ impl DeviceRing {
             taken: vec![0; usize::from(size)].into_boxed_slice(),
             published: false,
             notifications: None,
+            tracking: None,
         };
         ring.session(mem)?;
         Ok(ring)
+    }
+
+    /// Goes on from the notes in `table`, and keeps them.
+    pub(crate) fn resume<M: GuestMemory>(
+        config: &RingConfig,
+        mem: &M,
+        table: Inflight,
+    ) -> Result<Self, RingError> {
+        let mut ring = Self::new(config, mem)?;
+        let (size, next_used) = (ring.size, ring.next_used);
+        let resume = |session: Session<'_, M>| {
+            Tracking::resume(table, size, next_used, |at| session.rest(at))
+        };
+        let Resumed {
+            tracking,
+            next_used,
+        } = resume(ring.session(mem)?)?;
+        for (number, &id) in tracking.again.heads().iter().enumerate() {
+            let count = tracking.copies_of(number);
+            match ring.counts.get_mut(usize::from(id)) {
+                Some(held) if *held == 0 => *held = count,
+                _ => return Err(damaged("two chains in flight have the same id")),
+            }
+            ring.busy = ring.busy.saturating_add(count);
+            ring.in_flight = ring.in_flight.saturating_add(1);
+        }
+        ring.next_used = next_used;
+        // All that was taken is used or in flight.
+        ring.next_avail = next_used.after(ring.busy, size);
+        ring.tracking = Some(Box::new(tracking));
+        Ok(ring)
+    }
+
+    pub(crate) fn is_tracked(&self) -> bool {
+        self.tracking.is_some()
+    }
+
+    /// Chains of a former owner that are to be served again.
+    #[inline]
+    pub(crate) fn unserved(&self) -> u16 {
+        self.tracking.as_ref().map_or(0, |t| t.again.left())
     }
 
     #[inline]
@@ -184,6 +230,12 @@ impl From<RingError> for Stopped {
 }
 
 impl<M: GuestMemory> Session<'_, M> {
+    /// Chains of a former owner that are to be served again.
+    #[inline]
+    pub(crate) fn unserved(&self) -> u16 {
+        self.ring.unserved()
+    }
+
     #[inline]
     pub(crate) fn memory(&self) -> &M {
         self.mem
@@ -194,6 +246,14 @@ impl<M: GuestMemory> Session<'_, M> {
         Ok(u16::from(self.next()?.is_some()))
     }
 
+    /// Flags, id and length of a descriptor.
+    #[inline]
+    fn rest(&self, at: u16) -> Result<Rest, RingError> {
+        let offset = desc_offset(at).wrapping_add(8);
+        let word = self.desc.load_u64_atomic(offset, Ordering::Acquire)?;
+        Ok(Rest::from_word(word))
+    }
+
     /// The next descriptor, if the driver made it available.
     #[inline]
     fn next(&self) -> Result<Option<Rest>, RingError> {
@@ -201,8 +261,7 @@ impl<M: GuestMemory> Session<'_, M> {
         let cursor = ring.next_avail;
         // Acquire: the address, the descriptors behind it and the buffers are read after it
         // (VIRTIO 1.3, 2.8.21.1.1).
-        let offset = desc_offset(cursor.at()).wrapping_add(8);
-        let rest = Rest::from_word(self.desc.load_u64_atomic(offset, Ordering::Acquire)?);
+        let rest = self.rest(cursor.at())?;
         if !rest.is_available(cursor) {
             return Ok(None);
         }
@@ -218,10 +277,17 @@ impl<M: GuestMemory> Session<'_, M> {
     /// Takes the next available chain.
     #[inline]
     pub(crate) fn pop<'b>(&mut self, buf: &'b mut ChainBuf) -> Result<Option<Chain<'b>>, PopError> {
+        buf.clear();
+        if let Some(tracking) = &mut self.ring.tracking
+            && let Some((number, id)) = tracking.again.take()
+        {
+            self.gather_copies(number, buf)
+                .map_err(|error| PopError::Chain { head: id, error })?;
+            return Ok(Some(buf.chain(id)));
+        }
         let Some(rest) = self.next()? else {
             return Ok(None);
         };
-        buf.clear();
         match self.gather(rest, buf) {
             Ok((id, count)) => {
                 self.take(id, count)?;
@@ -246,6 +312,14 @@ impl<M: GuestMemory> Session<'_, M> {
             }
             *held = count;
             *taken = id;
+        }
+        if let Some(tracking) = &mut ring.tracking {
+            let (start, size, desc) = (ring.next_avail, ring.size, &self.desc);
+            tracking.took(id, count, |number| {
+                let offset = desc_offset(start.after(number, size).at());
+                let word = desc.load_u64(offset.wrapping_add(8))?;
+                Ok((desc.load_u64(offset)?, Rest::from_word(word)))
+            })?;
         }
         ring.next_avail = next;
         ring.busy = ring.busy.saturating_add(count);
@@ -280,16 +354,25 @@ impl<M: GuestMemory> Session<'_, M> {
     /// Gives back the last chain taken, as if it had not been; breaks if it was returned already.
     pub(crate) fn rewind(&mut self) -> ControlFlow<()> {
         let ring = &mut *self.ring;
+        let is_held = |id: u16| ring.counts.get(usize::from(id)).is_some_and(|&c| c != 0);
+        if let Some(tracking) = &mut ring.tracking
+            && let Some(done) = tracking.again.rewind(is_held)
+        {
+            return done;
+        }
         let last = ring.next_avail.before(1, ring.size);
         // The device may have written the descriptor again, so the id comes from our own notes.
-        let held = ring
-            .taken
-            .get(usize::from(last.at()))
-            .and_then(|&id| ring.counts.get_mut(usize::from(id)));
-        let count = match held {
+        let id = ring.taken.get(usize::from(last.at())).copied();
+        let id = id.unwrap_or_default();
+        let count = match ring.counts.get_mut(usize::from(id)) {
             Some(held) if *held != 0 => std::mem::take(held),
             _ => return ControlFlow::Break(()),
         };
+        if let Some(tracking) = &mut ring.tracking
+            && tracking.gave_back(id).is_err()
+        {
+            return ControlFlow::Break(());
+        }
         ring.next_avail = ring.next_avail.before(count, ring.size);
         ring.busy = ring.busy.saturating_sub(count);
         ring.in_flight = ring.in_flight.saturating_sub(1);
@@ -303,6 +386,9 @@ impl<M: GuestMemory> Session<'_, M> {
         match ring.counts.get_mut(usize::from(id)) {
             Some(held) if *held != 0 => {
                 ring.in_flight = ring.in_flight.saturating_sub(1);
+                if let Some(tracking) = &mut ring.tracking {
+                    tracking.returned(id);
+                }
                 Ok(std::mem::take(held))
             }
             _ => Err(RingError::HeadNotInFlight { head: id }),
@@ -323,6 +409,17 @@ impl<M: GuestMemory> Session<'_, M> {
             flags: desc::used(cursor) | write,
         }
         .to_word();
+        if let Some(tracking) = &mut ring.tracking {
+            let next = cursor.after(count, ring.size);
+            tracking.publishes(cursor, next)?;
+            // Release: all the device wrote to buffers comes before it (VIRTIO 1.3, 2.8.2), and the notes.
+            let offset = desc_offset(cursor.at()).wrapping_add(8);
+            self.desc
+                .store_u64_atomic(offset, word, Ordering::Release)?;
+            ring.next_used = next;
+            ring.busy = ring.busy.saturating_sub(count);
+            return tracking.published(next, count);
+        }
         let first = ring.staged == 0;
         ring.staged = ring.staged.saturating_add(count);
         if first {
@@ -337,6 +434,10 @@ impl<M: GuestMemory> Session<'_, M> {
     #[inline]
     pub(crate) fn publish(&mut self) -> Result<bool, RingError> {
         let ring = &mut *self.ring;
+        if let Some(tracking) = &mut ring.tracking {
+            let shown = std::mem::take(&mut tracking.shown);
+            return self.wants_interrupt(shown);
+        }
         if ring.staged == 0 {
             return Ok(false);
         }
@@ -350,6 +451,16 @@ impl<M: GuestMemory> Session<'_, M> {
         ring.next_used = old.after(moved, ring.size);
         ring.staged = 0;
         ring.busy = ring.busy.saturating_sub(moved);
+        self.wants_interrupt(moved.into())
+    }
+
+    /// Whether the driver wants an interrupt for the last `moved` descriptors that were marked used.
+    #[inline]
+    fn wants_interrupt(&mut self, moved: u32) -> Result<bool, RingError> {
+        if moved == 0 {
+            return Ok(false);
+        }
+        let ring = &mut *self.ring;
         let first = !ring.published;
         ring.published = true;
         // The driver writes its wish, then looks at the descriptor; the device the other way round. With
@@ -357,8 +468,11 @@ impl<M: GuestMemory> Session<'_, M> {
         fence(Ordering::SeqCst);
         let bits = self.driver_event.load_u32_atomic(0, Ordering::Relaxed)?;
         let event = Event::from_bits(bits, ring.event_idx);
-        // What a former owner told the driver is not known: tell it once too often.
-        Ok(event.wants(old, moved, ring.size) || (first && matches!(event, Event::Desc(_))))
+        // What a former owner told the driver is not known: tell it once too often. So with more than a round of the queue.
+        let sure = first || moved > u32::from(ring.size);
+        let moved = u16::try_from(moved).unwrap_or(u16::MAX).min(ring.size);
+        let old = ring.next_used.before(moved, ring.size);
+        Ok(event.wants(old, moved, ring.size) || (sure && matches!(event, Event::Desc(_))))
     }
 
     /// Tells the driver that it need not notify (VIRTIO 1.3, 2.8.10).
@@ -411,6 +525,17 @@ impl<M: GuestMemory> Session<'_, M> {
             cursor = cursor.after(1, self.ring.size);
             count = count.saturating_add(1);
         }
+    }
+
+    /// Gathers the segments of a chain that is to be served again.
+    fn gather_copies(&mut self, number: usize, buf: &mut ChainBuf) -> Result<(), ChainError> {
+        let copy = |ring: &DeviceRing, at| ring.tracking.as_ref().and_then(|t| t.copy(number, at));
+        let mut at = 0_u16;
+        while let Some((addr, rest)) = copy(self.ring, at) {
+            self.append(addr, rest, at > 0, buf)?;
+            at = at.saturating_add(1);
+        }
+        Ok(())
     }
 
     /// The descriptor `count` behind that at `start`: no further than there can be any that the driver wrote, so that

@@ -6,4 +6,5 @@
 mod desc;
 pub(crate) mod device;
 pub(crate) mod driver;
+pub(crate) mod inflight;
 pub(crate) mod layout;

@@ -8,6 +8,7 @@ use vm_memory::bitmap::BS;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::desc::Desc;
+use super::inflight::Tracking;
 use super::layout::{
     self, AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, FLAGS, IDX, USED_ALIGN, USED_F_NO_NOTIFY,
 };
@@ -15,6 +16,7 @@ use crate::area::{AreaRef, resolve};
 use crate::chain::{Chain, ChainBuf};
 use crate::device::{DESC_ALIGN, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
+use crate::inflight::Inflight;
 use crate::table::{LastRegion, Table, desc_offset, table_limit};
 
 /// The device's state of one split virtqueue.
@@ -47,6 +49,8 @@ pub(crate) struct DeviceRing {
     notifications: Option<bool>,
     /// With EVENT_IDX: the index from which on it was to notify.
     asked_from: u16,
+    /// What is noted for an owner that comes after this one.
+    tracking: Option<Box<Tracking>>,
 }
 
 impl DeviceRing {
@@ -75,9 +79,46 @@ impl DeviceRing {
             published: false,
             notifications: None,
             asked_from: config.next_avail,
+            tracking: None,
         };
         ring.session(mem)?;
         Ok(ring)
+    }
+
+    /// Goes on from the notes in `table`, and keeps them.
+    pub(crate) fn resume<M: GuestMemory>(
+        config: &RingConfig,
+        mem: &M,
+        table: Inflight,
+    ) -> Result<Self, RingError> {
+        let mut ring = Self::new(config, mem)?;
+        let next_used = ring.session(mem)?.used_index()?;
+        let tracking = Tracking::resume(table, config.size, next_used)?;
+        let heads = tracking.again.heads();
+        for &head in heads {
+            if let Some(held) = ring.held.get_mut(usize::from(head)) {
+                *held = true;
+            }
+        }
+        ring.in_flight = u16::try_from(heads.len()).unwrap_or(u16::MAX);
+        // All that was taken is used or in flight.
+        let next_avail = next_used.wrapping_add(ring.in_flight);
+        ring.next_avail = next_avail;
+        ring.avail_idx = next_avail;
+        ring.asked_from = next_avail;
+        ring.next_used = next_used;
+        ring.tracking = Some(Box::new(tracking));
+        Ok(ring)
+    }
+
+    pub(crate) fn is_tracked(&self) -> bool {
+        self.tracking.is_some()
+    }
+
+    /// Chains of a former owner that are to be served again.
+    #[inline]
+    pub(crate) fn unserved(&self) -> u16 {
+        self.tracking.as_ref().map_or(0, |t| t.again.left())
     }
 
     #[inline]
@@ -179,9 +220,20 @@ pub(crate) struct Session<'a, M: GuestMemory> {
 }
 
 impl<'a, M: GuestMemory> Session<'a, M> {
+    /// Chains of a former owner that are to be served again.
+    #[inline]
+    pub(crate) fn unserved(&self) -> u16 {
+        self.ring.unserved()
+    }
+
     #[inline]
     pub(crate) fn memory(&self) -> &M {
         self.mem
+    }
+
+    /// The used index as it stands in the ring.
+    fn used_index(&self) -> Result<u16, RingError> {
+        self.used.load_u16_atomic(IDX, Ordering::Acquire)
     }
 
     /// Chains that are available and not yet taken.
@@ -213,6 +265,13 @@ impl<'a, M: GuestMemory> Session<'a, M> {
     /// used up.
     #[inline]
     pub(crate) fn pop<'b>(&mut self, buf: &'b mut ChainBuf) -> Result<Option<Chain<'b>>, PopError> {
+        if let Some(tracking) = &mut self.ring.tracking
+            && let Some((_, head)) = tracking.again.take()
+        {
+            buf.clear();
+            self.gather(head, buf)?;
+            return Ok(Some(buf.chain(head)));
+        }
         if self.ring.next_avail == self.ring.avail_idx && self.available()? == 0 {
             return Ok(None);
         }
@@ -232,6 +291,9 @@ impl<'a, M: GuestMemory> Session<'a, M> {
         if *held {
             return Err(RingError::HeadInFlight { head }.into());
         }
+        if let Some(tracking) = &mut ring.tracking {
+            tracking.took(head)?;
+        }
         *held = true;
         *taken = head;
         ring.next_avail = ring.next_avail.wrapping_add(1);
@@ -245,15 +307,24 @@ impl<'a, M: GuestMemory> Session<'a, M> {
     /// Gives back the last chain taken, as if it had not been; breaks if it was returned already.
     pub(crate) fn rewind(&mut self) -> ControlFlow<()> {
         let ring = &mut *self.ring;
+        let is_held = |head: u16| ring.held.get(usize::from(head)) == Some(&true);
+        if let Some(tracking) = &mut ring.tracking
+            && let Some(done) = tracking.again.rewind(is_held)
+        {
+            return done;
+        }
         let previous = ring.next_avail.wrapping_sub(1);
         // The driver may have written the ring element again, so its head comes from our own notes.
-        let held = ring
-            .taken
-            .get(usize::from(previous & ring.mask))
-            .and_then(|&head| ring.held.get_mut(usize::from(head)));
-        match held {
+        let head = ring.taken.get(usize::from(previous & ring.mask)).copied();
+        let head = head.unwrap_or_default();
+        match ring.held.get_mut(usize::from(head)) {
             Some(held) if *held => *held = false,
             _ => return ControlFlow::Break(()),
+        }
+        if let Some(tracking) = &mut ring.tracking
+            && tracking.gave_back(head).is_err()
+        {
+            return ControlFlow::Break(());
         }
         ring.next_avail = previous;
         ring.in_flight = ring.in_flight.saturating_sub(1);
@@ -269,6 +340,9 @@ impl<'a, M: GuestMemory> Session<'a, M> {
             _ => return Err(RingError::HeadNotInFlight { head }),
         }
         ring.in_flight = ring.in_flight.saturating_sub(1);
+        if let Some(tracking) = &mut ring.tracking {
+            tracking.returned(head)?;
+        }
         Ok(1)
     }
 
@@ -293,11 +367,17 @@ impl<'a, M: GuestMemory> Session<'a, M> {
         }
         let old = ring.next_used;
         let new = old.wrapping_add(ring.staged);
+        if let Some(tracking) = &mut ring.tracking {
+            tracking.publishes()?;
+        }
         // Release: the elements, and all the device wrote to buffers, come before the index
         // (VIRTIO 1.3, 2.7.8.2).
         self.used.store_u16_atomic(IDX, new, Ordering::Release)?;
         ring.next_used = new;
         ring.staged = 0;
+        if let Some(tracking) = &mut ring.tracking {
+            tracking.published(new)?;
+        }
         let first = !ring.published;
         ring.published = true;
         // The driver writes its wish, then reads the index; the device the other way round. With a

@@ -3,4 +3,5 @@
 mod desc;
 pub(crate) mod device;
 pub(crate) mod driver;
+pub(crate) mod inflight;
 pub(crate) mod layout;

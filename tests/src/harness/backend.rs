@@ -122,6 +122,7 @@ impl BackEnd {
 pub struct Blk {
     path: PathBuf,
     queues: u16,
+    socket: Option<String>,
     arguments: Vec<String>,
 }
 
@@ -132,6 +133,7 @@ impl Blk {
         Self {
             path: path.into(),
             queues: 1,
+            socket: None,
             arguments: Vec::new(),
         }
     }
@@ -140,6 +142,13 @@ impl Blk {
     #[must_use]
     pub fn queues(mut self, queues: u16) -> Self {
         self.queues = queues;
+        self
+    }
+
+    /// The socket of one that is gone, to take its place.
+    #[must_use]
+    pub fn in_place_of(mut self, gone: &BackEnd) -> Self {
+        self.socket = Some(gone.socket.clone());
         self
     }
 
@@ -158,7 +167,8 @@ impl Blk {
         self.arguments
             .push(format!("--path={}", self.path.display()));
         self.arguments.push(format!("--queues={}", self.queues));
-        BackEnd::ours(site, Kind::Blk, self.queues, None, &self.arguments, false)
+        let (queues, socket) = (self.queues, self.socket);
+        BackEnd::ours(site, Kind::Blk, queues, socket, &self.arguments, false)
     }
 }
 

@@ -49,6 +49,7 @@ pub struct GuestBuilder<'a> {
     pvh: bool,
     back_ends: Vec<&'a BackEnd>,
     packed: bool,
+    reconnects: bool,
     passed_through: Vec<String>,
     kernel_arguments: Vec<String>,
     arguments: Vec<String>,
@@ -102,6 +103,13 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn packed(mut self) -> Self {
         self.packed = true;
+        self
+    }
+
+    /// Lets QEMU look for back-ends that went away. `ringside-vmm` does so by itself.
+    #[must_use]
+    pub fn reconnects(mut self) -> Self {
+        self.reconnects = true;
         self
     }
 
@@ -243,8 +251,15 @@ impl<'a> GuestBuilder<'a> {
         let packed = if self.packed { ",packed=on" } else { "" };
         for (number, back_end) in self.back_ends.iter().enumerate() {
             let queues = back_end.queues;
-            qemu.arg("-chardev")
-                .arg(format!("socket,id=char{number},path={}", back_end.socket));
+            let reconnect = if self.reconnects {
+                ",reconnect-ms=100"
+            } else {
+                ""
+            };
+            qemu.arg("-chardev").arg(format!(
+                "socket,id=char{number},path={}{reconnect}",
+                back_end.socket
+            ));
             match back_end.kind {
                 Kind::Blk => {
                     qemu.arg("-device").arg(format!(
@@ -323,6 +338,7 @@ impl Guest {
             pvh: false,
             back_ends: Vec::new(),
             packed: false,
+            reconnects: false,
             passed_through: Vec::new(),
             kernel_arguments: Vec::new(),
             arguments: Vec::new(),

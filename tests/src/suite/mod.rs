@@ -5,9 +5,11 @@ mod bench;
 mod blk;
 mod blk_control;
 mod boot;
+mod crash;
 mod formats;
 mod links;
 mod net;
+mod net_features;
 mod net_switch;
 mod others;
 mod vfio;
@@ -50,11 +52,13 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         boot::TESTS,
         blk::TESTS,
         blk_control::TESTS,
+        crash::TESTS,
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
         net_switch::TESTS,
         links::TESTS,
+        net_features::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]

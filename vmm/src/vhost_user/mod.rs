@@ -28,7 +28,7 @@
 //!   where to go on; packets that were under way are lost, as on any network. Packed queues have no such
 //!   index, so they are not offered to such devices unless asked for.
 //! - A back-end that notes what is under way (INFLIGHT_SHMFD), likewise: the next one gets the notes,
-//!   and repeats what is not done.
+//!   and repeats what is not done. The notes tell how far packed queues were served, too.
 //! - Other devices: requests that were under way may have been done or not. They are neither
 //!   repeated nor dropped silently: the device says NEEDS_RESET, and serves the guest again once its
 //!   driver has reset it.
@@ -512,7 +512,7 @@ impl Shared {
 
     /// Whether the device can go on with another back-end.
     fn goes_on(&self, running: &Running) -> bool {
-        !running.handed_over || self.offer.resumes() && !running.is_packed()
+        !running.handed_over || self.offer.resumes(running.is_packed())
     }
 
     /// One attempt at reaching a back-end that came back.

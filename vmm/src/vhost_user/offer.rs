@@ -168,9 +168,12 @@ impl Offer {
             enables_rings: features & F_PROTOCOL_FEATURES != 0,
         };
         offer.check_type()?;
-        // Guest memory does not tell how far a packed queue was served, so a device that could go on
-        // with another back-end cannot with such queues.
-        if !wanted.packed.unwrap_or(!offer.resumes()) {
+        // Guest memory does not tell how far a packed queue was served, so a device that could go on with
+        // another back-end cannot with such queues, unless the back-end notes it.
+        if !wanted
+            .packed
+            .unwrap_or(!offer.resumes(false) || offer.resumes(true))
+        {
             offer.features &= !F_RING_PACKED;
         }
         let queues = match wanted.device_type {
@@ -207,9 +210,9 @@ impl Offer {
         self.has(P_BACKEND_REQ)
     }
 
-    /// Whether the device can go on with another back-end after one had its split queues.
-    pub(crate) fn resumes(&self) -> bool {
-        self.device_type == DeviceType::NET || self.tracks_inflight()
+    /// Whether the device can go on with another back-end after one had its queues.
+    pub(crate) fn resumes(&self, packed: bool) -> bool {
+        self.device_type == DeviceType::NET && !packed || self.tracks_inflight()
     }
 
     /// Whether the back-end notes what is under way where the next one finds it.

@@ -312,8 +312,8 @@ fn packed_queues_are_offered_where_they_cost_nothing_or_are_wanted() {
     for (link, kind, packed, offered) in [
         (blk(), DeviceType::BLOCK, None, true),
         (blk(), DeviceType::BLOCK, Some(false), false),
-        (notes(), DeviceType::BLOCK, None, false),
-        (notes(), DeviceType::BLOCK, Some(true), true),
+        (notes(), DeviceType::BLOCK, None, true),
+        (notes(), DeviceType::BLOCK, Some(false), false),
         (net(), DeviceType::NET, None, false),
         (net(), DeviceType::NET, Some(true), true),
     ] {
@@ -364,6 +364,7 @@ fn packed_queues_go_on_where_they_were_unless_the_driver_has_reset_the_device() 
 fn a_disk_whose_back_end_notes_what_is_under_way_goes_on_with_the_next_one() {
     let link = blk();
     link.0.lock().unwrap().protocol |= P_INFLIGHT;
+    link.0.lock().unwrap().features |= F_RING_PACKED;
     let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
     link.log();
     let activation = activation(F_VERSION_1, &[0]);
@@ -385,9 +386,16 @@ fn a_disk_whose_back_end_notes_what_is_under_way_goes_on_with_the_next_one() {
         .activate(self::activation(F_VERSION_1, &[0]))
         .unwrap();
     assert_eq!(link.log()[1], notes[0]);
+    // Of packed queues they say how far they were served.
+    device.reset();
+    let packed = self::activation(F_VERSION_1 | F_RING_PACKED, &[0]);
+    let kick = packed.queues[0].kick.try_clone().unwrap();
+    device.activate(packed).unwrap();
+    shared.lose(&mut shared.state(), "test");
+    eventually("it goes on", || kick.read().is_ok());
+    assert_eq!(device.notifier().status(), 0);
     // One that does not read its predecessor's notes is no successor.
     link.0.lock().unwrap().protocol &= !P_INFLIGHT;
-    let shared = &device.shared;
     shared.lose(&mut shared.state(), "test");
     std::thread::sleep(4 * RECONNECT_PAUSE);
     assert!(shared.state().connection.is_none());

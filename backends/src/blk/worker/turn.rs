@@ -52,7 +52,7 @@ pub(super) struct Turn<'w> {
 
 impl Turn<'_> {
     pub(super) fn run(&mut self, queue: &mut Queue, ended: &Ended) -> Result<bool, RingError> {
-        let serves = queue.serves();
+        let most = queue.to_take();
         let features = queue.vring.features;
         let Queue {
             vring,
@@ -106,9 +106,9 @@ impl Turn<'_> {
         if let Some(error) = first_error {
             return Err(error);
         }
-        let taken = match serves {
-            true => self.drain(&mut slots, &mut session, chain, features, call),
-            false => Ok(false),
+        let taken = match most {
+            0 => Ok(false),
+            _ => self.drain(&mut slots, &mut session, chain, features, call, most),
         };
         // What was finished before the driver broke its ring is returned all the same.
         self.publish(&mut session, call)?;
@@ -150,7 +150,7 @@ impl Turn<'_> {
         durable(features, self.shared.writeback.load(Ordering::Relaxed))
     }
 
-    /// Takes chains until there are none, or as many as there are descriptors. Returns whether more may wait.
+    /// Takes chains until there are none, or `most`: as many as there are descriptors, or fewer. Returns whether more may wait.
     fn drain(
         &mut self,
         slots: &mut Slots<'_>,
@@ -158,13 +158,14 @@ impl Turn<'_> {
         buf: &mut ChainBuf,
         features: u64,
         call: Option<&File>,
+        most: u16,
     ) -> Result<bool, RingError> {
         if session.available()? == 0 {
             return Ok(false);
         }
         session.disable_notifications()?;
         let mut answered = 0_u32;
-        for _ in 0..slots.jobs.len() {
+        for _ in 0..most {
             match session.pop(buf) {
                 Ok(Some(chain)) => {
                     if self.uring.unsubmitted() >= SUBMIT {

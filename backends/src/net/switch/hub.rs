@@ -8,11 +8,10 @@ use std::time::Duration;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{error, info};
-use virtio_bindings::virtio_net::{VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_VQ_NOTF_COAL};
 
 use super::super::args::{ArgsError, NetArgs};
 use super::super::config::{MacAddress, NetConfig};
-use super::super::features::{Extras, bit, offered};
+use super::super::features::{Extras, offered};
 use super::super::link::{LinkError, LinkOptions};
 use super::counters::AllPorts;
 use super::options::{GuestOptions, OptionsError, SwitchArgs, UplinkOptions};
@@ -22,9 +21,6 @@ use super::shared::PortShared;
 use super::table::{QUOTA, UPLINK_QUOTA};
 use super::worker::{Behind, Inbox, Order, Worker};
 use crate::shell::{Hub, OnOff, OpenError, OpenPort, PortOptions, Statistics};
-
-/// What a card of its own has, and a port has not.
-const COALESCING: u64 = bit(VIRTIO_NET_F_NOTF_COAL) | bit(VIRTIO_NET_F_VQ_NOTF_COAL);
 
 /// How long the switch's thread may take to tell what it knows.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -222,18 +218,20 @@ impl Hub for Switch {
             hash_types: 0,
         };
         // The switch interrupts once in a round, whatever a driver would like.
-        let features = !COALESCING
-            & offered(
-                self.offloads,
-                Extras {
-                    standby: false,
-                    mtu: config.mtu.is_some(),
-                    speed: config.speed.is_some(),
-                    multi_queue: pairs > 1,
-                    packed: self.args.packed == OnOff::On,
-                    in_order: self.args.in_order == OnOff::On,
-                },
-            );
+        let features = offered(
+            self.offloads,
+            Extras {
+                standby: false,
+                coalescing: false,
+                rss: false,
+                hash_report: false,
+                mtu: config.mtu.is_some(),
+                speed: config.speed.is_some(),
+                multi_queue: pairs > 1,
+                packed: self.args.packed == OnOff::On,
+                in_order: self.args.in_order == OnOff::On,
+            },
+        );
         let port = Arc::new(PortShared::new(&name, Some(mac), policy, QUOTA, rates, 0));
         let all = Arc::clone(&self.all);
         let inbox = Arc::clone(&self.inbox);

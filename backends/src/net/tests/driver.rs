@@ -52,6 +52,16 @@ impl Guest {
         }
     }
 
+    /// What is allocated after this can be given up.
+    pub(in crate::net) fn mark(&self) -> u64 {
+        self.next
+    }
+
+    /// Gives up what was allocated since then: no ring holds it any more.
+    pub(in crate::net) fn rewind(&mut self, mark: u64) {
+        self.next = mark;
+    }
+
     pub(in crate::net) fn buffer(&mut self, len: u32) -> Segment {
         let segment = Segment::new(GuestAddress(self.next), len);
         self.next += u64::from(len).next_multiple_of(64);
@@ -182,7 +192,7 @@ impl Queue {
     }
 
     /// Wants an interrupt for the next one.
-    pub(super) fn want(&mut self) {
+    pub(in crate::net) fn want(&mut self) {
         let mut session = self.ring.session(self.memory.as_ref()).unwrap();
         assert!(!session.enable_interrupts().unwrap());
     }

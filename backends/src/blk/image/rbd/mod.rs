@@ -353,6 +353,9 @@ fn own(
 
 /// Begins an operation.
 pub(super) fn begin(image: &Arc<Image>, op: Op) {
+    if op.len == 0 && op.action != Action::Flush {
+        return op.end(Outcome::Done);
+    }
     let request = match op.action {
         Action::Read => Request::Read,
         Action::Write => Request::Write,

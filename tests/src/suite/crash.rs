@@ -1,0 +1,86 @@
+//! A disk whose back-end is killed under load, again and again: the guest sees nothing but requests that take longer.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+
+use super::Test;
+use crate::ensure;
+use crate::error::Result;
+use crate::harness::{BackEnd, Blk, Guest, Vmm, disk_file};
+use crate::site::Site;
+
+pub(super) const TESTS: &[Test] = &[
+    Test {
+        name: "crash::disk_survives_kills",
+        seconds: 120,
+        run: |site| disk_survives_kills(site, Vmm::Ringside, false),
+    },
+    Test {
+        name: "crash::disk_survives_kills_on_qemu",
+        seconds: 120,
+        run: |site| disk_survives_kills(site, Vmm::Qemu11, false),
+    },
+    Test {
+        name: "crash::disk_survives_kills_on_qemu_packed",
+        seconds: 120,
+        run: |site| disk_survives_kills(site, Vmm::Qemu11, true),
+    },
+];
+
+/// How often the back-end is killed.
+const KILLS: u32 = 25;
+const QUEUES: u16 = 4;
+const MIB: u64 = 1 << 20;
+
+fn start(site: &Site, gone: Option<&BackEnd>) -> Result<BackEnd> {
+    let disk = match gone {
+        Some(_) => site.scratch.join("disk.img"),
+        None => disk_file(site, "disk.img", 64 * MIB)?,
+    };
+    let blk = Blk::on(disk).queues(QUEUES);
+    match gone {
+        Some(gone) => blk.in_place_of(gone).start(site),
+        None => blk.start(site),
+    }
+}
+
+fn disk_survives_kills(site: &Site, vmm: Vmm, packed: bool) -> Result<()> {
+    let mut blk = start(site, None)?;
+    let mut guest = Guest::on(vmm).cpus(QUEUES.into()).reconnects().device(&blk);
+    if packed {
+        guest = guest.packed();
+    }
+    let mut guest = guest.boot(site)?;
+    // What was written is read again and compared, once 16 blocks are written and in the end.
+    guest.run_ok(
+        "(while [ ! -e /run/enough ]; do \
+         fio --name=load --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=8 \
+         --numjobs=4 --size=4M --offset_increment=16M --cpus_allowed=0-3 --cpus_allowed_policy=split \
+         --verify=crc32c --verify_backlog=16 --verify_fatal=1 --randrepeat=0 --eta=never >/run/fio.log 2>&1 \
+         || { touch /run/failed; break; }; done; touch /run/done) </dev/null >/dev/null 2>&1 &",
+    )?;
+    for _ in 0..KILLS {
+        // It has work, and the kill comes while it does.
+        guest.run_ok(
+            "set -- $(cat /sys/block/vdb/stat); enough=$(($1 + $5 + 50)); \
+             while set -- $(cat /sys/block/vdb/stat); [ $(($1 + $5)) -lt $enough ]; do \
+             [ ! -e /run/failed ] || { cat /run/fio.log; exit 1; }; sleep 0.05; done",
+        )?;
+        blk.daemon().signal(Signal::SIGKILL)?;
+        blk.daemon().wait(site.limit(Duration::from_secs(5)))?;
+        blk = start(site, Some(&blk))?;
+    }
+    guest.run_ok(
+        "touch /run/enough; while [ ! -e /run/done ]; do sleep 0.1; done; \
+         [ ! -e /run/failed ] || { cat /run/fio.log; exit 1; }",
+    )?;
+    let errors = guest.run_ok("dmesg | grep -ci -e 'i/o error' -e 'blk_update_request' || true")?;
+    ensure!(
+        errors.trim() == "0",
+        "the guest saw errors:\n{}",
+        guest.run_ok("dmesg | tail -20")?
+    );
+    guest.shut_down()?;
+    Ok(())
+}
