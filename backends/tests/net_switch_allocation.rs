@@ -72,7 +72,7 @@ const HEADER: u32 = 12;
 
 /// Frames that pass before allocations count, and those that count.
 const WARM: u64 = 2_000;
-const COUNTED: u64 = 100_000;
+const COUNTED: u64 = 20_000;
 
 /// A guest of which one queue matters.
 struct Guest {
