@@ -42,8 +42,10 @@ use super::table::{Key, Learnt, Table};
 use crate::net::tx::{MAX_FRAME, MIN_FRAME};
 use crate::shell::{Command, Commands, LogLimit, Memory, PollLimits, PollWindow, Vring};
 
-/// Most frames of one port in a round, so that all get their share.
-const BUDGET: u32 = 64;
+/// Most frames of one port in a round, so that all get their share. Long ones count for more.
+const BUDGET: u64 = 64;
+/// Bytes of a frame that count for as much as a frame: copying them takes as long.
+const COUNTED_AS_FRAME: u64 = 4096;
 
 /// Most rounds between two looks at the descriptors.
 const ROUNDS: u32 = 8;
@@ -787,6 +789,7 @@ impl TxRing {
                 Ok(Some(chain)) => {
                     if serves {
                         let len = chain.readable_len();
+                        left = left.saturating_sub(len / COUNTED_AS_FRAME);
                         if shared.limits.of_tx()
                             && let Err(wait) = shared.limits.take_tx(len, fabric.now)
                         {
@@ -937,8 +940,12 @@ impl Fabric {
     ) {
         let counters = &shared.counters;
         let source = frame.source();
-        if source[0] & 1 != 0 || frame.is_link_local() {
+        if source[0] & 1 != 0 {
             counters.tx_dropped.add(1);
+            return;
+        }
+        if frame.is_link_local() {
+            counters.tx_undelivered.add(1);
             return;
         }
         if !shared.policy.allows(frame) {
