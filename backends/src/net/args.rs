@@ -294,6 +294,14 @@ impl NetArgs {
         Ok(offloads.candidates())
     }
 
+    /// For how long a worker spins.
+    pub(super) fn poll_limits(&self) -> PollLimits {
+        PollLimits {
+            window: Duration::from_micros(self.poll.into()),
+            budget: self.poll_budget,
+        }
+    }
+
     pub(super) fn host_end(&self) -> HostEnd {
         HostEnd {
             persist: self.tap_persist,
@@ -399,10 +407,7 @@ impl NetArgs {
             in_order: self.in_order == OnOff::On,
         };
         let features = offered(offloads, extras);
-        let poll = PollLimits {
-            window: Duration::from_micros(self.poll.into()),
-            budget: self.poll_budget,
-        };
+        let poll = self.poll_limits();
         Net::new(config, features, &name, interface, queues)
             .map(|net| net.spinning(poll))
             .map_err(ArgsError::System)

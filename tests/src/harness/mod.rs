@@ -12,6 +12,7 @@ mod null_blk;
 mod passthrough;
 mod registers;
 mod sriov;
+mod switch;
 
 pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
 pub use ceph::Ceph;
@@ -28,3 +29,4 @@ pub use null_blk::with_null_blk;
 pub use passthrough::{Assigned, Device, PciId, VirtualFunctions, ringside_vfio};
 pub use registers::{Registers, Transfer, Width, edu_transfer, igbvf_transmit_from};
 pub use sriov::{HostNamespace, Igb, NvmePf};
+pub use switch::Switch;

@@ -10,6 +10,7 @@ mod formats;
 mod links;
 mod net;
 mod net_features;
+mod net_switch;
 mod others;
 mod vfio;
 mod zoned;
@@ -55,6 +56,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
+        net_switch::TESTS,
         links::TESTS,
         net_features::TESTS,
         others::TESTS,

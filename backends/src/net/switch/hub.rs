@@ -94,7 +94,8 @@ impl Switch {
         let candidates = args.switched_offloads()?;
         let inbox = Arc::new(Inbox::new().map_err(SwitchError::System)?);
         let all = Arc::<AllPorts>::default();
-        let worker = Worker::new(Arc::clone(&inbox), Arc::clone(&all), switch.ageing)
+        let poll = args.poll_limits();
+        let worker = Worker::new(Arc::clone(&inbox), Arc::clone(&all), switch.ageing, poll)
             .map_err(SwitchError::System)?;
         let thread = thread::Builder::new()
             .name("switch".to_owned())

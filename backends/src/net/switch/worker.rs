@@ -5,7 +5,7 @@
 //!  kick tx ─▶│ each port that has something, in turn: up to a   │
 //!  link    ─▶│ budget of frames; rules, table, copy to outlets  │──▶ at most one interrupt for each ring
 //!  command ─▶│ show receivers what they got, interrupt          │
-//!            │ nothing left? sleep                              │
+//!            │ nothing left? spin for as long as it pays, sleep │
 //!            └──────────────────────────────────────────────────┘
 //! ```
 //!
@@ -40,10 +40,17 @@ use super::policy::{MAX_PORTS, PortId};
 use super::shared::PortShared;
 use super::table::{Key, Learnt, Table};
 use crate::net::tx::{MAX_FRAME, MIN_FRAME};
-use crate::shell::{Command, Commands, LogLimit, Memory, Vring};
+use crate::shell::{Command, Commands, LogLimit, Memory, PollLimits, PollWindow, Vring};
 
-/// Most frames of one port in a round, so that all get their share.
-const BUDGET: u32 = 64;
+/// Most frames of one port in a round, so that all get their share. Long ones count for more.
+const BUDGET: u64 = 64;
+/// Bytes of a frame that count for as much as a frame: copying them takes as long.
+const COUNTED_AS_FRAME: u64 = 4096;
+
+/// Most rounds between two looks at the descriptors.
+const ROUNDS: u32 = 8;
+/// Looks at the rings between two looks at the descriptors, while spinning: those cost a system call.
+const LOOKS: u32 = 16;
 
 const INBOX: u64 = 0;
 const COMMAND: u64 = 1;
@@ -131,6 +138,8 @@ struct TxRing {
     header_len: usize,
     /// It stands in the row of those that have something.
     waiting: bool,
+    /// It stands among those that are looked at while spinning, and whose drivers are not asked to kick.
+    hot: bool,
 }
 
 /// Where frames of a port come from.
@@ -177,6 +186,13 @@ pub(super) struct Worker {
     fabric: Fabric,
     /// Those that have something, in the order in which they get their turn.
     row: VecDeque<(PortId, usize)>,
+    /// Transmit rings that had something since the last sleep, and were emptied.
+    hot: Vec<(PortId, usize)>,
+    poll: PollWindow,
+    /// Since when there has been nothing to do, and how much of that it spun.
+    idle: Option<(Instant, Duration)>,
+    /// It was told to end, or cannot go on.
+    ended: bool,
     /// Those whose limits make them wait, and until when.
     throttled: Vec<(u64, PortId, usize)>,
     /// Where frames from links arrive.
@@ -198,7 +214,12 @@ enum Turn {
 impl Worker {
     /// All that can fail about a worker fails here, before its thread begins. Entries of the table are forgotten after `ageing`
     /// seconds.
-    pub(super) fn new(inbox: Arc<Inbox>, all: Arc<AllPorts>, ageing: u32) -> io::Result<Self> {
+    pub(super) fn new(
+        inbox: Arc<Inbox>,
+        all: Arc<AllPorts>,
+        ageing: u32,
+        poll: PollLimits,
+    ) -> io::Result<Self> {
         let epoll = EpollSet::new()?;
         epoll.add(inbox.event.as_fd().as_raw_fd(), token(INBOX, 0, 0))?;
         let ports = usize::from(MAX_PORTS);
@@ -216,6 +237,10 @@ impl Worker {
                 now: 0,
             },
             row: VecDeque::new(),
+            hot: Vec::new(),
+            poll: PollWindow::new(poll),
+            idle: None,
+            ended: false,
             throttled: Vec::new(),
             bounce: vec![0; MAX_HEADER + MAX_FRAME].into(),
             nothing: IoList::new(Arc::new(Memory::new())),
@@ -225,31 +250,111 @@ impl Worker {
 
     /// Serves until [`Order::End`].
     pub(super) fn run(mut self) {
-        loop {
-            let events = match self.epoll.wait(self.timeout()) {
-                Ok(events) => events,
-                Err(e) => {
-                    error!("cannot wait for events, the switch is dead: {e}");
-                    return;
-                }
-            };
+        let mut timeout = 0;
+        while !self.ended {
+            self.look(timeout);
+            timeout = self.work();
+        }
+    }
+
+    /// Waits for the descriptors, in milliseconds, and does what they say. Returns whether any said something.
+    fn look(&mut self, timeout: i32) -> bool {
+        let events = match self.epoll.wait(timeout) {
+            Ok(events) => events,
+            Err(e) => {
+                error!("cannot wait for events, the switch is dead: {e}");
+                self.ended = true;
+                return true;
+            }
+        };
+        if timeout != 0 {
             self.all.wakeups.add(1);
+        }
+        if let Some((since, spun)) = self.idle.take() {
+            self.poll.slept(since.elapsed(), spun);
+        }
+        let mut any = false;
+        for (what, events) in events {
+            any = true;
+            let (kind, port, pair) = parts(what);
+            match kind {
+                INBOX => self.take_orders(),
+                COMMAND => self.obey(port),
+                SETTINGS => self.adopt(port),
+                KICK => self.enqueue(port, pair),
+                LINK => self.link_stirred(port, events),
+                _ => {}
+            }
+        }
+        any
+    }
+
+    /// Sends frames on until there are none, or it is time to look at the descriptors. Returns how long to wait for those, in
+    /// milliseconds.
+    fn work(&mut self) -> i32 {
+        for _ in 0..ROUNDS {
             let passed = self.began.elapsed().as_nanos();
             self.fabric.now = u64::try_from(passed).unwrap_or(u64::MAX);
-            for (what, events) in events {
-                let (kind, port, pair) = parts(what);
-                match kind {
-                    INBOX if !self.take_orders() => return,
-                    COMMAND => self.obey(port),
-                    SETTINGS => self.adopt(port),
-                    KICK => self.enqueue(port, pair),
-                    LINK => self.link_stirred(port, events),
-                    _ => {}
-                }
-            }
             self.wake_throttled();
             self.look_at_polled();
             self.round();
+            if self.row.is_empty() && !self.spin() {
+                self.arm();
+                return self.timeout();
+            }
+            if self.ended {
+                break;
+            }
+        }
+        0
+    }
+
+    /// Looks for something to do for as long as that pays. Returns whether there is some.
+    fn spin(&mut self) -> bool {
+        let start = Instant::now();
+        let window = self.poll.now();
+        loop {
+            let passed = start.elapsed();
+            if passed >= window {
+                self.idle = Some((start, window));
+                return false;
+            }
+            for _ in 0..LOOKS {
+                if self.find_waiting() {
+                    self.poll.hit(start.elapsed());
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if self.look(0) {
+                self.poll.hit(start.elapsed());
+                return true;
+            }
+        }
+    }
+
+    /// Looks at the rings that had something lately.
+    fn find_waiting(&mut self) -> bool {
+        let found = (0..self.hot.len()).filter_map(|at| self.hot.get(at).copied());
+        let found: Option<(PortId, usize)> = found.into_iter().find(|&(port, pair)| {
+            let tx = tx_ring(&mut self.ingress, port, pair);
+            tx.is_some_and(|tx| tx.ring.waiting())
+        });
+        if let Some((port, pair)) = found {
+            self.enqueue(port, pair);
+        }
+        found.is_some()
+    }
+
+    /// Asks drivers to kick from now on. Those that had something meanwhile get their turn.
+    fn arm(&mut self) {
+        while let Some((port, pair)) = self.hot.pop() {
+            if let Some(tx) = tx_ring(&mut self.ingress, port, pair) {
+                tx.hot = false;
+                if tx.ring.arm() {
+                    self.enqueue(port, pair);
+                }
+            }
         }
     }
 
@@ -338,7 +443,13 @@ impl Worker {
             };
             match self.turn(port, pair) {
                 Turn::More => self.enqueue(port, pair),
-                Turn::Idle => {}
+                Turn::Idle => {
+                    if let Some(tx) = tx_ring(&mut self.ingress, port, pair)
+                        && !std::mem::replace(&mut tx.hot, true)
+                    {
+                        self.hot.push((port, pair));
+                    }
+                }
                 Turn::Throttled(wait) => {
                     let until = self.fabric.now.saturating_add(wait);
                     self.throttled.push((until, port, pair));
@@ -406,8 +517,7 @@ impl Worker {
         }
     }
 
-    /// `false` if the thread is to end.
-    fn take_orders(&mut self) -> bool {
+    fn take_orders(&mut self) {
         // The descriptor is edge-triggered and never read.
         for order in self.inbox.take() {
             match order {
@@ -417,10 +527,9 @@ impl Worker {
                     // Who asked may have gone.
                     let _ = to.send(self.fabric.table.dump(self.fabric.seconds()));
                 }
-                Order::End => return false,
+                Order::End => self.ended = true,
             }
         }
-        true
     }
 
     fn add(&mut self, port: PortId, shared: Arc<PortShared>, behind: Behind) {
@@ -579,6 +688,7 @@ impl Worker {
             header_len: header_len(vring.features).into(),
             ring: Ring::new(vring, log),
             waiting: false,
+            hot: false,
         };
         if let Some(fd) = tx.ring.kick_fd()
             && let Err(error) = self.epoll.add(fd, token(KICK, port, pair))
@@ -645,6 +755,14 @@ fn unblock(vring: &Vring, log: &LogLimit) {
     }
 }
 
+/// A guest's transmit ring, if it is there.
+fn tx_ring(ingress: &mut [Option<Ingress>], port: PortId, pair: usize) -> Option<&mut TxRing> {
+    match &mut ingress.get_mut(usize::from(port))?.as_mut()?.source {
+        Source::Guest { rings, .. } => rings.get_mut(pair)?.as_mut(),
+        Source::Link { .. } => None,
+    }
+}
+
 impl TxRing {
     /// Sends on what the driver has made available. Returns how it ended, and whether the driver wants an interrupt.
     fn serve(
@@ -671,6 +789,7 @@ impl TxRing {
                 Ok(Some(chain)) => {
                     if serves {
                         let len = chain.readable_len();
+                        left = left.saturating_sub(len / COUNTED_AS_FRAME);
                         if shared.limits.of_tx()
                             && let Err(wait) = shared.limits.take_tx(len, fabric.now)
                         {
@@ -685,13 +804,7 @@ impl TxRing {
                     }
                     chain.head()
                 }
-                Ok(None) => {
-                    if session.enable_notifications()? {
-                        session.disable_notifications()?;
-                        continue;
-                    }
-                    break Turn::Idle;
-                }
+                Ok(None) => break Turn::Idle,
                 Err(PopError::Chain { head, .. }) => {
                     refused(shared, Refused::Malformed);
                     head
@@ -827,8 +940,12 @@ impl Fabric {
     ) {
         let counters = &shared.counters;
         let source = frame.source();
-        if source[0] & 1 != 0 || frame.is_link_local() {
+        if source[0] & 1 != 0 {
             counters.tx_dropped.add(1);
+            return;
+        }
+        if frame.is_link_local() {
+            counters.tx_undelivered.add(1);
             return;
         }
         if !shared.policy.allows(frame) {

@@ -53,12 +53,12 @@ impl Guest {
     }
 
     /// What is allocated after this can be given up.
-    pub(super) fn mark(&self) -> u64 {
+    pub(in crate::net) fn mark(&self) -> u64 {
         self.next
     }
 
     /// Gives up what was allocated since then: no ring holds it any more.
-    pub(super) fn rewind(&mut self, mark: u64) {
+    pub(in crate::net) fn rewind(&mut self, mark: u64) {
         self.next = mark;
     }
 
@@ -192,7 +192,7 @@ impl Queue {
     }
 
     /// Wants an interrupt for the next one.
-    pub(super) fn want(&mut self) {
+    pub(in crate::net) fn want(&mut self) {
         let mut session = self.ring.session(self.memory.as_ref()).unwrap();
         assert!(!session.enable_interrupts().unwrap());
     }
