@@ -273,6 +273,8 @@ impl<L: Link> PairWorker<L> {
     /// One turn on both rings. Returns whether there is more to do at once.
     fn turn(&mut self) -> bool {
         let mut more = false;
+        // A kick may be of a ring that was given back since.
+        self.tx_kicked &= self.tx.is_some();
         if let Some(tx) = &mut self.tx
             && (self.tx_kicked || tx.ring.polled())
         {
