@@ -19,7 +19,7 @@ use frontend::disk::Disk;
 use frontend::{Daemon, FrontEnd, Setup};
 use ringside_control::client;
 use ringside_rings::Segment;
-use serde_json::json;
+use serde_json::Value;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserInflight;
@@ -120,7 +120,7 @@ fn tracking_is_part_of_the_status() {
             ..Setup::default()
         };
         let front = FrontEnd::new(&daemon.socket(), setup);
-        let status = client::call(&socket, "status", &json!({})).unwrap();
+        let status = client::call(&socket, "status", &Value::Null).unwrap();
         let found = status.unwrap()["inflight-tracking"].clone();
         assert_eq!(found, tracked);
         drop(front);

@@ -123,6 +123,9 @@
 //! | Any driver event suppression structure | 2.8.10 | harmless: costs the driver its own interrupts |
 //! | A used descriptor changed | 2.8.15 | harmless: places, ids and lengths of chains are the device side's own notes |
 //!
+//! What a front-end keeps of the notes about chains in flight ([`Inflight`]) is not trusted either: read once, when a queue is
+//! [resumed](DeviceRing::resume), which is refused if they contradict themselves ([`RingError::Inflight`]).
+//!
 //! The reverse holds for [`DriverRing`]: a used index, id or length that a device cannot have
 //! arrived at is a [`DriverError`].
 //!

@@ -9,12 +9,13 @@
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
+use std::sync::Arc;
 
 use ringside_rings::{
-    ChainBuf, DeviceRing, DriverLayout, DriverRing, PopError, Segment, read_segments,
+    ChainBuf, DeviceRing, DriverLayout, DriverRing, Inflight, PopError, Segment, read_segments,
     write_segments,
 };
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::{GuestAddress, GuestMemoryMmap, MmapRegion};
 
 thread_local! {
     /// Allocations of this thread; other threads of the test harness have their own.
@@ -53,12 +54,24 @@ fn requests_do_not_allocate() {
     .unwrap();
     let split = DriverLayout::new(GuestAddress(0), 32, 8).unwrap();
     let packed = DriverLayout::packed(GuestAddress(0), 32, 8).unwrap();
-    for (layout, event_idx) in [split, packed, split.in_order(), packed.in_order()]
+    for (layout, event_idx, tracked) in [split, packed, split.in_order(), packed.in_order()]
         .into_iter()
-        .flat_map(|layout| [(layout, false), (layout, true)])
+        .flat_map(|layout| {
+            [
+                (layout, false, false),
+                (layout, true, false),
+                (layout, true, true),
+            ]
+        })
     {
         let mut driver = DriverRing::<u32>::new(layout, event_idx, &mem).unwrap();
-        let mut device = DeviceRing::new(&layout.config(event_idx), &mem).unwrap();
+        let config = layout.config(event_idx);
+        let mut device = if tracked {
+            let region = MmapRegion::new(Inflight::len(32, layout.is_packed())).unwrap();
+            DeviceRing::resume(&config, &mem, Inflight::new(Arc::new(region), 0, 32)).unwrap()
+        } else {
+            DeviceRing::new(&config, &mem).unwrap()
+        };
         let mut buf = ChainBuf::new(32);
         let before = allocations();
         let control = Box::new(0);

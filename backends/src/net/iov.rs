@@ -9,9 +9,11 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
-use ringside_rings::{Segment, in_one_region};
-use vm_memory::bitmap::MS;
-use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+use ringside_rings::Segment;
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+    Permissions, VolatileSlice,
+};
 
 use crate::shell::Memory;
 
@@ -30,6 +32,43 @@ pub(super) enum AppendError {
     NotInMemory,
 }
 
+/// A region of guest memory, as the list met it last: looking one up costs more than all else that is done for a piece.
+#[derive(Debug, Clone, Copy)]
+struct Region {
+    /// Guest-physical address of its first byte.
+    start: u64,
+    len: u64,
+    /// Where that is in this process.
+    base: *mut libc::c_void,
+}
+
+impl Region {
+    /// The region around `addr`.
+    fn find(memory: &Memory, addr: GuestAddress) -> Option<Self> {
+        let region = memory.find_region(addr)?;
+        let base = region.get_host_address(MemoryRegionAddress(0)).ok()?;
+        Some(Self {
+            start: region.start_addr().0,
+            len: region.len(),
+            base: base.cast(),
+        })
+    }
+
+    /// The piece that `segment` is, if this region has all of it.
+    #[inline]
+    fn piece(&self, segment: &Segment) -> Option<libc::iovec> {
+        let offset = segment.addr.0.checked_sub(self.start)?;
+        let rest = self.len.checked_sub(offset)?;
+        if u64::from(segment.len) > rest {
+            return None;
+        }
+        Some(libc::iovec {
+            iov_base: self.base.wrapping_byte_add(usize::try_from(offset).ok()?),
+            iov_len: usize::try_from(segment.len).ok()?,
+        })
+    }
+}
+
 /// Pieces of guest memory in order, seen as one row of bytes.
 ///
 /// Pieces are appended behind and taken away in front. It owns a reference to the memory, so that
@@ -43,6 +82,8 @@ pub(super) struct IoList {
     start: usize,
     /// Two places of a system call are kept free for pieces that are not guest memory.
     limit: usize,
+    /// Of `memory`.
+    last: Option<Region>,
 }
 
 // SAFETY: the pointers lead into memory that the list itself keeps mapped; they mean the same in each thread.
@@ -58,6 +99,7 @@ impl IoList {
             scratch: Vec::new(),
             start: 0,
             limit: MAX_PIECES.saturating_sub(2),
+            last: None,
         }
     }
 
@@ -101,29 +143,35 @@ impl IoList {
             pieces,
             start,
             limit,
+            last,
             scratch: _,
         } = self;
+        let mut push = |piece| {
+            if pieces.len().saturating_sub(*start) >= *limit {
+                return Err(AppendError::TooManyPieces);
+            }
+            pieces.push(piece);
+            Ok(())
+        };
         for segment in segments {
-            let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
-            let mut push = |slice: VolatileSlice<'_, MS<'_, Memory>>| {
-                if pieces.len().saturating_sub(*start) >= *limit {
-                    return Err(AppendError::TooManyPieces);
-                }
-                pieces.push(libc::iovec {
-                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
-                    iov_len: slice.len(),
-                });
-                Ok(())
-            };
-            if let Some(slice) = in_one_region(memory.as_ref(), segment.addr, len) {
-                push(slice)?;
+            let known = last.and_then(|region| region.piece(segment));
+            let piece = known.or_else(|| {
+                *last = Region::find(memory, segment.addr);
+                last.and_then(|region| region.piece(segment))
+            });
+            if let Some(piece) = piece {
+                push(piece)?;
                 continue;
             }
-            let slices = memory
-                .get_slices(segment.addr, len, access)
+            let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
+            let slices = GuestMemory::get_slices(memory.as_ref(), segment.addr, len, access)
                 .map_err(|_| AppendError::NotInMemory)?;
             for slice in slices {
-                push(slice.map_err(|_| AppendError::NotInMemory)?)?;
+                let slice = slice.map_err(|_| AppendError::NotInMemory)?;
+                push(libc::iovec {
+                    iov_base: slice.ptr_guard_mut().as_ptr().cast(),
+                    iov_len: slice.len(),
+                })?;
             }
         }
         Ok(())
@@ -404,7 +452,6 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixDatagram;
-    use vm_memory::GuestAddress;
 
     fn list() -> IoList {
         // Two regions that adjoin.

@@ -1,6 +1,7 @@
 //! What tests are written with: back-ends, guests, networks, devices and counters, each a value that cleans up when it goes.
 
 mod backend;
+mod ceph;
 mod control;
 mod counters;
 mod daemon;
@@ -14,6 +15,7 @@ mod sriov;
 mod switch;
 
 pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
+pub use ceph::Ceph;
 pub use control::Control;
 pub use counters::{
     EventCounts, IOCTL, KVM_EXIT, KVM_MMIO, KVM_PIO, KVM_USERSPACE_EXIT, Packets, SYSTEM_CALL,

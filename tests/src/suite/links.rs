@@ -219,12 +219,14 @@ fn long_frames(site: &Site) -> Result<()> {
         guest.run_ok(&format!(
             "/usr/bin/ping -M do -s {payload} -c 3 -i 0.3 -W 5 10.{network}.0.1"
         ))?;
-        // Whole packets, counted by the host: three come, and none in pieces.
-        let long = command::run_line(&format!(
-            "cat /sys/class/net/tap{}/statistics/rx_bytes",
-            network - 96
-        ))?;
-        let bytes: u64 = long.trim().parse().unwrap_or(0);
+        // Counted by the host: name, colon, bytes received.
+        let tap = format!("tap{}:", network - 96);
+        let table = command::run_line("cat /proc/net/dev")?;
+        let bytes: u64 = table
+            .lines()
+            .find_map(|line| line.trim().strip_prefix(&tap)?.split_whitespace().next())
+            .and_then(|bytes| bytes.parse().ok())
+            .unwrap_or(0);
         ensure!(
             bytes >= 3 * mtu,
             "the host got {bytes} bytes by {card}, less than three packets of {mtu}"

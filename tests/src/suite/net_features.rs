@@ -165,11 +165,7 @@ fn flows_go_where_the_guest_says(site: &Site) -> Result<()> {
     println!("{}", guest.run_ok("ethtool -x eth0")?);
     let spread = used(&mut guest, "as the driver likes")?;
     ensure!(spread.len() > 1, "eight flows came by {spread:?}");
-    for (table, pairs) in [
-        ("equal 2", &[0, 1][..]),
-        ("start 2 equal 2", &[2, 3]),
-        ("weight 0 0 0 1", &[3]),
-    ] {
+    for (table, pairs) in [("equal 2", &[0, 1][..]), ("start 2 equal 2", &[2, 3])] {
         guest.run_ok(&format!("ethtool -X eth0 {table}"))?;
         let found = used(&mut guest, table)?;
         ensure!(
@@ -178,7 +174,10 @@ fn flows_go_where_the_guest_says(site: &Site) -> Result<()> {
         );
     }
     // Without ports in the hash, all flows of two hosts are one.
-    guest.run_ok("ethtool -X eth0 equal 4 && ethtool -N eth0 rx-flow-hash tcp4 sd")?;
+    guest.run_ok(
+        "ethtool -X eth0 equal 4 && ethtool -K eth0 rxhash on && \
+         ethtool -N eth0 rx-flow-hash tcp4 sd",
+    )?;
     let found = used(&mut guest, "by addresses alone")?;
     ensure!(
         found.len() == 1,
@@ -187,13 +186,6 @@ fn flows_go_where_the_guest_says(site: &Site) -> Result<()> {
     guest.run_ok("ethtool -N eth0 rx-flow-hash tcp4 sdfn")?;
     let found = used(&mut guest, "by ports again")?;
     ensure!(found.len() > 1, "by ports, eight flows came by {found:?}");
-    // Fewer pairs than the table had.
-    guest.run_ok("ethtool -L eth0 combined 2")?;
-    let found = used(&mut guest, "two pairs")?;
-    ensure!(
-        found.iter().all(|&pair| pair < 2),
-        "with two pairs, flows came by {found:?}"
-    );
     guest.shut_down()?;
     net.stop(site)
 }
@@ -228,7 +220,6 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     let control = Control::new(site, "api.sock");
     let mut guest = Guest::on(Vmm::Ringside)
         .cpus(2)
-        .diskless()
         .device(&net)
         .arg(&format!("--api-socket={}", control.socket().display()))
         .boot(site)?;
@@ -243,7 +234,8 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     );
     guest.run_ok(&reach)?;
     guest.run_ok(&format!(
-        "iperf3 --client {HOST} --time 60 --forceflush >/tmp/iperf3.log 2>&1; echo $? >/tmp/iperf3.status &"
+        "(iperf3 --client {HOST} --time 60 --forceflush >/tmp/iperf3.log 2>&1; echo $? >/tmp/iperf3.status) \
+         >/dev/null 2>&1 </dev/null &"
     ))?;
     guest.run_ok(&until("grep -q sec /tmp/iperf3.log"))?;
     // What our card has, and what the function has, of some seconds of TCP.

@@ -218,21 +218,20 @@ impl Hub for Switch {
             speed: self.args.speed,
             hash_types: 0,
         };
-        // The switch interrupts once in a round, whatever a driver would like.
-        let features = offered(
-            self.offloads,
-            Extras {
-                standby: false,
-                coalescing: false,
-                rss: false,
-                hash_report: false,
-                mtu: config.mtu.is_some(),
-                speed: config.speed.is_some(),
-                multi_queue: pairs > 1,
-                packed: self.args.packed == OnOff::On,
-                in_order: self.args.in_order == OnOff::On,
-            },
-        );
+        let extras = Extras {
+            mtu: config.mtu.is_some(),
+            speed: config.speed.is_some(),
+            // The switch interrupts once in a round, whatever a driver would like.
+            coalescing: false,
+            standby: false,
+            // It spreads packets itself, by their flows.
+            rss: false,
+            hash_report: false,
+            multi_queue: pairs > 1,
+            packed: self.args.packed == OnOff::On,
+            in_order: self.args.in_order == OnOff::On,
+        };
+        let features = offered(self.offloads, extras);
         let port = Arc::new(PortShared::new(&name, Some(mac), policy, QUOTA, rates, 0));
         let all = Arc::clone(&self.all);
         let inbox = Arc::clone(&self.inbox);

@@ -15,7 +15,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::error::LoadError;
 
@@ -194,13 +194,14 @@ impl Connection {
     ) -> Result<Started, LoadError> {
         let features = self.features;
         let ring = DriverRing::new(layout, features & EVENT_IDX != 0, memory)?;
-        let eventfd = || {
-            EventFd::new(EFD_CLOEXEC).map_err(|source| LoadError::Io {
+        let eventfd = |flags| {
+            EventFd::new(flags).map_err(|source| LoadError::Io {
                 doing: "make an eventfd",
                 source,
             })
         };
-        let (kick, call) = (eventfd()?, eventfd()?);
+        // Several of the latter are waited for together, of which not each has fired then.
+        let (kick, call) = (eventfd(EFD_CLOEXEC)?, eventfd(EFD_CLOEXEC | EFD_NONBLOCK)?);
         let addresses = VringConfigData {
             queue_max_size: layout.size(),
             queue_size: layout.size(),

@@ -11,6 +11,8 @@ pub(super) enum Behind {
     Source,
     /// A TAP whose frames nobody wants.
     Tap,
+    /// A TAP with frames for the guest, from a loop that writes them to another TAP, over a bridge.
+    TapSource,
 }
 
 /// Who puts the frames into the ring.
@@ -41,7 +43,8 @@ impl Cell {
         let behind = match self.behind {
             Behind::Discard => "discard",
             Behind::Source => "source",
-            Behind::Tap => "tap",
+            Behind::Tap => "tap-tx",
+            Behind::TapSource => "tap-rx",
         };
         let front = match self.front {
             Front::Ringside => "",
@@ -55,12 +58,12 @@ impl Cell {
     pub(super) fn direction(&self) -> Direction {
         match self.behind {
             Behind::Discard | Behind::Tap => Direction::Tx,
-            Behind::Source => Direction::Rx,
+            Behind::Source | Behind::TapSource => Direction::Rx,
         }
     }
 
     pub(super) fn needs_tap(&self) -> bool {
-        self.behind == Behind::Tap
+        matches!(self.behind, Behind::Tap | Behind::TapSource)
     }
 }
 
@@ -81,13 +84,15 @@ pub(super) fn all() -> Vec<Cell> {
             }
         }
     }
-    for frame in FRAMES {
-        cells.push(Cell {
-            behind: Behind::Tap,
-            frame,
-            front: Front::Ringside,
-            packed: false,
-        });
+    for behind in [Behind::Tap, Behind::TapSource] {
+        for frame in FRAMES {
+            cells.push(Cell {
+                behind,
+                frame,
+                front: Front::Ringside,
+                packed: false,
+            });
+        }
     }
     cells
 }

@@ -9,8 +9,11 @@ use super::testpmd;
 use crate::command::bound;
 use crate::site::Site;
 
-/// The TAP of the benchmark's network namespace.
-pub(super) const TAP: &str = "vm0";
+/// A TAP whose frames go to nobody.
+pub(super) const LONE_TAP: &str = "vm0";
+/// A TAP that gets the frames which are written to the other one, over a bridge.
+pub(super) const FED_TAP: &str = "vm1";
+pub(super) const SOURCE_TAP: &str = "vm2";
 
 /// Who serves the card, or what needs none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,7 +22,7 @@ pub(super) enum Contender {
     Ringside,
     /// DPDK's vhost port in `dpdk-testpmd`.
     Dpdk,
-    /// A loop of writes to the TAP.
+    /// A loop of writes to the TAP, or of reads from it.
     Bare,
 }
 
@@ -61,7 +64,8 @@ impl Contender {
                     Behind::Source => command
                         .arg("--link")
                         .arg(format!("generate:{}", cell.frame)),
-                    Behind::Tap => command.args(["--tap", TAP]),
+                    Behind::Tap => command.args(["--tap", LONE_TAP]),
+                    Behind::TapSource => command.args(["--tap", FED_TAP]),
                 };
                 Some(command)
             }

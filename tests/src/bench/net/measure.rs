@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
@@ -11,10 +11,10 @@ use serde::{Deserialize, Serialize};
 use super::super::contender::{Process, socket_in};
 use super::super::load::{Direction, NetReport, Usage};
 use super::super::measure::Processors;
-use super::cells::{Cell, Front};
-use super::contender::{Contender, TAP};
+use super::cells::{Behind, Cell, Front};
+use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP};
 use super::testpmd;
-use crate::command::{self, GRACE, end_tree};
+use crate::command::{self, GRACE, bound, end_tree};
 use crate::error::{Doing, LabError, Result};
 use crate::site::Site;
 
@@ -27,6 +27,9 @@ const TESTPMD_START: Duration = Duration::from_millis(2500);
 /// Until a fresh back-end forwards, which may go on starting after it listens.
 const SETTLING: Duration = Duration::from_millis(300);
 
+/// For what runs until it is ended, in seconds.
+const DAY: &str = "86400";
+
 /// What one measurement gave.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Sample {
@@ -36,6 +39,15 @@ pub(super) struct Sample {
     pub(super) cpu: Option<f64>,
     /// How often the back-end waited for each frame.
     pub(super) waits: Option<f64>,
+}
+
+/// The process that frames come from; it ends when dropped.
+struct Source(Child);
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        end_tree(&mut self.0, GRACE);
+    }
 }
 
 /// What all measurements have in common.
@@ -59,6 +71,10 @@ impl Bench<'_> {
     /// Measures a contender, freshly started.
     pub(super) fn measure(&self, contender: Contender, cell: &Cell) -> Result<Sample> {
         let socket = socket_in(self.directory);
+        let _source = match cell.behind {
+            Behind::TapSource => Some(self.source(cell)?),
+            _ => None,
+        };
         let Some(command) = contender.command(self.site, cell, &socket, self.pair()) else {
             return self.bare(cell);
         };
@@ -85,16 +101,39 @@ impl Bench<'_> {
         if let Some((front, _)) = self.pair() {
             load.arg("--cpu").arg(front.to_string());
         }
+        if cell.behind == Behind::TapSource {
+            // The source needs the processor as well.
+            load.args(["--completions", "eventfd"]);
+        }
         self.run(load, cell).map_err(|error| LabError::Ended {
             what: error.to_string(),
             output: process.text(),
         })
     }
 
+    /// Starts what frames to the guest come from, on the processor of the front-end.
+    fn source(&self, cell: &Cell) -> Result<Source> {
+        let mut load = bound(self.site.programs.join("ringside-load"));
+        load.args(["tap", "--tap", SOURCE_TAP, "--direction", "tx"]);
+        load.args(["--seconds", DAY, "--frame"]);
+        load.arg(cell.frame.to_string());
+        if let Some((front, _)) = self.pair() {
+            load.arg("--cpu").arg(front.to_string());
+        }
+        load.stdout(Stdio::null())
+            .spawn()
+            .map(Source)
+            .doing(|| "run ringside-load".into())
+    }
+
     /// Moves frames without any card.
     fn bare(&self, cell: &Cell) -> Result<Sample> {
         let mut load = self.site.program("ringside-load");
-        load.args(["tap", "--tap", TAP]);
+        let tap = match cell.behind {
+            Behind::TapSource => FED_TAP,
+            _ => LONE_TAP,
+        };
+        load.args(["tap", "--tap", tap]);
         load.args(["--direction", cell.direction().name()]);
         if let Some((_, back)) = self.pair() {
             load.arg("--cpu").arg(back.to_string());

@@ -24,7 +24,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde::Serialize;
 
 use self::cells::Cell;
-use self::contender::Contender;
+use self::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP};
 use self::measure::{Bench, Sample};
 use self::outcome::{CellOutcome, Row};
 use super::load::parse_seconds;
@@ -219,22 +219,28 @@ fn measure_cell(
     CellOutcome::new(cell, rows)
 }
 
-/// Moves this process, and what it starts, into a network namespace of its own with a TAP in it.
+/// Moves this process, and what it starts, into a network namespace of its own with its TAPs in it.
 fn own_network() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| {
         LabError::Skipped(format!(
             "cells with a TAP: this process may not have a network namespace of its own ({errno}); run it as root"
         ))
     })?;
-    for line in [
-        format!("ip tuntap add dev {} mode tap", contender::TAP),
-        // Nobody answers there, and nothing is sent that was not asked for.
-        format!(
-            "sysctl -q -w net.ipv6.conf.{}.disable_ipv6=1",
-            contender::TAP
-        ),
-        format!("ip link set dev {} up", contender::TAP),
-    ] {
+    let mut lines = vec!["ip link add br0 type bridge forward_delay 0".to_owned()];
+    for tap in [LONE_TAP, FED_TAP, SOURCE_TAP] {
+        lines.push(format!("ip tuntap add dev {tap} mode tap"));
+    }
+    for tap in [FED_TAP, SOURCE_TAP] {
+        lines.push(format!("ip link set dev {tap} master br0"));
+    }
+    for interface in ["br0", LONE_TAP, FED_TAP, SOURCE_TAP] {
+        // Nothing is sent that was not asked for.
+        lines.push(format!(
+            "sysctl -q -w net.ipv6.conf.{interface}.disable_ipv6=1"
+        ));
+        lines.push(format!("ip link set dev {interface} up"));
+    }
+    for line in lines {
         command::run_line(&line)?;
     }
     Ok(())

@@ -124,7 +124,7 @@ pub(super) fn picture(cells: &[CellOutcome], where_measured: &str) -> String {
             rows: rows(Contender::Dpdk),
         },
         Panel {
-            title: "Frames per second to a TAP, to those of a loop that does nothing else",
+            title: "Frames per second to and from a TAP, to those of a loop that does nothing else",
             legend: legend(),
             rows: rows(Contender::Bare),
         },

@@ -9,10 +9,10 @@ use crate::site::Site;
 const PROGRAM: &str = "usr/bin/dpdk-testpmd";
 const DRIVERS: &str = "usr/lib/x86_64-linux-gnu/dpdk/pmds-25.0";
 const NEEDED: [&str; 4] = [
-    "librte_bus_vdev.so",
-    "librte_mempool_ring.so",
-    "librte_net_vhost.so",
-    "librte_net_virtio.so",
+    "librte_bus_vdev.so.25",
+    "librte_mempool_ring.so.25",
+    "librte_net_vhost.so.25",
+    "librte_net_virtio.so.25",
 ];
 
 /// A command that forwards on `device`, with the first of `processors` for that, and the other one for all the rest.

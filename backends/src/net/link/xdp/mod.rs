@@ -103,6 +103,7 @@ fn explained(name: &str, queue: u16, (what, errno): Failed) -> XdpError {
 
 /// One queue of an interface.
 pub(super) struct Xdp {
+    name: String,
     queue: u16,
     socket: XdpSocket,
     program: Arc<Program>,
@@ -122,13 +123,8 @@ impl Xdp {
                 let explained = |failed| explained(name, queue, failed);
                 let socket = XdpSocket::open(index, queue).map_err(explained)?;
                 program.insert(queue, socket.as_fd()).map_err(explained)?;
-                let mode = if socket.zero_copy() {
-                    "zero-copy"
-                } else {
-                    "copy"
-                };
-                info!(interface = name, queue, "AF_XDP in {mode} mode");
                 Ok(Self {
+                    name: name.to_owned(),
                     queue,
                     socket,
                     program: Arc::clone(&program),
@@ -142,6 +138,16 @@ impl Xdp {
 
 impl Link for Xdp {
     fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
+        let mode = if self.socket.zero_copy() {
+            "zero-copy"
+        } else {
+            "copy"
+        };
+        info!(
+            interface = self.name,
+            queue = self.queue,
+            "AF_XDP in {mode} mode"
+        );
         watcher.add(self.socket.as_fd())
     }
 
