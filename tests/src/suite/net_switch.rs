@@ -6,10 +6,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::Test;
-use crate::command;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{Guest, Switch, Vmm, iperf3};
+use crate::harness::{Guest, Switch, Vmm, iperf3, packets};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -54,13 +53,13 @@ fn guests_are_joined(site: &Site) -> Result<()> {
     a.run_ok("ping -c 2 -W 5 10.77.0.9")?;
     let long = switch.count(site, "b", "rx-bytes")?;
     a.run_ok("grep -qx 9000 /sys/class/net/eth0/mtu && ping -c 2 -W 5 -s 8972 10.77.0.2")?;
-    let (packets, long) = (
+    let (frames, long) = (
         switch.count(site, "b", "rx-packets")?,
         switch.count(site, "b", "rx-bytes")? - long,
     );
     ensure!(
-        long >= 2 * 9014 && packets < 20,
-        "{packets} frames for two of 9014 bytes: they were cut"
+        long >= 2 * 9014 && frames < 20,
+        "{frames} frames for two of 9014 bytes: they were cut"
     );
 
     b.run_ok("iperf3 --server --daemon")?;
@@ -70,11 +69,8 @@ fn guests_are_joined(site: &Site) -> Result<()> {
     println!("a to b {:.0} Mbit/s, b to a {:.0}", rate / 1e6, back / 1e6);
     ensure!(rate > 0.0 && back > 0.0, "nothing arrived");
     let on_uplink = switch.count(site, "up", "rx-packets")? - before;
-    let tap = command::run_line("cat /sys/class/net/up0/statistics/rx_packets")?;
-    println!(
-        "frames on the uplink meanwhile: {on_uplink}; on its TAP in all: {}",
-        tap.trim()
-    );
+    let tap = packets("up0")?.received;
+    println!("frames on the uplink meanwhile: {on_uplink}; on its TAP in all: {tap}");
     ensure!(
         on_uplink < 10,
         "{on_uplink} frames between guests reached the uplink"
