@@ -1,6 +1,6 @@
 //! A disk's worker allocates nothing for a request once it is warm.
 
-// Counting allocations takes an allocator, which is unsafe to implement. Helpers of tests may panic.
+// Descriptors are borrowed by their numbers. Helpers of tests may panic.
 #![allow(
     unsafe_code,
     clippy::unwrap_used,
@@ -8,11 +8,10 @@
     clippy::arithmetic_side_effects
 )]
 
-use std::alloc::{GlobalAlloc, Layout, System};
-use std::cell::Cell;
+mod counting;
+
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
@@ -21,35 +20,6 @@ use ringside_backends::shell::{Command, Device, Vring, command_channel};
 use ringside_rings::{DeviceRing, DriverLayout, DriverRing, Segment};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
-
-/// Allocations of all threads but those of the test.
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-thread_local! {
-    /// Set on the test's own thread.
-    static EXEMPT: Cell<bool> = const { Cell::new(false) };
-}
-
-struct Counting;
-
-// SAFETY: every call is passed on to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        if !EXEMPT.with(Cell::get) {
-            ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        }
-        // SAFETY: the caller keeps to the contract of `alloc`, which is the same.
-        unsafe { System.alloc(layout) }
-    }
-
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: `ptr` came from `System` by way of this allocator, with this layout.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
-
-#[global_allocator]
-static ALLOCATOR: Counting = Counting;
 
 #[derive(Parser)]
 struct Cli {
@@ -110,7 +80,7 @@ fn allocations(args: &[&str], shift: u64) -> u64 {
     let mut free: Vec<u64> = (0..u64::from(SIZE / 2)).collect();
     while done < WARM + COUNTED {
         if done >= WARM && before == 0 {
-            before = ALLOCATIONS.load(Ordering::Relaxed);
+            before = counting::allocations();
         }
         let mut session = driver.session(memory.as_ref()).unwrap();
         while let Some(slot) = free.pop() {
@@ -153,7 +123,7 @@ fn allocations(args: &[&str], shift: u64) -> u64 {
         }
         assert!(start.elapsed() < Duration::from_secs(60), "{done} served");
     }
-    let allocated = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let allocated = counting::allocations() - before;
     let (given_back, ring) = std::sync::mpsc::channel();
     sender
         .send(Command::Stop {
@@ -169,7 +139,7 @@ fn allocations(args: &[&str], shift: u64) -> u64 {
 
 #[test]
 fn requests_do_not_allocate() {
-    EXEMPT.with(|exempt| exempt.set(true));
+    counting::exempt_this_thread();
     let file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     file.as_file().set_len(8 << 20).unwrap();
     let path = file.path().to_str().unwrap();
@@ -182,8 +152,8 @@ fn requests_do_not_allocate() {
         (&["--path", path, "--poll-storage", "100"], 0),
     ] {
         // The counter counts: starting does allocate.
-        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        let before = counting::allocations();
         assert_eq!(allocations(args, shift), 0, "{args:?}");
-        assert!(ALLOCATIONS.load(Ordering::Relaxed) > before);
+        assert!(counting::allocations() > before);
     }
 }

@@ -1,6 +1,10 @@
 //! `ringside-blk` on images of a Ceph cluster of one node, which each test starts for itself, with QEMU's driver as the peer.
 
-#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)] // helpers of tests: a panic is how they fail
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // helpers of tests: a panic is how they fail
 
 mod frontend;
 
@@ -11,10 +15,12 @@ use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use frontend::disk::{Disk, FLUSH, IN, OK, OUT};
-use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network, skip};
+use frontend::{Daemon, FrontEnd, PATIENCE, REGION, SECOND, Setup, own_network, skip};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use ringside_rings::Segment;
 use serde_json::{Value, json};
+use vm_memory::{Bytes, GuestAddress};
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const MIB: usize = 1 << 20;
@@ -126,7 +132,8 @@ admin socket =
 
     fn command(&self, program: &str, args: &[&str]) -> Command {
         let mut command = Command::new(program);
-        command.args(args).stdin(Stdio::null());
+        // From where Debian's build finds the classes of objects, whose directory it has as a relative path.
+        command.args(args).stdin(Stdio::null()).current_dir("/");
         command.env("CEPH_CONF", self.conf());
         command
     }
@@ -368,6 +375,46 @@ fn requests_do_not_wait_for_ever() {
         );
         sleep(Duration::from_millis(50));
     }
+    drop(disk);
+    daemon.stop();
+}
+
+/// Also on threads of librbd.
+#[test]
+fn memory_that_is_taken_away_ends_a_connection_and_nothing_else() {
+    let Some(cluster) =
+        Cluster::new("memory_that_is_taken_away_ends_a_connection_and_nothing_else")
+    else {
+        return;
+    };
+    cluster.create("disk", &[]);
+    let daemon = cluster.serve("disk", &[]);
+    let mut disk = connect(&daemon, 1, vec![0; 16 * MIB]);
+    disk.write(0, &[7; 256 << 10]);
+    disk.flush();
+    drop(disk);
+    for kind in [IN, OUT] {
+        let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+        let (head, status) = (front.guest.alloc(16, 16), front.guest.alloc(1, 16));
+        front.guest.file.set_len(REGION).unwrap();
+        front.guest.memory.write_slice(&[0; 16], head).unwrap();
+        front.guest.memory.write_obj(kind, head).unwrap();
+        let data = Segment::new(GuestAddress(SECOND), 64 << 10);
+        let (mut readable, mut writable) = (vec![Segment::new(head, 16)], vec![]);
+        let of = if kind == IN {
+            &mut writable
+        } else {
+            &mut readable
+        };
+        of.push(data);
+        writable.push(Segment::new(status, 1));
+        front.queues[0].submit(&front.guest, &readable, &writable, 1);
+        assert!(front.raw.is_closed(), "{}", daemon.log());
+    }
+    let mut disk = connect(&daemon, 1, vec![0; 16 * MIB]);
+    assert_eq!(disk.attempt(OUT, 0, 4096), OK);
+    let log = daemon.log();
+    assert_eq!(log.matches("guest memory is gone").count(), 2, "{log}");
     drop(disk);
     daemon.stop();
 }

@@ -12,6 +12,7 @@ mod frontend;
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -334,6 +335,97 @@ fn command_lines_that_cannot_be_served_end_with_a_reason() {
     assert_eq!(code, Some(1));
     assert!(log.contains("no open TAP queue"), "{log}");
     assert_eq!(outcome(&[]).0, Some(2));
+    let (code, log) = outcome(&["--link", "veth:x"]);
+    assert_eq!(code, Some(2));
+    assert!(log.contains("no link of kind \"veth\""), "{log}");
+    let (code, log) = outcome(&["--link", "null", "--tap-up"]);
+    assert_eq!(code, Some(2));
+    assert!(log.contains("--tap-up is for a TAP"), "{log}");
+    let (code, log) = outcome(&["--link", "passt:/x", "--forward", "tcp:80"]);
+    assert_eq!(code, Some(2));
+    assert!(
+        log.contains("--forward is for a passt that this program starts"),
+        "{log}"
+    );
+    let (code, log) = outcome(&["--link", "passt", "--queue-pairs", "2"]);
+    assert_eq!(code, Some(2));
+    assert!(log.contains("serves one queue pair"), "{log}");
+    let (code, log) = outcome(&["--link", "passt:/nowhere/passt.sock"]);
+    assert_eq!(code, Some(1));
+    assert!(log.contains("passt --socket /nowhere/passt.sock"), "{log}");
+    let (code, log) = outcome(&["--link", "null", "--pcap", "/nowhere/all.pcap"]);
+    assert_eq!(code, Some(1));
+    assert!(log.contains("capture file /nowhere/all.pcap"), "{log}");
+}
+
+#[test]
+fn an_interface_is_served_by_af_xdp_and_the_log_says_in_which_mode() {
+    let test = "an_interface_is_served_by_af_xdp_and_the_log_says_in_which_mode";
+    if !own_network(test) {
+        return;
+    }
+    for line in [
+        "link add ring0 type veth peer name ring1",
+        "link set ring0 up",
+        "link set ring1 up",
+    ] {
+        let made = Command::new("ip").args(line.split(' ')).status();
+        if !made.is_ok_and(|status| status.success()) {
+            eprintln!("test {test}: skipped: ip {line} failed");
+            return;
+        }
+    }
+    let daemon = Daemon::start(NET, &["--mac", MAC_TEXT, "--link", "xdp:ring0"]);
+    let front = connect(&daemon, 2);
+    // Copies: virtual Ethernet has no other mode.
+    assert!(
+        daemon.log().contains("AF_XDP in copy mode"),
+        "{}",
+        daemon.log()
+    );
+    drop(front);
+    daemon.stop();
+    let (code, log) =
+        Daemon::spawn(NET, &["--link", "xdp:ring0", "--queue-pairs", "200"]).outcome();
+    assert_eq!(code, Some(1));
+    assert!(log.contains("has no queue"), "{log}");
+}
+
+/// Puts a program called passt, made of this script, alone into a directory.
+fn fake_passt(script: &str) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("passt");
+    std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+    directory
+}
+
+#[test]
+fn a_passt_that_does_not_start_is_a_reason_to_end() {
+    let outcome = |directory: &tempfile::TempDir| {
+        let mut command = Command::new(NET);
+        command
+            .env("PATH", directory.path())
+            .args(["--socket-path", "/nowhere/net.sock", "--link", "passt"])
+            .args(["--passt-arg=--no-such-option", "--forward=tcp:8080:80"]);
+        let output = command.output().unwrap();
+        let log = String::from_utf8(output.stderr).unwrap();
+        (output.status.code(), log)
+    };
+    let (code, log) = outcome(&tempfile::tempdir().unwrap());
+    assert_eq!(code, Some(1));
+    assert!(log.contains("cannot start passt: install it"), "{log}");
+    // It has our arguments, and what it says is seen.
+    let (code, log) = outcome(&fake_passt("echo \"not with $*\" >&2; exit 3"));
+    assert_eq!(code, Some(1));
+    assert!(
+        log.contains("passt ended at once (exit status: 3)"),
+        "{log}"
+    );
+    assert!(
+        log.contains("not with --foreground --quiet --fd 0 --tcp-ports 8080:80 --no-such-option"),
+        "{log}"
+    );
 }
 
 #[test]

@@ -32,6 +32,13 @@ impl ChainBuf {
         }
     }
 
+    /// The device-writable segments of the chain that it holds.
+    #[inline]
+    #[must_use]
+    pub fn writable(&self) -> &[Segment] {
+        self.segments.get(self.readable..).unwrap_or_default()
+    }
+
     pub(crate) fn clear(&mut self) {
         self.segments.clear();
         self.readable = 0;

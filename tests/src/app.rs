@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::bench::{self, BlkBench};
+use crate::bench::{self, BlkBench, NetBench};
 use crate::command::quoted;
 use crate::demo;
 use crate::error::{Doing, LabError, Result};
@@ -38,6 +38,7 @@ Examples:
   cargo lab shell -- uname -a  one command where guests run
   cargo lab shell -- 'ls | wc' one line for the shell there
   cargo lab bench blk          back-ends of disks, ours and QEMU's, measured here
+  cargo lab bench net          back-ends of network cards, ours and DPDK's, measured here
   cargo lab check              format, lints, native tests: before each commit
   cargo lab clean              removes the lab from the cache directory
 
@@ -108,6 +109,20 @@ enum Bench {
         mirror: Option<String>,
         #[command(flatten)]
         options: BlkBench,
+    },
+    /// ringside-net and DPDK's vhost port, by frames from vhost-user front-ends, and a bare loop on a TAP
+    ///
+    /// Front-ends are one of our own and DPDK's virtio-user. What takes the frames of a row, or gives them, is the same for
+    /// all back-ends of it. Needs root, for a network namespace with a TAP in it.
+    Net {
+        /// Agree to what setup installs and downloads, without being asked
+        #[arg(long, short)]
+        yes: bool,
+        /// Debian mirror (the directory that has dists/trixie) [default: that of apt's configuration]
+        #[arg(long, value_name = "URL")]
+        mirror: Option<String>,
+        #[command(flatten)]
+        options: NetBench,
     },
 }
 
@@ -208,7 +223,16 @@ fn run(action: Action) -> Result<ExitCode> {
             options,
         }) => {
             let systems = Cache::find()?.ensure(&Wishes { yes, mirror })?;
-            bench::run(&systems, &options)?;
+            bench::blk(&systems, &options)?;
+            Ok(ExitCode::SUCCESS)
+        }
+        Action::Bench(Bench::Net {
+            yes,
+            mirror,
+            options,
+        }) => {
+            let systems = Cache::find()?.ensure(&Wishes { yes, mirror })?;
+            bench::net(&systems, &options)?;
             Ok(ExitCode::SUCCESS)
         }
         Action::Setup { common } => {

@@ -1,14 +1,18 @@
-//! Builds the programs under test as static binaries, which run on the machine, in the lab VM and in an initramfs alike.
+//! Builds the programs under test as static binaries, which run on the machine, in the lab VM and in an initramfs alike; and
+//! one that is linked dynamically besides, for what is loaded at run time.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use crate::command;
-use crate::error::Result;
+use crate::error::{Doing, Result};
 
 /// Target triple of the lab.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// Name of the `ringside-blk` that is linked dynamically, beside the static programs.
+pub const DYNAMIC_BLK: &str = "ringside-blk-dynamic";
 
 /// How long a build of everything may take on a slow machine.
 pub const BUILD_LIMIT: Duration = Duration::from_secs(3600);
@@ -50,5 +54,24 @@ pub fn build() -> Result<PathBuf> {
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .env_remove("CARGO_ENCODED_RUSTFLAGS");
     command::succeed(&mut command, BUILD_LIMIT)?;
-    Ok(target_directory.join(TARGET).join("release"))
+    let programs = target_directory.join(TARGET).join("release");
+    build_dynamic(&target_directory, &programs)?;
+    Ok(programs)
+}
+
+/// Not optimised, which takes less time.
+fn build_dynamic(target_directory: &Path, programs: &Path) -> Result<()> {
+    let mut command = cargo();
+    command
+        .args(["build", "--locked", "--package", "ringside-backends"])
+        .args(["--bin", "ringside-blk", "--target-dir"])
+        .arg(target_directory)
+        .env("RUSTFLAGS", "")
+        .env_remove("CARGO_ENCODED_RUSTFLAGS");
+    command::succeed(&mut command, BUILD_LIMIT)?;
+    let built = target_directory.join("debug").join("ringside-blk");
+    let to = programs.join(DYNAMIC_BLK);
+    std::fs::copy(&built, &to)
+        .doing(|| format!("copy {} to {}", built.display(), to.display()))
+        .map(drop)
 }

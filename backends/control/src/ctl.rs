@@ -37,6 +37,14 @@ Examples, for `ringside-blk --control-socket /run/disk.ctl`:
   ringside-ctl --socket /run/disk.ctl resume
   curl --unix-socket /run/disk.ctl http://localhost/metrics
 
+Examples, for `ringside-net --port ... --control-socket /run/switch.ctl`:
+  ringside-ctl --socket /run/switch.ctl port-list
+  ringside-ctl --socket /run/switch.ctl port-add /run/vm3.sock,name=vm3,vlan=7
+  ringside-ctl --socket /run/switch.ctl port-limits vm3 tx-bytes=100M,rx-bytes=100M
+  ringside-ctl --socket /run/switch.ctl port-link vm3 down
+  ringside-ctl --socket /run/switch.ctl port-remove vm3
+  ringside-ctl --socket /run/switch.ctl addresses
+
 The protocol is one JSON object in each line, both ways:
   {\"id\": 1, \"command\": \"device-add\", \"arguments\": {\"host\": \"0000:01:10.0\"}}
   {\"id\": 1, \"result\": {\"id\": \"0000:01:10.0\"}}
@@ -101,6 +109,47 @@ enum Request {
         #[arg(value_parser = ["up", "down"])]
         state: String,
     },
+    /// Switch: lists the ports.
+    PortList,
+    /// Switch: shows one port in full.
+    PortStatus {
+        /// Its name.
+        port: String,
+    },
+    /// Switch: serves one port more.
+    PortAdd {
+        /// As for ringside-net --port.
+        #[arg(value_name = "socket=PATH,KEY=VALUE,...", value_parser = port)]
+        port: Arguments,
+    },
+    /// Switch: ends a port; its front-end is disconnected.
+    PortRemove {
+        /// Its name.
+        port: String,
+    },
+    /// Switch: plugs the cable of a port in, or pulls it.
+    PortLink {
+        /// Its name.
+        port: String,
+        /// What its guest is to see.
+        #[arg(value_parser = ["up", "down"])]
+        state: String,
+    },
+    /// Switch: sets limits of a port's rates, and shows them.
+    PortLimits {
+        /// Its name.
+        port: String,
+        /// Those to change, as for ringside-net --port; 0 takes a limit away.
+        #[arg(value_name = "KEY=VALUE,...", value_parser = limits)]
+        limits: Option<Arguments>,
+    },
+    /// Switch: asks the guest at a port to make itself known to the network.
+    PortAnnounce {
+        /// Its name.
+        port: String,
+    },
+    /// Switch: shows which addresses were found behind which port.
+    Addresses,
     /// VMM: lists the machine's devices.
     DeviceList,
     /// VMM: plugs in a PCI function of the host that is bound to vfio-pci.
@@ -133,6 +182,10 @@ fn device(text: &str) -> Result<Arguments, String> {
     arguments(text, Some("host"))
 }
 
+fn port(text: &str) -> Result<Arguments, String> {
+    arguments(text, Some("socket"))
+}
+
 fn limits(text: &str) -> Result<Arguments, String> {
     arguments(text, None)
 }
@@ -159,6 +212,19 @@ impl Request {
             Self::Resume => ("resume", Value::Null),
             Self::Announce => ("announce", Value::Null),
             Self::Link { state } => ("link", json!({ "state": state })),
+            Self::PortList => ("port-list", Value::Null),
+            Self::PortStatus { port } => ("port-status", json!({ "port": port })),
+            Self::PortAdd { port } => ("port-add", json!(port)),
+            Self::PortRemove { port } => ("port-remove", json!({ "port": port })),
+            Self::PortLink { port, state } => {
+                ("port-link", json!({ "port": port, "state": state }))
+            }
+            Self::PortLimits { port, limits } => {
+                let limits = limits.clone().unwrap_or_default();
+                ("port-limits", json!({ "port": port, "limits": limits }))
+            }
+            Self::PortAnnounce { port } => ("port-announce", json!({ "port": port })),
+            Self::Addresses => ("addresses", Value::Null),
             Self::DeviceList => ("device-list", Value::Null),
             Self::DeviceAdd { device } => ("device-add", json!(device)),
             Self::DeviceRemove { id, force } => {

@@ -2,8 +2,8 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-use ringside_backends::net::NetArgs;
+use clap::{Arg, Parser};
+use ringside_backends::net::{Net, NetArgs, Switch, SwitchArgs, SwitchError};
 use ringside_backends::shell::{self, Program, ShellArgs};
 
 const PROGRAM: Program = Program {
@@ -27,6 +27,10 @@ const EXAMPLES: &str = "Examples:
     ringside-net --socket-path /run/vm1-net.sock --tap vm1 --queue-pairs 4 \\
       --mac 52:54:00:12:34:56
 
+  A switch of two guests in a VLAN of their own, joined to a TAP interface:
+    ringside-net --port socket=/run/vm1.sock,vlan=7 \\
+      --port socket=/run/vm2.sock,vlan=7 --uplink tap:up0,vlan=7
+
   Attach it to ringside-vmm:
     ringside-vmm --kernel vmlinuz --net socket=/run/vm1-net.sock ...
 
@@ -47,15 +51,50 @@ const EXAMPLES: &str = "Examples:
 /// The virtual machine monitor connects to a Unix socket and shares its guest's memory; packets then go from the
 /// guest's virtqueues to the TAP interface and back with one system call each and without being copied, segments of
 /// up to 64 KiB included.
+///
+/// With --port it serves several virtual machines and is the switch between them.
 #[derive(Parser)]
+#[command(mut_arg("socket_path", unless_a_switch), mut_arg("tap", |tap| unless_a_switch(tap)))]
 #[command(name = PROGRAM.name, version, after_help = PROGRAM.after_help(), after_long_help = format!("{EXAMPLES}\n{}", PROGRAM.after_help()))]
 struct Cli {
     #[command(flatten)]
     net: NetArgs,
     #[command(flatten)]
+    switch: SwitchArgs,
+    #[command(flatten)]
     shell: ShellArgs,
 }
 
+/// A switch's ports have sockets of their own, and links are its uplinks.
+fn unless_a_switch(arg: Arg) -> Arg {
+    arg.required_unless_present("port").conflicts_with("port")
+}
+
+/// What the command line asks for.
+enum Served {
+    /// One network card.
+    Card(Box<Net>),
+    /// A switch, whose threads begin when signals are taken care of.
+    Switch(Box<(NetArgs, SwitchArgs)>),
+}
+
+fn open(cli: Cli) -> (Result<Served, SwitchError>, ShellArgs) {
+    let served = if cli.switch.port.is_empty() {
+        let card = cli.net.open().map_err(SwitchError::from);
+        card.map(|card| Served::Card(Box::new(card)))
+    } else {
+        Ok(Served::Switch(Box::new((cli.net, cli.switch))))
+    };
+    (served, cli.shell)
+}
+
 fn main() -> ExitCode {
-    shell::main(&PROGRAM, |cli: Cli| (cli.net.open(), cli.shell))
+    shell::main_with(&PROGRAM, open, |program, served, shell| match served {
+        Served::Card(card) => shell::run(program, *card, shell),
+        Served::Switch(switch) => {
+            let (net, switch) = *switch;
+            let hub = || Switch::start(&net, &switch);
+            shell::run_ports(program, hub, &switch.port, shell)
+        }
+    })
 }

@@ -8,18 +8,14 @@
 
 use std::array;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use ringside_control::options::keys_and_values;
 use ringside_control::{Metrics, Size, metrics};
-use serde_json::{Map, Value};
-use thiserror::Error;
+use serde_json::Value;
 
-const NANOSECONDS: u64 = 1_000_000_000;
-/// How much of a second's tokens a bucket holds unless the user says otherwise.
-const BURST_SHARE: u64 = 10;
-/// What makes the key of a burst of that of a rate.
-const BURST: &str = "-burst";
+pub use crate::shell::LimitError;
+use crate::shell::{Bucket, NamedRates, Rate};
 
 /// Names of the limits: of all requests, of reads, of all others; operations, then bytes.
 const NAMES: [&str; 6] = [
@@ -34,37 +30,15 @@ const NAMES: [&str; 6] = [
 const OF_READS: [usize; 4] = [0, 1, 3, 4];
 const OF_WRITES: [usize; 4] = [0, 2, 3, 5];
 
-/// Limits that cannot be.
-#[derive(Debug, Error, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum LimitError {
-    /// A key that is none.
-    #[error("there is no limit `{key}`: use {}, or one of them with {BURST}", NAMES.join(", "))]
-    Unknown {
-        /// The key.
-        key: String,
-    },
-    /// A burst of nothing.
-    #[error("{key}{BURST} is of no use without {key}: give both")]
-    Burst {
-        /// The key that is missing.
-        key: &'static str,
-    },
-    /// Text that is no list of limits.
-    #[error("{0}")]
-    Text(String),
-}
-
-/// Tokens in a second, and how many a bucket holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Rate {
-    rate: u64,
-    burst: u64,
-}
-
 /// The limits that a user has set.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct RateLimits([Option<Rate>; NAMES.len()]);
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RateLimits(NamedRates<{ NAMES.len() }>);
+
+impl Default for RateLimits {
+    fn default() -> Self {
+        Self(NamedRates::new(&NAMES))
+    }
+}
 
 impl RateLimits {
     /// Reads `KEY=VALUE,...`.
@@ -84,33 +58,13 @@ impl RateLimits {
     ///
     /// # Errors
     /// [`LimitError`]
-    pub(super) fn with(mut self, changes: &BTreeMap<String, Size>) -> Result<Self, LimitError> {
-        let known = |key: &String| NAMES.contains(&key.strip_suffix(BURST).unwrap_or(key));
-        if let Some(key) = changes.keys().find(|key| !known(key)) {
-            return Err(LimitError::Unknown { key: key.clone() });
-        }
-        for (key, limit) in NAMES.into_iter().zip(&mut self.0) {
-            if let Some(&Size(rate)) = changes.get(key) {
-                let burst = (rate / BURST_SHARE).max(1);
-                *limit = (rate > 0).then_some(Rate { rate, burst });
-            }
-            if let Some(&Size(burst)) = changes.get(&format!("{key}{BURST}")) {
-                limit.as_mut().ok_or(LimitError::Burst { key })?.burst = burst;
-            }
-        }
-        Ok(self)
+    pub(super) fn with(self, changes: &BTreeMap<String, Size>) -> Result<Self, LimitError> {
+        self.0.with(changes).map(Self)
     }
 
     /// As they are written.
     pub(super) fn to_json(self) -> Value {
-        let mut object = Map::new();
-        for (key, limit) in NAMES.into_iter().zip(self.0) {
-            if let Some(Rate { rate, burst }) = limit {
-                object.insert(key.to_owned(), rate.into());
-                object.insert(format!("{key}{BURST}"), burst.into());
-            }
-        }
-        object.into()
+        self.0.to_json()
     }
 
     /// As metrics.
@@ -118,10 +72,8 @@ impl RateLimits {
         let name = "ringside_block_limit";
         let help = "Operations or bytes allowed in a second.";
         page.begin(name, metrics::Kind::Gauge, help);
-        for (key, limit) in NAMES.into_iter().zip(self.0) {
-            if let Some(Rate { rate, .. }) = limit {
-                page.sample(name, &[("limit", &key)], rate);
-            }
+        for (key, Rate { rate, .. }) in self.0.iter() {
+            page.sample(name, &[("limit", &key)], rate);
         }
     }
 }
@@ -137,17 +89,18 @@ pub(super) struct Throttle {
 impl Throttle {
     /// Goes by these limits from now on. One thread does so at a time.
     pub(super) fn set(&self, limits: RateLimits) {
-        for (bucket, limit) in self.buckets.iter().zip(limits.0) {
-            bucket.set(limit.unwrap_or(Rate { rate: 0, burst: 0 }));
+        for (bucket, limit) in self.buckets.iter().zip(limits.0.all()) {
+            bucket.set(limit);
         }
-        let any = limits.0.iter().any(Option::is_some);
+        let any = limits.0.iter().next().is_some();
         self.active.store(any, Ordering::Relaxed);
     }
 
     /// The limits that hold.
     pub(super) fn limits(&self) -> RateLimits {
         let mut buckets = self.buckets.iter();
-        RateLimits(array::from_fn(|_| buckets.next().and_then(Bucket::get)))
+        let rates = array::from_fn(|_| buckets.next().and_then(Bucket::get));
+        RateLimits(NamedRates::of(&NAMES, rates))
     }
 
     /// There are limits to ask for.
@@ -186,96 +139,12 @@ impl Throttle {
     }
 }
 
-/// One limit, in a cache line of its own.
-#[derive(Debug, Default)]
-#[repr(align(64))]
-struct Bucket {
-    /// Tokens in a second; 0: no limit.
-    rate: AtomicU64,
-    /// Tokens that it holds.
-    burst: AtomicU64,
-    /// When it will be full, in nanoseconds.
-    full_at: AtomicU64,
-}
-
-/// How long so many tokens take to come, in nanoseconds, rounded up: never too many come.
-fn time_of(tokens: u64, rate: u64) -> u64 {
-    let time = u128::from(tokens).saturating_mul(NANOSECONDS.into());
-    u64::try_from(time.div_ceil(rate.max(1).into())).unwrap_or(u64::MAX)
-}
-
-impl Bucket {
-    fn set(&self, limit: Rate) {
-        let Rate { rate, burst } = limit;
-        if self.get() == (rate > 0).then_some(limit) {
-            return;
-        }
-        self.rate.store(rate, Ordering::Relaxed);
-        self.burst.store(burst, Ordering::Relaxed);
-        self.full_at.store(0, Ordering::Relaxed);
-    }
-
-    fn get(&self) -> Option<Rate> {
-        let (rate, burst) = (
-            self.rate.load(Ordering::Relaxed),
-            self.burst.load(Ordering::Relaxed),
-        );
-        (rate > 0).then_some(Rate { rate, burst })
-    }
-
-    fn take(&self, tokens: u64, now: u64) -> Result<(), u64> {
-        let Some(Rate { rate, burst }) = self.get().filter(|_| tokens > 0) else {
-            return Ok(());
-        };
-        let cost = time_of(tokens, rate);
-        // What it may lack afterwards: all that it holds, or what this one request takes from it when it is full.
-        let lack = time_of(burst, rate).max(cost);
-        let latest = now.saturating_add(lack);
-        // Relaxed: nothing but the number itself is told to the others.
-        let taken = self
-            .full_at
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| {
-                let full_at = full_at.max(now).saturating_add(cost);
-                (full_at <= latest).then_some(full_at)
-            });
-        match taken {
-            Ok(_) => Ok(()),
-            Err(full_at) => Err(full_at.saturating_add(cost).saturating_sub(latest).max(1)),
-        }
-    }
-
-    fn charge(&self, tokens: u64, now: u64) {
-        self.change(tokens, |full_at, cost| {
-            full_at.max(now).saturating_add(cost)
-        });
-    }
-
-    fn give_back(&self, tokens: u64) {
-        self.change(tokens, u64::saturating_sub);
-    }
-
-    /// Changes `full_at` by what so many tokens cost, if there is a limit.
-    fn change(&self, tokens: u64, change: impl Fn(u64, u64) -> u64) {
-        let Some(Rate { rate, .. }) = self.get() else {
-            return;
-        };
-        let cost = time_of(tokens, rate);
-        // The update never declines.
-        let _ = self
-            .full_at
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |full_at| {
-                Some(change(full_at, cost))
-            });
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
     use serde_json::json;
 
-    const SECOND: u64 = NANOSECONDS;
+    const SECOND: u64 = 1_000_000_000;
 
     fn throttle(text: &str) -> Throttle {
         let throttle = Throttle::default();
@@ -404,53 +273,5 @@ mod tests {
             workers.into_iter().map(|w| w.join().unwrap()).sum()
         });
         assert_eq!(granted, 500);
-    }
-
-    proptest! {
-        /// Over any span of time: no more than its rate gives in it, and a burst.
-        #[test]
-        fn no_more_than_rate_and_burst(
-            rate in 1..10_000_000_u64,
-            burst in 0..100_000_u64,
-            steps in prop::collection::vec((0..5_000_000_u64, 0..200_000_u64), 1..60),
-        ) {
-            let bucket = Bucket::default();
-            bucket.set(Rate { rate, burst });
-            let (mut now, mut granted) = (0, Vec::new());
-            for (pause, tokens) in steps {
-                now += pause;
-                if bucket.take(tokens, now).is_ok() {
-                    granted.push((now, tokens));
-                }
-            }
-            for (first, &(start, _)) in granted.iter().enumerate() {
-                let (mut sum, mut largest) = (0, burst);
-                for &(end, tokens) in &granted[first..] {
-                    sum += u128::from(tokens);
-                    largest = largest.max(tokens);
-                    let come = u128::from(rate) * u128::from(end - start) / u128::from(SECOND);
-                    prop_assert!(sum <= come + u128::from(largest) + 1, "{sum} in {} ns", end - start);
-                }
-            }
-        }
-
-        /// Who waits as long as he was told gets what he asked for, if nobody else comes in between.
-        #[test]
-        fn waiting_is_worth_it(
-            rate in 1..10_000_000_u64,
-            burst in 0..100_000_u64,
-            wishes in prop::collection::vec(1..200_000_u64, 1..20),
-        ) {
-            let bucket = Bucket::default();
-            bucket.set(Rate { rate, burst });
-            let mut now = 0;
-            for tokens in wishes {
-                if let Err(wait) = bucket.take(tokens, now) {
-                    prop_assert!(wait > 0);
-                    now += wait;
-                    prop_assert_eq!(bucket.take(tokens, now), Ok(()));
-                }
-            }
-        }
     }
 }

@@ -22,7 +22,6 @@ mod image;
 mod limits;
 mod mailbox;
 mod offload;
-mod poll;
 mod request;
 mod resize;
 mod stats;
@@ -45,7 +44,8 @@ use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
-    Commands, Device, DeviceError, Drained, LogLimit, Statistics, WorkerThread, config_range,
+    Commands, Device, DeviceError, Drained, LogLimit, PollLimits, Statistics, WorkerThread,
+    config_range,
 };
 
 pub use args::{ArgsError, BlkArgs};
@@ -59,7 +59,6 @@ pub use limits::{LimitError, RateLimits};
 
 use config::feature;
 use limits::Throttle;
-use poll::PollLimits;
 use request::{ID_LEN, Limits};
 use resize::ResizeError;
 use stats::{Clock, QueueStats};

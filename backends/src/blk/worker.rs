@@ -12,7 +12,7 @@
 //!  io_uring_enter  waits for the next kick, which is never read
 //! ```
 //!
-//! Between having nothing to do and sleeping lies the poll window (`poll.rs`): while events come fast, the worker looks for the
+//! Between having nothing to do and sleeping lies the poll window (`PollWindow`): while events come fast, the worker looks for the
 //! next one without telling the driver that it sleeps, which saves its wake-up and the driver's kick:
 //!
 //! ```text
@@ -53,12 +53,11 @@ use super::device::BlockDevice;
 use super::image::{Outcome, Side};
 use super::limits::Throttle;
 use super::offload::{self, DeviceLink, Offload};
-use super::poll::{PollLimits, PollWindow};
 use super::request::{ID_LEN, Limits, Range};
 use super::stats::{Clock, QueueStats};
 use super::uring::{Completion, Uring};
 use super::zones::Zones;
-use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Vring};
+use crate::shell::{Chain as Causes, Command, Commands, LogLimit, PollLimits, PollWindow, Vring};
 
 use job::Job;
 use turn::{Turn, abandon_zone};

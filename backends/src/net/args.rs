@@ -6,17 +6,21 @@ use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use thiserror::Error;
+use tracing::info;
 
 use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
+use super::hash::HASH_TYPES;
 use super::link::{
-    Forward, HostEnd, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened, Tap,
+    Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened,
+    Tap,
 };
-use crate::shell::{OnOff, OpenError};
+use crate::shell::{Chain as Causes, OnOff, OpenError, PollLimits};
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -86,7 +90,8 @@ pub struct NetArgs {
     ///
     /// tap:NAME is --tap NAME. macvtap:NAME is a macvtap interface, which must be there; the guest gets its address unless --mac
     /// says otherwise. packet:NAME shares a network interface with the host by a packet socket, and needs CAP_NET_RAW; the
-    /// guest and the host do not see each other there. passt is user-mode networking, without any privilege: this program
+    /// guest and the host do not see each other there. xdp:NAME takes the interface from the host by AF_XDP, one of its queues for
+    /// each queue pair, and needs CAP_NET_ADMIN, CAP_NET_RAW and CAP_BPF; it has no offloads. passt is user-mode networking, without any privilege: this program
     /// starts passt, which gives the guest an address by DHCP and opens its connections on its behalf; passt:SOCKET
     /// connects to one that runs. For measurements, null takes all packets and gives none, and generate:BYTES
     /// gives frames of that length as fast as the guest takes them.
@@ -156,6 +161,36 @@ pub struct NetArgs {
     /// Number of queue pairs, each served by a thread of its own [default: 1, or as many as --tap-fd has]
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_QUEUES)), conflicts_with = "tap_fd")]
     pub queue_pairs: Option<u16>,
+
+    /// How long a queue pair's thread without packets may spin for the next before it sleeps, in microseconds; 0: not at all
+    ///
+    /// It spins only while packets come as fast as that, and spares the guest its kicks meanwhile. A card that is idle sleeps.
+    #[arg(help_heading = "Performance", long, value_name = "MICROSECONDS", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub poll: u32,
+
+    /// Most that spinning in vain may take of a queue pair's thread, in percent
+    #[arg(help_heading = "Performance", long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
+    pub poll_budget: u32,
+
+    /// Offer to spread received packets over several queue pairs by a table of the guest's (receive-side scaling)
+    ///
+    /// It needs a TAP interface and a kernel that takes a program for it (CAP_BPF, or sysctl
+    /// kernel.unprivileged_bpf_disabled=0); the log says if it does not. QEMU answers its guests on its own, so that
+    /// their tables do not come here.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|off",
+        hide_possible_values = true
+    )]
+    pub rss: OnOff,
+
+    /// Offer to give the guest a hash of each received packet's addresses and ports
+    ///
+    /// It saves the guest from hashing when it spreads packets over its processors, and costs the host that work.
+    #[arg(long)]
+    pub hash_report: bool,
 
     /// Work that the guest may leave to the host and the host to the guest, as far as the kernel can
     #[arg(
@@ -249,7 +284,25 @@ impl NetArgs {
         Ok(offloads)
     }
 
-    fn host_end(&self) -> HostEnd {
+    /// The sets of `TUN_F_*` offloads for guests that are joined by a switch, best first. It cuts segments where need be, but
+    /// makes no UDP fragments.
+    pub(super) fn switched_offloads(&self) -> Result<[u32; 3], ArgsError> {
+        let offloads = Offloads {
+            ufo: false,
+            ..self.offloads()?
+        };
+        Ok(offloads.candidates())
+    }
+
+    /// For how long a worker spins.
+    pub(super) fn poll_limits(&self) -> PollLimits {
+        PollLimits {
+            window: Duration::from_micros(self.poll.into()),
+            budget: self.poll_budget,
+        }
+    }
+
+    pub(super) fn host_end(&self) -> HostEnd {
         HostEnd {
             persist: self.tap_persist,
             mtu: self.mtu,
@@ -330,23 +383,45 @@ impl NetArgs {
             None => opened,
         };
         let pairs = u16::try_from(queues.len()).unwrap_or(MAX_QUEUES);
+        let rss = self.rss == OnOff::On && pairs > 1 && can_steer(interface.as_ref());
         let config = NetConfig {
             mac,
             pairs,
             mtu: self.mtu,
             speed: self.speed,
-            hash_types: 0,
+            hash_types: if rss || self.hash_report {
+                HASH_TYPES
+            } else {
+                0
+            },
         };
         let extras = Extras {
             mtu: self.mtu.is_some(),
             speed: self.speed.is_some(),
+            coalescing: true,
             standby: self.standby,
+            rss,
+            hash_report: self.hash_report,
             multi_queue: pairs > 1,
             packed: self.packed == OnOff::On,
             in_order: self.in_order == OnOff::On,
         };
         let features = offered(offloads, extras);
-        Net::new(config, features, &name, interface, queues).map_err(ArgsError::System)
+        let poll = self.poll_limits();
+        Net::new(config, features, &name, interface, queues)
+            .map(|net| net.spinning(poll))
+            .map_err(ArgsError::System)
+    }
+}
+
+/// Whether packets can go to the queues that a driver wants.
+fn can_steer(interface: &dyn Interface) -> bool {
+    match interface.prepare_steering() {
+        Ok(()) => true,
+        Err(error) => {
+            info!("RSS is not offered: {}", Causes(&error));
+            false
+        }
     }
 }
 
@@ -378,6 +453,9 @@ mod tests {
         assert!(parse(&["--tap", "t", "--mtu", "67"]).is_err());
         assert!(parse(&["--tap", "t", "--mac", "01:00:00:00:00:00"]).is_err());
         assert!(parse(&["--tap", "t", "--tap-ip", "10.0.0.1"]).is_err());
+        assert!(parse(&["--tap", "t", "--standby"]).is_err());
+        let standby = ["--tap", "t", "--standby", "--mac", "02:00:00:00:00:01"];
+        assert!(parse(&standby).unwrap().standby);
         let same = parse(&["--tap-fd", "900,900"]).unwrap().open();
         assert!(matches!(same, Err(ArgsError::SameFd(900))));
     }

@@ -4,21 +4,25 @@ use thiserror::Error;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_CTRL_ANNOUNCE, VIRTIO_NET_CTRL_ANNOUNCE_ACK, VIRTIO_NET_CTRL_GUEST_OFFLOADS,
     VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET, VIRTIO_NET_CTRL_MAC, VIRTIO_NET_CTRL_MAC_ADDR_SET,
-    VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET,
-    VIRTIO_NET_CTRL_NOTF_COAL, VIRTIO_NET_CTRL_NOTF_COAL_RX_SET, VIRTIO_NET_CTRL_NOTF_COAL_TX_SET,
+    VIRTIO_NET_CTRL_MAC_TABLE_SET, VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_HASH_CONFIG,
+    VIRTIO_NET_CTRL_MQ_RSS_CONFIG, VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET, VIRTIO_NET_CTRL_NOTF_COAL,
+    VIRTIO_NET_CTRL_NOTF_COAL_RX_SET, VIRTIO_NET_CTRL_NOTF_COAL_TX_SET,
     VIRTIO_NET_CTRL_NOTF_COAL_VQ_GET, VIRTIO_NET_CTRL_NOTF_COAL_VQ_SET, VIRTIO_NET_CTRL_RX,
     VIRTIO_NET_CTRL_RX_ALLMULTI, VIRTIO_NET_CTRL_RX_ALLUNI, VIRTIO_NET_CTRL_RX_NOBCAST,
     VIRTIO_NET_CTRL_RX_NOMULTI, VIRTIO_NET_CTRL_RX_NOUNI, VIRTIO_NET_CTRL_RX_PROMISC,
     VIRTIO_NET_CTRL_VLAN, VIRTIO_NET_CTRL_VLAN_ADD, VIRTIO_NET_CTRL_VLAN_DEL,
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_RX_EXTRA, VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_GUEST_ANNOUNCE,
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_VQ_NOTF_COAL,
+    VIRTIO_NET_F_HASH_REPORT, VIRTIO_NET_F_MQ, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_RSS,
+    VIRTIO_NET_F_VQ_NOTF_COAL,
 };
 
 use super::coalesce::Coalescing;
-use super::config::MacAddress;
+use super::config::{MAX_KEY, MAX_TABLE, MacAddress};
 use super::features::{GUEST_OFFLOADS, has};
 use super::filter::{TABLE_SIZE, Table, VLANS};
+use super::hash::{HASH_TYPES, Hashing, Toeplitz};
+use super::steering::Rss;
 
 /// The longest command that is read, in bytes. A MAC table of ten thousand addresses fits.
 pub(super) const MAX_COMMAND: usize = 65536;
@@ -49,6 +53,10 @@ pub(super) enum ControlCommand {
     CoalesceAll(Direction, Coalescing),
     /// Holds interrupts of one queue back (5.1.6.5.9).
     Coalesce(u16, Coalescing),
+    /// Spreads packets over receive queues by their hash (5.1.6.5.7).
+    Rss(Rss),
+    /// Reports hashes of packets (5.1.6.5.7.4).
+    Hash(Hashing),
     /// Says how interrupts of one queue are held back (5.1.6.5.9).
     TellCoalescing(u16),
 }
@@ -189,6 +197,51 @@ pub(super) fn parse(
             }
             Ok(ControlCommand::Pairs(pairs))
         }
+        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_RSS_CONFIG) if has(features, VIRTIO_NET_F_RSS) => {
+            let (head, rest) = data.split_first_chunk::<8>().ok_or_else(length)?;
+            let [a, b, c, d, mask_low, mask_high, rest_low, rest_high] = *head;
+            let types = u32::from_le_bytes([a, b, c, d]);
+            let mask = u16::from_le_bytes([mask_low, mask_high]);
+            let entries = usize::from(mask) + 1;
+            if !entries.is_power_of_two() || entries > MAX_TABLE {
+                return Err(value(mask.into()));
+            }
+            let (table, rest) = rest.split_at_checked(2 * entries).ok_or_else(length)?;
+            let table = table.chunks_exact(2);
+            let mut table: Vec<u16> = table
+                .filter_map(|entry| <[u8; 2]>::try_from(entry).ok())
+                .map(u16::from_le_bytes)
+                .collect();
+            let unclassified = u16::from_le_bytes([rest_low, rest_high]);
+            // Bits 1 to 16 of a receive queue's number, which is its pair's; the highest is reserved.
+            table.push(unclassified);
+            if let Some(&pair) = table.iter().find(|&&pair| pair >= max_pairs) {
+                return Err(value(pair.into()));
+            }
+            table.pop();
+            let (max_tx, rest) = rest.split_first_chunk().ok_or_else(length)?;
+            let max_tx = u16::from_le_bytes(*max_tx);
+            if max_tx == 0 || max_tx > max_pairs {
+                return Err(value(max_tx.into()));
+            }
+            Ok(ControlCommand::Rss(Rss {
+                hashing: parse_hashing(types, rest, value).ok_or_else(length)??,
+                table,
+                unclassified,
+                max_tx,
+            }))
+        }
+        (VIRTIO_NET_CTRL_MQ, VIRTIO_NET_CTRL_MQ_HASH_CONFIG)
+            if has(features, VIRTIO_NET_F_HASH_REPORT) =>
+        {
+            // The types, then what is in their place for RSS.
+            let (head, rest) = data.split_first_chunk::<12>().ok_or_else(length)?;
+            let [a, b, c, d, ..] = *head;
+            let types = u32::from_le_bytes([a, b, c, d]);
+            parse_hashing(types, rest, value)
+                .ok_or_else(length)?
+                .map(ControlCommand::Hash)
+        }
         (VIRTIO_NET_CTRL_GUEST_OFFLOADS, VIRTIO_NET_CTRL_GUEST_OFFLOADS_SET)
             if has(features, VIRTIO_NET_F_CTRL_GUEST_OFFLOADS) =>
         {
@@ -244,6 +297,26 @@ pub(super) fn parse(
     }
 }
 
+/// Reads the length of a key, and the key. What is behind it is padding of Linux's structures.
+fn parse_hashing(
+    types: u32,
+    data: &[u8],
+    value: impl Fn(u64) -> ControlError,
+) -> Option<Result<Hashing, ControlError>> {
+    let (&len, key) = data.split_first()?;
+    if types & !HASH_TYPES != 0 {
+        return Some(Err(value(types.into())));
+    }
+    if usize::from(len) > MAX_KEY {
+        return Some(Err(value(len.into())));
+    }
+    let key = key.get(..usize::from(len))?;
+    Some(Ok(Hashing {
+        types,
+        toeplitz: Toeplitz::new(key),
+    }))
+}
+
 /// Reads one struct virtio_net_ctrl_coal.
 fn parse_coalescing(data: &[u8]) -> Option<(Coalescing, &[u8])> {
     let (max_packets, rest) = data.split_first_chunk()?;
@@ -271,6 +344,10 @@ fn parse_table(data: &[u8]) -> Option<(Table, &[u8])> {
 }
 
 #[cfg(test)]
+#[allow(
+    clippy::cast_possible_truncation,
+    reason = "all numbers of these tests are small"
+)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -365,7 +442,7 @@ mod tests {
             fails(&[4, 0, 5, 0]),
             ControlError::Value { value: 5, .. }
         ));
-        assert!(matches!(fails(&[4, 1, 5, 0]), ControlError::Unknown { .. }));
+        assert!(matches!(fails(&[4, 3, 5, 0]), ControlError::Unknown { .. }));
         assert_eq!(
             ok(&[1, 1, 2, 3, 4, 5, 6, 7]),
             ControlCommand::MacAddress(MacAddress::new([2, 3, 4, 5, 6, 7]))
@@ -385,6 +462,90 @@ mod tests {
         assert!(matches!(fails(&[]), ControlError::Length { .. }));
         assert!(matches!(fails(&[4]), ControlError::Length { .. }));
         assert!(matches!(fails(&[9, 0]), ControlError::Unknown { .. }));
+    }
+
+    /// RSS_CONFIG: types, mask, pair of what is not hashed, table, transmit queues, key.
+    fn rss(
+        types: u32,
+        mask: u16,
+        unclassified: u16,
+        table: &[u16],
+        max_tx: u16,
+        key: &[u8],
+    ) -> Vec<u8> {
+        let mut bytes = vec![4, 1];
+        bytes.extend(types.to_le_bytes());
+        bytes.extend(mask.to_le_bytes());
+        bytes.extend(unclassified.to_le_bytes());
+        bytes.extend(table.iter().flat_map(|pair| pair.to_le_bytes()));
+        bytes.extend(max_tx.to_le_bytes());
+        bytes.push(key.len() as u8);
+        bytes.extend(key);
+        bytes
+    }
+
+    #[test]
+    fn receive_side_scaling() {
+        let whole = rss(0x3f, 3, 2, &[0, 1, 3, 0], 4, &[7; 40]);
+        let ControlCommand::Rss(set) = ok(&whole) else {
+            panic!("not RSS");
+        };
+        assert_eq!(set.table, [0, 1, 3, 0]);
+        assert_eq!((set.unclassified, set.max_tx, set.pairs()), (2, 4, 4));
+        let hashing = Hashing {
+            types: 0x3f,
+            toeplitz: Toeplitz::new(&[7; 40]),
+        };
+        assert_eq!(set.hashing, hashing);
+        for cut in 2..whole.len() {
+            assert!(
+                fails(&whole[..cut])
+                    == ControlError::Length {
+                        class: 4,
+                        command: 1
+                    },
+                "{cut}"
+            );
+        }
+        let padded = [whole.as_slice(), &[0xff]].concat();
+        assert_eq!(ok(&padded), ok(&whole));
+        // The longest table, and one that is longer; one entry alone; a short key, and none.
+        assert!(parse(u64::MAX, 4, &rss(1, 127, 0, &[3; 128], 1, &[1; 16])).is_ok());
+        assert!(parse(u64::MAX, 4, &rss(0, 0, 0, &[0], 1, &[])).is_ok());
+        for (bytes, wrong) in [
+            (rss(0x40, 0, 0, &[0], 1, &[7; 40]), 0x40),
+            (rss(1, 255, 0, &[0; 256], 1, &[7; 40]), 255),
+            (rss(1, 2, 0, &[0; 3], 1, &[7; 40]), 2),
+            (rss(1, u16::MAX, 0, &[0; 16], 1, &[7; 40]), 0xffff),
+            (rss(1, 1, 0, &[0, 4], 1, &[7; 40]), 4),
+            (rss(1, 1, 0, &[0x8000, 0], 1, &[7; 40]), 0x8000),
+            (rss(1, 0, 4, &[0], 1, &[7; 40]), 4),
+            (rss(1, 0, 0, &[0], 0, &[7; 40]), 0),
+            (rss(1, 0, 0, &[0], 5, &[7; 40]), 5),
+            (rss(1, 0, 0, &[0], 1, &[7; 41]), 41),
+        ] {
+            assert!(
+                matches!(fails(&bytes), ControlError::Value { value, .. } if value == wrong),
+                "{wrong}"
+            );
+        }
+    }
+
+    #[test]
+    fn hash_reports() {
+        let mut bytes = vec![4, 2, 0x3f, 0, 0, 0];
+        bytes.extend([0xff; 8]);
+        bytes.push(40);
+        bytes.extend([7; 40]);
+        assert!(matches!(ok(&bytes), ControlCommand::Hash(hashing) if hashing.types == 0x3f));
+        for cut in 2..bytes.len() {
+            assert!(matches!(fails(&bytes[..cut]), ControlError::Length { .. }));
+        }
+        bytes[3] = 1;
+        assert!(matches!(
+            fails(&bytes),
+            ControlError::Value { value: 0x13f, .. }
+        ));
     }
 
     #[test]
@@ -429,7 +590,10 @@ mod tests {
 
     #[test]
     fn what_was_not_negotiated_is_unknown() {
-        let commands: [&[u8]; 11] = [
+        let rss = rss(0, 0, 0, &[0], 1, &[]);
+        let commands: [&[u8]; 13] = [
+            &rss,
+            &[4, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
             &[0, 0, 1],
             &[0, 2, 1],
             &[1, 0, 0, 0, 0, 0, 0, 0, 0, 0],

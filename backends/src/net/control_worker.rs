@@ -14,6 +14,7 @@ use super::features::tun_offloads;
 use super::link::Interface;
 use super::ring::Ring;
 use super::settings::{Pairs, Shared};
+use super::steering::Rss;
 use super::worker::POLL_INTERVAL;
 use crate::shell::{Chain as Causes, Command, Commands, LogLimit, Vring};
 
@@ -274,6 +275,11 @@ impl Target {
         Err(Refused)
     }
 
+    fn steer(&self, rss: Option<Rss>) -> Result<(), String> {
+        let steered = self.interface.set_steering(rss);
+        steered.map_err(|error| Causes(&error).to_string())
+    }
+
     fn apply(&self, command: ControlCommand) -> Result<Option<[u8; RESULT]>, String> {
         let version = match command {
             ControlCommand::Rx(mode, on) => self.shared.change(|settings| {
@@ -302,9 +308,24 @@ impl Target {
             }),
             // The request is withdrawn before the command is answered (VIRTIO 1.3, 5.1.6.5.4).
             ControlCommand::AnnounceAck => self.shared.change(|settings| settings.announce = false),
-            ControlCommand::Pairs(pairs) => self
+            ControlCommand::Pairs(pairs) => {
+                // From now on the kernel spreads packets (VIRTIO 1.3, 5.1.6.5.5).
+                self.steer(None)?;
+                self.shared
+                    .change(|settings| settings.pairs = Pairs::First(pairs))
+            }
+            ControlCommand::Rss(rss) => {
+                let hashing = Arc::new(rss.hashing.clone());
+                let version = self.shared.change(|settings| {
+                    settings.pairs = Pairs::First(rss.pairs());
+                    settings.hashing = hashing;
+                });
+                self.steer(Some(rss))?;
+                version
+            }
+            ControlCommand::Hash(hashing) => self
                 .shared
-                .change(|settings| settings.pairs = Pairs::First(pairs)),
+                .change(|settings| settings.hashing = Arc::new(hashing)),
             ControlCommand::CoalesceAll(direction, coalescing) => self.shared.change(|settings| {
                 // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
                 let first = usize::from(direction == Direction::Transmit);

@@ -12,21 +12,21 @@ use crate::shell::{Counter, Statistics};
 /// Counters of one queue pair. Transmit and receive are the driver's words.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
-    /// Packets from the driver that the TAP took.
+    /// Packets from the driver that the link took.
     pub(super) tx_packets: Counter,
     /// Bytes of those, headers included.
     pub(super) tx_bytes: Counter,
-    /// System calls that wrote to the TAP, successful or not.
+    /// Writes to the link, successful or not.
     pub(super) tx_calls: Counter,
     /// Packets from the driver that were malformed, or that the kernel refused.
     pub(super) tx_dropped: Counter,
-    /// Times the TAP was full.
+    /// Times the link was full.
     pub(super) tx_full: Counter,
     /// Packets that the driver got.
     pub(super) rx_packets: Counter,
     /// Bytes of those, headers included.
     pub(super) rx_bytes: Counter,
-    /// System calls that read from the TAP, successful or not.
+    /// Reads from the link, successful or not.
     pub(super) rx_calls: Counter,
     /// Packets that did not pass the driver's filter.
     pub(super) rx_filtered: Counter,
@@ -61,20 +61,20 @@ impl Counters {
         [
             (
                 "tx_packets",
-                "Packets from the driver that the TAP took.",
+                "Packets from the driver that the link took.",
                 tx_packets,
             ),
             ("tx_bytes", "Bytes of those, headers included.", tx_bytes),
-            ("tx_calls", "System calls that wrote to the TAP.", tx_calls),
+            ("tx_calls", "Writes to the link.", tx_calls),
             (
                 "tx_dropped",
                 "Packets from the driver that were malformed or refused.",
                 tx_dropped,
             ),
-            ("tx_full", "Times the TAP was full.", tx_full),
+            ("tx_full", "Times the link was full.", tx_full),
             ("rx_packets", "Packets that the driver got.", rx_packets),
             ("rx_bytes", "Bytes of those, headers included.", rx_bytes),
-            ("rx_calls", "System calls that read from the TAP.", rx_calls),
+            ("rx_calls", "Reads from the link.", rx_calls),
             (
                 "rx_filtered",
                 "Packets that did not pass the driver's filter.",

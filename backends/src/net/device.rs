@@ -20,7 +20,7 @@ use super::link::{AnyLink, Interface, Link};
 use super::settings::{Settings, Shared};
 use super::worker::PairWorker;
 use crate::shell::{
-    Chain as Causes, Commands, Device, DeviceError, LogLimit, Statistics, WorkerThread,
+    Chain as Causes, Commands, Device, DeviceError, LogLimit, PollLimits, Statistics, WorkerThread,
 };
 
 /// The MTU of an Ethernet that nobody has configured.
@@ -38,6 +38,7 @@ pub struct Net {
     queues: Vec<Option<AnyLink>>,
     counters: Vec<Arc<Counters>>,
     shared: Arc<Shared>,
+    poll: PollLimits,
     log: LogLimit,
 }
 
@@ -63,8 +64,14 @@ impl Net {
             acked: 0,
             name: name.to_owned(),
             interface,
+            poll: PollLimits::default(),
             log: LogLimit::default(),
         })
+    }
+
+    /// Lets the threads of its queue pairs spin before they sleep.
+    pub(super) fn spinning(self, poll: PollLimits) -> Self {
+        Self { poll, ..self }
     }
 
     fn set_interface(&self) {
@@ -73,7 +80,8 @@ impl Net {
         let result = self
             .interface
             .set_header_len(header_len)
-            .and_then(|()| self.interface.set_offloads(offloads));
+            .and_then(|()| self.interface.set_offloads(offloads))
+            .and_then(|()| self.interface.set_steering(None));
         if let Err(error) = result
             && let Some(held_back) = self.log.check()
         {
@@ -113,6 +121,7 @@ struct PairStart {
     commands: Commands,
     shared: Arc<Shared>,
     counters: Arc<Counters>,
+    poll: PollLimits,
 }
 
 impl PairStart {
@@ -123,8 +132,10 @@ impl PairStart {
             commands,
             shared,
             counters,
+            poll,
         } = self;
         let worker = PairWorker::new(pair, mtu, link, commands, shared, counters)?;
+        let worker = worker.spinning(poll);
         thread::Builder::new()
             .name(format!("net-pair{pair}"))
             .spawn(move || worker.run())
@@ -216,6 +227,7 @@ impl Device for Net {
                     commands,
                     shared,
                     counters: Arc::clone(counters),
+                    poll: self.poll,
                 };
                 match queue {
                     AnyLink::Tap(link) => start.spawn(link),
@@ -291,6 +303,7 @@ impl Device for Net {
             queues: _,
             counters: _,
             shared: _,
+            poll: _,
             log: _,
         } = self;
         *acked = 0;

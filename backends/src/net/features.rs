@@ -126,8 +126,14 @@ pub(super) struct Extras {
     pub(super) mtu: bool,
     /// A speed was given.
     pub(super) speed: bool,
+    /// Interrupts can be held back.
+    pub(super) coalescing: bool,
     /// It stands in for another device.
     pub(super) standby: bool,
+    /// Packets can be steered to queue pairs.
+    pub(super) rss: bool,
+    /// Hashes of packets are reported.
+    pub(super) hash_report: bool,
     /// There is more than one queue pair.
     pub(super) multi_queue: bool,
     /// Packed virtqueues were not ruled out.
@@ -149,13 +155,15 @@ pub(super) fn offered(tun: u32, extras: Extras) -> u64 {
         | bit(VIRTIO_NET_F_CTRL_RX_EXTRA)
         | bit(VIRTIO_NET_F_CTRL_VLAN)
         | bit(VIRTIO_NET_F_CTRL_MAC_ADDR)
-        | bit(VIRTIO_NET_F_GUEST_ANNOUNCE)
-        | bit(VIRTIO_NET_F_NOTF_COAL)
-        | bit(VIRTIO_NET_F_VQ_NOTF_COAL);
+        | bit(VIRTIO_NET_F_GUEST_ANNOUNCE);
     let optional = [
         (extras.mtu, VIRTIO_NET_F_MTU),
         (extras.speed, VIRTIO_NET_F_SPEED_DUPLEX),
+        (extras.coalescing, VIRTIO_NET_F_NOTF_COAL),
+        (extras.coalescing, VIRTIO_NET_F_VQ_NOTF_COAL),
         (extras.standby, VIRTIO_NET_F_STANDBY),
+        (extras.rss, VIRTIO_NET_F_RSS),
+        (extras.hash_report, VIRTIO_NET_F_HASH_REPORT),
         (extras.multi_queue, VIRTIO_NET_F_MQ),
         (extras.packed, VIRTIO_F_RING_PACKED),
         (extras.in_order, VIRTIO_F_IN_ORDER),
@@ -242,21 +250,23 @@ pub(super) fn tun_offloads(guest: u64) -> u32 {
 }
 
 /// Bytes before each packet: `num_buffers` is there with VERSION_1, or with mergeable buffers on a legacy
-/// driver (VIRTIO 1.3, 5.1.6, 5.1.6.1).
+/// driver, the hash and its kind with hash reports (VIRTIO 1.3, 5.1.6, 5.1.6.1).
 pub(super) fn header_len(acked: u64) -> u8 {
-    if has(acked, VIRTIO_F_VERSION_1) || has(acked, VIRTIO_NET_F_MRG_RXBUF) {
+    if has(acked, VIRTIO_NET_F_HASH_REPORT) {
+        20
+    } else if has(acked, VIRTIO_F_VERSION_1) || has(acked, VIRTIO_NET_F_MRG_RXBUF) {
         12
     } else {
         10
     }
 }
 
-/// The number of the control queue (VIRTIO 1.3, 5.1.2): behind all pairs with MQ, behind the first without.
+/// The number of the control queue (VIRTIO 1.3, 5.1.2): behind all pairs with MQ or RSS, behind the first without.
 /// `None` if there is no control queue.
 pub(super) fn control_queue(acked: u64, pairs: u16) -> Option<u16> {
     if !has(acked, VIRTIO_NET_F_CTRL_VQ) {
         None
-    } else if has(acked, VIRTIO_NET_F_MQ) {
+    } else if has(acked, VIRTIO_NET_F_MQ) || has(acked, VIRTIO_NET_F_RSS) {
         Some(pairs.saturating_mul(2))
     } else {
         Some(2)
@@ -276,7 +286,10 @@ mod tests {
     const NONE: Extras = Extras {
         mtu: false,
         speed: false,
+        coalescing: false,
         standby: false,
+        rss: false,
+        hash_report: false,
         multi_queue: false,
         packed: false,
         in_order: false,
@@ -301,6 +314,39 @@ mod tests {
     }
 
     #[test]
+    fn extras_are_offered_when_they_are_there() {
+        let bare = offered(0, NONE);
+        let all = Extras {
+            mtu: true,
+            speed: true,
+            coalescing: true,
+            standby: true,
+            rss: true,
+            hash_report: true,
+            multi_queue: true,
+            packed: true,
+            in_order: true,
+        };
+        for feature in [
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_SPEED_DUPLEX,
+            VIRTIO_NET_F_NOTF_COAL,
+            VIRTIO_NET_F_VQ_NOTF_COAL,
+            VIRTIO_NET_F_STANDBY,
+            VIRTIO_NET_F_RSS,
+            VIRTIO_NET_F_HASH_REPORT,
+            VIRTIO_NET_F_MQ,
+            VIRTIO_F_RING_PACKED,
+            VIRTIO_F_IN_ORDER,
+        ] {
+            assert!(
+                !has(bare, feature) && has(offered(0, all), feature),
+                "{feature}"
+            );
+        }
+    }
+
+    #[test]
     fn segmentation_needs_checksums() {
         let no_csum = Offloads { csum: false, ..ALL };
         assert_eq!(no_csum.candidates(), [0, 0, 0]);
@@ -322,9 +368,12 @@ mod tests {
         assert_eq!(header_len(0), 10);
         assert_eq!(header_len(bit(VIRTIO_NET_F_MRG_RXBUF)), 12);
         assert_eq!(header_len(bit(VIRTIO_F_VERSION_1)), 12);
+        assert_eq!(header_len(bit(VIRTIO_NET_F_HASH_REPORT)), 20);
         let ctrl = bit(VIRTIO_NET_F_CTRL_VQ);
         assert_eq!(control_queue(0, 4), None);
         assert_eq!(control_queue(ctrl, 4), Some(2));
-        assert_eq!(control_queue(ctrl | bit(VIRTIO_NET_F_MQ), 4), Some(8));
+        for several in [VIRTIO_NET_F_MQ, VIRTIO_NET_F_RSS] {
+            assert_eq!(control_queue(ctrl | bit(several), 4), Some(8));
+        }
     }
 }

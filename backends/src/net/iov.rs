@@ -10,7 +10,10 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use ringside_rings::Segment;
-use vm_memory::{Bytes, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+    Permissions, VolatileSlice,
+};
 
 use crate::shell::Memory;
 
@@ -29,6 +32,43 @@ pub(super) enum AppendError {
     NotInMemory,
 }
 
+/// A region of guest memory, as the list met it last: looking one up costs more than all else that is done for a piece.
+#[derive(Debug, Clone, Copy)]
+struct Region {
+    /// Guest-physical address of its first byte.
+    start: u64,
+    len: u64,
+    /// Where that is in this process.
+    base: *mut libc::c_void,
+}
+
+impl Region {
+    /// The region around `addr`.
+    fn find(memory: &Memory, addr: GuestAddress) -> Option<Self> {
+        let region = memory.find_region(addr)?;
+        let base = region.get_host_address(MemoryRegionAddress(0)).ok()?;
+        Some(Self {
+            start: region.start_addr().0,
+            len: region.len(),
+            base: base.cast(),
+        })
+    }
+
+    /// The piece that `segment` is, if this region has all of it.
+    #[inline]
+    fn piece(&self, segment: &Segment) -> Option<libc::iovec> {
+        let offset = segment.addr.0.checked_sub(self.start)?;
+        let rest = self.len.checked_sub(offset)?;
+        if u64::from(segment.len) > rest {
+            return None;
+        }
+        Some(libc::iovec {
+            iov_base: self.base.wrapping_byte_add(usize::try_from(offset).ok()?),
+            iov_len: usize::try_from(segment.len).ok()?,
+        })
+    }
+}
+
 /// Pieces of guest memory in order, seen as one row of bytes.
 ///
 /// Pieces are appended behind and taken away in front. It owns a reference to the memory, so that
@@ -42,6 +82,8 @@ pub(super) struct IoList {
     start: usize,
     /// Two places of a system call are kept free for pieces that are not guest memory.
     limit: usize,
+    /// Of `memory`.
+    last: Option<Region>,
 }
 
 // SAFETY: the pointers lead into memory that the list itself keeps mapped; they mean the same in each thread.
@@ -57,6 +99,7 @@ impl IoList {
             scratch: Vec::new(),
             start: 0,
             limit: MAX_PIECES.saturating_sub(2),
+            last: None,
         }
     }
 
@@ -100,22 +143,35 @@ impl IoList {
             pieces,
             start,
             limit,
+            last,
             scratch: _,
         } = self;
+        let mut push = |piece| {
+            if pieces.len().saturating_sub(*start) >= *limit {
+                return Err(AppendError::TooManyPieces);
+            }
+            pieces.push(piece);
+            Ok(())
+        };
         for segment in segments {
+            let known = last.and_then(|region| region.piece(segment));
+            let piece = known.or_else(|| {
+                *last = Region::find(memory, segment.addr);
+                last.and_then(|region| region.piece(segment))
+            });
+            if let Some(piece) = piece {
+                push(piece)?;
+                continue;
+            }
             let len = usize::try_from(segment.len).unwrap_or(usize::MAX);
-            let slices = memory
-                .get_slices(segment.addr, len, access)
+            let slices = GuestMemory::get_slices(memory.as_ref(), segment.addr, len, access)
                 .map_err(|_| AppendError::NotInMemory)?;
             for slice in slices {
                 let slice = slice.map_err(|_| AppendError::NotInMemory)?;
-                if pieces.len().saturating_sub(*start) >= *limit {
-                    return Err(AppendError::TooManyPieces);
-                }
-                pieces.push(libc::iovec {
+                push(libc::iovec {
                     iov_base: slice.ptr_guard_mut().as_ptr().cast(),
                     iov_len: slice.len(),
-                });
+                })?;
             }
         }
         Ok(())
@@ -258,6 +314,12 @@ impl IoList {
         count: usize,
         spill: &mut [u8],
     ) -> bool {
+        if count > 0
+            && let Some(slice) = self.in_first(offset, data.len())
+        {
+            slice.copy_from(data);
+            return true;
+        }
         let room = self.room(count);
         let fits = room.saturating_sub(offset).min(data.len());
         let (inside, outside) = data.split_at_checked(fits).unwrap_or((data, &[]));
@@ -291,7 +353,12 @@ impl IoList {
     }
 
     /// Copies `data` to byte `offset` of the row. `false` if the row ends before.
+    #[inline]
     pub(super) fn copy_in(&self, offset: usize, data: &[u8]) -> bool {
+        if let Some(slice) = self.in_first(offset, data.len()) {
+            slice.copy_from(data);
+            return true;
+        }
         self.each_part(offset, data.len(), |slice, at| {
             let part = data.get(at..).unwrap_or_default();
             slice.write(part, 0).unwrap_or(0)
@@ -299,12 +366,29 @@ impl IoList {
     }
 
     /// Copies from byte `offset` of the row to `out`. `false` if the row ends before.
+    #[inline]
     pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) -> bool {
         let len = out.len();
+        if let Some(slice) = self.in_first(offset, len) {
+            slice.copy_to(out);
+            return true;
+        }
         self.each_part(offset, len, |slice, at| {
             let part = out.get_mut(at..).unwrap_or_default();
             slice.read(part, 0).unwrap_or(0)
         })
+    }
+
+    /// Bytes `offset..offset + len` of the row, if the first piece has them all, as it has nearly all headers and most packets.
+    #[inline]
+    fn in_first(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
+        let first = self.live().first()?;
+        if offset.checked_add(len)? > first.iov_len {
+            return None;
+        }
+        // SAFETY: the piece was taken from `memory`, which outlives this borrow.
+        let slice = unsafe { VolatileSlice::new(first.iov_base.cast(), first.iov_len) };
+        slice.subslice(offset, len).ok()
     }
 
     /// Calls `copy` with each piece of memory from byte `offset` on and the number of bytes copied so
@@ -368,7 +452,6 @@ mod tests {
     use super::*;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixDatagram;
-    use vm_memory::GuestAddress;
 
     fn list() -> IoList {
         // Two regions that adjoin.

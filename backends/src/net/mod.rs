@@ -24,9 +24,11 @@
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
 //! | `tx`, `rx`, `ring` | the data path |
+//! | `hash`, `steering` | hashes of packets, and receive-side scaling |
 //! | `coalesce` | interrupts that are held back |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
+//! | `switch` | several guests, joined to each other |
 
 mod args;
 mod coalesce;
@@ -38,11 +40,14 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
+mod hash;
 mod iov;
 mod link;
 mod ring;
 mod rx;
 mod settings;
+mod steering;
+mod switch;
 #[cfg(test)]
 mod tests;
 mod tx;
@@ -53,5 +58,6 @@ pub use config::{MacAddress, MacError};
 pub use device::Net;
 pub use link::{
     Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
-    Tap, TapError, TapQueue,
+    Tap, TapError, TapQueue, XdpError,
 };
+pub use switch::{OptionsError, Switch, SwitchArgs, SwitchError, SwitchPort};

@@ -75,6 +75,27 @@ impl Ring {
         Ok((vring.session()?, buf, list))
     }
 
+    /// The driver has made something available. A ring that is broken shows in the turn.
+    #[inline]
+    pub(super) fn waiting(&mut self) -> bool {
+        !self.broken
+            && self
+                .vring
+                .session()
+                .and_then(|mut session| session.available())
+                .map_or(true, |count| count > 0)
+    }
+
+    /// Asks the driver to kick. Returns whether it has made something available before, for which it will not kick.
+    pub(super) fn arm(&mut self) -> bool {
+        !self.broken
+            && self
+                .vring
+                .session()
+                .and_then(|mut session| session.enable_notifications())
+                .unwrap_or(true)
+    }
+
     /// Stops serving the ring and tells the front-end.
     pub(super) fn fail(&mut self, error: &RingError) {
         self.broken = true;

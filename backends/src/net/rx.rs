@@ -10,6 +10,9 @@
 //!               ╰─ packet ─╯  the next one begins here     spill: what did not fit, until the driver posts more
 //! ```
 //!
+//! The kernel looks at each buffer of a read, whether it needs it or not. So as long as packets are short, only the first
+//! buffers of the row are given to it; a long one then goes through the spill, and for a while all buffers are given.
+//!
 //! A packet that the filter refuses is overwritten by the next one.
 
 use std::collections::VecDeque;
@@ -28,20 +31,29 @@ use vm_memory::Permissions;
 
 use super::counters::Counters;
 use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
-use super::filter::{Filter, PEEK};
+use super::filter::PEEK;
+use super::hash::{self, Hashing, Report};
 use super::iov::{AppendError, IoList};
 use super::link::Link;
 use super::ring::Ring;
+use super::settings::Settings;
 use super::tx::MAX_FRAME;
 use crate::shell::{Chain as Causes, LogLimit, Vring};
 
 /// Most packets of one turn, so that transmitting gets its share.
-const BUDGET: u32 = 64;
+const BUDGET: u32 = 128;
+
+/// Bytes of buffers that are given to the kernel while packets are short: those of the usual MTU fit.
+const SHORT: usize = 2048;
+/// Packets after a long one that are read over all buffers.
+const LONG_FOR: u32 = 256;
 
 /// The longest header (VIRTIO 1.3, 5.1.6).
-const MAX_HEADER: usize = 12;
+const MAX_HEADER: usize = 20;
 /// Where `num_buffers` lies in it.
 const NUM_BUFFERS: usize = 10;
+/// Where `hash_value`, `hash_report` and padding lie in the longest one, eight bytes together (VIRTIO 1.3, 5.1.6).
+const HASH_VALUE: usize = 12;
 /// Bytes of a frame beside its MTU: an Ethernet header with two VLAN tags.
 const FRAME_OVERHEAD: usize = 22;
 
@@ -70,7 +82,7 @@ pub(super) enum RxEnd {
     More,
     /// The link has no packet.
     Idle,
-    /// The driver has no buffer; it will kick.
+    /// The driver has no buffer.
     Starved,
 }
 
@@ -93,6 +105,8 @@ struct State {
     /// Bytes in `posted`.
     room: usize,
     held: Option<Held>,
+    /// Packets to come that may be long.
+    long_for: u32,
     spill: Box<[u8]>,
     log: LogLimit,
 }
@@ -122,6 +136,7 @@ impl Rx {
             posted: VecDeque::with_capacity(vring.ring.size().into()),
             room: 0,
             held: None,
+            long_for: 0,
             spill: vec![0; MAX_HEADER + MAX_FRAME].into(),
             log: log.clone(),
         };
@@ -141,10 +156,10 @@ impl Rx {
     pub(super) fn turn<L: Link>(
         &mut self,
         link: &mut L,
-        filter: &Filter,
+        settings: &Settings,
         counters: &Counters,
     ) -> RxEnd {
-        match self.serve(link, filter, counters) {
+        match self.serve(link, settings, counters) {
             Ok((end, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -161,7 +176,7 @@ impl Rx {
     fn serve<L: Link>(
         &mut self,
         link: &mut L,
-        filter: &Filter,
+        settings: &Settings,
         counters: &Counters,
     ) -> Result<(RxEnd, bool), RingError> {
         let Self { ring, state, .. } = self;
@@ -238,16 +253,12 @@ impl Rx {
                     Err(()) => break RxEnd::Idle,
                 },
                 _ => {
-                    if session.enable_notifications()? {
-                        session.disable_notifications()?;
-                        continue;
-                    }
                     counters.rx_starved.add(1);
                     break RxEnd::Starved;
                 }
             };
             left = left.saturating_sub(1);
-            let buffers = state.accept(list, len, filter, counters);
+            let buffers = state.accept(list, len, settings, counters);
             let mut rest = len;
             for _ in 0..buffers {
                 let Some(posted) = state.posted.pop_front() else {
@@ -289,6 +300,23 @@ impl Rx {
 }
 
 impl State {
+    /// How many pieces of the row are given to the link for a packet, and their bytes.
+    fn given(&mut self, list: &IoList) -> (usize, usize) {
+        if self.long_for > 0 {
+            self.long_for = self.long_for.saturating_sub(1);
+            return (list.len(), self.room);
+        }
+        let (mut pieces, mut room) = (0_usize, 0_usize);
+        for posted in &self.posted {
+            pieces = pieces.saturating_add(posted.pieces);
+            room = room.saturating_add(posted.len);
+            if room >= SHORT {
+                break;
+            }
+        }
+        (pieces, room)
+    }
+
     /// Reads one packet. `None` if it was lost, an error if there is none.
     fn read<L: Link>(
         &mut self,
@@ -297,7 +325,7 @@ impl State {
         counters: &Counters,
     ) -> Result<Option<usize>, ()> {
         let (pieces, room) = if self.mergeable {
-            (list.len(), self.room)
+            self.given(list)
         } else {
             self.posted.front().map_or((0, 0), |p| (p.pieces, p.len))
         };
@@ -307,13 +335,19 @@ impl State {
                 self.dropped(counters, &"a packet shorter than its header");
                 Ok(None)
             }
-            Ok(len) if len <= room => Ok(Some(len)),
+            Ok(len) if len <= room => {
+                if len > SHORT {
+                    self.long_for = LONG_FOR;
+                }
+                Ok(Some(len))
+            }
             // The spill was full as well, so maybe not all of it is here.
             Ok(len) if !self.mergeable || len >= room.saturating_add(self.spill.len()) => {
                 self.dropped(counters, &"a packet longer than the driver's buffers");
                 Ok(None)
             }
             Ok(len) => {
+                self.long_for = LONG_FOR;
                 self.held = Some(Held { len, fitted: room });
                 Ok(None)
             }
@@ -337,7 +371,13 @@ impl State {
 
     /// Decides on the packet in the first `len` bytes of the list and completes its header. Returns how many of
     /// the posted buffers it takes: 0 if it is not for the driver.
-    fn accept(&mut self, list: &IoList, len: usize, filter: &Filter, counters: &Counters) -> usize {
+    fn accept(
+        &mut self,
+        list: &IoList,
+        len: usize,
+        settings: &Settings,
+        counters: &Counters,
+    ) -> usize {
         let mut start = [0; MAX_HEADER + PEEK];
         let seen = len.min(self.header_len + PEEK);
         let Some(seen) = start.get_mut(..seen).filter(|part| !part.is_empty()) else {
@@ -347,7 +387,10 @@ impl State {
             return 0;
         }
         let [flags, gso, ..] = *seen else { return 0 };
-        if !filter.passes(seen.get(self.header_len..).unwrap_or_default()) {
+        if !settings
+            .filter
+            .passes(seen.get(self.header_len..).unwrap_or_default())
+        {
             counters.rx_filtered.add(1);
             return 0;
         }
@@ -376,11 +419,28 @@ impl State {
         if self.header_len > NUM_BUFFERS {
             list.copy_in(NUM_BUFFERS, &buffers.to_le_bytes());
         }
+        if self.header_len > HASH_VALUE {
+            self.report_hash(list, len, &settings.hashing);
+        }
         counters.rx_packets.add(1);
         counters
             .rx_bytes
             .add(u64::try_from(len).unwrap_or(u64::MAX));
         buffers.into()
+    }
+
+    /// Writes the hash of the packet in the first `len` bytes of the list into its header.
+    fn report_hash(&self, list: &IoList, len: usize, hashing: &Hashing) {
+        let mut start = [0; hash::PEEK];
+        let seen = len.saturating_sub(self.header_len).min(hash::PEEK);
+        let seen = start.get_mut(..seen).unwrap_or_default();
+        let report = if list.copy_out(self.header_len, seen) {
+            hashing.report(seen)
+        } else {
+            Report::NONE
+        };
+        let fields = u64::from(report.kind) << 32 | u64::from(report.value);
+        list.copy_in(HASH_VALUE, &fields.to_le_bytes());
     }
 
     /// The driver accepted what the header asks of it (VIRTIO 1.3, 5.1.6.4.1).

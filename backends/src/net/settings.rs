@@ -13,6 +13,7 @@ use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::coalesce::Coalescing;
 use super::filter::Filter;
+use super::hash::Hashing;
 
 /// How long a command may wait for the workers before it is answered as failed.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -37,6 +38,8 @@ pub(super) struct Settings {
     pub(super) pairs: Pairs,
     /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
     pub(super) announce: bool,
+    /// What is hashed, for a driver that wants reports.
+    pub(super) hashing: Arc<Hashing>,
     /// By queue: how its interrupts are held back.
     pub(super) coalescing: Box<[Coalescing]>,
 }
@@ -48,6 +51,7 @@ impl Settings {
             filter,
             pairs: Pairs::Enabled,
             announce: false,
+            hashing: Arc::new(Hashing::off()),
             coalescing: vec![Coalescing::default(); usize::from(pairs) * 2].into(),
         }
     }

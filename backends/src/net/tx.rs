@@ -12,14 +12,14 @@ use crate::shell::{Chain as Causes, LogLimit, Vring};
 use std::io;
 
 /// Most packets of one turn, so that receiving gets its share.
-const BUDGET: u32 = 64;
+const BUDGET: u32 = 128;
 
 /// The longest frame that is passed on: an IPv6 packet with a payload of 65535 bytes, behind an Ethernet
 /// header with two VLAN tags.
 pub(super) const MAX_FRAME: usize = 22 + 40 + 65535;
 
 /// The shortest frame: an Ethernet header.
-const MIN_FRAME: usize = 14;
+pub(super) const MIN_FRAME: usize = 14;
 
 /// The transmit queue of a pair.
 pub(super) struct Tx {
@@ -53,6 +53,16 @@ impl Tx {
     /// The link is full.
     pub(super) fn is_full(&self) -> bool {
         self.full
+    }
+
+    /// There is something to send.
+    pub(super) fn waiting(&mut self) -> bool {
+        !self.full && self.ring.waiting()
+    }
+
+    /// Asks the driver to kick, unless the link has to take packets first. Returns whether there is something to send already.
+    pub(super) fn arm(&mut self) -> bool {
+        !self.full && self.ring.arm()
     }
 
     /// Sends what the driver has made available, into nothing unless the cable is in (`link_up`). Returns whether there is more.
@@ -142,13 +152,7 @@ impl Tx {
                     }
                     chain.head()
                 }
-                Ok(None) => {
-                    if session.enable_notifications()? {
-                        session.disable_notifications()?;
-                        continue;
-                    }
-                    break false;
-                }
+                Ok(None) => break false,
                 Err(PopError::Chain { head, error }) => {
                     dropped(counters, log, queue, &Causes(&error));
                     head

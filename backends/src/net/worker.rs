@@ -5,13 +5,23 @@
 //!  kick rx ─▶│ settings changed? go by them       │
 //!  kick tx ─▶│ transmit: up to a budget, publish  │──▶ at most one interrupt for each ring
 //!  link    ─▶│ receive:  up to a budget, publish  │
-//!  command ─▶│ nothing left? sleep                │
+//!  command ─▶│ nothing left? spin, then sleep     │
 //!            └────────────────────────────────────┘
+//! ```
+//!
+//! While packets come fast, the worker looks for the next ones itself, for as long as its poll window says (`PollWindow`), and
+//! the driver need not kick. Only before it sleeps it asks for kicks, and looks once more.
+//!
+//! ```text
+//!  turn ──▶ spin, notifications off ──▶ arm: notifications on ──▶ look once more ──▶ sleep
+//!    ▲          │ something came                                       │ something came   │ a descriptor stirred
+//!    └──────────┴──────────────────────────────────────────────────────┴──────────────────┘
 //! ```
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use tracing::{debug, error, warn};
 
@@ -21,7 +31,7 @@ use super::link::Link;
 use super::rx::{Rx, RxEnd};
 use super::settings::{Pairs, Settings, Shared};
 use super::tx::Tx;
-use crate::shell::{Command, Commands, LogLimit, Vring};
+use crate::shell::{Command, Commands, LogLimit, PollLimits, PollWindow, Vring};
 
 const COMMAND: u64 = 0;
 const SETTINGS: u64 = 1;
@@ -33,6 +43,11 @@ const TIMER_TX: u64 = 6;
 
 /// How often a ring without a kick descriptor is looked at, in milliseconds.
 pub(super) const POLL_INTERVAL: i32 = 1;
+
+/// Most turns between two looks at the descriptors.
+const TURNS: u32 = 8;
+/// Looks at the rings between two looks at the descriptors, while spinning: those cost a system call.
+const LOOKS: u32 = 16;
 
 /// One queue pair.
 pub(super) struct PairWorker<L> {
@@ -53,6 +68,11 @@ pub(super) struct PairWorker<L> {
     tx_kicked: bool,
     /// The link may have packets.
     readable: bool,
+    poll: PollWindow,
+    /// Since when there has been nothing to do, and how much of that it spun.
+    idle: Option<(Instant, Duration)>,
+    /// It was told to end, or cannot go on.
+    ended: bool,
     /// Of both rings.
     log: LogLimit,
 }
@@ -89,73 +109,159 @@ impl<L: Link> PairWorker<L> {
             rx_fed: false,
             tx_kicked: false,
             readable: false,
+            poll: PollWindow::new(PollLimits::default()),
+            idle: None,
+            ended: false,
             log: LogLimit::default(),
         };
         worker.attach();
         Ok(worker)
     }
 
+    /// Lets it spin before it sleeps.
+    pub(super) fn spinning(mut self, limits: PollLimits) -> Self {
+        self.poll = PollWindow::new(limits);
+        self
+    }
+
     /// Serves until [`Command::Exit`].
     pub(super) fn run(mut self) {
-        let mut more = false;
-        loop {
-            let timeout = if more {
-                0
-            } else if self.polled() {
-                POLL_INTERVAL
-            } else {
-                -1
-            };
-            let events = match self.epoll.wait(timeout) {
-                Ok(events) => events,
-                Err(e) => {
-                    error!(
-                        pair = self.pair,
-                        "cannot wait for events, the queue pair is dead: {e}"
-                    );
-                    return;
-                }
-            };
-            self.counters.wakeups.add(1);
-            for (token, what) in events {
-                match token {
-                    COMMAND if !self.obey() => {
-                        debug!(pair = self.pair, "worker ends: {}", self.counters);
-                        return;
-                    }
-                    LINK => {
-                        let ready = self.link.ready(what);
-                        self.readable |= ready.readable;
-                        if let (true, Some(tx)) = (ready.writable, &mut self.tx) {
-                            // A packet may wait for this.
-                            self.tx_kicked |= tx.is_full();
-                            tx.writable();
-                        }
-                    }
-                    KICK_RX => self.rx_fed = true,
-                    KICK_TX => self.tx_kicked = true,
-                    TIMER_RX => {
-                        if let Some(rx) = &mut self.rx {
-                            rx.ring.flush(&self.counters);
-                        }
-                    }
-                    TIMER_TX => {
-                        if let Some(tx) = &mut self.tx {
-                            tx.ring.flush(&self.counters);
-                        }
-                    }
-                    // A command obeyed, or SETTINGS, which are looked at in each turn.
-                    _ => {}
-                }
-            }
-            if self.shared.is_newer(self.version) {
-                (self.version, self.settings) = self.shared.latest();
-                self.attach();
-                self.coalesce();
-                self.shared.adopt(self.pair, self.version);
-            }
-            more = self.turn();
+        let mut timeout = 0;
+        while !self.ended {
+            self.look(timeout);
+            timeout = self.work();
         }
+        debug!(pair = self.pair, "worker ends: {}", self.counters);
+    }
+
+    /// Waits for the descriptors, in milliseconds, and does what they say. Returns whether any said something.
+    fn look(&mut self, timeout: i32) -> bool {
+        let events = match self.epoll.wait(timeout) {
+            Ok(events) => events,
+            Err(e) => {
+                error!(
+                    pair = self.pair,
+                    "cannot wait for events, the queue pair is dead: {e}"
+                );
+                self.ended = true;
+                return true;
+            }
+        };
+        if timeout != 0 {
+            self.counters.wakeups.add(1);
+        }
+        if let Some((since, spun)) = self.idle.take() {
+            self.poll.slept(since.elapsed(), spun);
+        }
+        let mut any = false;
+        for (token, what) in events {
+            any = true;
+            match token {
+                COMMAND => self.ended |= !self.obey(),
+                LINK => {
+                    let ready = self.link.ready(what);
+                    self.readable |= ready.readable;
+                    if let (true, Some(tx)) = (ready.writable, &mut self.tx) {
+                        // A packet may wait for this.
+                        self.tx_kicked |= tx.is_full();
+                        tx.writable();
+                    }
+                }
+                KICK_RX => self.rx_fed = true,
+                KICK_TX => self.tx_kicked = true,
+                TIMER_RX => {
+                    if let Some(rx) = &mut self.rx {
+                        rx.ring.flush(&self.counters);
+                    }
+                }
+                TIMER_TX => {
+                    if let Some(tx) = &mut self.tx {
+                        tx.ring.flush(&self.counters);
+                    }
+                }
+                // SETTINGS, which are looked at each time.
+                _ => {}
+            }
+        }
+        if self.shared.is_newer(self.version) {
+            (self.version, self.settings) = self.shared.latest();
+            self.attach();
+            self.coalesce();
+            self.shared.adopt(self.pair, self.version);
+        }
+        any
+    }
+
+    /// Moves packets until there are none, or it is time to look at the descriptors. Returns how long to wait for those, in
+    /// milliseconds.
+    fn work(&mut self) -> i32 {
+        for _ in 0..TURNS {
+            if !self.turn() && !self.spin() {
+                return if self.arm() {
+                    0
+                } else if self.polled() {
+                    POLL_INTERVAL
+                } else {
+                    -1
+                };
+            }
+            if self.ended {
+                break;
+            }
+        }
+        0
+    }
+
+    /// Looks for something to do for as long as that pays. Returns whether there is some.
+    fn spin(&mut self) -> bool {
+        let start = Instant::now();
+        let window = self.poll.now();
+        loop {
+            let passed = start.elapsed();
+            if passed >= window {
+                self.idle = Some((start, window));
+                return false;
+            }
+            for _ in 0..LOOKS {
+                if self.waiting() {
+                    self.poll.hit(start.elapsed());
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if self.look(0) {
+                self.poll.hit(start.elapsed());
+                return true;
+            }
+        }
+    }
+
+    /// A ring has something for its next turn.
+    fn waiting(&mut self) -> bool {
+        if let Some(tx) = &mut self.tx {
+            self.tx_kicked |= tx.waiting();
+        }
+        // Buffers are of use only if there is a packet.
+        if let Some(rx) = &mut self.rx
+            && self.readable
+            && !self.rx_fed
+            && rx.ring.waiting()
+        {
+            self.rx_fed = true;
+            return true;
+        }
+        self.tx_kicked
+    }
+
+    /// Asks the driver to kick from now on, wherever it has nothing. Returns whether it had something meanwhile.
+    fn arm(&mut self) -> bool {
+        if let Some(tx) = &mut self.tx {
+            self.tx_kicked |= tx.arm();
+        }
+        let rx = self.rx.as_mut().filter(|_| !self.rx_fed);
+        let fed = rx.is_some_and(|rx| rx.ring.arm());
+        self.rx_fed |= fed;
+        self.tx_kicked || fed && self.readable
     }
 
     /// A ring has no kick descriptor.
@@ -180,7 +286,7 @@ impl<L: Link> PairWorker<L> {
             && self.readable
             && (self.rx_fed || rx.ring.polled())
         {
-            match rx.turn(&mut self.link, &self.settings.filter, &self.counters) {
+            match rx.turn(&mut self.link, &self.settings, &self.counters) {
                 RxEnd::More => more = true,
                 RxEnd::Idle => self.readable = false,
                 RxEnd::Starved => self.rx_fed = false,

@@ -21,6 +21,9 @@ use super::vring::Memory;
 /// How many regions a front-end can add (VHOST_USER_GET_MAX_MEM_SLOTS): as many as KVM has slots.
 pub(super) const MAX_SLOTS: usize = 509;
 
+/// Most front-ends of one process.
+pub(super) const MAX_FRONT_ENDS: usize = 64;
+
 /// The same for each of several front-ends of one process: as many as QEMU's vhost-user code uses without being told
 /// more, so that no front-end can use up what the others need.
 pub(super) const MAX_SHARED: usize = 32;

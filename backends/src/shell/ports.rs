@@ -207,9 +207,9 @@ impl Ending {
 ///
 /// # Errors
 /// [`ShellError`]: what failed, for the user.
-pub fn run_ports<H: Hub, E: OpenError + Into<H::Error>>(
+pub fn run_ports<H: Hub>(
     program: &Program,
-    hub: impl FnOnce() -> Result<H, E>,
+    hub: impl FnOnce() -> Result<H, H::Error>,
     first: &[PortOptions],
     args: &ShellArgs,
 ) -> Result<(), ShellError> {
@@ -227,7 +227,7 @@ pub fn run_ports<H: Hub, E: OpenError + Into<H::Error>>(
     });
     let placement = args.placement();
     let pinned = placement.pin(0).map_err(super::HandlerError::from)?;
-    let hub = hub().map_err(|error| ShellError::Port(Box::new(error.into())))?;
+    let hub = hub().map_err(|error| ShellError::Port(Box::new(error)))?;
     drop(pinned);
     let ports = Arc::new(Ports {
         program: *program,

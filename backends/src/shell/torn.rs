@@ -25,11 +25,12 @@ use nix::sys::statfs::{HUGETLBFS_MAGIC, fstatfs};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 use vmm_sys_util::signal::register_signal_handler;
 
-use super::memory::{MAX_SLOTS, page_size};
+use super::memory::{MAX_FRONT_ENDS, MAX_SHARED, MAX_SLOTS, page_size};
 
-/// Most ranges at a time: all regions of a table, and all of the one that takes its place; or the same for
-/// [`MAX_SHARED`](super::memory::MAX_SHARED) regions of each of many front-ends.
-const RANGES: usize = 8 * MAX_SLOTS;
+/// Most ranges at a time: for each of several front-ends all regions of a table, and all of the one that takes its place. A
+/// single one has room for as many.
+const RANGES: usize = 2 * MAX_FRONT_ENDS * MAX_SHARED;
+const _: () = assert!(RANGES >= 2 * MAX_SLOTS);
 
 /// A mapping of guest memory. Fields other than `taken` are read by the signal handler: `version` is odd while they
 /// change.

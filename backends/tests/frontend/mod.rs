@@ -134,9 +134,14 @@ impl Daemon {
     }
 
     pub fn wait_for_socket(&self) {
+        self.wait_for_line("ready");
+    }
+
+    /// Waits until the log has a line with `text`.
+    pub fn wait_for_line(&self, text: &str) {
         let start = Instant::now();
-        while !self.log().contains("ready") {
-            assert!(start.elapsed() < PATIENCE, "not ready: {}", self.log());
+        while !self.log().contains(text) {
+            assert!(start.elapsed() < PATIENCE, "no `{text}`: {}", self.log());
             sleep(Duration::from_millis(2));
         }
     }

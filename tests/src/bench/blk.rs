@@ -14,6 +14,7 @@ use super::idle::{self, Idle};
 use super::instructions::{self, Instructions};
 use super::load::{parse_seconds, parse_size};
 use super::measure::{Bench, Perf, Processors, Sample};
+use super::notes::{Notes, contains, first_line, processor};
 use super::others::{self, Other};
 use super::outcome::{CellOutcome, Row};
 use super::picture;
@@ -159,12 +160,11 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
         },
         contenders,
         perf: None,
-        skipped: Vec::new(),
-        failed: Vec::new(),
+        notes: Notes::default(),
     };
     match Perf::find(scratch.path()) {
         Ok(perf) => course.perf = Some(perf),
-        Err(error) => course.skip(error)?,
+        Err(error) => course.notes.skip(error)?,
     }
     eprintln!(
         "lab: {} cells, {} back-ends, {} rounds: about {} minutes",
@@ -179,10 +179,12 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
         None => course.others(directory),
         Some(_) => Ok(Vec::new()),
     };
-    let others = course.keep(others).unwrap_or_default();
+    let others = course.notes.keep(others).unwrap_or_default();
     let idle = course.idle();
-    let idle = course.keep(idle).unwrap_or_default();
-    let instructions = course.keep(instructions::count(&site, scratch.path()));
+    let idle = course.notes.keep(idle).unwrap_or_default();
+    let instructions = course
+        .notes
+        .keep(instructions::count(&site, scratch.path()));
     if let Some(instructions) = &instructions {
         println!("{instructions}");
     }
@@ -195,7 +197,7 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
         others,
         idle,
         instructions,
-        skipped: course.skipped.clone(),
+        skipped: course.notes.skipped.clone(),
     };
     println!("{}", summary(&outcome));
     if let Some(path) = &options.json {
@@ -205,26 +207,10 @@ pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
         fs::write(path, text).doing(|| format!("write {}", path.display()))?;
     }
     if let Some(path) = &options.svg {
-        let picture = picture::draw(&outcome.cells, &outcome.machine());
+        let picture = picture::of_disks(&outcome.cells, &outcome.machine());
         fs::write(path, picture).doing(|| format!("write {}", path.display()))?;
     }
-    if course.failed.is_empty() {
-        return Ok(());
-    }
-    Err(LabError::Check(format!(
-        "{} measurements failed:\n{}",
-        course.failed.len(),
-        course.failed.join("\n")
-    )))
-}
-
-/// All words of the filter are in the name.
-fn contains(name: &str, filter: Option<&str>) -> bool {
-    filter.is_none_or(|filter| {
-        filter
-            .split_whitespace()
-            .all(|word| name.split_whitespace().any(|part| part.contains(word)))
-    })
+    course.notes.verdict()
 }
 
 /// A run through the cells.
@@ -233,36 +219,10 @@ struct Course<'a> {
     rounds: usize,
     contenders: Vec<Contender>,
     perf: Option<Perf>,
-    skipped: Vec<String>,
-    /// Measurements that gave an error, and which.
-    failed: Vec<String>,
+    notes: Notes,
 }
 
 impl Course<'_> {
-    /// Says why something is not measured; other errors are passed on.
-    fn skip(&mut self, error: LabError) -> Result<()> {
-        match error {
-            LabError::Skipped(why) => {
-                eprintln!("lab: skipped: {why}");
-                self.skipped.push(why);
-                Ok(())
-            }
-            error => Err(error),
-        }
-    }
-
-    /// What was measured; or notes why not, for the figures that there are have taken long.
-    fn keep<T>(&mut self, measured: Result<T>) -> Option<T> {
-        let kept = measured
-            .map(Some)
-            .or_else(|error| self.skip(error).map(|()| None));
-        kept.unwrap_or_else(|error| {
-            eprintln!("lab: {error}");
-            self.failed.push(error.to_string());
-            None
-        })
-    }
-
     /// How long it will take, in seconds.
     fn estimate(&self, cells: &[Cell]) -> f64 {
         let one = self.bench.seconds + OVERHEAD;
@@ -282,7 +242,7 @@ impl Course<'_> {
         let found = others::measure(&self.bench, &self.contenders, self.rounds)?;
         match others::checked_disk(&self.bench, directory) {
             Ok(disk) => println!("{}", others::check(&self.bench, &self.contenders, &disk)?),
-            Err(error) => self.skip(error)?,
+            Err(error) => self.notes.skip(error)?,
         }
         println!("{}\n", others::fio_engine(&self.bench)?);
         Ok(found)
@@ -314,7 +274,7 @@ impl Course<'_> {
             let storage = match prepared {
                 Ok(storage) => storage,
                 Err(error) => {
-                    self.skip(error)?;
+                    self.notes.skip(error)?;
                     continue;
                 }
             };
@@ -328,7 +288,7 @@ impl Course<'_> {
                     start.elapsed().as_secs()
                 );
                 let outcome = self.cell(&storage, cell);
-                if let Some(outcome) = self.keep(outcome) {
+                if let Some(outcome) = self.notes.keep(outcome) {
                     println!("{}", outcome.table());
                     outcomes.push(outcome);
                 }
@@ -348,9 +308,7 @@ impl Course<'_> {
             .collect();
         let mut failed = Vec::new();
         let mut note = |contender: &Contender, error: LabError| {
-            let what = format!("{} in {}: {error}", contender.name, cell.name());
-            eprintln!("lab: {what}");
-            failed.push(what);
+            failed.push(format!("{} in {}: {error}", contender.name, cell.name()));
         };
         let mut raw: Vec<Sample> = Vec::new();
         for round in 0..self.rounds {
@@ -385,7 +343,9 @@ impl Course<'_> {
             }
             rows.push(row);
         }
-        self.failed.append(&mut failed);
+        for what in failed {
+            self.notes.fail(what);
+        }
         Ok(CellOutcome::new(cell, raw, rows))
     }
 }
@@ -421,37 +381,4 @@ fn summary(outcome: &Outcome) -> String {
         text.push_str(&format!("skipped: {why}\n"));
     }
     text
-}
-
-fn first_line(path: &str) -> String {
-    let text = fs::read_to_string(path).unwrap_or_default();
-    text.lines().next().unwrap_or_default().to_owned()
-}
-
-/// Model and number of the processors.
-fn processor() -> String {
-    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let model = text
-        .lines()
-        .find_map(|line| line.strip_prefix("model name")?.split_once(": "))
-        .map_or("unknown processor", |(_, model)| model);
-    let count = text
-        .lines()
-        .filter(|line| line.starts_with("processor"))
-        .count();
-    format!("{count} × {model}")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn filters_are_words() {
-        let name = "file randread 4k d32";
-        assert!(contains(name, None));
-        assert!(contains(name, Some("file d32")));
-        assert!(contains(name, Some("rand")));
-        assert!(!contains(name, Some("file d1 null")));
-    }
 }

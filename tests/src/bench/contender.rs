@@ -187,48 +187,9 @@ impl Contender {
         queues: u16,
         directory: &Path,
     ) -> Result<Process> {
-        let socket = directory.join("back-end.sock");
-        let log = directory.join("back-end.log");
-        // One that was killed leaves it behind.
-        let _ = fs::remove_file(&socket);
-        let file = File::create(&log).doing(|| format!("create {}", log.display()))?;
-        let errors = file
-            .try_clone()
-            .doing(|| format!("write {}", log.display()))?;
-        let mut command = self.command(site, storage, queues, &socket);
-        let start = Instant::now();
-        let child = command
-            .stdin(Stdio::null())
-            .stdout(file)
-            .stderr(errors)
-            .spawn()
-            .doing(|| format!("run {}", self.name))?;
-        let mut process = Process {
-            child,
-            socket,
-            log,
-            started: Duration::ZERO,
-        };
-        while !listens(&process.socket) {
-            let ended = process.child.try_wait();
-            if ended.is_ok_and(|status| status.is_some()) {
-                return Err(LabError::Ended {
-                    what: format!("{} ended before it listened", self.name),
-                    output: process.text(),
-                });
-            }
-            let limit = site.limit(START_LIMIT);
-            if start.elapsed() > limit {
-                return Err(LabError::TimedOut {
-                    what: format!("the listening of {}", self.name),
-                    limit,
-                    output: process.text(),
-                });
-            }
-            thread::sleep(START_POLL);
-        }
-        process.started = start.elapsed();
-        Ok(process)
+        let socket = socket_in(directory);
+        let command = self.command(site, storage, queues, &socket);
+        Process::start(&self.name, command, site, directory)
     }
 }
 
@@ -242,7 +203,65 @@ pub(super) struct Process {
     pub(super) started: Duration,
 }
 
+/// Where a back-end that is measured listens.
+pub(super) fn socket_in(directory: &Path) -> PathBuf {
+    directory.join("back-end.sock")
+}
+
 impl Process {
+    /// Runs a back-end that is to listen at [`socket_in`] its directory, and waits until it does.
+    ///
+    /// # Errors
+    /// Fails, with the end of what it wrote, if it does not.
+    pub(super) fn start(
+        name: &str,
+        mut command: Command,
+        site: &Site,
+        directory: &Path,
+    ) -> Result<Self> {
+        let socket = socket_in(directory);
+        let log = directory.join("back-end.log");
+        // One that was killed leaves it behind.
+        let _ = fs::remove_file(&socket);
+        let file = File::create(&log).doing(|| format!("create {}", log.display()))?;
+        let errors = file
+            .try_clone()
+            .doing(|| format!("write {}", log.display()))?;
+        let start = Instant::now();
+        let child = command
+            .stdin(Stdio::null())
+            .stdout(file)
+            .stderr(errors)
+            .spawn()
+            .doing(|| format!("run {name}"))?;
+        let mut process = Self {
+            child,
+            socket,
+            log,
+            started: Duration::ZERO,
+        };
+        while !listens(&process.socket) {
+            let ended = process.child.try_wait();
+            if ended.is_ok_and(|status| status.is_some()) {
+                return Err(LabError::Ended {
+                    what: format!("{name} ended before it listened"),
+                    output: process.text(),
+                });
+            }
+            let limit = site.limit(START_LIMIT);
+            if start.elapsed() > limit {
+                return Err(LabError::TimedOut {
+                    what: format!("the listening of {name}"),
+                    limit,
+                    output: process.text(),
+                });
+            }
+            thread::sleep(START_POLL);
+        }
+        process.started = start.elapsed();
+        Ok(process)
+    }
+
     pub(super) fn pid(&self) -> u32 {
         self.child.id()
     }

@@ -4,21 +4,21 @@ use std::fmt;
 use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::contender::{self, Contender, Family, Process};
+use super::contender::{self, Contender, Family, Process, socket_in};
 use super::load::Usage;
 use super::measure::Bench;
 use super::storage::Storage;
-use crate::command::{GRACE, end_tree};
+use crate::command::{GRACE, bound, end_tree};
 use crate::error::{Doing, LabError, Result};
 use crate::site::Site;
 
-/// Requests before it is idle.
+/// Requests, or frames, before it is idle.
 const REQUESTS: u32 = 1000;
 /// Until what those left behind has settled.
 const SETTLING: Duration = Duration::from_millis(500);
@@ -58,7 +58,8 @@ impl fmt::Display for Idle {
 /// Watches a back-end that served some requests and then has no more.
 pub(super) fn watch(bench: &Bench<'_>, contender: &Contender) -> Result<Idle> {
     let process = bench.start(contender, &Storage::null(), 1)?;
-    watch_process(bench.site, &contender.name, &process)
+    let requests = bench.site.program("ringside-load");
+    watch_process(&contender.name, &process, requests)
 }
 
 /// Watches `ringside-blk` as it comes.
@@ -71,11 +72,25 @@ pub fn of_ringside_blk(site: &Site, directory: &Path) -> Result<Idle> {
         .find(|contender| contender.family == Family::Ringside)
         .ok_or_else(|| LabError::Setup("ringside-blk is not among the back-ends".into()))?;
     let process = ours.start(site, &Storage::null(), 1, directory)?;
-    watch_process(site, &ours.name, &process)
+    watch_process(&ours.name, &process, site.program("ringside-load"))
 }
 
-fn watch_process(site: &Site, name: &str, process: &Process) -> Result<Idle> {
-    let mut load = site.program("ringside-load");
+/// Watches `ringside-net` as it comes, with nothing behind its card.
+///
+/// # Errors
+/// Fails if it does.
+pub fn of_ringside_net(site: &Site, directory: &Path) -> Result<Idle> {
+    let mut command = bound(site.programs.join("ringside-net"));
+    command.arg("--socket-path").arg(socket_in(directory));
+    command.args(["--link", "null"]);
+    let process = Process::start("ringside-net", command, site, directory)?;
+    let mut frames = site.program("ringside-load");
+    frames.args(["net", "--completions", "eventfd"]);
+    watch_process("ringside-net", &process, frames)
+}
+
+/// Watches a back-end after `load` has loaded it.
+fn watch_process(name: &str, process: &Process, mut load: Command) -> Result<Idle> {
     load.arg("--socket-path").arg(&process.socket);
     load.arg("--count").arg(REQUESTS.to_string());
     load.args(["--linger", LINGER, "--json"]);

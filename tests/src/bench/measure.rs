@@ -60,7 +60,7 @@ impl Processors {
     }
 
     /// Those of the front-end and of the back-end for this many queues: apart if there are enough, else all for both.
-    fn split(&self, queues: u16) -> Option<(&[usize], &[usize])> {
+    pub(super) fn split(&self, queues: u16) -> Option<(&[usize], &[usize])> {
         let queues = usize::from(queues);
         let front = self.available.get(..queues)?;
         let back = self.available.get(queues..queues.checked_mul(2)?)?;
@@ -68,7 +68,7 @@ impl Processors {
     }
 
     /// Does something with the calling thread, and what it starts, on these processors only.
-    fn on<T>(&self, cpus: &[usize], work: impl FnOnce() -> Result<T>) -> Result<T> {
+    pub(super) fn on<T>(&self, cpus: &[usize], work: impl FnOnce() -> Result<T>) -> Result<T> {
         let set = |cpus: &[usize]| {
             let mut set = CpuSet::new();
             cpus.iter()

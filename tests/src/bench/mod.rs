@@ -13,12 +13,16 @@
 //!                        medians and ratios: table, JSON, SVG
 //! ```
 //!
+//! Those are the parts of the one for disks; that for network cards (`net`) shares the processes, the processors and the picture with it.
+//!
 //! Beside that: other people's front-ends (`others`), what an idle back-end costs (`idle`), and the instructions of a request (`instructions`).
 
 mod blk;
 mod cells;
 mod contender;
 mod measure;
+mod net;
+mod notes;
 mod others;
 mod outcome;
 mod picture;
@@ -28,4 +32,5 @@ pub mod idle;
 pub mod instructions;
 pub mod load;
 
-pub use blk::{BlkBench, run};
+pub use blk::{BlkBench, run as blk};
+pub use net::{NetBench, run as net};

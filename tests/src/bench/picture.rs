@@ -11,41 +11,59 @@ const BAR_HEIGHT: f64 = 9.0;
 const CELL_HEIGHT: f64 = 30.0;
 const HEAD_HEIGHT: f64 = 46.0;
 const MARGIN: f64 = 14.0;
+const LEGEND_WIDTH: f64 = 110.0;
 /// Colours of ours and of qemu-storage-daemon's bars: apart for the colour-blind, too.
-const OURS: &str = "#0b6fb8";
+pub(super) const OURS: &str = "#0b6fb8";
 const QSD: &str = "#e69f00";
 
-/// One half of the picture.
-struct Panel<'a> {
-    title: &'static str,
-    /// The ratio of a row.
-    ratio: fn(&Row) -> Option<Spread>,
-    cells: Vec<&'a CellOutcome>,
+/// Rows of bars under one title.
+pub(super) struct Panel {
+    pub(super) title: &'static str,
+    /// Whose the bars of each row are, with their colours.
+    pub(super) legend: Vec<(&'static str, &'static str)>,
+    /// The name of each row, and its bars: as many as there are names in the legend, two at most.
+    pub(super) rows: Vec<(String, Vec<Option<Spread>>)>,
 }
 
 /// Draws the cells that have storage to compare with, then those without, which compare with qemu-storage-daemon.
-pub(super) fn draw(cells: &[CellOutcome], where_measured: &str) -> String {
-    let of = |stored: bool| {
+pub(super) fn of_disks(cells: &[CellOutcome], where_measured: &str) -> String {
+    let rows = |stored: bool, ratio: fn(&Row) -> Option<Spread>| {
         cells
             .iter()
             .filter(|cell| cell.raw.is_empty() != stored)
+            .map(|cell| {
+                let ours = cell.rows.iter().find(|row| row.family == Family::Ringside);
+                let bars = [ours, cell.best(Family::Qemu)].map(|row| row.and_then(ratio));
+                (cell.name.clone(), bars.to_vec())
+            })
             .collect()
+    };
+    let legend = || {
+        vec![
+            ("ringside-blk", OURS),
+            ("qemu-storage-daemon, its best", QSD),
+        ]
     };
     let panels = [
         Panel {
             title: "Requests per second, to those of the storage itself (fio, io_uring)",
-            ratio: |row| row.to_raw,
-            cells: of(true),
+            legend: legend(),
+            rows: rows(true, |row| row.to_raw),
         },
         Panel {
             title: "Requests per second without storage, to those of qemu-storage-daemon",
-            ratio: |row| row.to_qsd,
-            cells: of(false),
+            legend: legend(),
+            rows: rows(false, |row| row.to_qsd),
         },
     ];
+    draw(&panels, where_measured)
+}
+
+/// Draws the panels that have rows, one below the other.
+pub(super) fn draw(panels: &[Panel], where_measured: &str) -> String {
     let mut body = String::new();
     let mut y = MARGIN;
-    for panel in panels.iter().filter(|panel| !panel.cells.is_empty()) {
+    for panel in panels.iter().filter(|panel| !panel.rows.is_empty()) {
         y = panel.draw(&mut body, y);
     }
     let width = NAME_WIDTH + BAR_WIDTH + 2.0 * MARGIN;
@@ -58,13 +76,11 @@ pub(super) fn draw(cells: &[CellOutcome], where_measured: &str) -> String {
     )
 }
 
-impl Panel<'_> {
+impl Panel {
     /// Draws from `y` on; gives where it ends.
     fn draw(&self, body: &mut String, y: f64) -> f64 {
-        let spreads = self.cells.iter().flat_map(|cell| &cell.rows);
-        let most = spreads
-            .filter_map(|row| Some((self.ratio)(row)?.max))
-            .fold(1.0, f64::max);
+        let spreads = self.rows.iter().flat_map(|(_, bars)| bars).flatten();
+        let most = spreads.map(|spread| spread.max).fold(1.0, f64::max);
         // A whole number of steps, and not more than ten.
         let step = if most > 5.0 {
             (most / 5.0).ceil()
@@ -76,9 +92,9 @@ impl Panel<'_> {
         let full = (most / step).ceil() * step;
         let x = |ratio: f64| MARGIN + NAME_WIDTH + ratio / full * BAR_WIDTH;
         text(body, MARGIN, y + 12.0, "start", self.title);
-        legend(body, y + 28.0);
+        self.draw_legend(body, y + 28.0);
         let top = y + HEAD_HEIGHT;
-        let count = f64::from(u32::try_from(self.cells.len()).unwrap_or(u32::MAX));
+        let count = f64::from(u32::try_from(self.rows.len()).unwrap_or(u32::MAX));
         let bottom = top + count * CELL_HEIGHT;
         let mut mark = 0.0;
         while mark <= full + step / 2.0 {
@@ -88,23 +104,12 @@ impl Panel<'_> {
             mark += step;
         }
         line(body, (x(1.0), top), (x(1.0), bottom), "#444");
-        for (index, cell) in (0_u32..).zip(&self.cells) {
+        for (index, (name, bars)) in (0_u32..).zip(&self.rows) {
             let at = top + f64::from(index) * CELL_HEIGHT + 4.0;
-            text(
-                body,
-                MARGIN + NAME_WIDTH - 8.0,
-                at + 13.0,
-                "end",
-                &cell.name,
-            );
-            let ours = cell.rows.iter().find(|row| row.family == Family::Ringside);
-            for (row, colour, below) in [
-                (ours, OURS, 0.0),
-                (cell.best(Family::Qemu), QSD, BAR_HEIGHT + 2.0),
-            ] {
-                let Some(spread) = row.and_then(self.ratio) else {
-                    continue;
-                };
+            text(body, MARGIN + NAME_WIDTH - 8.0, at + 13.0, "end", name);
+            let places = [0.0, BAR_HEIGHT + 2.0];
+            for ((spread, (_, colour)), below) in bars.iter().zip(&self.legend).zip(places) {
+                let Some(spread) = spread else { continue };
                 let _ = writeln!(
                     body,
                     "<rect x=\"{:.1}\" y=\"{:.1}\" width=\"{:.1}\" height=\"{BAR_HEIGHT}\" fill=\"{colour}\"/>",
@@ -124,19 +129,18 @@ impl Panel<'_> {
         }
         bottom + 2.0 * MARGIN
     }
-}
 
-fn legend(body: &mut String, y: f64) {
-    for (x, colour, name) in [
-        (MARGIN, OURS, "ringside-blk"),
-        (MARGIN + 110.0, QSD, "qemu-storage-daemon, its best"),
-    ] {
-        let _ = writeln!(
-            body,
-            "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"10\" height=\"{BAR_HEIGHT}\" fill=\"{colour}\"/>",
-            y - BAR_HEIGHT
-        );
-        text(body, x + 15.0, y, "start", name);
+    fn draw_legend(&self, body: &mut String, y: f64) {
+        let mut x = MARGIN;
+        for (name, colour) in &self.legend {
+            let _ = writeln!(
+                body,
+                "<rect x=\"{x:.1}\" y=\"{:.1}\" width=\"10\" height=\"{BAR_HEIGHT}\" fill=\"{colour}\"/>",
+                y - BAR_HEIGHT
+            );
+            text(body, x + 15.0, y, "start", name);
+            x += LEGEND_WIDTH;
+        }
     }
 }
 
@@ -186,7 +190,7 @@ mod tests {
             vec![sample(100.0), sample(80.0)],
             rows,
         );
-        let picture = draw(&[cell], "a < b");
+        let picture = of_disks(&[cell], "a < b");
         assert!(picture.contains("width=\"460.0\""), "{picture}");
         assert!(picture.contains("width=\"230.0\""), "{picture}");
         assert!(picture.contains("a &lt; b"));

@@ -8,6 +8,7 @@ use super::daemon::{Daemon, fresh_name, is_socket};
 use crate::command;
 use crate::ensure;
 use crate::error::Result;
+use crate::programs::DYNAMIC_BLK;
 use crate::site::Site;
 
 /// How long a back-end may take until its socket is there, on plain hardware.
@@ -79,14 +80,15 @@ impl BackEnd {
     fn ours(
         site: &Site,
         kind: Kind,
+        program: &str,
         queues: u16,
         socket: Option<String>,
         arguments: &[String],
         ordinary_user: bool,
     ) -> Result<Self> {
-        let (program, stem) = match kind {
-            Kind::Blk => ("ringside-blk", "blk"),
-            Kind::Net => ("ringside-net", "net"),
+        let stem = match kind {
+            Kind::Blk => "blk",
+            Kind::Net => "net",
         };
         let socket = socket.unwrap_or_else(|| fresh_name(site, stem, "sock"));
         let mut command = site.program(program);
@@ -120,6 +122,7 @@ impl BackEnd {
 /// Starts `ringside-blk`.
 #[derive(Debug)]
 pub struct Blk {
+    program: &'static str,
     path: PathBuf,
     queues: u16,
     socket: Option<String>,
@@ -131,11 +134,19 @@ impl Blk {
     #[must_use]
     pub fn on(path: impl Into<PathBuf>) -> Self {
         Self {
+            program: "ringside-blk",
             path: path.into(),
             queues: 1,
             socket: None,
             arguments: Vec::new(),
         }
+    }
+
+    /// By the program that is linked dynamically, and so can load libraries.
+    #[must_use]
+    pub fn dynamic(mut self) -> Self {
+        self.program = DYNAMIC_BLK;
+        self
     }
 
     /// How many queues it offers.
@@ -167,8 +178,15 @@ impl Blk {
         self.arguments
             .push(format!("--path={}", self.path.display()));
         self.arguments.push(format!("--queues={}", self.queues));
-        let (queues, socket) = (self.queues, self.socket);
-        BackEnd::ours(site, Kind::Blk, queues, socket, &self.arguments, false)
+        BackEnd::ours(
+            site,
+            Kind::Blk,
+            self.program,
+            self.queues,
+            self.socket,
+            &self.arguments,
+            false,
+        )
     }
 }
 
@@ -255,6 +273,7 @@ impl Net {
         let backend = BackEnd::ours(
             site,
             Kind::Net,
+            "ringside-net",
             self.pairs,
             self.socket.take(),
             &self.arguments,

@@ -1,6 +1,7 @@
 //! What tests are written with: back-ends, guests, networks, devices and counters, each a value that cleans up when it goes.
 
 mod backend;
+mod ceph;
 mod control;
 mod counters;
 mod daemon;
@@ -11,8 +12,10 @@ mod null_blk;
 mod passthrough;
 mod registers;
 mod sriov;
+mod switch;
 
 pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
+pub use ceph::Ceph;
 pub use control::Control;
 pub use counters::{
     EventCounts, IOCTL, KVM_EXIT, KVM_MMIO, KVM_PIO, KVM_USERSPACE_EXIT, Packets, SYSTEM_CALL,
@@ -26,3 +29,4 @@ pub use null_blk::with_null_blk;
 pub use passthrough::{Assigned, Device, PciId, VirtualFunctions, ringside_vfio};
 pub use registers::{Registers, Transfer, Width, edu_transfer, igbvf_transmit_from};
 pub use sriov::{HostNamespace, Igb, NvmePf};
+pub use switch::Switch;

@@ -34,9 +34,9 @@ use crate::site::{Place, Site};
 /// The recipe run inside the new root.
 const ROOT_RECIPE: &str = include_str!("../../recipe/lab-root.sh");
 /// Packages of the lab's root, from trixie itself.
-const ROOT_PACKAGES: &str = "linux-image-amd64,busybox-static,e2fsprogs,ethtool,fio,iperf3,\
-    iproute2,iptables,iputils-ping,kmod,libarchive13t64,linux-perf,nvme-cli,pciutils,procps,\
-    strace,tcpdump,util-linux,valgrind,zstd";
+const ROOT_PACKAGES: &str = "linux-image-amd64,busybox-static,ceph-common,ceph-mon,ceph-osd,\
+    e2fsprogs,ethtool,fio,iperf3,iproute2,iptables,iputils-ping,kmod,libarchive13t64,linux-perf,\
+    nbdkit,nvme-cli,pciutils,procps,strace,tcpdump,util-linux,valgrind,zstd";
 /// Packages of a test's guest.
 const GUEST_PACKAGES: &str = "e2fsprogs,ethtool,fio,iperf3,iproute2,iputils-ping,kmod,nvme-cli,\
     pciutils,procps,tcpdump,util-linux";
@@ -443,9 +443,9 @@ fn announce(directory: &Path, missing: &[&str], wishes: &Wishes) -> Result<()> {
             missing.join(" ")
         );
     }
-    eprintln!("  - download about 300 MB of Debian packages");
+    eprintln!("  - download about 400 MB of Debian packages");
     eprintln!(
-        "  - build two Debian systems in {} (1.1 GB; `cargo lab clean` removes them)",
+        "  - build two Debian systems in {} (1.3 GB; `cargo lab clean` removes them)",
         directory.display()
     );
     eprintln!("It takes two to five minutes.");

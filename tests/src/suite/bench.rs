@@ -5,11 +5,12 @@ use std::path::Path;
 use std::time::Duration;
 
 use super::Test;
-use crate::bench::{idle, instructions};
+use crate::bench::idle::{self, Idle};
+use crate::bench::instructions;
 use crate::command;
 use crate::ensure;
 use crate::error::{Doing, Result};
-use crate::harness::{Blk, with_null_blk};
+use crate::harness::{Blk, Net, with_null_blk};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -22,6 +23,16 @@ pub(super) const TESTS: &[Test] = &[
         name: "bench::an_idle_disk_sleeps_and_is_small",
         seconds: 30,
         run: an_idle_disk_sleeps_and_is_small,
+    },
+    Test {
+        name: "bench::an_idle_card_sleeps_and_is_small",
+        seconds: 30,
+        run: an_idle_card_sleeps_and_is_small,
+    },
+    Test {
+        name: "bench::frames_move_in_all_rings",
+        seconds: 30,
+        run: frames_move_in_all_rings,
     },
     Test {
         name: "bench::load_finds_what_it_wrote",
@@ -45,7 +56,14 @@ fn instructions_per_request(site: &Site) -> Result<()> {
 
 /// A back-end that has nothing to do is not woken, and is small besides guest memory.
 fn an_idle_disk_sleeps_and_is_small(site: &Site) -> Result<()> {
-    let idle = idle::of_ringside_blk(site, &site.scratch)?;
+    sleeps_and_is_small(&idle::of_ringside_blk(site, &site.scratch)?)
+}
+
+fn an_idle_card_sleeps_and_is_small(site: &Site) -> Result<()> {
+    sleeps_and_is_small(&idle::of_ringside_net(site, &site.scratch)?)
+}
+
+fn sleeps_and_is_small(idle: &Idle) -> Result<()> {
     println!("{idle}");
     ensure!(idle.wake_ups == 0.0, "{} wake-ups a second", idle.wake_ups);
     ensure!(
@@ -54,6 +72,25 @@ fn an_idle_disk_sleeps_and_is_small(site: &Site) -> Result<()> {
         idle.resident
     );
     Ok(())
+}
+
+/// Each format of the rings, each way of noticing what was used, both ways at once.
+fn frames_move_in_all_rings(site: &Site) -> Result<()> {
+    let net = Net::link("generate:60").start(site)?;
+    for options in [
+        &["--direction", "both"][..],
+        &["--direction", "both", "--packed"],
+        &["--direction", "rx", "--completions", "eventfd"],
+        &["--direction", "tx", "--completions", "eventfd", "--packed"],
+        &["--direction", "tx", "--no-event-idx", "--frame", "1500"],
+    ] {
+        let mut load = site.program("ringside-load");
+        load.args(["net", "--count", "20000", "--socket-path", net.socket()]);
+        load.args(options);
+        let text = command::run(&mut load, site.limit(Duration::from_secs(20)))?;
+        println!("{options:?}: {text}");
+    }
+    net.stop(site)
 }
 
 /// Each way of putting a request into the ring; what was written is read back.

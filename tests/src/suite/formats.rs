@@ -7,8 +7,9 @@ use super::Test;
 use super::blk::{arrived, exchange, random_file};
 use crate::command;
 use crate::ensure;
-use crate::error::Result;
-use crate::harness::{BackEnd, Blk, Guest, Kind, Vmm, sha256};
+use crate::error::{LabError, Result};
+use crate::harness::{BackEnd, Blk, Ceph, Guest, Kind, Vmm, sha256};
+use crate::programs::DYNAMIC_BLK;
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -31,6 +32,16 @@ pub(super) const TESTS: &[Test] = &[
         name: "formats::nbd_under_qemu_11",
         seconds: 120,
         run: |site| nbd(site, Vmm::Qemu11),
+    },
+    Test {
+        name: "formats::nbdkit",
+        seconds: 120,
+        run: nbdkit,
+    },
+    Test {
+        name: "formats::rbd",
+        seconds: 240,
+        run: rbd,
     },
 ];
 
@@ -71,6 +82,46 @@ fn nbd(site: &Site, vmm: Vmm) -> Result<()> {
     let seen = use_disk(site, vmm, &blk, &disk)?;
     blk.stop(site)?;
     drop(server);
+    arrived(&disk, &seen)
+}
+
+/// nbdkit's, with delays, as another server has its own ways.
+fn nbdkit(site: &Site) -> Result<()> {
+    let disk = random_file(site, "disk.img")?;
+    let mut server = site.root_program("usr/bin/nbdkit");
+    // By their paths: below another root it does not find them.
+    let part = |path: &str| site.root.join("usr/lib/x86_64-linux-gnu/nbdkit").join(path);
+    server.args(["--foreground", "--unix", "nbdkit.sock", "--filter"]);
+    server.arg(part("filters/nbdkit-delay-filter.so"));
+    server.arg(part("plugins/nbdkit-file-plugin.so")).arg(&disk);
+    server.args(["rdelay=1ms", "wdelay=1ms"]);
+    let server = BackEnd::foreign(site, Kind::Blk, 1, "nbdkit.sock", server)?;
+    let socket = site.scratch.join("nbdkit.sock");
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let blk = Blk::on(uri).queues(2).start(site)?;
+    let seen = use_disk(site, Vmm::Ringside, &blk, &disk)?;
+    blk.stop(site)?;
+    drop(server);
+    arrived(&disk, &seen)
+}
+
+/// An image of a Ceph cluster: what QEMU's driver wrote the guest reads, and the other way round.
+fn rbd(site: &Site) -> Result<()> {
+    let mut blk = site.program(DYNAMIC_BLK);
+    if let Err(error) = command::run(blk.arg("--version"), LIMIT) {
+        return Err(LabError::Skipped(format!(
+            "what this machine links dynamically does not run in the lab VM: {error}"
+        )));
+    }
+    let ceph = Ceph::start(site)?;
+    let disk = random_file(site, "disk.img")?;
+    let image = ceph.path("disk");
+    let convert = ["convert", "-f", "raw", "-O", "raw"];
+    qemu_img(site, &convert, &[&disk, Path::new(&image)])?;
+    let blk = Blk::on(&image).dynamic().queues(2).start(site)?;
+    let seen = use_disk(site, Vmm::Ringside, &blk, &disk)?;
+    blk.stop(site)?;
+    qemu_img(site, &convert, &[Path::new(&image), &disk])?;
     arrived(&disk, &seen)
 }
 

@@ -9,6 +9,8 @@ mod crash;
 mod formats;
 mod links;
 mod net;
+mod net_features;
+mod net_switch;
 mod others;
 mod vfio;
 mod zoned;
@@ -54,7 +56,9 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         formats::TESTS,
         bench::TESTS,
         net::TESTS,
+        net_switch::TESTS,
         links::TESTS,
+        net_features::TESTS,
         others::TESTS,
         zoned::TESTS,
     ]

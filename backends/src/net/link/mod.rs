@@ -14,6 +14,7 @@
 //! | `spec` | the option --link, and how a link is opened |
 //! | `tap` | TAP and macvtap interfaces |
 //! | `packet` | packet sockets on an interface |
+//! | `xdp` | AF_XDP sockets on an interface |
 //! | `passt` | user-mode networking |
 //! | `pcap` | a capture file behind any link |
 //! | `idle` | links for measurements: nothing, and a source |
@@ -24,6 +25,7 @@ mod passt;
 mod pcap;
 mod spec;
 mod tap;
+mod xdp;
 
 use std::fmt::Debug;
 use std::io;
@@ -40,12 +42,14 @@ pub(super) use spec::{HostEnd, LinkOptions, Opened};
 pub use spec::{LinkSpec, LinkSpecError};
 pub(super) use tap::MAX_QUEUES;
 pub use tap::{Tap, TapError, TapQueue};
+pub use xdp::XdpError;
 
 use super::epoll_set::Watcher;
 use super::iov::IoList;
+use super::steering::Rss;
 
 /// The longest header (VIRTIO 1.3, 5.1.6).
-const MAX_HEADER: usize = 12;
+const MAX_HEADER: usize = 20;
 
 /// A link cannot be had, or not changed.
 #[derive(Debug, Error)]
@@ -57,12 +61,20 @@ pub enum LinkError {
     /// The packet socket cannot be had.
     #[error(transparent)]
     Packet(#[from] PacketError),
+    /// The AF_XDP socket cannot be had.
+    #[error(transparent)]
+    Xdp(#[from] XdpError),
     /// There is no passt.
     #[error(transparent)]
     Passt(#[from] PasstError),
     /// The capture file cannot be had.
     #[error(transparent)]
     Pcap(#[from] PcapError),
+    /// Packets go to any queue.
+    #[error(
+        "the link does not let packets be steered to queues: a TAP interface with several does"
+    )]
+    NoSteering,
     /// The link has no queues to share.
     #[error("a link of kind {kind} serves one queue pair: leave --queue-pairs away")]
     OneQueue {
@@ -77,7 +89,9 @@ impl LinkError {
         match self {
             Self::Tap(error) => matches!(error, TapError::Name { .. }),
             Self::OneQueue { .. } => true,
-            Self::Packet(_) | Self::Passt(_) | Self::Pcap(_) => false,
+            Self::Packet(_) | Self::Xdp(_) | Self::Passt(_) | Self::Pcap(_) | Self::NoSteering => {
+                false
+            }
         }
     }
 }
@@ -233,6 +247,25 @@ pub(super) trait Interface: Debug + Send + Sync {
     /// # Errors
     /// What the link said.
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError>;
+
+    /// Makes ready to have packets go to the queues that a driver wants. Called once, before the queues have threads.
+    ///
+    /// # Errors
+    /// What the link said.
+    fn prepare_steering(&self) -> Result<(), LinkError> {
+        Err(LinkError::NoSteering)
+    }
+
+    /// Has packets go to the queues that a driver wants; without it, to any that are attached.
+    ///
+    /// # Errors
+    /// What the link said; [`LinkError::NoSteering`] if it was not made ready.
+    fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
+        match rss {
+            None => Ok(()),
+            Some(_) => Err(LinkError::NoSteering),
+        }
+    }
 }
 
 /// A link that takes the driver's choice from each call.

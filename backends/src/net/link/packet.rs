@@ -61,6 +61,35 @@ pub(super) fn interface_index(name: &str) -> Result<libc::c_int, PacketError> {
         })
 }
 
+/// Lets an interface receive frames for all addresses, as long as the result is open. It receives nothing itself.
+///
+/// # Errors
+/// [`PacketError`]
+pub(super) fn promiscuous(name: &str, index: libc::c_int) -> Result<OwnedFd, PacketError> {
+    let fd = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC,
+        None::<SockProtocol>,
+    );
+    let fd = fd.map_err(|errno| explained(name, "opening it", errno))?;
+    sys::set_promiscuous(fd.as_fd(), index)
+        .map_err(|errno| explained(name, "receiving packets for all addresses", errno))?;
+    Ok(fd)
+}
+
+fn explained(name: &str, what: &'static str, errno: Errno) -> PacketError {
+    let name = name.to_owned();
+    match errno {
+        Errno::EPERM | Errno::EACCES => PacketError::Permission { name },
+        other => PacketError::Request {
+            name,
+            what,
+            source: other.into(),
+        },
+    }
+}
+
 /// One socket of those that share what arrives at an interface.
 #[derive(Debug)]
 pub(super) struct Packet {
@@ -100,17 +129,7 @@ impl Packet {
     }
 
     fn request<T>(&self, what: &'static str, result: Result<T, Errno>) -> Result<T, PacketError> {
-        result.map_err(|errno| {
-            let name = self.name.clone();
-            match errno {
-                Errno::EPERM | Errno::EACCES => PacketError::Permission { name },
-                other => PacketError::Request {
-                    name,
-                    what,
-                    source: other.into(),
-                },
-            }
-        })
+        result.map_err(|errno| explained(&self.name, what, errno))
     }
 
     /// A socket as this one has it, member of its group.

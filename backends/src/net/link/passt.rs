@@ -12,19 +12,19 @@
 use std::ffi::OsString;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command};
 use std::str::FromStr;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use epoll::Events;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::SndBuf;
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use std::os::fd::AsRawFd;
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
@@ -32,6 +32,7 @@ use super::{Link, MAX_HEADER, Ready};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 use crate::net::tx::MAX_FRAME;
+use crate::shell::{Chain as Causes, LogLimit};
 
 /// Bytes before each frame: its length.
 const PREFIX: usize = 4;
@@ -41,6 +42,8 @@ const BUFFER: usize = 4 * (PREFIX + MAX_FRAME);
 const SOCKET_BUFFER: usize = 1 << 20;
 /// First and longest time between two attempts to have a passt again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// How long a passt that is started may take to say something, in milliseconds.
+const START_LIMIT: u16 = 500;
 /// Name of the program.
 const PROGRAM: &str = "passt";
 
@@ -165,15 +168,15 @@ impl Source {
         Self::Started(all.collect())
     }
 
-    /// The stream to it, and its process if it is a child of this program.
-    fn connect(&self) -> Result<(UnixStream, Option<Child>), PasstError> {
-        match self {
+    /// A connection to it, and its process if it is a child of this program.
+    fn connect(&self) -> Result<Connection, PasstError> {
+        let (stream, child) = match self {
             Self::Listening(path) => {
                 let stream = UnixStream::connect(path).map_err(|source| PasstError::Connect {
                     path: path.clone(),
                     source,
                 })?;
-                Ok((stream, None))
+                (stream, None)
             }
             Self::Started(arguments) => {
                 let (ours, theirs) = UnixStream::pair().map_err(PasstError::System)?;
@@ -184,9 +187,16 @@ impl Source {
                     .stdin(OwnedFd::from(theirs))
                     .spawn()
                     .map_err(PasstError::Start)?;
-                Ok((ours, Some(child)))
+                (ours, Some(child))
             }
-        }
+        };
+        let connection = Connection {
+            stream,
+            child,
+            since: Instant::now(),
+        };
+        prepare(&connection.stream).map_err(PasstError::System)?;
+        Ok(connection)
     }
 }
 
@@ -195,6 +205,28 @@ impl Source {
 struct Connection {
     stream: UnixStream,
     child: Option<Child>,
+    since: Instant,
+}
+
+impl Connection {
+    /// Waits until a passt that was just started says something, which it does at once, or does not like its arguments.
+    fn await_life(&mut self) -> Result<(), PasstError> {
+        let Some(child) = &mut self.child else {
+            return Ok(());
+        };
+        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        // If it is silent, it is taken as it is.
+        let _ = poll(&mut fds, PollTimeout::from(START_LIMIT));
+        let [fd] = fds;
+        let happened = fd.revents().unwrap_or(PollFlags::empty());
+        if !happened.contains(PollFlags::POLLHUP) {
+            return Ok(());
+        }
+        child
+            .wait()
+            .map_err(PasstError::System)
+            .and_then(|status| Err(PasstError::Ended(status)))
+    }
 }
 
 impl Drop for Connection {
@@ -223,6 +255,7 @@ pub(super) struct Passt {
     pending: Vec<u8>,
     /// Bytes of it that are gone by now.
     sent: usize,
+    log: LogLimit,
 }
 
 impl Passt {
@@ -233,9 +266,8 @@ impl Passt {
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )
         .map_err(|errno| PasstError::System(errno.into()))?;
-        let (stream, child) = source.connect()?;
-        let connection = Connection { stream, child };
-        prepare(&connection.stream).map_err(PasstError::System)?;
+        let mut connection = source.connect()?;
+        connection.await_life()?;
         Ok(Self {
             source,
             connection: Some(connection),
@@ -247,15 +279,25 @@ impl Passt {
             end: 0,
             pending: Vec::with_capacity(PREFIX + MAX_FRAME),
             sent: 0,
+            log: LogLimit::default(),
         })
     }
 
     /// The connection is over. There will be another one after a while.
     fn lose(&mut self, why: &dyn std::fmt::Display) {
-        if self.connection.take().is_none() {
+        let Some(connection) = self.connection.take() else {
             return;
+        };
+        if let Some(held_back) = self.log.check() {
+            warn!(
+                held_back,
+                "passt is gone ({why}); no packet passes until it is back"
+            );
         }
-        warn!("passt is gone ({why}); no packet passes until it is back");
+        // One that goes again and again is not started more and more often.
+        if connection.since.elapsed() > BACKOFF.1 {
+            self.backoff = BACKOFF.0;
+        }
         self.start = 0;
         self.end = 0;
         self.pending.clear();
@@ -272,9 +314,7 @@ impl Passt {
     }
 
     fn reconnect(&mut self) {
-        let connected = self.source.connect().and_then(|(stream, child)| {
-            let connection = Connection { stream, child };
-            prepare(&connection.stream).map_err(PasstError::System)?;
+        let connected = self.source.connect().and_then(|connection| {
             if let Some(watcher) = &self.watcher {
                 let fd = connection.stream.as_fd();
                 watcher.add(fd).map_err(PasstError::System)?;
@@ -283,11 +323,13 @@ impl Passt {
         });
         match connected {
             Ok(connection) => {
-                info!("passt is back");
+                if let Some(held_back) = self.log.check() {
+                    info!(held_back, "passt is back");
+                }
                 self.connection = Some(connection);
             }
             Err(error) => {
-                debug!("passt is not back yet: {}", crate::shell::Chain(&error));
+                debug!("passt is not back yet: {}", Causes(&error));
                 self.try_later();
             }
         }
@@ -342,7 +384,6 @@ impl Passt {
             Ok(0) => self.lose(&"it closed the connection"),
             Ok(count) => {
                 self.end = self.end.saturating_add(count);
-                self.backoff = BACKOFF.0;
                 return true;
             }
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}

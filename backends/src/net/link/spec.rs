@@ -11,6 +11,7 @@ use super::idle::{MAX_GENERATED, MIN_GENERATED};
 use super::packet::Packet;
 use super::passt::{Forward, Passt, Source};
 use super::pcap::tee;
+use super::xdp::Xdp;
 use super::{AnyLink, Fixed, Generate, Interface, LinkError, Null, Tap};
 use crate::net::args::Cidr;
 use crate::net::config::MacAddress;
@@ -24,6 +25,8 @@ pub enum LinkSpec {
     Macvtap(String),
     /// A packet socket on an interface.
     Packet(String),
+    /// AF_XDP sockets on an interface.
+    Xdp(String),
     /// A passt: one that listens on this socket, or one that this program starts.
     Passt(Option<PathBuf>),
     /// Nothing.
@@ -38,7 +41,7 @@ pub enum LinkSpec {
 pub enum LinkSpecError {
     /// No such kind.
     #[error(
-        "there is no link of kind \"{0}\"; there are tap:NAME, macvtap:NAME, packet:NAME, passt, passt:SOCKET, null and generate:BYTES"
+        "there is no link of kind \"{0}\"; there are tap:NAME, macvtap:NAME, packet:NAME, xdp:NAME, passt, passt:SOCKET, null and generate:BYTES"
     )]
     Kind(String),
     /// The name is missing.
@@ -70,6 +73,7 @@ impl FromStr for LinkSpec {
             "tap" => Ok(Self::Tap(name("tap")?)),
             "macvtap" => Ok(Self::Macvtap(name("macvtap")?)),
             "packet" => Ok(Self::Packet(name("packet")?)),
+            "xdp" => Ok(Self::Xdp(name("xdp")?)),
             "passt" => Ok(Self::Passt(
                 rest.filter(|path| !path.is_empty()).map(PathBuf::from),
             )),
@@ -97,6 +101,7 @@ impl fmt::Display for LinkSpec {
             Self::Tap(name) => write!(f, "tap:{name}"),
             Self::Macvtap(name) => write!(f, "macvtap:{name}"),
             Self::Packet(name) => write!(f, "packet:{name}"),
+            Self::Xdp(name) => write!(f, "xdp:{name}"),
             Self::Passt(Some(path)) => write!(f, "passt:{}", path.display()),
             Self::Passt(None) => f.write_str("passt"),
             Self::Null => f.write_str("null"),
@@ -190,6 +195,16 @@ impl LinkSpec {
                     .map(|queue| AnyLink::Other(Box::new(queue)))
                     .collect(),
                 offloads: whole,
+                mac,
+            },
+            Self::Xdp(interface) => Opened {
+                name,
+                interface: Arc::new(Fixed),
+                queues: Xdp::open(interface, queues)?
+                    .into_iter()
+                    .map(|queue| AnyLink::Other(Box::new(queue)))
+                    .collect(),
+                offloads: 0,
                 mac,
             },
             Self::Passt(_) if queues > 1 => return Err(LinkError::OneQueue { kind: "passt" }),

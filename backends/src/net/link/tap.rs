@@ -10,6 +10,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use epoll::Events;
 use nix::errno::Errno;
@@ -23,6 +24,7 @@ use super::{Interface, Link, LinkError, Ready};
 use crate::net::config::MacAddress;
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
+use crate::net::steering::{Rss, Steering};
 
 /// The clone device from which TAP queues are opened.
 const TUN_DEVICE: &str = "/dev/net/tun";
@@ -152,6 +154,18 @@ pub enum TapError {
         /// Interface of the other one.
         other: String,
     },
+    /// The kernel takes no program that steers packets.
+    #[error(
+        "the kernel takes no program that steers packets of \"{name}\": give this program CAP_BPF, or allow all of them that \
+         (sysctl kernel.unprivileged_bpf_disabled=0)"
+    )]
+    Steering {
+        /// Name of the interface.
+        name: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
     /// Another request to the kernel failed.
     #[error("TAP \"{name}\": {what} failed")]
     Request {
@@ -177,8 +191,50 @@ pub struct TapQueue {
     /// It can be attached to and detached from the interface (IFF_MULTI_QUEUE).
     switchable: bool,
     attached: bool,
+    /// Its number among the queues of the interface that are ours.
+    number: u16,
+    members: Arc<Mutex<Members>>,
     /// The interface was deleted, and that was said.
     lost: bool,
+}
+
+/// The queues that are attached, and how packets are spread over them. The kernel knows queues by their position in an array
+/// of those: a queue that is attached comes last, and the last one takes the place of one that is detached.
+#[derive(Debug, Default)]
+struct Members {
+    order: Vec<u16>,
+    steering: Option<Steering>,
+    rss: Option<Rss>,
+}
+
+impl Members {
+    /// A queue was attached, or detached.
+    fn moved(&mut self, number: u16, attached: bool) {
+        let place = self.order.iter().position(|&other| other == number);
+        match (attached, place) {
+            (true, None) => self.order.push(number),
+            (false, Some(place)) => drop(self.order.swap_remove(place)),
+            _ => {}
+        }
+    }
+
+    /// Tells the kernel.
+    fn steer(&self) -> io::Result<()> {
+        let (Some(steering), Some(rss)) = (&self.steering, &self.rss) else {
+            return Ok(());
+        };
+        steering.set(rss, |number| {
+            let place = self.order.iter().position(|&other| other == number);
+            // Packets of a queue that is not there go to the first one.
+            place
+                .and_then(|place| u16::try_from(place).ok())
+                .unwrap_or(0)
+        })
+    }
+}
+
+fn lock(members: &Mutex<Members>) -> MutexGuard<'_, Members> {
+    members.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl TapQueue {
@@ -189,6 +245,8 @@ impl TapQueue {
             fd,
             switchable: false,
             attached: true,
+            number: 0,
+            members: Arc::default(),
             lost: false,
         }
     }
@@ -238,9 +296,11 @@ impl Link for TapQueue {
         } else {
             libc::IFF_DETACH_QUEUE
         };
+        let mut members = lock(&self.members);
         ioctls::set_queue(self.fd.as_fd(), flag)?;
         self.attached = attached;
-        Ok(())
+        members.moved(self.number, attached);
+        members.steer()
     }
 
     fn advice(&self, error: &io::Error) -> Option<&'static str> {
@@ -261,6 +321,7 @@ pub struct Tap {
     name: String,
     /// A second descriptor of the first queue, which is never detached: requests on a detached queue fail.
     control: OwnedFd,
+    members: Arc<Mutex<Members>>,
 }
 
 impl Tap {
@@ -276,6 +337,7 @@ impl Tap {
         let queues = queues.max(1);
         let mut name = name.to_owned();
         let mut opened = Vec::new();
+        let members = Arc::default();
         let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
         if queues > 1 {
             flags |= libc::IFF_MULTI_QUEUE;
@@ -295,6 +357,8 @@ impl Tap {
                 fd,
                 switchable: queues > 1,
                 attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
                 lost: false,
             });
         }
@@ -316,6 +380,7 @@ impl Tap {
             flags |= libc::IFF_MULTI_QUEUE;
         }
         let mut opened = Vec::new();
+        let members = Arc::default();
         for _ in 0..queues {
             let fd = open_queue(&path).map_err(|source| match source.raw_os_error() {
                 Some(libc::ENOENT) => TapError::NoMacvtap { name: owned() },
@@ -343,6 +408,8 @@ impl Tap {
                 fd,
                 switchable: queues > 1,
                 attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
                 lost: false,
             });
         }
@@ -356,6 +423,7 @@ impl Tap {
     /// [`TapError::NotATap`], [`TapError::Flags`], [`TapError::Mixed`]
     pub fn inherit(fds: &[RawFd]) -> Result<(Self, Vec<TapQueue>), TapError> {
         let mut opened = Vec::new();
+        let members = Arc::default();
         let mut interface: Option<(RawFd, String)> = None;
         for &number in fds {
             let not_a_tap = |errno: Errno| TapError::NotATap {
@@ -400,10 +468,22 @@ impl Tap {
                 fd,
                 switchable: fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE != 0,
                 attached: true,
+                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
+                members: Arc::clone(&members),
                 lost: false,
             });
         }
         let name = interface.map(|(_, name)| name).unwrap_or_default();
+        // Whoever attached them may have done so in another order.
+        for flag in [libc::IFF_DETACH_QUEUE, libc::IFF_ATTACH_QUEUE] {
+            for queue in opened.iter().skip(1).filter(|queue| queue.switchable) {
+                ioctls::set_queue(queue.fd.as_fd(), flag).map_err(|source| TapError::Request {
+                    name: name.clone(),
+                    what: "putting inherited queues in order",
+                    source,
+                })?;
+            }
+        }
         Self::with_queues(name, opened)
     }
 
@@ -414,13 +494,65 @@ impl Tap {
             None => Err(none()),
         };
         match control {
-            Ok(control) => Ok((Self { name, control }, queues)),
+            Ok(control) => {
+                let members = queues.first().map(|queue| Arc::clone(&queue.members));
+                let tap = Self {
+                    name,
+                    control,
+                    members: members.unwrap_or_default(),
+                };
+                lock(&tap.members).order = queues.iter().map(|queue| queue.number).collect();
+                Ok((tap, queues))
+            }
             Err(source) => Err(TapError::Request {
                 name,
                 what: "duplicating a queue's descriptor",
                 source,
             }),
         }
+    }
+
+    /// Gives the kernel the program that steers packets to queues.
+    ///
+    /// # Errors
+    /// [`TapError::Steering`]
+    fn prepare_steering(&self) -> Result<(), TapError> {
+        let load = || -> io::Result<Steering> {
+            let steering = Steering::load()?;
+            // Does this kernel take it?
+            ioctls::set_steering(self.control.as_fd(), Some(steering.program()))?;
+            ioctls::set_steering(self.control.as_fd(), None)?;
+            Ok(steering)
+        };
+        let steering = load().map_err(|source| TapError::Steering {
+            name: self.name.clone(),
+            source,
+        })?;
+        lock(&self.members).steering = Some(steering);
+        Ok(())
+    }
+
+    /// Has packets go to the queues that a driver wants, or as the kernel likes.
+    ///
+    /// # Errors
+    /// [`TapError::Request`]
+    fn steer(&self, rss: Option<Rss>) -> Result<(), TapError> {
+        let mut members = lock(&self.members);
+        let steered = rss.is_some();
+        let before = std::mem::replace(&mut members.rss, rss).is_some();
+        let done = members.steer().and_then(|()| {
+            if steered == before {
+                return Ok(());
+            }
+            let steering = members.steering.as_ref().filter(|_| steered);
+            let program = steering.map(Steering::program);
+            Ok(ioctls::set_steering(self.control.as_fd(), program)?)
+        });
+        done.map_err(|source| TapError::Request {
+            name: self.name.clone(),
+            what: "steering packets to queues",
+            source,
+        })
     }
 
     /// Name of the interface.
@@ -540,6 +672,17 @@ impl Interface for Tap {
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
         Ok(Self::set_offloads(self, offloads)?)
     }
+
+    fn prepare_steering(&self) -> Result<(), LinkError> {
+        Ok(Self::prepare_steering(self)?)
+    }
+
+    fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
+        if rss.is_some() && lock(&self.members).steering.is_none() {
+            return Err(LinkError::NoSteering);
+        }
+        Ok(self.steer(rss)?)
+    }
 }
 
 fn check_name(name: &str) -> Result<(), TapError> {
@@ -603,6 +746,7 @@ mod ioctls {
         nix::ioctl_write_ptr_bad!(tunsetiff, libc::TUNSETIFF, libc::ifreq);
         nix::ioctl_read_bad!(tungetiff, libc::TUNGETIFF, libc::ifreq);
         nix::ioctl_write_ptr_bad!(tunsetqueue, libc::TUNSETQUEUE, libc::ifreq);
+        nix::ioctl_write_ptr_bad!(tunsetsteeringebpf, libc::TUNSETSTEERINGEBPF, c_int);
         nix::ioctl_write_ptr_bad!(tunsetvnethdrsz, libc::TUNSETVNETHDRSZ, c_int);
         nix::ioctl_read_bad!(siocgifflags, libc::SIOCGIFFLAGS, libc::ifreq);
         nix::ioctl_write_ptr_bad!(siocsifflags, libc::SIOCSIFFLAGS, libc::ifreq);
@@ -701,6 +845,16 @@ mod ioctls {
     pub(super) fn set_offload(fd: BorrowedFd<'_>, offloads: c_ulong) -> Result<(), Errno> {
         // SAFETY: the argument is a set of bits, not a pointer.
         unsafe { raw::by_value(fd.as_raw_fd(), libc::TUNSETOFFLOAD, offloads) }.map(drop)
+    }
+
+    /// Has the interface ask a program for the queue of each packet, or none.
+    pub(super) fn set_steering(
+        fd: BorrowedFd<'_>,
+        program: Option<BorrowedFd<'_>>,
+    ) -> Result<(), Errno> {
+        let program = program.map_or(-1, |program| program.as_raw_fd());
+        // SAFETY: the kernel reads one int, which lives until after the call.
+        unsafe { raw::tunsetsteeringebpf(fd.as_raw_fd(), &raw const program) }.map(drop)
     }
 
     pub(super) fn set_persist(fd: BorrowedFd<'_>) -> Result<(), Errno> {

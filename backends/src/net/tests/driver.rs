@@ -22,15 +22,15 @@ use crate::net::settings::{Settings, Shared};
 use crate::net::worker::PairWorker;
 use crate::shell::{Command, CommandSender, Memory, Vring, command_channel};
 
-pub(super) const MAC: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 1]);
-pub(super) const HEADER: usize = 12;
+pub(in crate::net) const MAC: MacAddress = MacAddress::new([2, 0, 0, 0, 0, 1]);
+pub(in crate::net) const HEADER: usize = 12;
 const MEMORY: usize = 16 << 20;
 /// How long anything may take.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Guest memory for queues and buffers.
-pub(super) struct Guest {
-    pub(super) memory: Arc<Memory>,
+pub(in crate::net) struct Guest {
+    pub(in crate::net) memory: Arc<Memory>,
     next: u64,
     /// What was negotiated about queues.
     features: u64,
@@ -38,12 +38,12 @@ pub(super) struct Guest {
 
 impl Guest {
     /// With split queues, used in any order.
-    pub(super) fn new() -> Self {
+    pub(in crate::net) fn new() -> Self {
         Self::with(0)
     }
 
     /// With queues as these features have them.
-    pub(super) fn with(features: u64) -> Self {
+    pub(in crate::net) fn with(features: u64) -> Self {
         let ranges = [(GuestAddress(0), MEMORY)];
         Self {
             memory: Arc::new(Memory::from_ranges(&ranges).unwrap()),
@@ -52,26 +52,36 @@ impl Guest {
         }
     }
 
-    pub(super) fn buffer(&mut self, len: u32) -> Segment {
+    /// What is allocated after this can be given up.
+    pub(in crate::net) fn mark(&self) -> u64 {
+        self.next
+    }
+
+    /// Gives up what was allocated since then: no ring holds it any more.
+    pub(in crate::net) fn rewind(&mut self, mark: u64) {
+        self.next = mark;
+    }
+
+    pub(in crate::net) fn buffer(&mut self, len: u32) -> Segment {
         let segment = Segment::new(GuestAddress(self.next), len);
         self.next += u64::from(len).next_multiple_of(64);
         assert!(self.next < MEMORY as u64);
         segment
     }
 
-    pub(super) fn filled(&mut self, data: &[u8]) -> Segment {
+    pub(in crate::net) fn filled(&mut self, data: &[u8]) -> Segment {
         let segment = self.buffer(data.len().try_into().unwrap());
         self.memory.write_slice(data, segment.addr).unwrap();
         segment
     }
 
-    pub(super) fn read(&self, segment: Segment, len: u32) -> Vec<u8> {
+    pub(in crate::net) fn read(&self, segment: Segment, len: u32) -> Vec<u8> {
         let mut data = vec![0; len as usize];
         self.memory.read_slice(&mut data, segment.addr).unwrap();
         data
     }
 
-    pub(super) fn queue(&mut self, size: u16) -> Queue {
+    pub(in crate::net) fn queue(&mut self, size: u16) -> Queue {
         self.next = self.next.next_multiple_of(64);
         let base = GuestAddress(self.next);
         let mut layout = if has(self.features, VIRTIO_F_RING_PACKED) {
@@ -96,11 +106,11 @@ impl Guest {
 }
 
 /// One queue of the driver. The token of a chain is its segments.
-pub(super) struct Queue {
-    pub(super) layout: DriverLayout,
+pub(in crate::net) struct Queue {
+    pub(in crate::net) layout: DriverLayout,
     ring: DriverRing<Vec<Segment>>,
     memory: Arc<Memory>,
-    pub(super) kick: EventFd,
+    pub(in crate::net) kick: EventFd,
     call: EventFd,
     err: EventFd,
 }
@@ -128,7 +138,7 @@ fn wait(eventfd: &EventFd, patience: Duration) -> bool {
 }
 
 impl Queue {
-    pub(super) fn vring(&self, index: u16, features: u64, enabled: bool) -> Box<Vring> {
+    pub(in crate::net) fn vring(&self, index: u16, features: u64, enabled: bool) -> Box<Vring> {
         let config = self.layout.config(true);
         Box::new(Vring {
             index,
@@ -143,7 +153,7 @@ impl Queue {
     }
 
     /// Makes chains available, and kicks if the device wants it.
-    pub(super) fn add(&mut self, chains: &[(&[Segment], &[Segment])]) {
+    pub(in crate::net) fn add(&mut self, chains: &[(&[Segment], &[Segment])]) {
         let mut session = self.ring.session(self.memory.as_ref()).unwrap();
         for (readable, writable) in chains {
             let token = [*readable, *writable].concat();
@@ -154,22 +164,22 @@ impl Queue {
         }
     }
 
-    pub(super) fn send(&mut self, packet: &[Segment]) {
+    pub(in crate::net) fn send(&mut self, packet: &[Segment]) {
         self.add(&[(packet, &[])]);
     }
 
-    pub(super) fn post(&mut self, buffer: Segment) {
+    pub(in crate::net) fn post(&mut self, buffer: Segment) {
         self.add(&[(&[], &[buffer])]);
     }
 
     /// The next chain that the device has used, if one is there.
-    pub(super) fn try_used(&mut self) -> Option<(Vec<Segment>, u32)> {
+    pub(in crate::net) fn try_used(&mut self) -> Option<(Vec<Segment>, u32)> {
         let mut session = self.ring.session(self.memory.as_ref()).unwrap();
         session.poll_used().unwrap()
     }
 
     /// The next chain that the device uses. It must interrupt for it.
-    pub(super) fn used(&mut self) -> (Vec<Segment>, u32) {
+    pub(in crate::net) fn used(&mut self) -> (Vec<Segment>, u32) {
         loop {
             if let Some(used) = self.try_used() {
                 return used;
@@ -182,27 +192,27 @@ impl Queue {
     }
 
     /// Wants an interrupt for the next one.
-    pub(super) fn want(&mut self) {
+    pub(in crate::net) fn want(&mut self) {
         let mut session = self.ring.session(self.memory.as_ref()).unwrap();
         assert!(!session.enable_interrupts().unwrap());
     }
 
     /// Nothing is used for a while.
-    pub(super) fn stays_unused(&mut self) -> bool {
+    pub(in crate::net) fn stays_unused(&mut self) -> bool {
         std::thread::sleep(Duration::from_millis(50));
         self.try_used().is_none()
     }
 
-    pub(super) fn wait_for_error(&self) -> bool {
+    pub(in crate::net) fn wait_for_error(&self) -> bool {
         wait(&self.err, PATIENCE)
     }
 
-    pub(super) fn outstanding(&self) -> u16 {
+    pub(in crate::net) fn outstanding(&self) -> u16 {
         self.ring.outstanding()
     }
 
     /// Sends a packet, and behind it one whose head is no descriptor.
-    pub(super) fn send_and_break(&mut self, packet: &[Segment]) {
+    pub(in crate::net) fn send_and_break(&mut self, packet: &[Segment]) {
         let mut session = self.ring.session(self.memory.as_ref()).unwrap();
         for _ in 0..2 {
             session.add(packet, &[], packet.to_vec()).unwrap();
@@ -215,7 +225,7 @@ impl Queue {
     }
 
     /// A driver out of its mind.
-    pub(super) fn corrupt_avail_index(&self) {
+    pub(in crate::net) fn corrupt_avail_index(&self) {
         let idx = GuestAddress(self.layout.avail_ring().0 + 2);
         self.memory.write_obj(0x7fff_u16, idx).unwrap();
         self.kick.write(1).unwrap();
@@ -223,19 +233,23 @@ impl Queue {
 }
 
 /// The worker of a queue pair.
-pub(super) struct Worker {
-    pub(super) sender: CommandSender,
+pub(in crate::net) struct Worker {
+    pub(in crate::net) sender: CommandSender,
     thread: Option<JoinHandle<()>>,
-    pub(super) counters: Arc<Counters>,
+    pub(in crate::net) counters: Arc<Counters>,
 }
 
-pub(super) fn shared(workers: u16) -> Arc<Shared> {
+pub(in crate::net) fn shared(workers: u16) -> Arc<Shared> {
     let filter = Filter::new(MAC, true);
     Arc::new(Shared::new(Settings::new(filter, workers), workers).unwrap())
 }
 
 impl Worker {
-    pub(super) fn start<L: Link + 'static>(pair: u16, link: L, shared: &Arc<Shared>) -> Self {
+    pub(in crate::net) fn start<L: Link + 'static>(
+        pair: u16,
+        link: L,
+        shared: &Arc<Shared>,
+    ) -> Self {
         let (sender, commands) = command_channel().unwrap();
         let counters = Arc::new(Counters::default());
         let (for_worker, shared) = (Arc::clone(&counters), Arc::clone(shared));
@@ -247,16 +261,16 @@ impl Worker {
         }
     }
 
-    pub(super) fn own(&self, vring: Box<Vring>) {
+    pub(in crate::net) fn own(&self, vring: Box<Vring>) {
         self.sender.send(Command::Start(vring)).unwrap();
     }
 
-    pub(super) fn give_back(&self, index: u16) -> Box<Vring> {
+    pub(in crate::net) fn give_back(&self, index: u16) -> Box<Vring> {
         give_back(&self.sender, index)
     }
 }
 
-pub(super) fn give_back(sender: &CommandSender, index: u16) -> Box<Vring> {
+pub(in crate::net) fn give_back(sender: &CommandSender, index: u16) -> Box<Vring> {
     let (done, given_back) = mpsc::channel();
     sender.send(Command::Stop { index, done }).unwrap();
     given_back.recv_timeout(PATIENCE).unwrap()
@@ -273,16 +287,16 @@ impl Drop for Worker {
 }
 
 /// A queue pair, both halves.
-pub(super) struct Pair {
-    pub(super) guest: Guest,
-    pub(super) rx: Queue,
-    pub(super) tx: Queue,
-    pub(super) worker: Worker,
-    pub(super) shared: Arc<Shared>,
+pub(in crate::net) struct Pair {
+    pub(in crate::net) guest: Guest,
+    pub(in crate::net) rx: Queue,
+    pub(in crate::net) tx: Queue,
+    pub(in crate::net) worker: Worker,
+    pub(in crate::net) shared: Arc<Shared>,
 }
 
 impl Pair {
-    pub(super) fn new<L: Link + 'static>(link: L, features: u64) -> Self {
+    pub(in crate::net) fn new<L: Link + 'static>(link: L, features: u64) -> Self {
         let mut guest = Guest::with(features);
         let (rx, tx) = (guest.queue(64), guest.queue(64));
         let shared = shared(1);
@@ -299,7 +313,7 @@ impl Pair {
     }
 
     /// Posts receive buffers of one size.
-    pub(super) fn post(&mut self, count: usize, len: u32) {
+    pub(in crate::net) fn post(&mut self, count: usize, len: u32) {
         for _ in 0..count {
             let buffer = self.guest.buffer(len);
             self.rx.post(buffer);
@@ -307,7 +321,7 @@ impl Pair {
     }
 
     /// Receives one packet as a driver does, header included.
-    pub(super) fn receive(&mut self) -> Vec<u8> {
+    pub(in crate::net) fn receive(&mut self) -> Vec<u8> {
         let (segments, len) = self.rx.used();
         let mut packet = self.guest.read(segments[0], len);
         let buffers = u16::from_le_bytes([packet[10], packet[11]]);

@@ -6,7 +6,7 @@
     reason = "all numbers of these tests are small"
 )]
 
-mod driver;
+pub(super) mod driver;
 mod on_links;
 mod on_socket;
 mod on_tap;

@@ -431,3 +431,70 @@ fn interfaces_that_are_not_there_are_named() {
     // The loopback interface is there, and no macvtap interface.
     assert!(error("macvtap:lo").contains("no macvtap interface \"lo\""));
 }
+
+#[test]
+fn frames_pass_af_xdp_in_order_and_in_numbers() {
+    let test = "frames_pass_af_xdp_in_order_and_in_numbers";
+    if !veth(test) {
+        return;
+    }
+    let opened = open("xdp:ring0", 1);
+    assert_eq!(opened.offloads, 0, "AF_XDP knows no header");
+    let mut pair = pair_of(opened, PLAIN);
+    let mut host = packet_socket("ring1");
+    only_ours(&pair);
+    let mark = pair.guest.mark();
+    // More than there are places, so that each is used several times.
+    for round in 0..40_u8 {
+        for i in 0..32 {
+            let mut sent = frame(60 + 40 * i, round);
+            sent[..12].copy_from_slice(&[PEER, MAC.octets()].concat());
+            send(&mut pair, &sent);
+        }
+        for i in 0..32 {
+            let seen = next_of_ours(&mut host);
+            let expected = frame(60 + 40 * i, round);
+            assert!(
+                seen[SOCKET_HEADER + 12..] == expected[12..],
+                "frame {i} of round {round}: another"
+            );
+            pair.tx.used();
+        }
+        pair.guest.rewind(mark);
+    }
+    assert_eq!(pair.worker.counters.tx_dropped.get(), 0);
+    for round in 0..40_u8 {
+        pair.post(32, 2048);
+        for i in 0..32 {
+            let sent = frame(60 + 40 * i, round);
+            host.write_all(&[&[0; SOCKET_HEADER][..], &sent].concat())
+                .unwrap();
+        }
+        for i in 0..32 {
+            let received = pair.receive();
+            assert!(
+                received[HEADER..] == frame(60 + 40 * i, round),
+                "frame {i} of round {round}: another"
+            );
+        }
+        pair.guest.rewind(mark);
+    }
+    // Longer than a place.
+    send(&mut pair, &frame(4000, 0));
+    pair.tx.used();
+    assert_eq!(pair.worker.counters.tx_dropped.get(), 1);
+    // Somebody else cannot have it meanwhile, and has it afterwards.
+    let options = LinkOptions {
+        queues: 1,
+        mac: None,
+        offloads: &[],
+        host: Default::default(),
+        forwards: &[],
+        passt_arguments: &[],
+    };
+    let again = || LinkSpec::Xdp("ring0".to_owned()).open(options);
+    let error = again().err().unwrap().to_string();
+    assert!(error.contains("has an XDP program"), "{error}");
+    drop(pair);
+    assert!(again().is_ok());
+}

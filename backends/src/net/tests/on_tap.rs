@@ -3,6 +3,8 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use nix::net::if_::if_nametoindex;
@@ -12,17 +14,20 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, setsocko
 use nix::sys::time::{TimeVal, TimeValLike};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_HASH_REPORT, VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_RSS, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE,
     VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
-use super::driver::{Guest, HEADER, MAC, Pair, Worker, shared};
+use super::driver::{Guest, HEADER, MAC, Pair, Queue, Worker, shared};
 use crate::net::args::{Cidr, NetArgs, Offload};
+use crate::net::control_worker::ControlWorker;
 use crate::net::features::{GUEST_OFFLOADS, Offloads, bit};
-use crate::net::link::{Tap, TapError};
-use crate::net::settings::Pairs;
-use crate::shell::{Device, OnOff, Vring};
+use crate::net::hash::{Hashing, Report, Toeplitz, vectors};
+use crate::net::link::{Interface, Tap, TapError};
+use crate::net::settings::{Pairs, Shared};
+use crate::shell::{Command, CommandSender, Device, OnOff, Vring, command_channel};
 
 pub(super) const FEATURES: u64 = bit(VIRTIO_F_VERSION_1)
     | bit(VIRTIO_RING_F_EVENT_IDX)
@@ -295,7 +300,11 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
         mtu: None,
         speed: None,
         standby: false,
+        rss: OnOff::On,
+        hash_report: false,
         queue_pairs: Some(pairs),
+        poll: 50,
+        poll_budget: 20,
         offload: vec![Offload::All],
         packed: OnOff::On,
         in_order: OnOff::On,
@@ -483,6 +492,229 @@ fn pairs_that_are_not_in_use_get_no_packets() {
     let features = FEATURES & !GUEST_OFFLOADS | bit(VIRTIO_NET_F_MQ);
     restart(&workers, Some(empty.vring(2, features, true)));
     assert_eq!(burst(200), [third + 40, fourth]);
+}
+
+/// A driver on four pairs of a TAP, with receive-side scaling and hash reports.
+struct Scaled {
+    host: File,
+    guest: Guest,
+    rings: Vec<Queue>,
+    workers: Vec<Worker>,
+    control: Queue,
+    shared: Arc<Shared>,
+    sender: CommandSender,
+    thread: Option<JoinHandle<()>>,
+}
+
+const SCALED: u64 = bit(VIRTIO_F_VERSION_1)
+    | bit(VIRTIO_RING_F_EVENT_IDX)
+    | bit(VIRTIO_NET_F_MRG_RXBUF)
+    | bit(VIRTIO_NET_F_CTRL_VQ)
+    | bit(VIRTIO_NET_F_MQ)
+    | bit(VIRTIO_NET_F_RSS)
+    | bit(VIRTIO_NET_F_HASH_REPORT);
+/// Bytes of the header with hash reports.
+const HASH_HEADER: usize = 20;
+/// What [`Scaled`] receives of one frame: on which pair, and the header's hash and kind of hash.
+type Arrival = (u16, u32, u16);
+
+impl Scaled {
+    const PAIRS: u16 = 4;
+
+    /// `None`, and a word on standard error, if that cannot be.
+    fn new(test: &str, inherited: bool) -> Option<Self> {
+        if !own_network(test) {
+            return None;
+        }
+        let (mut tap, mut queues) = Tap::open("ringrss", Self::PAIRS).unwrap();
+        if inherited {
+            // In another order than they were attached.
+            let fds = [3, 1, 0, 2].map(|at: usize| {
+                let fd = queues[at].as_fd().try_clone_to_owned();
+                fd.unwrap().into_raw_fd()
+            });
+            (tap, queues) = Tap::inherit(&fds).unwrap();
+        }
+        if let Err(error) = Interface::prepare_steering(&tap) {
+            skipped(test, &error.to_string());
+            return None;
+        }
+        Tap::set_header_len(&tap, HASH_HEADER as u8).unwrap();
+        tap.set_up().unwrap();
+        let host = packet_socket(tap.name());
+        let shared = shared(Self::PAIRS);
+        let mut guest = Guest::new();
+        let queues = (0..).zip(queues);
+        let workers: Vec<_> = queues
+            .map(|(pair, queue)| Worker::start(pair, queue, &shared))
+            .collect();
+        let version = shared.change(|s| {
+            s.filter.promiscuous = false;
+            s.filter.no_broadcast = true;
+        });
+        assert!(shared.wait(version));
+        let mut rings = Vec::new();
+        for (pair, worker) in (0..).zip(&workers) {
+            let mut ring = guest.queue(256);
+            for _ in 0..250 {
+                ring.post(guest.buffer(512));
+            }
+            worker.own(ring.vring(2 * pair, SCALED, true));
+            rings.push(ring);
+        }
+        let (sender, commands) = command_channel().unwrap();
+        let interface: Arc<dyn Interface> = Arc::new(tap);
+        let worker = ControlWorker::new(interface, Arc::clone(&shared), Self::PAIRS, commands);
+        let worker = worker.unwrap();
+        let thread = std::thread::spawn(move || worker.run());
+        let control = guest.queue(16);
+        sender
+            .send(Command::Start(control.vring(2 * Self::PAIRS, SCALED, true)))
+            .unwrap();
+        Some(Self {
+            host,
+            guest,
+            rings,
+            workers,
+            control,
+            shared,
+            sender,
+            thread: Some(thread),
+        })
+    }
+
+    fn command(&mut self, bytes: &[u8]) -> u8 {
+        let readable = self.guest.filled(bytes);
+        let ack = self.guest.filled(&[0xaa]);
+        self.control.add(&[(&[readable], &[ack])]);
+        self.control.used();
+        self.guest.read(ack, 1)[0]
+    }
+
+    fn rss(&mut self, types: u32, unclassified: u16, table: &[u16]) {
+        let mut bytes = vec![4, 1];
+        bytes.extend(types.to_le_bytes());
+        bytes.extend((table.len() as u16 - 1).to_le_bytes());
+        bytes.extend(unclassified.to_le_bytes());
+        bytes.extend(table.iter().flat_map(|pair| pair.to_le_bytes()));
+        bytes.extend([1, 0, 40]);
+        bytes.extend(vectors::KEY);
+        assert_eq!(self.command(&bytes), 0);
+    }
+
+    /// Has the host send a frame, and the driver receive it.
+    fn pass(&mut self, frame: &[u8]) -> Arrival {
+        let header = [0; SOCKET_HEADER];
+        self.host.write_all(&[&header, frame].concat()).unwrap();
+        for _ in 0..5000 {
+            for (pair, ring) in (0..).zip(&mut self.rings) {
+                let Some((segments, len)) = ring.try_used() else {
+                    continue;
+                };
+                let packet = self.guest.read(segments[0], len);
+                ring.post(segments[0]);
+                // What the host sends by itself is not for us.
+                assert_eq!(&packet[HASH_HEADER..], frame);
+                let value = u32::from_le_bytes(packet[12..16].try_into().unwrap());
+                assert_eq!(packet[18..20], [0, 0]);
+                return (pair, value, u16::from_le_bytes([packet[16], packet[17]]));
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("no packet came");
+    }
+}
+
+impl Drop for Scaled {
+    fn drop(&mut self) {
+        self.sender.send(Command::Exit).unwrap();
+        let ended = self.thread.take().unwrap().join();
+        if !std::thread::panicking() {
+            ended.unwrap();
+        }
+    }
+}
+
+#[test]
+fn packets_go_where_the_driver_says() {
+    go_where_the_driver_says("packets_go_where_the_driver_says", false);
+}
+
+#[test]
+fn packets_go_to_inherited_queues_as_well() {
+    go_where_the_driver_says("packets_go_to_inherited_queues_as_well", true);
+}
+
+fn go_where_the_driver_says(test: &str, inherited: bool) {
+    let Some(mut scaled) = Scaled::new(test, inherited) else {
+        return;
+    };
+    let hashing = |types| Hashing {
+        types,
+        toeplitz: Toeplitz::new(&vectors::KEY),
+    };
+    let options = [43, 0, 0, 0, 0, 0, 0, 0, 17, 0, 0, 0, 0, 0, 0, 0];
+    let mut frames = Vec::new();
+    for vector in &vectors::ALL {
+        for port in 0..4 {
+            let mut vector = *vector;
+            vector.0.1 += port;
+            frames.push(vectors::frame(&vector, 6, &[], None));
+            frames.push(vectors::frame(&vector, 17, &[0x8100], None));
+            frames.push(vectors::frame(&vector, 17, &[], Some((0, &options))));
+        }
+        frames.push(vectors::frame(vector, 47, &[], None));
+    }
+    // One that is no IP, one that is cut short, a fragment, and one of IPv4 with a header too short.
+    let mut arp = vectors::frame(&vectors::ALL[0], 6, &[], None);
+    arp[13] = 6;
+    frames.push(arp);
+    frames.push(vectors::frame(&vectors::ALL[0], 6, &[], None)[..36].to_vec());
+    frames.push(vectors::frame(&vectors::ALL[5], 6, &[], None)[..55].to_vec());
+    let mut fragment = vectors::frame(&vectors::ALL[1], 17, &[], None);
+    fragment[20] = 0x20;
+    frames.push(fragment);
+    let mut short = vectors::frame(&vectors::ALL[1], 17, &[], None);
+    short[14] = 0x44;
+    frames.push(short);
+
+    let check = |scaled: &mut Scaled, types: u32, unclassified: u16, table: &[u16]| {
+        scaled.rss(types, unclassified, table);
+        let mut seen = [0; 4];
+        for frame in &frames {
+            let report = hashing(types).report(frame);
+            let expected = if report == Report::NONE {
+                unclassified
+            } else {
+                table[report.value as usize % table.len()]
+            };
+            let arrival = scaled.pass(frame);
+            assert_eq!(
+                arrival,
+                (expected, report.value, report.kind),
+                "{frame:02x?}"
+            );
+            seen[usize::from(expected)] += 1;
+        }
+        seen
+    };
+    let all = check(&mut scaled, 0x3f, 0, &[0, 1, 2, 3]);
+    assert!(all.iter().all(|&count| count > 5), "{all:?}");
+    check(&mut scaled, 0x3f, 3, &[3, 0]);
+    check(&mut scaled, 0x09, 2, &[1; 128]);
+    check(&mut scaled, 0x12, 1, &[0, 2]);
+    check(&mut scaled, 0, 2, &[0]);
+    // The kernel's positions of queues change when some come and go.
+    assert_eq!(scaled.command(&[4, 0, 2, 0]), 0);
+    assert_eq!(scaled.command(&[4, 0, 1, 0]), 0);
+    check(&mut scaled, 0x3f, 1, &[0, 3, 2, 3]);
+    for pair in [1, 2] {
+        let vring = scaled.workers[usize::from(pair)].give_back(2 * pair);
+        scaled.workers[usize::from(pair)].own(vring);
+    }
+    let version = scaled.shared.change(|_| {});
+    assert!(scaled.shared.wait(version));
+    check(&mut scaled, 0x3f, 1, &[0, 1, 2, 3]);
 }
 
 #[test]

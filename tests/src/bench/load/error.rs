@@ -96,6 +96,12 @@ pub enum LoadError {
         /// Requests given to the back-end.
         in_flight: usize,
     },
+    /// No frame was moved.
+    #[error("no frame was sent or received for {} s", .patience.as_secs())]
+    Quiet {
+        /// How long.
+        patience: Duration,
+    },
     /// The process to watch is gone, or not ours to look at.
     #[error("cannot watch process {pid}: {source}")]
     Watch {

@@ -15,8 +15,9 @@ use virtio_driver::{
 };
 use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 
+use super::connection::{EVENT_IDX, VERSION_1, guest_memory};
 use super::error::LoadError;
-use super::front::{DESCRIPTORS, EVENT_IDX, FLUSH, MQ, VERSION_1, guest_memory};
+use super::front::{DESCRIPTORS, FLUSH, MQ};
 use super::lane::{Measured, PATIENCE, SPINS};
 use super::options::{Completions, LoadArgs};
 use super::pattern::{Kind, Pattern};

@@ -1,11 +1,11 @@
-//! A load generator for vhost-user block back-ends: the program `ringside-load`.
+//! A load generator for vhost-user back-ends, of disks and of network cards: the program `ringside-load`.
 //!
 //! It is the front-end of a virtual machine without the machine: guest memory, one virtqueue per thread on the driver side of
 //! `ringside-rings`, and requests that never end. It works alone against any back-end's socket.
 //!
 //! ```text
 //! options ── front     connection, guest memory, rings
-//!    │         │          (foreign: the same by the crate `virtio-driver`)
+//!    │         │          (foreign: the same by the crate `virtio-driver`; net: a network card)
 //!    └──── pattern     which request comes next; what a block must hold (verification)
 //!              │
 //!            lane      one queue in a thread: add, publish, kick, wait, collect
@@ -13,10 +13,12 @@
 //!           report     requests per second, latency, processor time of the back-end
 //! ```
 
+mod connection;
 mod error;
 mod foreign;
 mod front;
 mod lane;
+mod net;
 mod options;
 mod pattern;
 mod report;
@@ -27,31 +29,56 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 pub use error::LoadError;
+pub use net::{NetArgs, TapArgs};
 pub use options::{Completions, Driver, LoadArgs, Shape};
 pub use report::{Latency, Report, Usage};
 
+pub(super) use net::{Direction, NetReport};
 pub(super) use options::{parse_seconds, parse_size};
 
 use foreign::Foreign;
 use front::FrontEnd;
 use lane::Measured;
 
-/// `ringside-load`: puts a vhost-user block back-end under load, and measures it.
+/// `ringside-load`: puts a vhost-user back-end under load, that of a disk or that of a network card, and measures it.
 #[derive(Debug, Parser)]
-#[command(name = "ringside-load", version, after_help = options::EXAMPLES)]
+#[command(
+    name = "ringside-load",
+    version,
+    after_help = options::EXAMPLES,
+    args_conflicts_with_subcommands = true,
+    subcommand_negates_reqs = true
+)]
 struct Cli {
     #[command(flatten)]
-    load: LoadArgs,
+    load: Option<LoadArgs>,
+    #[command(subcommand)]
+    other: Option<Other>,
+}
+
+/// Loads on something else than a disk.
+#[derive(Debug, Subcommand)]
+enum Other {
+    /// Put a network card under load, without a look at what its frames hold
+    Net(NetArgs),
+    /// Write frames to a TAP, or read what comes from it: the limit of a card that is joined to one
+    Tap(TapArgs),
 }
 
 /// Runs the program.
 #[must_use]
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    match run(&cli.load) {
+    let done = match (&cli.other, &cli.load) {
+        (Some(Other::Net(args)), _) => net::run(args),
+        (Some(Other::Tap(args)), _) => net::run_bare(args),
+        (None, Some(load)) => run(load),
+        (None, None) => Err(LoadError::Option("give --socket-path".into())),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("ringside-load: {error}");
@@ -79,8 +106,24 @@ impl Phase {
     }
 }
 
-/// One queue under load: what its thread does once all are ready.
-type Job<'a> = Box<dyn FnOnce(&Phase, &Barrier) -> Result<Measured, LoadError> + Send + 'a>;
+/// One lane: what its thread does once all are ready.
+type Job<'a, T = Measured> = Box<dyn FnOnce(&Phase, &Barrier) -> Result<T, LoadError> + Send + 'a>;
+
+/// When the lanes begin and end.
+struct Course {
+    /// They end by themselves.
+    counted: bool,
+    warm_up: Duration,
+    seconds: Duration,
+    watch: Option<u32>,
+}
+
+/// What came of all lanes.
+struct Outcome<T> {
+    lanes: Vec<T>,
+    usage: Option<Usage>,
+    elapsed: Duration,
+}
 
 /// Connects, loads, measures and prints.
 fn run(args: &LoadArgs) -> Result<(), LoadError> {
@@ -88,52 +131,67 @@ fn run(args: &LoadArgs) -> Result<(), LoadError> {
     match args.front_end {
         Driver::Ringside => {
             let mut front = FrontEnd::connect(args)?;
-            measure(args, front.features, front.jobs(args)?)?;
+            load(args, front.features, front.jobs(args)?)?;
             front.leave();
         }
         Driver::VirtioDriver => {
             let mut front = Foreign::connect(args)?;
             let features = front.features();
-            measure(args, features, front.jobs(args)?)?;
+            load(args, features, front.jobs(args)?)?;
         }
     }
     Ok(())
 }
 
 /// Runs the jobs and prints what they measured; then stays as long as it is to.
-fn measure(args: &LoadArgs, features: u64, jobs: Vec<Job<'_>>) -> Result<(), LoadError> {
-    let phase = Phase(AtomicU8::new(if args.count.is_some() {
+fn load(args: &LoadArgs, features: u64, jobs: Vec<Job<'_>>) -> Result<(), LoadError> {
+    let course = Course {
+        counted: args.count.is_some(),
+        warm_up: args.warm_up(),
+        seconds: args.seconds(),
+        watch: args.watch,
+    };
+    let outcome = measure(&course, jobs)?;
+    Report::new(args, features, &outcome).print(args.json)?;
+    // Connected, with nothing to do: what an idle back-end costs shows now.
+    thread::sleep(args.linger());
+    Ok(())
+}
+
+/// Runs the jobs.
+fn measure<T: Send>(course: &Course, jobs: Vec<Job<'_, T>>) -> Result<Outcome<T>, LoadError> {
+    let phase = Phase(AtomicU8::new(if course.counted {
         Phase::MEASURE
     } else {
         Phase::WARM_UP
     }));
     let ready = Barrier::new(jobs.len().saturating_add(1));
-    let (lanes, usage, elapsed) = thread::scope(|scope| {
+    thread::scope(|scope| {
         let (phase, ready) = (&phase, &ready);
         let threads: Vec<_> = jobs
             .into_iter()
             .map(|job| scope.spawn(move || job(phase, ready)))
             .collect();
         ready.wait();
-        if args.count.is_none() {
-            thread::sleep(args.warm_up());
+        if !course.counted {
+            thread::sleep(course.warm_up);
         }
-        let before = args.watch.map(Usage::of).transpose();
+        let before = course.watch.map(Usage::of).transpose();
         let start = Instant::now();
         phase.set(Phase::MEASURE);
-        if args.count.is_none() {
-            // In steps, so that a lane that failed is not waited for.
-            while start.elapsed() < args.seconds() && !threads.iter().any(|t| t.is_finished()) {
-                let left = args.seconds().saturating_sub(start.elapsed());
-                thread::sleep(left.min(Duration::from_millis(50)));
-            }
-        } else {
+        if course.counted {
             while !threads.iter().all(|t| t.is_finished()) {
                 thread::sleep(Duration::from_millis(1));
             }
+        } else {
+            // In steps, so that a lane that failed is not waited for.
+            while start.elapsed() < course.seconds && !threads.iter().any(|t| t.is_finished()) {
+                let left = course.seconds.saturating_sub(start.elapsed());
+                thread::sleep(left.min(Duration::from_millis(50)));
+            }
         }
         let elapsed = start.elapsed();
-        let after = args.watch.map(Usage::of).transpose();
+        let after = course.watch.map(Usage::of).transpose();
         // Whatever failed, the lanes end.
         phase.set(Phase::END);
         let mut lanes = Vec::new();
@@ -143,10 +201,10 @@ fn measure(args: &LoadArgs, features: u64, jobs: Vec<Job<'_>>) -> Result<(), Loa
         let usage = before?
             .zip(after?)
             .map(|(before, after)| after.since(before));
-        Ok::<_, LoadError>((lanes, usage, elapsed))
-    })?;
-    Report::new(args, features, &lanes, usage, elapsed).print(args.json)?;
-    // Connected, with nothing to do: what an idle back-end costs shows now.
-    thread::sleep(args.linger());
-    Ok(())
+        Ok(Outcome {
+            lanes,
+            usage,
+            elapsed,
+        })
+    })
 }

@@ -24,6 +24,9 @@ Examples:
     ringside-load --socket-path /tmp/disk.sock --shape randrw --verify \\
       --length 64M --seconds 10
 
+  Frames of 64 bytes from a network card, as fast as its back-end takes them:
+    ringside-load net --socket-path /tmp/net.sock --direction tx --frame 64
+
 Writing shapes overwrite the disk.
 
 Exit status: 0 all requests succeeded, 1 something failed, 2 wrong usage.";
@@ -330,6 +333,7 @@ mod tests {
         Cli::try_parse_from([&["x", "--socket-path", "s"], words].concat())
             .unwrap()
             .load
+            .unwrap()
     }
 
     #[test]

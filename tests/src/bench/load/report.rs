@@ -2,12 +2,12 @@
 
 use std::fs;
 use std::io;
-use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use super::Outcome;
+use super::connection::{EVENT_IDX, INDIRECT_DESC, RING_PACKED};
 use super::error::LoadError;
-use super::front::{EVENT_IDX, INDIRECT_DESC, RING_PACKED};
 use super::lane::{Measured, histogram};
 use super::options::{Completions, LoadArgs};
 
@@ -134,13 +134,12 @@ fn parse(times: &str, status: &str) -> Option<Usage> {
 
 impl Report {
     /// Puts together what the lanes measured.
-    pub(super) fn new(
-        args: &LoadArgs,
-        features: u64,
-        lanes: &[Measured],
-        usage: Option<Usage>,
-        elapsed: Duration,
-    ) -> Self {
+    pub(super) fn new(args: &LoadArgs, features: u64, outcome: &Outcome<Measured>) -> Self {
+        let Outcome {
+            lanes,
+            usage,
+            elapsed,
+        } = outcome;
         let sum = |of: fn(&Measured) -> u64| lanes.iter().map(of).sum::<u64>();
         // Each lane has its own beginning and end.
         let iops = lanes
@@ -163,7 +162,7 @@ impl Report {
             kicks: sum(|lane| lane.kicks),
             interrupts: sum(|lane| lane.interrupts),
             verified: sum(|lane| lane.swept),
-            usage,
+            usage: *usage,
         }
     }
 
@@ -176,12 +175,7 @@ impl Report {
     /// Prints it on standard output.
     pub(super) fn print(&self, json: bool) -> Result<(), LoadError> {
         if json {
-            let text = serde_json::to_string(self).map_err(|error| LoadError::Io {
-                doing: "print the result",
-                source: error.into(),
-            })?;
-            println!("{text}");
-            return Ok(());
+            return print_json(self);
         }
         println!(
             "{} of {} bytes, {} deep on {} queue(s): {:.0} requests/s, {:.1} MB/s",
@@ -227,6 +221,16 @@ impl Report {
         }
         Ok(())
     }
+}
+
+/// Prints a result on standard output, in one line.
+pub(super) fn print_json(report: &impl Serialize) -> Result<(), LoadError> {
+    let text = serde_json::to_string(report).map_err(|error| LoadError::Io {
+        doing: "print the result",
+        source: error.into(),
+    })?;
+    println!("{text}");
+    Ok(())
 }
 
 fn latency(lanes: &[Measured]) -> Latency {

@@ -261,7 +261,7 @@ impl Drop for Pool {
 pub(in crate::blk::image) struct Image {
     handle: Handle,
     /// Of the watch for changes.
-    watch: Option<u64>,
+    watch: OnceLock<u64>,
     pool: Pool,
     /// For what is said about its errors.
     pub(super) limit: LogLimit,
@@ -323,7 +323,7 @@ impl Image {
         checked(unsafe { open(pool.handle, name, &raw mut handle, snapshot) })?;
         Ok(Self {
             handle,
-            watch: None,
+            watch: OnceLock::new(),
             pool,
             limit: LogLimit::default(),
         })
@@ -390,15 +390,19 @@ impl Image {
         Ok(other)
     }
 
-    /// Has this process sent SIGHUP when the image's size may have changed.
-    pub(super) fn watch(&mut self) -> io::Result<()> {
+    /// From now on this process is sent SIGHUP when the image's size may have changed.
+    pub(super) fn watch(&self) -> io::Result<()> {
+        if self.watch.get().is_some() {
+            return Ok(());
+        }
         let mut watch = 0;
         let (place, nothing) = (&raw mut watch, ptr::null_mut());
         // SAFETY: the image is open, the number is there for the call, and `on_change` uses no argument.
         checked(unsafe {
             (self.ceph().rbd.rbd_update_watch)(self.handle, place, on_change, nothing)
         })?;
-        self.watch = Some(watch);
+        // The control thread is the only one to come here.
+        self.watch.get_or_init(|| watch);
         Ok(())
     }
 
@@ -464,7 +468,7 @@ impl Image {
 impl Drop for Image {
     fn drop(&mut self) {
         let rbd = &self.ceph().rbd;
-        if let Some(watch) = self.watch {
+        if let Some(&watch) = self.watch.get() {
             // SAFETY: the image is open, and the watch its own. That it fails is no matter: the image goes.
             let _ = unsafe { (rbd.rbd_update_unwatch)(self.handle, watch) };
         }

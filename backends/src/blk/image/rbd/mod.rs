@@ -145,6 +145,8 @@ pub enum RbdError {
 pub struct Rbd {
     image: Arc<Image>,
     name: String,
+    /// It is no snapshot.
+    changes: bool,
 }
 
 impl fmt::Debug for Rbd {
@@ -191,17 +193,14 @@ impl Rbd {
         };
         let snapshot = target.snapshot.as_deref().map(text).transpose()?;
         let image = text(&target.image)?;
-        let mut image =
-            Image::open(pool, &image, snapshot.as_deref(), read_only).map_err(failed)?;
+        let image = Image::open(pool, &image, snapshot.as_deref(), read_only).map_err(failed)?;
         if !read_only {
             own(&image, &name, patience, failed)?;
-        }
-        if target.snapshot.is_none() {
-            image.watch().map_err(failed)?;
         }
         Ok(Self {
             image: Arc::new(image),
             name,
+            changes: target.snapshot.is_none(),
         })
     }
 
@@ -231,6 +230,10 @@ impl Rbd {
     /// # Errors
     /// What the system said.
     pub(in crate::blk) fn attach(&self) -> io::Result<Side> {
+        // Not earlier: the program takes SIGHUP by now.
+        if self.changes {
+            self.image.watch()?;
+        }
         Ok(Side::new(self.link()?, None))
     }
 
@@ -353,6 +356,9 @@ fn own(
 
 /// Begins an operation.
 pub(super) fn begin(image: &Arc<Image>, op: Op) {
+    if op.len == 0 && op.action != Action::Flush {
+        return op.end(Outcome::Done);
+    }
     let request = match op.action {
         Action::Read => Request::Read,
         Action::Write => Request::Write,

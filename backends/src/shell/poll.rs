@@ -3,7 +3,7 @@
 //! A worker that has nothing to do can sleep, and costs a wake-up when something comes, or spin for a while, and costs that
 //! while. It spins only as long as its recent waits say that something is about to come, and never longer than the
 //! window's limit; with a limit of what a wake-up costs, spinning is at worst as dear as what it saves. Waits that are longer
-//! than the limit make the window shrink to nothing, so that an idle disk sleeps and nothing wakes it. And however badly the
+//! than the limit make the window shrink to nothing, so that an idle device sleeps and nothing wakes it. And however badly the
 //! guesses go, those that failed take no more than a share of the time.
 //!
 //! ```text
@@ -23,13 +23,13 @@ const FIRST: Duration = Duration::from_micros(2);
 /// How much of failed spinning can be saved up for, if the window is not longer.
 const MOST_CREDIT: Duration = Duration::from_millis(1);
 
-/// The user's wishes.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct PollLimits {
+/// The user's wishes; without any, nothing spins.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct PollLimits {
     /// Longest window; zero for none.
-    pub(super) window: Duration,
+    pub(crate) window: Duration,
     /// Most that failed spinning may take of the time, in percent.
-    pub(super) budget: u32,
+    pub(crate) budget: u32,
 }
 
 impl PollLimits {
@@ -41,7 +41,7 @@ impl PollLimits {
 
 /// The window of one worker.
 #[derive(Debug)]
-pub(super) struct PollWindow {
+pub(crate) struct PollWindow {
     limits: PollLimits,
     /// For how long to spin; zero when the window is off.
     window: Duration,
@@ -50,7 +50,7 @@ pub(super) struct PollWindow {
 }
 
 impl PollWindow {
-    pub(super) fn new(limits: PollLimits) -> Self {
+    pub(crate) fn new(limits: PollLimits) -> Self {
         Self {
             limits,
             window: Duration::ZERO,
@@ -59,7 +59,7 @@ impl PollWindow {
     }
 
     /// For how long to spin now; zero: sleep at once.
-    pub(super) fn now(&self) -> Duration {
+    pub(crate) fn now(&self) -> Duration {
         if self.credit < self.window {
             return Duration::ZERO;
         }
@@ -67,12 +67,12 @@ impl PollWindow {
     }
 
     /// Something came while spinning, `after` so much time.
-    pub(super) fn hit(&mut self, after: Duration) {
+    pub(crate) fn hit(&mut self, after: Duration) {
         self.earn(after);
     }
 
     /// Something came after `waited`, of which `spun` went to spinning in vain.
-    pub(super) fn slept(&mut self, waited: Duration, spun: Duration) {
+    pub(crate) fn slept(&mut self, waited: Duration, spun: Duration) {
         let limit = self.limits.window;
         if limit.is_zero() {
             return;

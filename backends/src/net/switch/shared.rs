@@ -1,0 +1,188 @@
+//! What a port's control threads and the switch's thread have in common.
+
+use std::array;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use ringside_control::Size;
+use tracing::debug;
+
+use super::super::config::MacAddress;
+use super::super::link::{Interface, LinkError};
+use super::counters::Counters;
+use super::policy::Policy;
+use crate::shell::{Bucket, LimitError, LogLimit, NamedRates};
+
+/// Names of the limits: of what comes in, of what goes out, and of what comes in and goes to all.
+pub(super) const LIMITS: [&str; 5] = [
+    "tx-packets",
+    "tx-bytes",
+    "rx-packets",
+    "rx-bytes",
+    "flood-packets",
+];
+
+/// Limits of a port.
+pub(super) type PortRates = NamedRates<{ LIMITS.len() }>;
+
+/// Frames in a second that a port may send to all, unless it is told otherwise: what no network in order needs, and no
+/// more than a fraction of what the switch can copy to each of many ports.
+pub(super) const FLOOD: u64 = 20_000;
+
+/// The buckets of a port.
+#[derive(Debug, Default)]
+pub(super) struct Limits {
+    buckets: [Bucket; LIMITS.len()],
+    /// There is one for what comes in; for what goes out.
+    active: [AtomicBool; 2],
+}
+
+impl Limits {
+    /// Goes by these from now on.
+    fn set(&self, rates: PortRates) {
+        let rates = rates.all();
+        for (bucket, rate) in self.buckets.iter().zip(rates) {
+            bucket.set(rate);
+        }
+        for (active, rates) in self.active.iter().zip(rates.chunks(2)) {
+            active.store(rates.iter().any(Option::is_some), Ordering::Relaxed);
+        }
+    }
+
+    /// Those that hold.
+    pub(super) fn get(&self) -> PortRates {
+        let mut buckets = self.buckets.iter();
+        let rates = array::from_fn(|_| buckets.next().and_then(Bucket::get));
+        NamedRates::of(&LIMITS, rates)
+    }
+
+    fn take_both(packets: &Bucket, of_bytes: &Bucket, bytes: u64, now: u64) -> Result<(), u64> {
+        packets.take(1, now)?;
+        of_bytes.take(bytes, now).inspect_err(|_| {
+            packets.give_back(1);
+        })
+    }
+
+    /// There are limits of what comes in.
+    #[inline]
+    pub(super) fn of_tx(&self) -> bool {
+        self.active[0].load(Ordering::Relaxed)
+    }
+
+    /// There are limits of what goes out.
+    #[inline]
+    pub(super) fn of_rx(&self) -> bool {
+        self.active[1].load(Ordering::Relaxed)
+    }
+
+    /// Lets a frame come in at the time `now` in nanoseconds, or says in how many nanoseconds to ask again.
+    pub(super) fn take_tx(&self, bytes: u64, now: u64) -> Result<(), u64> {
+        let [packets, of_bytes, ..] = &self.buckets;
+        Self::take_both(packets, of_bytes, bytes, now)
+    }
+
+    /// Lets a frame go out, or not.
+    pub(super) fn take_rx(&self, bytes: u64, now: u64) -> bool {
+        let [_, _, packets, of_bytes, _] = &self.buckets;
+        Self::take_both(packets, of_bytes, bytes, now).is_ok()
+    }
+
+    /// Lets a frame go to all, or not.
+    pub(super) fn take_flood(&self, now: u64) -> bool {
+        let [.., flood] = &self.buckets;
+        flood.take(1, now).is_ok()
+    }
+}
+
+/// A port, as all its threads know it.
+#[derive(Debug)]
+pub(super) struct PortShared {
+    /// Its name.
+    pub(super) name: String,
+    /// The address that its card was given; an uplink has none.
+    pub(super) mac: Option<MacAddress>,
+    /// Its rules.
+    pub(super) policy: Policy,
+    /// How many addresses can be behind it.
+    pub(super) quota: u32,
+    /// Its limits.
+    pub(super) limits: Limits,
+    /// What it has done.
+    pub(super) counters: Counters,
+    /// The cable is plugged in.
+    up: AtomicBool,
+    /// Which packets it takes as they are: a set of `TUN_F_*`.
+    offloads: AtomicU32,
+    /// What its driver does can fill no log.
+    pub(super) log: LogLimit,
+}
+
+impl PortShared {
+    /// A port whose cable is plugged in, and that takes packets with these offloads.
+    pub(super) fn new(
+        name: &str,
+        mac: Option<MacAddress>,
+        policy: Policy,
+        quota: u32,
+        rates: PortRates,
+        offloads: u32,
+    ) -> Self {
+        let limits = Limits::default();
+        limits.set(rates);
+        Self {
+            name: name.to_owned(),
+            mac,
+            policy,
+            quota,
+            limits,
+            counters: Counters::default(),
+            up: AtomicBool::new(true),
+            offloads: AtomicU32::new(offloads),
+            log: LogLimit::default(),
+        }
+    }
+
+    /// The cable is plugged in.
+    #[inline]
+    pub(super) fn is_up(&self) -> bool {
+        self.up.load(Ordering::Relaxed)
+    }
+
+    /// Plugs the cable in, or pulls it. Returns whether that is a change.
+    pub(super) fn set_up(&self, up: bool) -> bool {
+        self.up.swap(up, Ordering::Relaxed) != up
+    }
+
+    /// Which packets it takes as they are: a set of `TUN_F_*`.
+    #[inline]
+    pub(super) fn offloads(&self) -> u32 {
+        self.offloads.load(Ordering::Relaxed)
+    }
+
+    /// Changes its limits.
+    ///
+    /// # Errors
+    /// [`LimitError`]
+    pub(super) fn change_limits(
+        &self,
+        changes: &BTreeMap<String, Size>,
+    ) -> Result<PortRates, LimitError> {
+        let rates = self.limits.get().with(changes)?;
+        self.limits.set(rates);
+        Ok(rates)
+    }
+}
+
+/// What a driver can change about its port.
+impl Interface for PortShared {
+    /// Its rings say how long headers are.
+    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
+        Ok(())
+    }
+
+    fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
+        debug!(port = self.name, "offloads {offloads:#x}");
+        self.offloads.store(offloads, Ordering::Relaxed);
+        Ok(())
+    }
+}

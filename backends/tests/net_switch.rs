@@ -1,0 +1,281 @@
+//! `ringside-net` as a switch: several front-ends at one process, which come, go and misbehave apart from each other.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // helpers of tests: a panic is how they fail
+
+mod frontend;
+
+use std::io::Write;
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use frontend::{Daemon, FrontEnd, Setup, readable};
+use ringside_control::client::call;
+use ringside_rings::Segment;
+use serde_json::{Value, json};
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserConfigFlags;
+use vm_memory::{Bytes, GuestAddress};
+
+const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
+const HEADER: usize = 12;
+const RX: usize = 0;
+const TX: usize = 1;
+
+/// A switch with ports `a`, `b`, … of cards 02:00:00:00:00:01, 02.
+struct Switch {
+    daemon: Daemon,
+}
+
+fn port(dir: &std::path::Path, name: &str, number: u8) -> String {
+    let socket = dir.join(name);
+    format!(
+        "socket={},name={name},mac=02:00:00:00:00:{number:02x}",
+        socket.display()
+    )
+}
+
+impl Switch {
+    fn start(names: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new(NET);
+        for (number, name) in (1..).zip(names) {
+            command.arg("--port").arg(port(dir.path(), name, number));
+        }
+        command.arg("--control-socket").arg(dir.path().join("ctl"));
+        let daemon = Daemon::spawn_command(&mut command, dir);
+        daemon.wait_for_line("ringside-net ready");
+        Self { daemon }
+    }
+
+    fn socket(&self, name: &str) -> PathBuf {
+        self.daemon.dir.path().join(name)
+    }
+
+    fn connect(&self, name: &str) -> FrontEnd {
+        let setup = Setup {
+            queues: 2,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&self.socket(name), setup);
+        post(&mut front, 32);
+        front
+    }
+
+    /// Waits until the port's front-end has gone.
+    fn wait_until_free(&self, port: &str) {
+        let free = |status: Value| status["front-end"] == "none";
+        while !free(self.ask("port-status", json!({ "port": port })).unwrap()) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn ask(&self, command: &str, arguments: Value) -> Result<Value, String> {
+        let answer = call(&self.socket("ctl"), command, &arguments).unwrap();
+        answer.map_err(|error| error.message)
+    }
+}
+
+fn post(front: &mut FrontEnd, count: u64) {
+    for _ in 0..count {
+        let buffer = front.guest.alloc(2048, 64);
+        let FrontEnd { queues, guest, .. } = front;
+        queues[RX].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
+    }
+}
+
+fn frame(to: u8, from: u8, mark: u8) -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from, 0x88, 0xb5];
+    frame.extend([mark; 50]);
+    frame
+}
+
+fn send(front: &mut FrontEnd, frame: &[u8]) {
+    let packet = [&[0; HEADER][..], frame].concat();
+    let at = front.guest.alloc(packet.len() as u64, 64);
+    front.guest.memory.write_slice(&packet, at).unwrap();
+    let segment = Segment::new(at, packet.len() as u32);
+    let FrontEnd { queues, guest, .. } = front;
+    queues[TX].submit(guest, &[segment], &[], at.0);
+    assert_eq!(front.complete(TX), (at.0, 0));
+}
+
+fn receive(front: &mut FrontEnd) -> Vec<u8> {
+    let (buffer, len) = front.complete(RX);
+    front.guest.read(GuestAddress(buffer), len as usize)[HEADER..].to_vec()
+}
+
+fn exchange(a: &mut FrontEnd, b: &mut FrontEnd, mark: u8) {
+    send(a, &frame(2, 1, mark));
+    assert_eq!(receive(b), frame(2, 1, mark));
+    send(b, &frame(1, 2, mark));
+    assert_eq!(receive(a), frame(1, 2, mark));
+}
+
+#[test]
+fn guests_speak_with_each_other_and_reconnect() {
+    let switch = Switch::start(&["a", "b"]);
+    let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
+    exchange(&mut a, &mut b, 1);
+    drop(b);
+    switch.wait_until_free("b");
+    send(&mut a, &frame(2, 1, 2));
+    let mut b = switch.connect("b");
+    exchange(&mut a, &mut b, 3);
+    switch.daemon.assert_idle();
+    let stats = switch.ask("stats", Value::Null).unwrap();
+    assert_eq!(stats["ports"][0]["tx-packets"], 3);
+    assert_eq!(stats["ports"][1]["rx-starved"], 1);
+    let page = switch.ask("metrics", Value::Null).unwrap();
+    let page = page.as_str().unwrap();
+    assert!(
+        page.contains("ringside_net_port_rx_packets_total{port=\"b\"} 2\n"),
+        "{page}"
+    );
+    assert!(
+        page.contains("ringside_front_end_connected{port=\"a\"} 1\n"),
+        "{page}"
+    );
+    let sockets = [switch.socket("a"), switch.socket("b")];
+    let Switch { daemon } = switch;
+    daemon.stop();
+    assert!(
+        sockets.iter().all(|socket| !socket.exists()),
+        "a socket file stays"
+    );
+}
+
+#[test]
+fn a_bad_peer_is_no_matter_of_the_others() {
+    let switch = Switch::start(&["a", "b", "bad"]);
+    let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
+    exchange(&mut a, &mut b, 1);
+    // Half a message, and garbage.
+    let mut stalled = UnixStream::connect(switch.socket("bad")).unwrap();
+    stalled.write_all(&[1, 0, 0]).unwrap();
+    exchange(&mut a, &mut b, 2);
+    drop(stalled);
+    let mut garbage = UnixStream::connect(switch.socket("bad")).unwrap();
+    garbage.write_all(&[0xff; 100]).unwrap();
+    exchange(&mut a, &mut b, 3);
+    drop(garbage);
+    // Memory that is taken away while it is in use.
+    let torn = switch.connect("bad");
+    torn.guest.file.set_len(0).unwrap();
+    send(&mut a, &frame(3, 1, 4));
+    exchange(&mut a, &mut b, 5);
+    switch.daemon.wait_for_line("guest memory is gone");
+    drop(torn);
+    let mut good = switch.connect("bad");
+    send(&mut a, &frame(3, 1, 6));
+    assert_eq!(receive(&mut good), frame(3, 1, 6));
+    exchange(&mut a, &mut b, 7);
+}
+
+#[test]
+fn ports_are_added_and_removed_under_load() {
+    let switch = Switch::start(&["a", "b"]);
+    let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
+    for round in 0..10 {
+        let options: serde_json::Map<String, Value> = port(switch.daemon.dir.path(), "c", 3)
+            .split(',')
+            .filter_map(|pair| pair.split_once('='))
+            .map(|(key, value)| (key.to_owned(), value.into()))
+            .collect();
+        let added = switch.ask("port-add", options.clone().into()).unwrap();
+        assert_eq!(added, json!({"name": "c"}));
+        let twice = switch.ask("port-add", options.into()).unwrap_err();
+        assert!(twice.contains("`c` already"), "{twice}");
+        let mut c = switch.connect("c");
+        send(&mut a, &frame(3, 1, round));
+        assert_eq!(receive(&mut c), frame(3, 1, round));
+        let list = switch.ask("port-list", Value::Null).unwrap();
+        assert_eq!(list["ports"][2]["front-end"], "connected");
+        std::thread::scope(|scope| {
+            let removed = scope.spawn(|| switch.ask("port-remove", json!({"port": "c"})));
+            if round < 5 {
+                exchange(&mut a, &mut b, round);
+            }
+            removed.join().unwrap().unwrap();
+        });
+        assert!(!switch.socket("c").exists(), "the socket file stays");
+        assert!(switch.ask("port-remove", json!({"port": "c"})).is_err());
+    }
+    exchange(&mut a, &mut b, 99);
+    // What came for c when it had gone was for nobody, and nothing of it is left.
+    let list = switch.ask("port-list", Value::Null).unwrap();
+    assert_eq!(list["ports"].as_array().unwrap().len(), 2);
+    switch.ask("quit", Value::Null).unwrap();
+    let Switch { mut daemon } = switch;
+    assert_eq!(daemon.wait().code(), Some(0));
+}
+
+#[test]
+fn a_pulled_cable_is_seen_by_the_guest() {
+    let switch = Switch::start(&["a", "b"]);
+    let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    b.messages.set_backend_request_fd(&theirs).unwrap();
+    let link = |state| {
+        let arguments = json!({"port": "b", "state": state});
+        switch.ask("port-link", arguments).unwrap()
+    };
+    let status = |front: &mut FrontEnd| {
+        let flags = VhostUserConfigFlags::empty();
+        front.messages.get_config(6, 2, flags, &[0; 2]).unwrap().1[0]
+    };
+    assert_eq!(status(&mut b), 1);
+    assert_eq!(link("down"), json!({"changed": true}));
+    assert!(readable(ours.as_raw_fd(), Duration::from_secs(2)));
+    assert_eq!(status(&mut b), 0);
+    let shown = switch.ask("port-status", json!({"port": "b"})).unwrap();
+    assert_eq!(shown["interface"]["link"], "down");
+    assert_eq!(link("down"), json!({"changed": false}));
+    link("up");
+    exchange(&mut a, &mut b, 1);
+    let limits = json!({"port": "b", "limits": {"rx-bytes": "10M"}});
+    let limits = switch.ask("port-limits", limits).unwrap();
+    assert_eq!(limits["rx-bytes"], 10 << 20);
+    let wrong = json!({"port": "b", "limits": {"speed": 1}});
+    assert!(
+        switch
+            .ask("port-limits", wrong)
+            .unwrap_err()
+            .contains("no limit `speed`")
+    );
+    let announced = switch.ask("port-announce", json!({"port": "b"})).unwrap();
+    assert_eq!(announced, json!({"changed": true}));
+    assert_eq!(status(&mut b), 3);
+}
+
+#[test]
+fn command_lines_that_cannot_be_served_end_with_a_reason() {
+    let outcome = |args: &[&str]| {
+        let dir = tempfile::tempdir().unwrap();
+        Daemon::spawn_command(Command::new(NET).args(args), dir).outcome()
+    };
+    for (args, why) in [
+        (&["--port", "/x/a", "--tap", "t"][..], "cannot be used with"),
+        (
+            &["--port", "/x/a", "--socket-path", "/x/b"],
+            "cannot be used with",
+        ),
+        (&["--port", "vlan=3"], "socket= is missing"),
+        (&["--uplink", "null"], "--port"),
+        (&[], "--socket-path"),
+    ] {
+        let (code, log) = outcome(args);
+        assert_eq!(code, Some(2), "{args:?}: {log}");
+        assert!(log.contains(why), "{args:?}: {log}");
+    }
+    let (code, log) = outcome(&["--port", "/nowhere/a"]);
+    assert_eq!(code, Some(1));
+    assert!(log.contains("/nowhere/a"), "{log}");
+}

@@ -1,0 +1,112 @@
+//! What is measured: each cell is a way of frames and their length, with the same sink or source for all.
+
+use super::super::load::Direction;
+
+/// What is behind the card.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Behind {
+    /// Frames from the guest are dropped at once.
+    Discard,
+    /// Frames to the guest are there without end, made by the back-end itself.
+    Source,
+    /// A TAP whose frames nobody wants.
+    Tap,
+    /// A TAP with frames for the guest, from a loop that writes them to another TAP, over a bridge.
+    TapSource,
+}
+
+/// Who puts the frames into the ring.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Front {
+    /// `ringside-load net`
+    Ringside,
+    /// DPDK's virtio-user in `dpdk-testpmd`
+    Testpmd,
+}
+
+/// One place in the table.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Cell {
+    pub(super) behind: Behind,
+    /// Bytes of a frame, without the checksum.
+    pub(super) frame: u32,
+    pub(super) front: Front,
+    pub(super) packed: bool,
+}
+
+/// Frames of the least and of the usual most length, with the payload that DPDK's flags go by.
+const FRAMES: [u32; 2] = [64, 1500];
+
+impl Cell {
+    /// Its name, as `--filter` matches it.
+    pub(super) fn name(&self) -> String {
+        let behind = match self.behind {
+            Behind::Discard => "discard",
+            Behind::Source => "source",
+            Behind::Tap => "tap-tx",
+            Behind::TapSource => "tap-rx",
+        };
+        let front = match self.front {
+            Front::Ringside => "",
+            Front::Testpmd => " testpmd",
+        };
+        let packed = if self.packed { " packed" } else { "" };
+        format!("{behind} {}{packed}{front}", self.frame)
+    }
+
+    /// Which way frames go.
+    pub(super) fn direction(&self) -> Direction {
+        match self.behind {
+            Behind::Discard | Behind::Tap => Direction::Tx,
+            Behind::Source | Behind::TapSource => Direction::Rx,
+        }
+    }
+
+    pub(super) fn needs_tap(&self) -> bool {
+        matches!(self.behind, Behind::Tap | Behind::TapSource)
+    }
+}
+
+/// All cells.
+pub(super) fn all() -> Vec<Cell> {
+    let mut cells = Vec::new();
+    for front in [Front::Ringside, Front::Testpmd] {
+        for behind in [Behind::Discard, Behind::Source] {
+            for packed in [false, true] {
+                for frame in FRAMES {
+                    cells.push(Cell {
+                        behind,
+                        frame,
+                        front,
+                        packed,
+                    });
+                }
+            }
+        }
+    }
+    for behind in [Behind::Tap, Behind::TapSource] {
+        for frame in FRAMES {
+            cells.push(Cell {
+                behind,
+                frame,
+                front: Front::Ringside,
+                packed: false,
+            });
+        }
+    }
+    cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_differ() {
+        let mut names: Vec<String> = all().iter().map(Cell::name).collect();
+        let count = names.len();
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), count);
+    }
+}

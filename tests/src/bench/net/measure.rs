@@ -1,0 +1,217 @@
+//! One measurement: a fresh back-end under one load.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use super::super::contender::{Process, socket_in};
+use super::super::load::{Direction, NetReport, Usage};
+use super::super::measure::Processors;
+use super::cells::{Behind, Cell, Front};
+use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP};
+use super::testpmd;
+use crate::command::{self, GRACE, bound, end_tree};
+use crate::error::{Doing, LabError, Result};
+use crate::site::Site;
+
+/// How much longer than it measures a load may take.
+const LOAD_LIMIT: Duration = Duration::from_secs(60);
+/// Load before measuring, in seconds.
+const WARM_UP: f64 = 0.2;
+/// Until `dpdk-testpmd` forwards and has shown figures that are not of its start.
+const TESTPMD_START: Duration = Duration::from_millis(2500);
+/// Until a fresh back-end forwards, which may go on starting after it listens.
+const SETTLING: Duration = Duration::from_millis(300);
+
+/// For what runs until it is ended, in seconds.
+const DAY: &str = "86400";
+
+/// What one measurement gave.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub(super) struct Sample {
+    /// Frames per second.
+    pub(super) rate: f64,
+    /// Processor time of the back-end for each frame, in nanoseconds.
+    pub(super) cpu: Option<f64>,
+    /// How often the back-end waited for each frame.
+    pub(super) waits: Option<f64>,
+}
+
+/// The process that frames come from; it ends when dropped.
+struct Source(Child);
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        end_tree(&mut self.0, GRACE);
+    }
+}
+
+/// What all measurements have in common.
+#[derive(Debug)]
+pub(super) struct Bench<'a> {
+    pub(super) site: &'a Site,
+    pub(super) processors: Processors,
+    /// For sockets and logs.
+    pub(super) directory: &'a Path,
+    /// How long each measurement takes, in seconds.
+    pub(super) seconds: f64,
+}
+
+impl Bench<'_> {
+    /// The processor of the front-end and that of the back-end, where there are two.
+    fn pair(&self) -> Option<(usize, usize)> {
+        let (front, back) = self.processors.split(1)?;
+        Some((*front.first()?, *back.first()?))
+    }
+
+    /// Measures a contender, freshly started.
+    pub(super) fn measure(&self, contender: Contender, cell: &Cell) -> Result<Sample> {
+        let socket = socket_in(self.directory);
+        let _source = match cell.behind {
+            Behind::TapSource => Some(self.source(cell)?),
+            _ => None,
+        };
+        let Some(command) = contender.command(self.site, cell, &socket, self.pair()) else {
+            return self.bare(cell);
+        };
+        let start = || Process::start(contender.name(), command, self.site, self.directory);
+        let process = match self.processors.split(1) {
+            // DPDK goes where its own option says.
+            Some((_, back)) if contender != Contender::Dpdk => self.processors.on(back, start)?,
+            _ => start()?,
+        };
+        thread::sleep(SETTLING);
+        match cell.front {
+            Front::Ringside => self.load(&process, cell),
+            Front::Testpmd => self.testpmd(&process, cell),
+        }
+    }
+
+    /// Loads with a front-end of our own.
+    fn load(&self, process: &Process, cell: &Cell) -> Result<Sample> {
+        let mut load = self.site.program("ringside-load");
+        load.arg("net").arg("--socket-path").arg(&process.socket);
+        load.arg("--watch").arg(process.pid().to_string());
+        load.args(["--direction", cell.direction().name()]);
+        load.args(cell.packed.then_some("--packed"));
+        if let Some((front, _)) = self.pair() {
+            load.arg("--cpu").arg(front.to_string());
+        }
+        if cell.behind == Behind::TapSource {
+            // The source needs the processor as well.
+            load.args(["--completions", "eventfd"]);
+        }
+        self.run(load, cell).map_err(|error| LabError::Ended {
+            what: error.to_string(),
+            output: process.text(),
+        })
+    }
+
+    /// Starts what frames to the guest come from, on the processor of the front-end.
+    fn source(&self, cell: &Cell) -> Result<Source> {
+        let mut load = bound(self.site.programs.join("ringside-load"));
+        load.args(["tap", "--tap", SOURCE_TAP, "--direction", "tx"]);
+        load.args(["--seconds", DAY, "--frame"]);
+        load.arg(cell.frame.to_string());
+        if let Some((front, _)) = self.pair() {
+            load.arg("--cpu").arg(front.to_string());
+        }
+        load.stdout(Stdio::null())
+            .spawn()
+            .map(Source)
+            .doing(|| "run ringside-load".into())
+    }
+
+    /// Moves frames without any card.
+    fn bare(&self, cell: &Cell) -> Result<Sample> {
+        let mut load = self.site.program("ringside-load");
+        let tap = match cell.behind {
+            Behind::TapSource => FED_TAP,
+            _ => LONE_TAP,
+        };
+        load.args(["tap", "--tap", tap]);
+        load.args(["--direction", cell.direction().name()]);
+        if let Some((_, back)) = self.pair() {
+            load.arg("--cpu").arg(back.to_string());
+        }
+        self.run(load, cell)
+    }
+
+    fn run(&self, mut load: Command, cell: &Cell) -> Result<Sample> {
+        load.arg("--json");
+        for (option, value) in [
+            ("--frame", cell.frame.to_string()),
+            ("--seconds", self.seconds.to_string()),
+            ("--warm-up", WARM_UP.to_string()),
+        ] {
+            load.arg(option).arg(value);
+        }
+        let text = command::run(&mut load, LOAD_LIMIT)?;
+        let report: NetReport =
+            serde_json::from_str(&text).map_err(|error| LabError::Protocol {
+                from: "load generator",
+                text: format!("{error}: {text}"),
+            })?;
+        let each = |count: u64| count as f64 / report.frames().max(1) as f64;
+        Ok(Sample {
+            rate: report.rate(),
+            cpu: report.usage.map(|usage| each(usage.cpu)),
+            waits: report.usage.map(|usage| each(usage.voluntary)),
+        })
+    }
+
+    /// Loads with DPDK's front-end.
+    fn testpmd(&self, process: &Process, cell: &Cell) -> Result<Sample> {
+        let mode = match cell.direction() {
+            Direction::Rx => "rxonly",
+            Direction::Tx | Direction::Both => "txonly",
+        };
+        let device = format!(
+            "net_virtio_user0,path={},queue_size=1024,packed_vq={}",
+            process.socket.display(),
+            u8::from(cell.packed)
+        );
+        let log = self.directory.join("testpmd.log");
+        let file = File::create(&log).doing(|| format!("create {}", log.display()))?;
+        let errors = file
+            .try_clone()
+            .doing(|| format!("write {}", log.display()))?;
+        let pair = self.pair();
+        let mut command = testpmd::command(self.site, "front-end", &device, mode, cell.frame, pair);
+        // It ends when its standard input does; so that stays open.
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(file)
+            .stderr(errors)
+            .spawn()
+            .doing(|| "run dpdk-testpmd".into())?;
+        let usage = || Usage::of(process.pid()).map_err(|error| LabError::Setup(error.to_string()));
+        thread::sleep(TESTPMD_START);
+        let before = usage();
+        // Whole seconds: that is how often it shows figures.
+        let seconds = self.seconds.ceil().max(1.0);
+        thread::sleep(Duration::from_secs_f64(seconds));
+        let after = usage();
+        end_tree(&mut child, GRACE);
+        let text = std::fs::read_to_string(&log).doing(|| format!("read {}", log.display()))?;
+        let rates = testpmd::rates(&text).filter(|(received, sent)| received + sent > 0.0);
+        let Some((received, sent)) = rates else {
+            return Err(LabError::Ended {
+                what: "dpdk-testpmd moved nothing".into(),
+                output: format!("{text}\n{}", process.text()),
+            });
+        };
+        let rate = received + sent;
+        let used = after?.since(before?);
+        let each = |count: u64| count as f64 / (rate * seconds);
+        Ok(Sample {
+            rate,
+            cpu: Some(each(used.cpu)),
+            waits: Some(each(used.voluntary)),
+        })
+    }
+}
