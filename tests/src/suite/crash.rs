@@ -1,13 +1,15 @@
 //! A disk whose back-end is killed under load, again and again: the guest sees nothing but requests that take longer.
 
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
+use serde_json::Value;
 
 use super::Test;
 use crate::ensure;
-use crate::error::Result;
-use crate::harness::{BackEnd, Blk, Guest, Vmm, disk_file};
+use crate::error::{LabError, Result};
+use crate::harness::{BackEnd, Blk, Control, Guest, Vmm, disk_file};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -31,6 +33,11 @@ pub(super) const TESTS: &[Test] = &[
 /// How often the back-end is killed.
 const KILLS: u32 = 25;
 const QUEUES: u16 = 4;
+/// How many requests a back-end answers before it is killed, at least.
+const REQUESTS: u64 = 50;
+/// How long that may take on plain hardware.
+const WORK_LIMIT: Duration = Duration::from_secs(10);
+const CONTROL: &str = "blk.ctl";
 const MIB: u64 = 1 << 20;
 
 fn start(site: &Site, gone: Option<&BackEnd>) -> Result<BackEnd> {
@@ -38,10 +45,43 @@ fn start(site: &Site, gone: Option<&BackEnd>) -> Result<BackEnd> {
         Some(_) => site.scratch.join("disk.img"),
         None => disk_file(site, "disk.img", 64 * MIB)?,
     };
-    let blk = Blk::on(disk).queues(QUEUES);
+    let control = Control::new(site, CONTROL);
+    let blk = Blk::on(disk)
+        .queues(QUEUES)
+        .arg(&format!("--control-socket={}", control.socket().display()));
     match gone {
         Some(gone) => blk.in_place_of(gone).start(site),
         None => blk.start(site),
+    }
+}
+
+/// Waits until the back-end has work.
+fn works(site: &Site) -> Result<()> {
+    let (start, limit) = (Instant::now(), site.limit(WORK_LIMIT));
+    let control = Control::new(site, CONTROL);
+    loop {
+        // One that has just been started cannot be asked yet.
+        let stats = control.ask_json(&["stats"]).unwrap_or_default();
+        let queues = stats
+            .get("queues")
+            .and_then(Value::as_array)
+            .into_iter()
+            .flatten();
+        let requests = |queue: &Value| {
+            let of = |kind| queue.pointer(kind).and_then(Value::as_u64).unwrap_or(0);
+            of("/requests/read") + of("/requests/write")
+        };
+        if queues.map(requests).sum::<u64>() >= REQUESTS {
+            return Ok(());
+        }
+        if start.elapsed() > limit {
+            return Err(LabError::TimedOut {
+                what: format!("{REQUESTS} requests of a disk under load"),
+                limit,
+                output: stats.to_string(),
+            });
+        }
+        sleep(Duration::from_millis(50));
     }
 }
 
@@ -61,12 +101,13 @@ fn disk_survives_kills(site: &Site, vmm: Vmm, packed: bool) -> Result<()> {
          || { touch /run/failed; break; }; done; touch /run/done) </dev/null >/dev/null 2>&1 &",
     )?;
     for _ in 0..KILLS {
-        // It has work, and the kill comes while it does.
-        guest.run_ok(
-            "set -- $(cat /sys/block/vdb/stat); enough=$(($1 + $5 + 50)); \
-             while set -- $(cat /sys/block/vdb/stat); [ $(($1 + $5)) -lt $enough ]; do \
-             [ ! -e /run/failed ] || { cat /run/fio.log; exit 1; }; sleep 0.05; done",
-        )?;
+        if let Err(error) = works(site) {
+            let log = guest.run_ok("cat /run/fio.log; dmesg | tail -20");
+            return Err(LabError::Ended {
+                what: error.to_string(),
+                output: log.unwrap_or_default(),
+            });
+        }
         blk.daemon().signal(Signal::SIGKILL)?;
         blk.daemon().wait(site.limit(Duration::from_secs(5)))?;
         blk = start(site, Some(&blk))?;
