@@ -31,7 +31,7 @@ pub(super) const TESTS: &[Test] = &[
 ];
 
 /// How often the back-end is killed.
-const KILLS: u32 = 25;
+const KILLS: u32 = 12;
 const QUEUES: u16 = 4;
 /// How many requests a back-end answers before it is killed, at least.
 const REQUESTS: u64 = 50;
