@@ -592,12 +592,26 @@ impl Worker {
             last: Default::default(),
         });
         self.fabric.find_owners();
+        self.make_room();
         if is_link {
             self.enqueue(port, 0);
         } else {
             self.obey(port);
         }
         debug!(port = name, "port added to the switch");
+    }
+
+    /// Nothing is allocated later for those that have something.
+    fn make_room(&mut self) {
+        let sources = self.ingress.iter().flatten().map(|it| match &it.source {
+            Source::Guest { rings, .. } => rings.len(),
+            Source::Link { .. } => 1,
+        });
+        let most: usize = sources.sum();
+        self.row.reserve(most.saturating_sub(self.row.len()));
+        self.hot.reserve(most.saturating_sub(self.hot.len()));
+        self.throttled
+            .reserve(most.saturating_sub(self.throttled.len()));
     }
 
     fn remove(&mut self, port: PortId) {
