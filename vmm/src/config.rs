@@ -129,8 +129,8 @@ pub struct Cli {
     /// num-queues=N [default: one for each CPU, as far as the back-end has them], queue-size=N
     /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10]
     /// (one that goes later is waited for without a limit), packed=on|off to offer packed virtqueues
-    /// [default: on for disks, off for cards, which go on by themselves with another back-end only
-    /// without them].
+    /// [default: off for a device that goes on by itself when its back-end dies and another comes, which
+    /// packed queues make impossible (cards) or dearer (disks), else on].
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<BlkOptions>)]
     pub blk: Vec<BlkOptions>,
 

@@ -169,11 +169,8 @@ impl Offer {
         };
         offer.check_type()?;
         // Guest memory does not tell how far a packed queue was served, so a device that could go on with
-        // another back-end cannot with such queues, unless the back-end notes it.
-        if !wanted
-            .packed
-            .unwrap_or(!offer.resumes(false) || offer.resumes(true))
-        {
+        // another back-end cannot with such queues, unless the back-end notes it; that is dearer than with split ones.
+        if !wanted.packed.unwrap_or(!offer.resumes(false)) {
             offer.features &= !F_RING_PACKED;
         }
         let queues = match wanted.device_type {

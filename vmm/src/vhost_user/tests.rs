@@ -312,8 +312,8 @@ fn packed_queues_are_offered_where_they_cost_nothing_or_are_wanted() {
     for (link, kind, packed, offered) in [
         (blk(), DeviceType::BLOCK, None, true),
         (blk(), DeviceType::BLOCK, Some(false), false),
-        (notes(), DeviceType::BLOCK, None, true),
-        (notes(), DeviceType::BLOCK, Some(false), false),
+        (notes(), DeviceType::BLOCK, None, false),
+        (notes(), DeviceType::BLOCK, Some(true), true),
         (net(), DeviceType::NET, None, false),
         (net(), DeviceType::NET, Some(true), true),
     ] {
