@@ -58,6 +58,9 @@ const SETTINGS: u64 = 2;
 const KICK: u64 = 3;
 const LINK: u64 = 4;
 
+/// How long a ring waits at most until its limits are asked again, in nanoseconds: they may have been changed meanwhile.
+const LONGEST_WAIT: u64 = 100_000_000;
+
 /// What happened, at which port, to which of its queue pairs.
 fn token(kind: u64, port: PortId, pair: u16) -> u64 {
     kind | u64::from(port) << 16 | u64::from(pair) << 32
@@ -140,6 +143,8 @@ struct TxRing {
     waiting: bool,
     /// It stands among those that are looked at while spinning, and whose drivers are not asked to kick.
     hot: bool,
+    /// It stands among those whose limits make them wait: nothing its driver does gives it a turn before that is over.
+    throttled: bool,
 }
 
 /// Where frames of a port come from.
@@ -338,7 +343,7 @@ impl Worker {
         let found = (0..self.hot.len()).filter_map(|at| self.hot.get(at).copied());
         let found: Option<(PortId, usize)> = found.into_iter().find(|&(port, pair)| {
             let tx = tx_ring(&mut self.ingress, port, pair);
-            tx.is_some_and(|tx| tx.ring.waiting())
+            tx.is_some_and(|tx| !tx.throttled && tx.ring.waiting())
         });
         if let Some((port, pair)) = found {
             self.enqueue(port, pair);
@@ -351,7 +356,7 @@ impl Worker {
         while let Some((port, pair)) = self.hot.pop() {
             if let Some(tx) = tx_ring(&mut self.ingress, port, pair) {
                 tx.hot = false;
-                if tx.ring.arm() {
+                if !tx.throttled && tx.ring.arm() {
                     self.enqueue(port, pair);
                 }
             }
@@ -409,13 +414,14 @@ impl Worker {
         }
     }
 
-    /// Puts a port's queue pair at the end of the row, unless it stands there.
+    /// Puts a port's queue pair at the end of the row, unless it stands there or has to wait.
     fn enqueue(&mut self, port: PortId, pair: usize) {
         let ingress = self.ingress.get_mut(usize::from(port));
         let waiting = match ingress.and_then(Option::as_mut).map(|it| &mut it.source) {
             Some(Source::Guest { rings, .. }) => {
                 let ring = rings.get_mut(pair).and_then(Option::as_mut);
-                ring.map(|ring| &mut ring.waiting)
+                ring.filter(|ring| !ring.throttled)
+                    .map(|ring| &mut ring.waiting)
             }
             Some(Source::Link { waiting }) => Some(waiting),
             None => None,
@@ -431,6 +437,9 @@ impl Worker {
         let now = self.fabric.now;
         while let Some(at) = self.throttled.iter().position(|&(until, ..)| until <= now) {
             let (_, port, pair) = self.throttled.swap_remove(at);
+            if let Some(tx) = tx_ring(&mut self.ingress, port, pair) {
+                tx.throttled = false;
+            }
             self.enqueue(port, pair);
         }
     }
@@ -451,8 +460,12 @@ impl Worker {
                     }
                 }
                 Turn::Throttled(wait) => {
-                    let until = self.fabric.now.saturating_add(wait);
-                    self.throttled.push((until, port, pair));
+                    if let Some(tx) = tx_ring(&mut self.ingress, port, pair) {
+                        tx.throttled = true;
+                        let wait = wait.min(LONGEST_WAIT);
+                        let until = self.fabric.now.saturating_add(wait);
+                        self.throttled.push((until, port, pair));
+                    }
                 }
             }
         }
@@ -638,7 +651,14 @@ impl Worker {
         }
         self.fabric.table.forget(port);
         self.fabric.find_owners();
-        self.throttled.retain(|&(_, of, _)| of != port);
+        self.forget(|of, _| of == port);
+    }
+
+    /// Rings are not there any more: they stand in no list.
+    fn forget(&mut self, gone: impl Fn(PortId, usize) -> bool) {
+        self.row.retain(|&(port, pair)| !gone(port, pair));
+        self.hot.retain(|&(port, pair)| !gone(port, pair));
+        self.throttled.retain(|&(_, port, pair)| !gone(port, pair));
     }
 
     fn adopt(&mut self, port: PortId) {
@@ -703,6 +723,7 @@ impl Worker {
             ring: Ring::new(vring, log),
             waiting: false,
             hot: false,
+            throttled: false,
         };
         if let Some(fd) = tx.ring.kick_fd()
             && let Err(error) = self.epoll.add(fd, token(KICK, port, pair))
@@ -747,6 +768,7 @@ impl Worker {
         if let Some(fd) = vring.kick_fd() {
             self.epoll.remove(fd);
         }
+        self.forget(|of, ring| of == port && ring == pair);
         Some(vring)
     }
 }

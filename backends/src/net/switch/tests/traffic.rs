@@ -378,6 +378,31 @@ fn storms_are_bounded_and_limits_make_a_port_wait() {
 }
 
 #[test]
+fn a_port_that_waits_has_no_turn_by_kicking_and_goes_on_when_its_limits_go() {
+    // Each frame takes a minute and more.
+    let (_switch, [mut a, mut b]) = guests(["", ",tx-bytes=1"], ALL);
+    b.send(&plain(mac(1), mac(2), 60));
+    a.receive();
+    let frame = plain(mac(1), mac(2), 61);
+    let whole = b.guest.filled(&frame);
+    b.tx.send(&[whole]);
+    for _ in 0..100 {
+        b.tx.kick.write(1).unwrap();
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // Once when it came, then ten times a second; the machine may be slow.
+    let turns = b.shared().counters.tx_throttled.get();
+    assert!((1..50).contains(&turns), "{turns} turns");
+    // A ring that comes back waits as well.
+    b.own(give_back(&b.sender, 1));
+    assert!(a.got_nothing());
+    let none = [("tx-bytes".to_owned(), ringside_control::Size(0))].into();
+    b.shared().change_limits(&none).unwrap();
+    b.tx.used();
+    assert_eq!(a.receive(), with_buffers(frame, 1));
+}
+
+#[test]
 fn a_pulled_cable_carries_nothing() {
     let (_switch, [mut a, mut b]) = guests(["", ""], ALL);
     assert_eq!(b.device.read_config(6, 2).unwrap(), [1, 0]);
