@@ -16,6 +16,8 @@ use crate::net::tx::MAX_FRAME;
 
 /// Most segments that are cut of one frame: a guest cannot have the switch work for it without bound.
 const MAX_SEGMENTS: usize = 128;
+/// Longest headers of such a frame, which each segment gets a copy of: Ethernet, IPv4 or IPv6 with options, and TCP.
+const MAX_HEADERS: usize = 256;
 
 const IPPROTO_TCP: u8 = 6;
 const IPPROTO_UDP: u8 = 17;
@@ -170,6 +172,9 @@ fn cut(
         return None;
     }
     let headers = start + transport;
+    if headers > MAX_HEADERS {
+        return None;
+    }
     let (head, payload) = bytes.split_at_checked(headers)?;
     let size = usize::from(frame.header.gso_size);
     if size == 0 || payload.len().div_ceil(size) > MAX_SEGMENTS {

@@ -297,15 +297,18 @@ fn what_a_receiver_does_not_take_is_finished_for_it() {
     assert_eq!(tcp_sum(&received[HEADER..]), 0xffff);
     assert_eq!(received[HEADER + 54..], short[HEADER + 54..]);
     assert_eq!(b.shared().counters.rx_softened.get(), 2);
-    // Fragments are not made, nor are segments of a byte each.
-    for (gso, size) in [(3, 1000_u16), (1, 1)] {
+    // Fragments are not made, nor are segments of a byte each, nor such with long headers that are said to be theirs.
+    for (gso, size, start) in [(3, 1000_u16, 34_u16), (1, 1, 34), (1, 1000, 1000)] {
         let mut other = segment(mac(2), mac(1), 5000);
         other[1] = gso;
         other[4..6].copy_from_slice(&size.to_le_bytes());
+        other[6..8].copy_from_slice(&start.to_le_bytes());
+        // Where TCP says how long its header is.
+        other[HEADER + usize::from(start) + 12] = 0x50;
         a.send(&other);
     }
     assert!(b.got_nothing());
-    assert_eq!(b.shared().counters.rx_dropped.get(), 2);
+    assert_eq!(b.shared().counters.rx_dropped.get(), 3);
 }
 
 #[test]
