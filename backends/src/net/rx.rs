@@ -184,12 +184,9 @@ impl Rx {
         session.disable_notifications()?;
         let mut left = BUDGET;
         let end = loop {
-            if left == 0 {
-                break RxEnd::More;
-            }
             let wanted = state.held.map_or(state.wanted, |held| held.len);
             let mut full = false;
-            while state.room < wanted && !full {
+            while state.room < wanted && !full && left > 0 {
                 match session.pop(buf) {
                     Ok(Some(chain)) => {
                         let usable = chain.readable().is_empty();
@@ -213,6 +210,7 @@ impl Rx {
                                     &"a buffer that is readable or in too many pieces",
                                 );
                                 session.push_used(chain.head(), 0)?;
+                                left = left.saturating_sub(1);
                             }
                         }
                     }
@@ -220,6 +218,7 @@ impl Rx {
                     Err(PopError::Chain { head, error }) => {
                         state.dropped(counters, &Causes(&error));
                         session.push_used(head, 0)?;
+                        left = left.saturating_sub(1);
                     }
                     Err(PopError::Ring(error)) => {
                         // What was done before the driver broke its ring is returned all the same.
@@ -227,6 +226,10 @@ impl Rx {
                         return Err(error);
                     }
                 }
+            }
+            // A driver can make buffers that are none as fast as they are returned.
+            if left == 0 {
+                break RxEnd::More;
             }
             let len = match state.held {
                 Some(held) if state.room >= held.len => {
