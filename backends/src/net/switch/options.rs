@@ -79,6 +79,9 @@ pub enum OptionsError {
     Limit(#[from] LimitError),
 }
 
+/// Longest name of a port, in bytes.
+const MAX_NAME: usize = 64;
+
 /// Takes keys out of a description one by one, so that what is left is unknown.
 struct Reader(PortOptions);
 
@@ -117,6 +120,19 @@ impl Reader {
             _ => Err(format!("`{text}` is neither on nor off")),
         };
         Ok(self.get(key, read)?.unwrap_or(false))
+    }
+
+    /// The name; the log shows it, threads and metrics are named by it.
+    fn name(&mut self) -> Result<Option<String>, OptionsError> {
+        let read = |text: &str| {
+            if text.len() > MAX_NAME || text.chars().any(char::is_control) {
+                return Err(format!(
+                    "{text:?} has more than {MAX_NAME} bytes, or control characters"
+                ));
+            }
+            Ok(text.to_owned())
+        };
+        Ok(self.get("name", read)?.filter(|name| !name.is_empty()))
     }
 
     /// What guests' ports and uplinks have in common.
@@ -199,7 +215,7 @@ impl GuestOptions {
                 .map_err(|e: super::super::config::MacError| e.to_string())
         };
         let read = Self {
-            name: reader.text("name").filter(|name| !name.is_empty()),
+            name: reader.name()?,
             socket: reader
                 .text("socket")
                 .filter(|path| !path.is_empty())
@@ -234,7 +250,7 @@ impl UplinkOptions {
         let (policy, rates) = reader.policy()?;
         let link = |text: &str| text.parse::<LinkSpec>().map_err(|e| e.to_string());
         let read = Self {
-            name: reader.text("name").filter(|name| !name.is_empty()),
+            name: reader.name()?,
             link: reader
                 .get("link", link)?
                 .ok_or(OptionsError::Missing("link"))?,
@@ -282,6 +298,7 @@ mod tests {
             ("/run/a,colour=red", "no key `colour`"),
             ("/run/a,tx-bytes-burst=1", "of no use without"),
             ("/run/a,queue-pairs=0", "from 1 to 256"),
+            ("/run/a,name=a\0b", "control characters"),
         ] {
             let error = read(wrong).unwrap_err();
             assert!(error.contains(why), "{wrong}: {error}");
