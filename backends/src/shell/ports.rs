@@ -76,7 +76,10 @@ pub trait Hub: Send + 'static {
     fn status(&self) -> Map<String, Value>;
 
     /// Which addresses were found behind which port.
-    fn addresses(&self) -> Value;
+    ///
+    /// # Errors
+    /// It cannot be told now.
+    fn addresses(&self) -> Result<Value, ApiError>;
 }
 
 /// A port cannot be had.
@@ -336,16 +339,23 @@ impl<H: Hub> Ports<H> {
                 }
             })
             .map_err(|e| failed(e.into()))?;
-        match started.recv() {
-            Ok(clients) => Ok(Port {
-                clients,
-                connected,
-                socket,
-                thread: Mutex::new(Some(thread)),
-            }),
-            // It has said why.
-            Err(e) => Err(failed(e.into())),
+        let source = match started.recv() {
+            Ok(Ok(clients)) => {
+                return Ok(Port {
+                    clients,
+                    connected,
+                    socket,
+                    thread: Mutex::new(Some(thread)),
+                });
+            }
+            Ok(Err(error)) => error.into(),
+            Err(error) => error.into(),
+        };
+        // Nothing of it is left when its name is free again.
+        if thread.join().is_err() {
+            error!(port = name, "the thread of the port panicked");
         }
+        Err(failed(source))
     }
 
     fn port(&self, name: &str) -> Result<Arc<Port>, ApiError> {
@@ -424,22 +434,31 @@ impl<H: Hub> Ports<H> {
     }
 }
 
-/// The life of a port's control thread.
+/// The life of a port's control thread. A port that cannot begin is a matter of who asked for it alone.
 fn serve_port<D: Device>(
     program: &Program,
     name: &str,
     handler: Handler<D>,
     endpoint: Endpoint,
-    ready: &mpsc::Sender<Clients>,
+    ready: &mpsc::Sender<Result<Clients, ShellError>>,
 ) -> Result<(), ShellError> {
     let handler = Arc::new(Mutex::new(handler));
-    let serve = || {
+    let begin = || {
         let mut daemon = Daemon::new(None, &handler, false)?;
-        // The receiver waits for it.
-        let _ = ready.send(daemon.clients(program)?);
-        daemon.serve(name, endpoint)
+        let clients = daemon.clients(program)?;
+        Ok((daemon, clients))
     };
-    let served = serve();
+    // The receiver waits for either.
+    let served = match begin() {
+        Ok((mut daemon, clients)) => {
+            let _ = ready.send(Ok(clients));
+            daemon.serve(name, endpoint)
+        }
+        Err(error) => {
+            let _ = ready.send(Err(error));
+            Ok(())
+        }
+    };
     end(&handler, served)
 }
 
@@ -466,7 +485,16 @@ impl<H: Hub> Service for Ports<H> {
             PortsRequest::PortStatus(Name { port }) => self.ask(&port, Request::Status),
             PortsRequest::PortAdd(options) => {
                 let added = self.add(&options);
-                let failed = |error: AnyError| ApiError::new(ErrorCode::Failed, error.as_ref());
+                let failed = |error: AnyError| {
+                    let usage = error
+                        .downcast_ref::<H::Error>()
+                        .is_some_and(OpenError::is_usage);
+                    let code = match usage {
+                        true => ErrorCode::BadRequest,
+                        false => ErrorCode::Failed,
+                    };
+                    ApiError::new(code, error.as_ref())
+                };
                 Ok(json!({ "name": added.map_err(failed)? }))
             }
             PortsRequest::PortRemove(Name { port }) => {
@@ -480,7 +508,7 @@ impl<H: Hub> Service for Ports<H> {
                 self.ask(&port, Request::Limits(Some(limits)))
             }
             PortsRequest::PortAnnounce(Name { port }) => self.ask(&port, Request::Announce),
-            PortsRequest::Addresses => Ok(lock(&self.hub).addresses()),
+            PortsRequest::Addresses => lock(&self.hub).addresses(),
         }
     }
 

@@ -5,6 +5,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use ringside_control::{ApiError, ErrorCode};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{error, info};
@@ -270,10 +271,13 @@ impl Hub for Switch {
         ])
     }
 
-    fn addresses(&self) -> Value {
+    fn addresses(&self) -> Result<Value, ApiError> {
         let (to, told) = mpsc::channel();
         self.inbox.send(Order::Addresses(to));
-        let known = told.recv_timeout(PATIENCE).unwrap_or_default();
+        let known = told.recv_timeout(PATIENCE).map_err(|_| {
+            let message = "the switch does not answer: it is very busy, or has ended; ask again";
+            ApiError::of(ErrorCode::Busy, message)
+        })?;
         let rows = known.into_iter().map(|(vlan, mac, port, age)| {
             let port = self.ports.get(usize::from(port)).and_then(Option::as_ref);
             json!({
@@ -283,7 +287,7 @@ impl Hub for Switch {
                 "age": age,
             })
         });
-        json!({ "addresses": rows.collect::<Vec<_>>() })
+        Ok(json!({ "addresses": rows.collect::<Vec<_>>() }))
     }
 }
 

@@ -49,7 +49,7 @@ fn the_table_can_be_looked_at() {
     a.send(&plain(mac(2), mac(1), 60));
     b.receive();
     b.send(&plain(mac(1), mac(2), 60));
-    let table = switch.addresses();
+    let table = switch.addresses().unwrap();
     let rows = table["addresses"].as_array().unwrap();
     assert_eq!(rows.len(), 2, "{table}");
     let second = rows.iter().find(|row| row["port"] == "second").unwrap();
@@ -441,7 +441,7 @@ fn ports_come_and_go_and_leave_nothing_behind() {
         drop(c);
         switch.closed(&name);
         // It is not known any more.
-        let table = switch.addresses();
+        let table = switch.addresses().unwrap();
         let rows = table["addresses"].as_array().unwrap();
         assert!(rows.iter().all(|row| row["port"] != "c"), "{table}");
     }
