@@ -14,7 +14,8 @@
 //! | send from the address of another port's card | dropped (`tx_forged`) |
 //! | send from ever new addresses | its share of the table is full; others' entries stay (`table`) |
 //! | send to everybody without end | bounded by `flood-packets` (`tx_storm`) |
-//! | send with tags of VLANs that are not its own, or two of them | dropped (`tx_wrong_vlan`) |
+//! | send with tags of VLANs that are not its own | dropped (`tx_wrong_vlan`) |
+//! | hide a second tag behind the first | kept from ports that take the first off (`frame`) |
 //! | take no packets | those for it are dropped (`rx_starved`); nobody waits |
 //! | change a frame while it is looked at | what was looked at is what goes out (`frame`) |
 //!
