@@ -11,7 +11,7 @@ use std::time::Duration;
 use crate::error::{Doing, LabError, Result};
 use crate::initramfs;
 use crate::link::Link;
-use crate::setup::Systems;
+use crate::setup::{Systems, remove_tree};
 use crate::site::{QemuVersion, Site};
 
 /// What the interactive shell of the lab VM says first.
@@ -63,7 +63,7 @@ impl Run {
 impl Drop for Run {
     fn drop(&mut self) {
         // What cannot be removed now is removed by the next run.
-        let _ = fs::remove_dir_all(&self.directory);
+        let _ = remove_tree(&self.directory);
     }
 }
 

@@ -12,6 +12,7 @@
 //! ```
 
 mod mirror;
+mod tree;
 
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write};
@@ -30,6 +31,8 @@ use sha2::{Digest, Sha256};
 use crate::command;
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::site::{Place, Site};
+
+pub use tree::remove_tree;
 
 /// The recipe run inside the new root.
 const ROOT_RECIPE: &str = include_str!("../../recipe/lab-root.sh");
@@ -147,7 +150,7 @@ impl Cache {
     /// Removes all of it, once nothing uses it any more.
     ///
     /// # Errors
-    /// Fails if a file cannot be removed.
+    /// Fails if something is mounted in it, or a file cannot be removed.
     pub fn remove(self) -> Result<()> {
         let _lock = self.lock(Access::Change)?;
         remove_tree(&self.directory)?;
@@ -256,11 +259,14 @@ impl Cache {
     fn build(&self, wishes: &Wishes) -> Result<()> {
         let missing = missing_tools();
         can_install(&missing, geteuid().is_root(), in_path("apt-get"))?;
+        let system = self.system();
+        let building = self.directory.join("building");
+        // Better now than when the new one is finished.
+        tree::refuse_mounts(&system)?;
+        tree::refuse_mounts(&building)?;
         let mirror = mirror::find(wishes.mirror.as_deref())?;
         announce(&self.directory, &missing, wishes)?;
         install(&missing)?;
-        let system = self.system();
-        let building = self.directory.join("building");
         remove_tree(&building)?;
         fs::create_dir_all(&building).doing(|| format!("create {}", building.display()))?;
         // Programs inside the chroot run under other user ids than this process.
@@ -778,19 +784,6 @@ pub fn sorted_names(directory: &Path) -> Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
-}
-
-/// Removes a directory and all in it, or what is there in place of it.
-fn remove_tree(path: &Path) -> Result<()> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(metadata) if !metadata.is_dir() => fs::remove_file(path),
-        _ => fs::remove_dir_all(path),
-    };
-    match removed {
-        Ok(()) => Ok(()),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(error).doing(|| format!("remove {}", path.display())),
-    }
 }
 
 /// Removes what runs that ended without cleaning up have left: those whose process is gone.
