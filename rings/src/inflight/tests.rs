@@ -398,6 +398,38 @@ fn notes_of_another_size_are_refused() {
     }
 }
 
+/// A front-end may keep the notes when the driver resets its device, which has nothing in flight then.
+#[test]
+fn split_queue_that_began_anew_is_served_if_nothing_was_in_flight() {
+    let kind = Kind {
+        size: 8,
+        packed: false,
+        in_order: false,
+        event_idx: true,
+        spare: 0,
+    };
+    for in_flight in [false, true] {
+        let mut world = World::new(kind, 1);
+        world.resume();
+        if in_flight {
+            let at = |offset| GuestAddress(DATA + offset);
+            let mut driver = world.driver.session(&world.mem).unwrap();
+            driver.add(&[], &[Segment::new(at(0), 8)], 0).unwrap();
+            driver.publish().unwrap();
+            let device = world.device.as_mut().unwrap();
+            let mut session = device.session(&world.mem).unwrap();
+            assert!(session.pop(&mut ChainBuf::new(8)).unwrap().is_some());
+        }
+        let used_index = GuestAddress(world.config.used_ring.0 + 2);
+        world.mem.write_obj(100_u16, used_index).unwrap();
+        let resumed = DeviceRing::resume(&world.config, &world.mem, world.notes.clone());
+        assert_eq!(resumed.is_err(), in_flight);
+        if let Ok(device) = resumed {
+            assert_eq!((device.next_avail(), device.next_used()), (100, 100));
+        }
+    }
+}
+
 /// The layout of the specification, byte by byte.
 #[test]
 fn notes_are_those_of_the_specification() {

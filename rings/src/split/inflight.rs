@@ -150,6 +150,13 @@ fn finish_batch(area: &AreaRef<'_, ()>, entries: u16, used_idx: u16) -> Result<(
     }
     let noted = area.load_u16_atomic(USED_IDX, Ordering::Relaxed)?;
     let batch = used_idx.wrapping_sub(noted);
+    if batch == 0 {
+        return Ok(());
+    }
+    // A driver that began its queue anew leaves nothing to go on with, and an index that has nothing to do with the last.
+    if is_idle(area, entries)? {
+        return area.store_u16_atomic(USED_IDX, used_idx, Ordering::Release);
+    }
     if batch > entries {
         return Err(damaged("the last batch is longer than the queue"));
     }
@@ -161,8 +168,15 @@ fn finish_batch(area: &AreaRef<'_, ()>, entries: u16, used_idx: u16) -> Result<(
         area.store_u8_atomic(at(head, IN_FLIGHT), 0, Ordering::Release)?;
         head = area.load_u16_atomic(at(head, NEXT), Ordering::Relaxed)?;
     }
-    if batch > 0 {
-        area.store_u16_atomic(USED_IDX, used_idx, Ordering::Release)?;
+    area.store_u16_atomic(USED_IDX, used_idx, Ordering::Release)
+}
+
+/// Nothing is in flight.
+fn is_idle(area: &AreaRef<'_, ()>, entries: u16) -> Result<bool, RingError> {
+    for head in 0..entries {
+        if area.load_u8_atomic(at(head, IN_FLIGHT), Ordering::Relaxed)? != 0 {
+            return Ok(false);
+        }
     }
-    Ok(())
+    Ok(true)
 }
