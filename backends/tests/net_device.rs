@@ -24,8 +24,8 @@ use nix::net::if_::if_nametoindex;
 use ringside_backends::net::Tap;
 use ringside_rings::Segment;
 use vhost::VhostBackend;
-use vhost::vhost_user::VhostUserFrontend;
-use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
+use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use vm_memory::Bytes;
 
 const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
@@ -456,4 +456,20 @@ fn without_the_capability_a_tap_cannot_be_made() {
         "ringside-net: no permission for TAP \"ring0\": run with CAP_NET_ADMIN, or have it made for this user \
          (ip tuntap add dev ring0 mode tap user USER vnet_hdr multi_queue)\n"
     );
+}
+
+/// Not even for a front-end that says it accepted what was not offered.
+#[test]
+fn requests_in_flight_of_a_card_are_not_tracked() {
+    let daemon = Daemon::start(NET, &["--link", "null"]);
+    let mut front = connect(&daemon, 2);
+    let accepted = VhostUserProtocolFeatures::REPLY_ACK | VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+    assert!(front.messages.set_protocol_features(accepted).is_err());
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let area = VhostUserInflight::new(1 << 20, 0, 2, 64);
+    let refused = front.messages.set_inflight_fd(&area, file.as_raw_fd());
+    assert!(refused.is_err());
+    daemon.wait_for_line("INFLIGHT_SHMFD is not offered");
+    daemon.stop();
 }

@@ -763,16 +763,21 @@ impl<D: Device> Handler<D> {
     }
 
     /// How many queues of which size are to be tracked.
-    fn tracked(&self, inflight: &VhostUserInflight) -> Result<(u16, u16), InflightError> {
+    fn tracked(&self, inflight: &VhostUserInflight) -> Result<(u16, u16), HandlerError> {
+        // `vhost` goes by what the front-end accepted last, be it refused.
+        if self.acked_protocol & VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits() == 0 {
+            return Err(HandlerError::NotOffered("INFLIGHT_SHMFD"));
+        }
         let (queues, size) = (inflight.num_queues, inflight.queue_size);
         let (count, max) = (self.device.queue_count(), self.max_queue_size());
         if queues == 0 || queues > count || size == 0 || size > max {
-            return Err(InflightError::Shape {
+            let shape = InflightError::Shape {
                 queues,
                 size,
                 count,
                 max,
-            });
+            };
+            return Err(shape.into());
         }
         Ok((queues, size))
     }
@@ -1034,12 +1039,12 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         &mut self,
         inflight: &VhostUserInflight,
     ) -> ProtocolResult<(VhostUserInflight, File)> {
-        let (queues, size) = self.tracked(inflight).map_err(HandlerError::from)?;
+        let (queues, size) = self.tracked(inflight)?;
         Ok(inflight::create(queues, size).map_err(HandlerError::from)?)
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> ProtocolResult<()> {
-        self.tracked(inflight).map_err(HandlerError::from)?;
+        self.tracked(inflight)?;
         let notes = Notes::map(inflight, file).map_err(HandlerError::from)?;
         debug!(
             queues = inflight.num_queues,
