@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
+use crate::command;
 use crate::error::{Doing, LabError, Result};
 
 /// Mounts as this process sees them (Linux, Documentation/filesystems/proc.rst, 3.5).
@@ -48,7 +49,8 @@ pub(super) fn refuse_mounts(path: &Path) -> Result<()> {
         return Ok(());
     }
     // The last one may be mounted on the first.
-    let points = mounts.iter().rev().map(|point| point.display().to_string());
+    let points = mounts.iter().rev();
+    let points = points.map(|point| command::quoted(&point.display().to_string()));
     let points = points.collect::<Vec<_>>().join(" ");
     Err(LabError::Setup(format!(
         "{} is not removed, because what is mounted in it would be emptied; run `umount {points}`, then this again",
@@ -111,7 +113,7 @@ mod tests {
         // This process cannot mount anything, but a root that is a mount is always there.
         let error = refuse_mounts(Path::new("/proc")).unwrap_err().to_string();
         assert!(
-            error.contains("run `umount") && error.contains("/proc`"),
+            error.contains("run `umount '") && error.contains("'/proc'"),
             "{error}"
         );
         let directory = tempfile::tempdir().unwrap();
