@@ -17,7 +17,7 @@ use kvm_ioctls::VcpuFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use ringside_control::{ApiError, ControlSocket, ErrorCode, Service, server};
+use ringside_control::{ApiError, ControlSocket, ErrorCode, Peers, Service, server};
 use serde_json::{Value, json};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -376,7 +376,7 @@ impl Machine {
         let control = Arc::new(control);
         let socket = config.api_socket.as_deref();
         let _socket = socket
-            .map(|path| ControlSocket::start(path, Arc::clone(&control)))
+            .map(|path| ControlSocket::start(path, Peers::allowing(&[]), Arc::clone(&control)))
             .transpose()?;
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.

@@ -13,9 +13,10 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode};
+use io_uring::{IoUring, cqueue, opcode, squeue};
 use ringside_rings::{Segment, in_one_region};
 use thiserror::Error;
 use tracing::{debug, warn};
@@ -33,6 +34,11 @@ const MAX_REGISTERED: usize = 1 << 30;
 const BUFFER: usize = 1 << 20;
 /// The disk's place among the ring's registered files.
 const DISK: Fixed = Fixed(0);
+
+/// What a ring lets register (io_uring_register(2), linux/io_uring.h).
+const IORING_REGISTER_BUFFERS: u8 = 0;
+const IORING_UNREGISTER_BUFFERS: u8 = 1;
+const IORING_REGISTER_FILES: u8 = 2;
 
 /// What an entry's user data says: the high half its sort, the low half a number.
 const IO: u64 = 0;
@@ -146,7 +152,7 @@ impl Polled {
     fn new(entries: u32, files: &[RawFd]) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_iopoll();
-        let ring = builder.build(entries)?;
+        let ring = restricted(&mut builder, entries)?;
         ring.submitter().register_files(files)?;
         Ok(Self {
             ring,
@@ -790,6 +796,34 @@ impl Drop for Uring {
     }
 }
 
+/// A ring that does what is done here and nothing else, for good: io_uring opens files and connects sockets where no filter of
+/// system calls sees it.
+fn restricted(builder: &mut io_uring::Builder, entries: u32) -> io::Result<IoUring> {
+    let operations = [
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::ReadFixed::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::WriteFixed::CODE,
+        opcode::Fsync::CODE,
+        opcode::Fallocate::CODE,
+        opcode::PollAdd::CODE,
+        opcode::PollRemove::CODE,
+    ];
+    let mut restrictions = vec![
+        Restriction::register_op(IORING_REGISTER_BUFFERS),
+        Restriction::register_op(IORING_UNREGISTER_BUFFERS),
+        Restriction::register_op(IORING_REGISTER_FILES),
+        Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()),
+    ];
+    restrictions.extend(operations.map(Restriction::sqe_op));
+    let ring = builder.setup_r_disabled().build(entries)?;
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()?;
+    Ok(ring)
+}
+
 /// The best ring that the kernel has: completions are then only processed when this thread asks for them.
 fn build(entries: u32) -> io::Result<IoUring> {
     let completions = entries.saturating_mul(2);
@@ -809,7 +843,7 @@ fn build(entries: u32) -> io::Result<IoUring> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_cqsize(completions);
         attempt(&mut builder);
-        match builder.build(entries) {
+        match restricted(&mut builder, entries) {
             Ok(ring) => {
                 debug!(fallback = number, "io_uring ready");
                 return Ok(ring);

@@ -1,0 +1,223 @@
+//! What a program keeps, and how it gives up the rest.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use caps::Capability;
+use clap::ValueEnum;
+use thiserror::Error;
+use tracing::{info, warn};
+
+use crate::calls::{self, Call};
+use crate::files::{Files, FilesError};
+use crate::filter::{self, FilterError, ThreadKind};
+use crate::privileges::{self, PrivilegeError};
+
+/// Whether a program confines itself.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum Mode {
+    /// A system call that is not on the list ends it.
+    #[default]
+    On,
+    /// It has all the rights of its user.
+    Off,
+    /// As on, but such a call is logged by the kernel, and done.
+    Log,
+}
+
+/// The process cannot be confined.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum SandboxError {
+    /// Privileges cannot be dropped.
+    #[error("cannot drop privileges; --sandbox=off does without")]
+    Privileges(#[from] PrivilegeError),
+    /// The kernel refused rules for files that it should know.
+    #[error("cannot restrict the files that can be opened; --sandbox=off does without")]
+    Files(#[from] FilesError),
+    /// The kernel refused the filter of system calls.
+    #[error("cannot restrict system calls; --sandbox=off does without")]
+    Filter(#[from] FilterError),
+}
+
+static CONFINED: OnceLock<()> = OnceLock::new();
+
+/// Whether this process has given up what its profile does not list.
+#[must_use]
+pub fn confined() -> bool {
+    CONFINED.get().is_some()
+}
+
+/// What a program needs from now on. Everything else is given up by [`enter`](Self::enter).
+#[derive(Debug)]
+pub struct Profile {
+    program: &'static str,
+    files: Files,
+    capabilities: Vec<Capability>,
+    network: bool,
+    calls: Vec<Call>,
+    threads: BTreeMap<ThreadKind, Vec<Call>>,
+}
+
+impl Profile {
+    /// The profile of a program that does no more than compute, log, and end ([`calls::RUNTIME`]).
+    #[must_use]
+    pub fn new(program: &'static str) -> Self {
+        Self {
+            program,
+            files: Files::default(),
+            capabilities: Vec::new(),
+            network: false,
+            calls: calls::RUNTIME.to_vec(),
+            threads: BTreeMap::new(),
+        }
+    }
+
+    /// Keeps system calls.
+    pub fn calls(&mut self, group: &[Call]) -> &mut Self {
+        self.calls.extend_from_slice(group);
+        self
+    }
+
+    /// Has threads of a kind keep these alone, besides [`calls::RUNTIME`], of what the process keeps. Adds to what was said
+    /// before.
+    pub fn thread(&mut self, kind: ThreadKind, groups: &[&[Call]]) -> &mut Self {
+        let kept = self
+            .threads
+            .entry(kind)
+            .or_insert_with(|| calls::RUNTIME.to_vec());
+        groups
+            .iter()
+            .for_each(|group| kept.extend_from_slice(group));
+        self
+    }
+
+    /// Keeps a capability, if the program has it.
+    pub fn capability(&mut self, capability: Capability) -> &mut Self {
+        self.capabilities.push(capability);
+        self
+    }
+
+    /// Stays in the host's network. Without it the process gets one of its own, which is empty.
+    pub fn network(&mut self) -> &mut Self {
+        self.network = true;
+        self
+    }
+
+    /// May connect to this port of TCP, on any host.
+    pub fn connect_tcp(&mut self, port: u16) -> &mut Self {
+        self.files.connect_tcp(port);
+        self.network()
+    }
+
+    /// May connect to this port of UDP's and TCP's name servers, and read what says where they are.
+    pub fn names(&mut self) -> &mut Self {
+        for path in calls::NAME_FILES {
+            self.files.read(Path::new(path));
+        }
+        self.connect_tcp(53).calls(calls::NAMES)
+    }
+
+    /// May open for reading a file, or all that lies under a directory.
+    pub fn read(&mut self, path: &Path) -> &mut Self {
+        self.files.read(path);
+        self
+    }
+
+    /// May open for reading and writing a file, or all that lies under a directory, and use it if it is a device.
+    pub fn write(&mut self, path: &Path) -> &mut Self {
+        self.files.write(path);
+        self
+    }
+
+    /// May create, write and remove the file at `path`, and so all others in its directory.
+    pub fn create(&mut self, path: &Path) -> &mut Self {
+        self.files.make(path);
+        self
+    }
+
+    /// May remove the file at `path`, and so all others in its directory: Landlock knows directories, and no names in them.
+    pub fn remove(&mut self, path: &Path) -> &mut Self {
+        self.files.remove(path);
+        self
+    }
+
+    /// May listen on a Unix socket at `path`, and remove it afterwards, and so on all others in its directory.
+    pub fn listen(&mut self, path: &Path) -> &mut Self {
+        self.files.listen(path);
+        self
+    }
+
+    /// May connect to a Unix socket at `path`, which may be replaced by another.
+    pub fn connect(&mut self, path: &Path) -> &mut Self {
+        self.files.connect(path);
+        self
+    }
+
+    /// Gives up everything else, for good. To be called from the main thread before the process reads from a guest or a peer,
+    /// best before it has other threads: of those that it has, the system calls are restricted, and nothing else.
+    ///
+    /// What this kernel does not have is said in the log, and done without.
+    ///
+    /// # Errors
+    /// [`SandboxError`]: the kernel refused what it should be able to do.
+    pub fn enter(self, mode: Mode) -> Result<(), SandboxError> {
+        let Self {
+            program,
+            files,
+            capabilities,
+            network,
+            calls,
+            threads,
+        } = self;
+        if mode == Mode::Off {
+            warn!(
+                "{program} is not confined (--sandbox=off): whoever takes it over has all rights of its user"
+            );
+            return Ok(());
+        }
+        // Before /proc is out of reach.
+        let threads_before = privileges::threads();
+        privileges::hide()?;
+        let namespaces = privileges::separate(network);
+        let kept = privileges::drop_capabilities(&capabilities)?;
+        let landlock = files.enforce()?;
+        filter::install(mode, &calls, &threads)?;
+        // Entered once: a second filter only takes away more.
+        let _ = CONFINED.set(());
+        info!(
+            "confined: {landlock}; namespaces of its own: {}; capabilities kept: {}",
+            List(&namespaces),
+            List(&kept)
+        );
+        if mode == Mode::Log {
+            warn!(
+                "system calls that are not on the list are logged by the kernel (audit type 1326) and done (--sandbox=log)"
+            );
+        }
+        if threads_before > 1 {
+            info!(
+                "{} threads were there before: their system calls are restricted, but they keep files and capabilities",
+                threads_before.saturating_sub(1)
+            );
+        }
+        Ok(())
+    }
+}
+
+/// Values with commas between them.
+struct List<'l, T>(&'l [T]);
+
+impl<T: fmt::Display> fmt::Display for List<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("none"),
+            [first, rest @ ..] => {
+                write!(f, "{first}")?;
+                rest.iter().try_for_each(|value| write!(f, ", {value}"))
+            }
+        }
+    }
+}
