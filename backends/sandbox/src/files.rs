@@ -137,7 +137,7 @@ fn describe(status: &RestrictionStatus) -> String {
     match (&status.landlock, &status.ruleset) {
         (LandlockStatus::Available { effective_abi, .. }, RulesetStatus::FullyEnforced) => {
             format!(
-                "files, ports and peers by Landlock {}",
+                "Landlock restricts what can be opened (version {})",
                 *effective_abi as i32
             )
         }
@@ -152,7 +152,7 @@ fn describe(status: &RestrictionStatus) -> String {
             let lacks = lacks.iter().filter(|(abi, _)| abi > effective_abi);
             let lacks: Vec<&str> = lacks.map(|&(_, what)| what).collect();
             format!(
-                "files by Landlock {}, which on this kernel knows nothing of {}",
+                "Landlock restricts what can be opened, but in this kernel (version {}) not {}",
                 *effective_abi as i32,
                 lacks.join(", ")
             )

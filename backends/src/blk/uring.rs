@@ -856,3 +856,38 @@ fn build(entries: u32) -> io::Result<IoUring> {
     }
     Err(last)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a ring answers to an operation.
+    fn answer(ring: &mut IoUring, entry: &Entry) -> i32 {
+        // SAFETY: what the entry points to lives in the caller until the answer is there.
+        unsafe { ring.submission().push(entry) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn a_ring_opens_and_connects_nothing() {
+        let mut ring = build(4).unwrap();
+        let (path, file) = (c"/dev/null", tempfile::tempfile().unwrap());
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build();
+        let accept = opcode::Accept::new(Fd(file.as_raw_fd()), ptr::null_mut(), ptr::null_mut());
+        for entry in [open, socket, accept.build(), opcode::Nop::new().build()] {
+            assert_eq!(answer(&mut ring, &entry), -libc::EACCES, "{entry:?}");
+        }
+        let sync = opcode::Fsync::new(Fd(file.as_raw_fd())).build();
+        assert_eq!(answer(&mut ring, &sync), 0);
+        // For good.
+        let again = ring.submitter().register_restrictions(&mut []);
+        assert!(again.is_err());
+        assert!(
+            ring.submitter()
+                .register_probe(&mut io_uring::Probe::new())
+                .is_err()
+        );
+    }
+}
