@@ -44,6 +44,16 @@ pub const fn ioctl(request: c_ulong, why: &'static str) -> Call {
     only(libc::SYS_ioctl, request, why)
 }
 
+/// All ioctls of a driver, by the letter or number that its requests have in common.
+#[must_use]
+pub const fn ioctls(kind: u8, why: &'static str) -> Call {
+    only(
+        libc::SYS_ioctl,
+        Only::Has(1, 0xff00, (kind as u64) << 8),
+        why,
+    )
+}
+
 /// A socket by its address family.
 #[must_use]
 pub const fn socket(family: c_int, why: &'static str) -> Call {
@@ -315,6 +325,39 @@ pub const BPF_MAPS: &[Call] = &[
     ),
 ];
 
+/// A virtual machine: its processors, its memory, its interrupts.
+pub const MACHINE: &[Call] = &[
+    call(libc::SYS_sysinfo, "how much memory the host has"),
+    ioctls(0xae, "KVM"),
+    call(
+        libc::SYS_fallocate,
+        "guest memory that is to be there from the start, or is added",
+    ),
+    call(libc::SYS_pread64, "registers of devices, boot images"),
+    call(libc::SYS_pwrite64, "registers of devices"),
+    ioctl(libc::TCGETS, "the terminal"),
+    ioctl(libc::TCSETS, "the terminal"),
+    ioctl(libc::TCSETSW, "the terminal"),
+    ioctl(libc::TCSETSF, "the terminal"),
+];
+
+/// Assigned devices: VFIO and iommufd, whose requests share a letter.
+pub const VFIO: &[Call] = &[
+    ioctls(b';', "VFIO, iommufd"),
+    call(libc::SYS_readlink, "names of devices and groups"),
+    call(libc::SYS_readlinkat, "names of devices and groups"),
+    call(libc::SYS_getdents64, "devices and groups"),
+    call(libc::SYS_mkdir, "a name that has a token in it"),
+    call(libc::SYS_mkdirat, "the same"),
+    call(libc::SYS_symlink, "the same"),
+    call(libc::SYS_symlinkat, "the same"),
+    call(libc::SYS_rmdir, "the same"),
+    call(libc::SYS_flock, "the same"),
+    call(libc::SYS_access, "whether there is iommufd"),
+    call(libc::SYS_faccessat, "whether there is iommufd"),
+    call(libc::SYS_faccessat2, "whether there is iommufd"),
+];
+
 /// Ceph's librados and librbd, which are loaded before: threads, event loops, connections, their configuration and admin socket.
 pub const CEPH: &[Call] = &[
     call(libc::SYS_accept, "the admin socket"),
@@ -387,6 +430,8 @@ mod tests {
             STREAMS,
             FRAMES,
             PACKET,
+            MACHINE,
+            VFIO,
             CEPH,
         ];
         for call in groups.into_iter().flatten() {

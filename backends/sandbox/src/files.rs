@@ -49,12 +49,22 @@ impl Files {
         self.add(path, read | AccessFs::WriteFile | AccessFs::IoctlDev);
     }
 
+    pub(crate) fn list(&mut self, path: &Path) {
+        self.add(path, AccessFs::ReadDir.into());
+    }
+
+    pub(crate) fn scratch(&mut self, path: &Path) {
+        let make = AccessFs::MakeDir | AccessFs::MakeSym;
+        let remove = AccessFs::RemoveDir | AccessFs::RemoveFile;
+        self.add(path, make | remove | AccessFs::ReadDir);
+    }
+
     pub(crate) fn make(&mut self, path: &Path) {
-        let all = AccessFs::MakeReg | AccessFs::RemoveFile | AccessFs::WriteFile;
-        self.add(
-            directory(path),
-            all | AccessFs::ReadFile | AccessFs::Truncate,
-        );
+        if path.exists() {
+            self.add(path, AccessFs::WriteFile | AccessFs::IoctlDev);
+            return;
+        }
+        self.add(directory(path), AccessFs::MakeReg | AccessFs::WriteFile);
     }
 
     pub(crate) fn remove(&mut self, path: &Path) {

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use caps::Capability;
 use clap::ValueEnum;
+use serde::Deserialize;
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -16,7 +17,8 @@ use crate::filter::{self, FilterError, ThreadKind};
 use crate::privileges::{self, PrivilegeError};
 
 /// Whether a program confines itself.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
 pub enum Mode {
     /// A system call that is not on the list ends it.
     #[default]
@@ -132,7 +134,19 @@ impl Profile {
         self
     }
 
-    /// May create, write and remove the file at `path`, and so all others in its directory.
+    /// May list a directory, and those under it.
+    pub fn list(&mut self, path: &Path) -> &mut Self {
+        self.files.list(path);
+        self
+    }
+
+    /// May have directories and symbolic links of its own under `path`, for a while.
+    pub fn scratch(&mut self, path: &Path) -> &mut Self {
+        self.files.scratch(path);
+        self
+    }
+
+    /// May write to the file at `path`; if there is none, create it, and write to all others in its directory.
     pub fn create(&mut self, path: &Path) -> &mut Self {
         self.files.make(path);
         self
