@@ -186,8 +186,17 @@ fn intruder() {
     let (device, thread, what) = (next(), next(), next());
     let socket = env::temp_dir().join("ringside-confined");
     let socket = socket.to_str().unwrap();
-    if device == "blk" {
-        let args = ["x", "--socket-path", socket, "--null", "1M"];
+    if device != "net" {
+        let mode = if device == "blk" { "on" } else { "log" };
+        let args = [
+            "x",
+            "--socket-path",
+            socket,
+            "--null",
+            "1M",
+            "--sandbox",
+            mode,
+        ];
         let cli = BlkCli::parse_from(args);
         confine_as("block", &cli.shell, &Blk::new(cli.blk.open().unwrap()));
     } else {
@@ -340,6 +349,13 @@ fn a_network_card_is_confined_when_it_is_ready() {
         // CAP_BPF, for the guest's table of queues.
         is_confined(&daemon, 1 << 39, test);
     }
+}
+
+#[test]
+fn what_is_only_to_be_logged_is_done() {
+    let status = attempt("blk-logged", "control", "load a program into the kernel");
+    // And fails there, for want of arguments or of the right.
+    assert!(matches!(status.code(), Some(1..)), "{status}");
 }
 
 #[test]

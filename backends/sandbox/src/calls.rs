@@ -101,7 +101,6 @@ pub const RUNTIME: &[Call] = &[
     call(libc::SYS_set_robust_list, "threads"),
     call(libc::SYS_rseq, "threads"),
     call(libc::SYS_sigaltstack, "stacks of threads"),
-    only(libc::SYS_prlimit64, Only::Is(0, 0), "the size of stacks"),
     call(libc::SYS_rt_sigprocmask, "threads"),
     call(libc::SYS_rt_sigaction, "guest memory that is taken away"),
     call(libc::SYS_rt_sigreturn, "the same"),
@@ -131,7 +130,6 @@ pub const RUNTIME: &[Call] = &[
     call(libc::SYS_restart_syscall, "a pause after a stop"),
     call(libc::SYS_getrandom, "seeds of hash tables"),
     call(libc::SYS_poll, "waiting for a descriptor"),
-    call(libc::SYS_ppoll, "waiting for a descriptor"),
     call(libc::SYS_eventfd2, "waking threads"),
     call(libc::SYS_exit, "threads that end"),
     call(libc::SYS_exit_group, "the end"),
@@ -145,7 +143,6 @@ pub const EVENTS: &[Call] = &[
     ),
     call(libc::SYS_epoll_ctl, "what they wait for"),
     call(libc::SYS_epoll_wait, "waiting"),
-    call(libc::SYS_epoll_pwait, "waiting"),
     call(libc::SYS_timerfd_create, "timers"),
     call(libc::SYS_timerfd_settime, "timers"),
 ];
@@ -163,11 +160,9 @@ pub const SOCKETS: &[Call] = &[
     call(libc::SYS_getsockopt, "the peer's user, errors"),
     call(libc::SYS_setsockopt, "how long to wait for a peer"),
     call(libc::SYS_getsockname, "kinds of sockets"),
-    call(libc::SYS_getpeername, "kinds of sockets"),
     call(libc::SYS_shutdown, "ends of connections"),
     ioctl(libc::FIONBIO, "sockets that do not block"),
     ioctl(libc::FIONREAD, "how much there is to read"),
-    call(libc::SYS_socketpair, "threads that are told to end"),
 ];
 
 /// Files that are open, their names, and memory that peers share.
@@ -270,8 +265,6 @@ pub const STORAGE: &[Call] = &[
     call(libc::SYS_pwrite64, "tables of an image"),
     call(libc::SYS_preadv, "data of an image"),
     call(libc::SYS_pwritev, "data of an image"),
-    call(libc::SYS_preadv2, "data of an image"),
-    call(libc::SYS_pwritev2, "data of an image"),
     call(libc::SYS_fsync, "what is to be durable"),
     call(libc::SYS_fdatasync, "what is to be durable"),
     call(libc::SYS_fallocate, "holes"),
@@ -327,6 +320,7 @@ pub const BPF_MAPS: &[Call] = &[
 
 /// A virtual machine: its processors, its memory, its interrupts.
 pub const MACHINE: &[Call] = &[
+    call(libc::SYS_socketpair, "requests of a back-end"),
     call(libc::SYS_sysinfo, "how much memory the host has"),
     ioctls(0xae, "KVM"),
     call(
@@ -345,23 +339,15 @@ pub const MACHINE: &[Call] = &[
 pub const VFIO: &[Call] = &[
     ioctls(b';', "VFIO, iommufd"),
     call(libc::SYS_readlink, "names of devices and groups"),
-    call(libc::SYS_readlinkat, "names of devices and groups"),
     call(libc::SYS_getdents64, "devices and groups"),
     call(libc::SYS_mkdir, "a name that has a token in it"),
-    call(libc::SYS_mkdirat, "the same"),
     call(libc::SYS_symlink, "the same"),
-    call(libc::SYS_symlinkat, "the same"),
-    call(libc::SYS_rmdir, "the same"),
     call(libc::SYS_openat, "the same, and device files"),
     call(libc::SYS_unlinkat, "the same"),
-    call(libc::SYS_unlink, "the same"),
     call(libc::SYS_statx, "the same"),
     call(libc::SYS_newfstatat, "the same"),
     call(libc::SYS_fstat, "the same"),
     call(libc::SYS_flock, "the same"),
-    call(libc::SYS_access, "whether there is iommufd"),
-    call(libc::SYS_faccessat, "whether there is iommufd"),
-    call(libc::SYS_faccessat2, "whether there is iommufd"),
 ];
 
 /// Ceph's librados and librbd, which are loaded before: threads, event loops, connections, their configuration and admin socket.
