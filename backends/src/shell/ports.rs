@@ -20,8 +20,10 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use nix::sys::signalfd::SignalFd;
 use ringside_control::metrics::Kind;
-use ringside_control::{ApiError, BoundSocket, Chain, ErrorCode, Metrics, Peers, Service, Size};
-use ringside_sandbox::{Profile, calls};
+use ringside_control::{
+    ApiError, BoundSocket, Chain, ErrorCode, ListenError, Metrics, Peers, Service, Size,
+};
+use ringside_sandbox::{Profile, calls, confined};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
@@ -105,6 +107,17 @@ pub enum PortError {
         /// What is wrong.
         #[source]
         source: SocketError,
+    },
+    /// Its socket, in a directory where a program that is confined makes none.
+    #[error(
+        "port {name}: this program is confined, and makes sockets in the directories of its first ports only, not {path}",
+        path = .path.display()
+    )]
+    Confined {
+        /// Its name.
+        name: String,
+        /// Where the socket was to be.
+        path: PathBuf,
     },
     /// Its threads.
     #[error("port {name} cannot be started")]
@@ -273,6 +286,20 @@ pub fn run_ports<H: Hub>(
     }
 }
 
+/// Why a port has no socket.
+fn refused(name: &str, path: &Path, source: SocketError) -> PortError {
+    let name = name.to_owned();
+    match source {
+        SocketError::Listen(ListenError::Listen { source, .. })
+            if source.kind() == io::ErrorKind::PermissionDenied && confined() =>
+        {
+            let path = path.to_owned();
+            PortError::Confined { name, path }
+        }
+        source => PortError::Socket { name, source },
+    }
+}
+
 /// Ports are made in the directories of those that there are from the start.
 fn listen(profile: &mut Profile, first: &[PortOptions]) {
     profile.calls(calls::LISTENING);
@@ -347,10 +374,7 @@ impl<H: Hub> Ports<H> {
         let endpoint = if client {
             Endpoint::Connecting(socket.clone())
         } else {
-            socket::listen(&socket).map_err(|source| PortError::Socket {
-                name: name.to_owned(),
-                source,
-            })?
+            socket::listen(&socket).map_err(|source| refused(name, &socket, source))?
         };
         let handler = Handler::new(device, &self.placement).map_err(|e| failed(e.into()))?;
         let (_, connected) = handler.observables();
