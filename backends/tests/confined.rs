@@ -1,7 +1,5 @@
 //! What somebody finds who has taken a back-end over: a process confines itself as the program does, with the same device, and
 //! then does what an intruder would. And what the kernel says about the programs themselves.
-//!
-//! This program runs itself again for each attempt, with a variable in its environment that says which.
 
 #![allow(
     clippy::unwrap_used,
@@ -11,112 +9,31 @@
 )] // a test
 
 mod frontend;
+#[path = "../sandbox/tests/intruder/mod.rs"]
+mod intruder;
 
 use std::env;
-use std::fs::{self, File, OpenOptions};
+use std::fs;
 use std::io::{self, Read, Write};
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
-use std::process::{Command, ExitStatus};
-use std::sync::OnceLock;
 use std::thread;
 
 use clap::Parser;
 use frontend::{Daemon, own_network, skip};
+use intruder::{Attempt, ENDED, REFUSED, SHELL, attempt, call, ends, fails, intrude, landlock};
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
 use nix::unistd::geteuid;
 use ringside_backends::blk::{Blk, BlkArgs};
 use ringside_backends::net::NetArgs;
 use ringside_backends::shell::{Device, Program, ShellArgs, confine};
-use ringside_sandbox::{ThreadKind, narrow};
-
-/// Names the device, the kind of thread and the attempt.
-const ATTEMPT: &str = "RINGSIDE_TEST_ATTEMPT";
+use ringside_sandbox::ThreadKind;
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
-
-/// What an intruder tries.
-type Attempt = fn() -> io::Result<()>;
-
-/// A system call with three arguments.
-fn call(number: libc::c_long, arguments: [usize; 3]) -> io::Result<()> {
-    let [a, b, c] = arguments;
-    // SAFETY: none of the calls below gets a pointer but to a text that lives as long as the program.
-    let done = unsafe { libc::syscall(number, a, b, c) };
-    match done {
-        -1 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
-}
-
-/// The process that started this one; asked for before that is forbidden, too.
-static PARENT: OnceLock<usize> = OnceLock::new();
-
-fn parent() -> usize {
-    *PARENT.get().unwrap()
-}
-
-const SHELL: &std::ffi::CStr = c"/bin/sh";
-
-/// With which the process is ended.
-const ENDED: &[(&str, Attempt)] = &[
-    ("connect out", || {
-        TcpStream::connect("127.0.0.1:9").map(drop)
-    }),
-    ("exec", || {
-        Err(Command::new(SHELL.to_str().unwrap()).arg("-c").exec())
-    }),
-    ("fork", || {
-        Command::new(SHELL.to_str().unwrap()).status().map(drop)
-    }),
-    ("run a file by descriptor", || {
-        call(libc::SYS_execveat, [usize::MAX, SHELL.as_ptr().addr(), 0])
-    }),
-    ("ptrace", || {
-        // PTRACE_ATTACH
-        call(libc::SYS_ptrace, [16, parent(), 0])
-    }),
-    ("read the memory of another", || {
-        call(libc::SYS_process_vm_readv, [parent(), 0, 0])
-    }),
-    ("signal", || call(libc::SYS_kill, [parent(), 0, 0])),
-    ("signal a thread of another", || {
-        call(libc::SYS_tgkill, [parent(), parent(), 0])
-    }),
-    ("take descriptors of another", || {
-        call(libc::SYS_pidfd_open, [parent(), 0, 0])
-    }),
-    ("become another user", || {
-        call(libc::SYS_setuid, [65534, 0, 0])
-    }),
-    ("load a program into the kernel", || {
-        call(libc::SYS_bpf, [5, 0, 0])
-    }),
-    ("leave its namespaces", || call(libc::SYS_setns, [0, 0, 0])),
-    ("mount", || call(libc::SYS_mount, [0, 0, 0])),
-    ("change the mode of a file", || {
-        call(libc::SYS_chmod, [SHELL.as_ptr().addr(), 0o755, 0])
-    }),
-    ("run what it has written", || {
-        // PROT_READ | PROT_WRITE | PROT_EXEC
-        call(libc::SYS_mprotect, [0, 4096, 7])
-    }),
-];
-
-/// What fails, as the C library does it by itself and must survive.
-const REFUSED: &[(&str, Attempt)] = &[
-    ("open a file", || File::open("/etc/passwd").map(drop)),
-    ("create a file", || {
-        let path = env::temp_dir().join("ringside-intruder");
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).open(path).map(drop)
-    }),
-];
 
 /// Besides, on the thread of a disk's queue.
 const ENDED_ON_QUEUES: &[(&str, Attempt)] = &[
@@ -173,87 +90,25 @@ fn confine_as(kind: &'static str, args: &ShellArgs, device: &impl Device) {
     confine(&program, args, |profile| device.needs(profile)).unwrap();
 }
 
-/// The other side of [`attempt`].
+fn confine_profile(profile: &str) {
+    let socket = env::temp_dir().join("ringside-confined");
+    let args = ["x", "--socket-path", socket.to_str().unwrap()];
+    if profile == "net" {
+        let cli = NetCli::parse_from([&args[..], &["--link", "null"]].concat());
+        confine_as("net", &cli.shell, &cli.net.open().unwrap());
+    } else {
+        let mode = if profile == "blk" { "on" } else { "log" };
+        let disk = ["--null", "1M", "--sandbox", mode];
+        let cli = BlkCli::parse_from([&args[..], &disk].concat());
+        confine_as("block", &cli.shell, &Blk::new(cli.blk.open().unwrap()));
+    }
+}
+
+/// The other side of [`intruder::attempt`].
 #[test]
 fn intruder() {
-    let Ok(attempt) = env::var(ATTEMPT) else {
-        return;
-    };
-    let parent = std::os::unix::process::parent_id();
-    PARENT.set(parent.try_into().unwrap()).unwrap();
-    let mut parts = attempt.split(':');
-    let mut next = || parts.next().unwrap().to_owned();
-    let (device, thread, what) = (next(), next(), next());
-    let socket = env::temp_dir().join("ringside-confined");
-    let socket = socket.to_str().unwrap();
-    if device != "net" {
-        let mode = if device == "blk" { "on" } else { "log" };
-        let args = [
-            "x",
-            "--socket-path",
-            socket,
-            "--null",
-            "1M",
-            "--sandbox",
-            mode,
-        ];
-        let cli = BlkCli::parse_from(args);
-        confine_as("block", &cli.shell, &Blk::new(cli.blk.open().unwrap()));
-    } else {
-        let args = ["x", "--socket-path", socket, "--link", "null"];
-        let cli = NetCli::parse_from(args);
-        confine_as("net", &cli.shell, &cli.net.open().unwrap());
-    }
-    let all = [ENDED, REFUSED, ENDED_ON_QUEUES, REFUSED_BY_LANDLOCK].concat();
-    let (_, attempt) = all.into_iter().find(|(name, _)| *name == what).unwrap();
-    let intrude = move || match attempt() {
-        Ok(()) => 0,
-        Err(error) => error.raw_os_error().unwrap_or(255),
-    };
-    let outcome = if thread == "queue" {
-        let intrude = move || {
-            narrow(ThreadKind::Queue).unwrap();
-            intrude()
-        };
-        thread::spawn(intrude).join().unwrap()
-    } else {
-        intrude()
-    };
-    std::process::exit(outcome);
-}
-
-/// Tries it in a process that has confined itself.
-fn attempt(device: &str, thread: &str, what: &str) -> ExitStatus {
-    Command::new(env::current_exe().unwrap())
-        .args(["--exact", "intruder", "--nocapture"])
-        .env(ATTEMPT, format!("{device}:{thread}:{what}"))
-        .output()
-        .unwrap()
-        .status
-}
-
-fn ends(device: &str, thread: &str, attempts: &[(&str, Attempt)]) {
-    for (what, _) in attempts {
-        let status = attempt(device, thread, what);
-        let signal = status.signal();
-        assert_eq!(
-            signal,
-            Some(libc::SIGSYS),
-            "{device}, {thread}: {what}: {status}"
-        );
-    }
-}
-
-fn fails(device: &str, thread: &str, attempts: &[(&str, Attempt)]) {
-    for (what, _) in attempts {
-        let status = attempt(device, thread, what);
-        let code = status.code();
-        assert_eq!(
-            code,
-            Some(libc::EACCES),
-            "{device}, {thread}: {what}: {status}"
-        );
-    }
+    let more = [ENDED_ON_QUEUES, REFUSED_BY_LANDLOCK].concat();
+    intrude(confine_profile, ThreadKind::Queue, &more);
 }
 
 #[test]
@@ -280,11 +135,6 @@ fn who_takes_a_network_card_over_gets_nowhere() {
         fails("net", thread, REFUSED);
     }
     ends("net", "queue", ENDED_ON_QUEUES);
-}
-
-/// Whether the kernel has it, and it is on: landlock_create_ruleset(2) then tells its version.
-fn landlock() -> bool {
-    call(libc::SYS_landlock_create_ruleset, [0, 0, 1]).is_ok()
 }
 
 /// The value of a line of /proc/PID/task/TID/status.
