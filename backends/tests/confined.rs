@@ -18,7 +18,9 @@ use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 use std::thread;
 
 use clap::Parser;
@@ -31,6 +33,7 @@ use ringside_backends::blk::{Blk, BlkArgs};
 use ringside_backends::net::NetArgs;
 use ringside_backends::shell::{Device, Program, ShellArgs, confine};
 use ringside_sandbox::ThreadKind;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
@@ -143,10 +146,21 @@ fn field(status: &str, name: &str) -> String {
     line.trim_start_matches(':').trim().to_owned()
 }
 
-/// Checks what the kernel says about each thread of a program, and about all of it. `kept`: the capabilities that a program of
-/// root's has.
+/// CAP_SETPCAP, CAP_SYS_ADMIN and CAP_BPF, as bits of a set (linux/capability.h).
+const SETPCAP: u64 = 1 << 8;
+const SYS_ADMIN: u64 = 1 << 21;
+const BPF: u64 = 1 << 39;
+
+/// A set of capabilities.
+fn capabilities(status: &str, set: &str) -> u64 {
+    u64::from_str_radix(&field(status, set), 16).unwrap()
+}
+
+/// Checks what the kernel says about each thread of a program, and about all of it. `kept`: the capabilities that it keeps, if it
+/// has them.
 fn is_confined(daemon: &Daemon, kept: u64, test: &str) {
-    let kept = if geteuid().is_root() { kept } else { 0 };
+    let own = capabilities(&fs::read_to_string("/proc/self/status").unwrap(), "CapEff");
+    let kept = kept & own;
     let process = format!("/proc/{}", daemon.id());
     let mut threads = 0;
     for task in fs::read_dir(format!("{process}/task")).unwrap() {
@@ -154,10 +168,10 @@ fn is_confined(daemon: &Daemon, kept: u64, test: &str) {
         let name = field(&status, "Name");
         assert_eq!(field(&status, "NoNewPrivs"), "1", "{name}");
         assert_eq!(field(&status, "Seccomp"), "2", "{name}");
-        let set = |set| u64::from_str_radix(&field(&status, set), 16).unwrap();
+        let set = |set| capabilities(&status, set);
         assert_eq!(["CapInh", "CapAmb"].map(set), [0; 2], "{name}");
         assert_eq!(["CapPrm", "CapEff"].map(set), [kept; 2], "{name}");
-        if geteuid().is_root() {
+        if own & SETPCAP != 0 {
             assert_eq!(set("CapBnd"), kept, "{name}");
         }
         threads += 1;
@@ -171,13 +185,13 @@ fn is_confined(daemon: &Daemon, kept: u64, test: &str) {
         let namespace = |name| fs::read_link(Path::new(of).join("ns").join(name)).ok();
         ["ipc", "uts", "net"].map(namespace)
     };
-    if geteuid().is_root() {
+    if own & SYS_ADMIN != 0 {
         let (own, other) = (namespaces("/proc/self"), namespaces(&process));
         for (own, other) in own.into_iter().zip(other) {
             assert!(own.is_some() && own != other, "{own:?}");
         }
     } else {
-        skip(test, "only root has the right to namespaces");
+        skip(test, "namespaces take CAP_SYS_ADMIN");
     }
 }
 
@@ -196,8 +210,8 @@ fn a_network_card_is_confined_when_it_is_ready() {
     let test = "a_network_card_is_confined_when_it_is_ready";
     if own_network(test) {
         let daemon = Daemon::start(NET, &["--tap", "vm0", "--queue-pairs", "2"]);
-        // CAP_BPF, for the guest's table of queues.
-        is_confined(&daemon, 1 << 39, test);
+        // For the guest's table of queues.
+        is_confined(&daemon, BPF, test);
     }
 }
 
@@ -214,6 +228,49 @@ fn a_program_can_be_left_as_it_is() {
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
     assert_eq!(field(&status, "Seccomp"), "0");
     assert!(daemon.log().contains("is not confined (--sandbox=off)"));
+}
+
+/// A kernel, or a container, that lets a program confine itself in nothing.
+fn hinder(command: &mut Command) {
+    let refused = [
+        libc::SYS_seccomp,
+        libc::SYS_landlock_create_ruleset,
+        libc::SYS_unshare,
+        libc::SYS_capset,
+    ];
+    let rules = refused.map(|number| (number, Vec::new())).into();
+    let denied = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    let arch = TargetArch::x86_64;
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, denied, arch).unwrap();
+    let filter: BpfProgram = filter.try_into().unwrap();
+    let apply = move || apply_filter(&filter).map_err(io::Error::other);
+    // SAFETY: it makes two system calls, and allocates only if they fail.
+    unsafe { command.pre_exec(apply) };
+}
+
+#[test]
+fn a_kernel_that_lacks_it_is_told_of() {
+    for (mode, starts) in [("on", true), ("strict", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new(BLK);
+        command.arg("--socket-path").arg(dir.path().join("s"));
+        command.args(["--null", "1M", "--sandbox", mode]);
+        hinder(&mut command);
+        let mut daemon = Daemon::spawn_command(&mut command, dir);
+        if starts {
+            daemon.wait_for_socket();
+            for lacks in [
+                "privileges cannot be dropped",
+                "the files that can be opened cannot be restricted",
+                "system calls cannot be restricted",
+            ] {
+                assert!(daemon.log().contains(lacks), "{}", daemon.log());
+            }
+        } else {
+            assert_eq!(daemon.wait().code(), Some(1));
+            assert!(daemon.log().contains("privileges cannot be dropped"));
+        }
+    }
 }
 
 /// Connects as another user, and asks for the status; gives what comes back until the connection ends.

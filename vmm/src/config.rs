@@ -176,9 +176,10 @@ pub struct Cli {
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
 
-    /// Whether the VMM gives up the rights that it does not need, before it reads from a back-end or runs the guest: on, off (for
-    /// debuggers), or log (what it would be ended for is written to the kernel's log, audit type 1326, and done) [default: on].
-    #[arg(long, value_name = "on|off|log", hide_possible_values = true)]
+    /// Whether the VMM gives up the rights that it does not need, before it reads from a back-end or runs the guest: on, strict (it
+    /// does not start if the kernel lacks a part of it), log (what it would be ended for is written to the kernel's log, audit type
+    /// 1326, and done), or off (for debuggers) [default: on].
+    #[arg(long, value_name = "on|strict|log|off", hide_possible_values = true)]
     pub sandbox: Option<Mode>,
 
     /// Reads options from a TOML file: the same names and keys. The command line wins; devices

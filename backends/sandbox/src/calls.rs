@@ -188,12 +188,31 @@ pub const FILES: &[Call] = &[
 /// Opening files that Landlock leaves.
 pub const OPENING: &[Call] = &[call(libc::SYS_openat, "files")];
 
-/// What the C library tries and can do without: a program that does not keep it gets an error, and lives.
-pub(crate) const REFUSED: &[(c_long, c_int)] = &[
-    // Its flags lie in memory, where no filter can look. `clone` has them in an argument.
-    (libc::SYS_clone3, libc::ENOSYS),
-    // Memory that threads give back, and the kernel's overcommit_memory.
-    (libc::SYS_openat, libc::EACCES),
+/// What the C library and Rust's try and can do without: a program that does not keep it gets this error, and lives.
+pub(crate) const REFUSED: &[(c_int, &[Call])] = &[
+    (
+        libc::ENOSYS,
+        &[call(
+            libc::SYS_clone3,
+            "threads: its flags lie in memory, where no filter can look; `clone` has them in an argument",
+        )],
+    ),
+    (
+        libc::EACCES,
+        &[
+            call(
+                libc::SYS_openat,
+                "the kernel's overcommit_memory, when a thread gives memory back",
+            ),
+            only(
+                libc::SYS_mmap,
+                Only::Has(2, EXEC, EXEC),
+                "libraries that are loaded to look a name up",
+            ),
+            call(libc::SYS_readlink, "this program, in the trace of a panic"),
+            call(libc::SYS_getcwd, "the directory, in the trace of a panic"),
+        ],
+    ),
 ];
 
 /// Listening on a Unix socket.

@@ -21,6 +21,9 @@ pub enum FilesError {
     /// The kernel refused.
     #[error("Landlock refused a rule")]
     Rules(#[from] RulesetError),
+    /// It is not there.
+    #[error("{0}")]
+    Absent(&'static str),
     /// There is no such file to make a rule for.
     #[error("{path} cannot be looked at")]
     Path {
@@ -105,7 +108,7 @@ impl Files {
         let ports =
             ports.map(|&port| Ok::<_, RulesetError>(NetPort::new(port, AccessNet::ConnectTcp)));
         let status = ruleset.add_rules(ports)?.restrict_self()?;
-        Ok(describe(&status))
+        describe(&status)
     }
 }
 
@@ -143,8 +146,8 @@ fn directory(path: &Path) -> &Path {
     }
 }
 
-fn describe(status: &RestrictionStatus) -> String {
-    match (&status.landlock, &status.ruleset) {
+fn describe(status: &RestrictionStatus) -> Result<String, FilesError> {
+    Ok(match (&status.landlock, &status.ruleset) {
         (LandlockStatus::Available { effective_abi, .. }, RulesetStatus::FullyEnforced) => {
             format!(
                 "Landlock restricts what can be opened (version {})",
@@ -168,11 +171,14 @@ fn describe(status: &RestrictionStatus) -> String {
             )
         }
         (LandlockStatus::NotEnabled, _) => {
-            "files are not restricted, Landlock is off (boot with lsm=landlock,...)".to_owned()
+            return Err(FilesError::Absent(
+                "Landlock is off (boot with lsm=landlock,...)",
+            ));
         }
         (LandlockStatus::NotImplemented, _) => {
-            "files are not restricted, this kernel has no Landlock (CONFIG_SECURITY_LANDLOCK)"
-                .to_owned()
+            return Err(FilesError::Absent(
+                "this kernel, or a container, has no Landlock (CONFIG_SECURITY_LANDLOCK)",
+            ));
         }
-    }
+    })
 }

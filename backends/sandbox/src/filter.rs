@@ -39,32 +39,46 @@ pub enum ThreadKind {
 }
 
 /// What is installed, one after the other: the strictest answer of all holds.
-type Filters = Vec<BpfProgram>;
+type Programs = Vec<BpfProgram>;
 
-/// Those of the kinds of threads; empty if the process is not confined.
-static THREADS: OnceLock<BTreeMap<ThreadKind, Filters>> = OnceLock::new();
+/// Those of the kinds of threads; none if system calls are not restricted.
+static THREADS: OnceLock<BTreeMap<ThreadKind, Programs>> = OnceLock::new();
 
-/// Restricts all threads of the process to `calls`, and remembers what threads of a kind are restricted to.
-pub(crate) fn install(
-    mode: Mode,
-    calls: &[Call],
-    threads: &BTreeMap<ThreadKind, Vec<Call>>,
-) -> Result<(), FilterError> {
-    let kinds = threads
-        .iter()
-        .map(|(kind, calls)| Ok((*kind, compile(mode, calls)?)))
-        .collect::<Result<_, FilterError>>()?;
-    let filters = compile(mode, calls)?;
-    // Entered once.
-    let _ = THREADS.set(kinds);
-    filters
-        .iter()
-        .try_for_each(|filter| apply_filter_all_threads(filter))
-        .map_err(FilterError::Install)
+/// The filters of a process.
+pub(crate) struct Filters {
+    process: Programs,
+    threads: BTreeMap<ThreadKind, Programs>,
 }
 
-/// Restricts the calling thread, and those that it starts, to what threads of its kind need. Does nothing if the process is not
-/// confined, or its profile does not tell this kind apart.
+impl Filters {
+    pub(crate) fn compile(
+        mode: Mode,
+        calls: &[Call],
+        threads: BTreeMap<ThreadKind, Vec<Call>>,
+    ) -> Result<Self, FilterError> {
+        Ok(Self {
+            process: compile(mode, calls)?,
+            threads: threads
+                .into_iter()
+                .map(|(kind, calls)| Ok((kind, compile(mode, &calls)?)))
+                .collect::<Result<_, FilterError>>()?,
+        })
+    }
+
+    /// Restricts all threads that there are, and remembers what those of a kind are restricted to.
+    pub(crate) fn install(self) -> Result<(), FilterError> {
+        self.process
+            .iter()
+            .try_for_each(|filter| apply_filter_all_threads(filter))
+            .map_err(FilterError::Install)?;
+        // Entered once.
+        let _ = THREADS.set(self.threads);
+        Ok(())
+    }
+}
+
+/// Restricts the calling thread, and those that it starts, to what threads of its kind need. Does nothing if system calls
+/// are not restricted, or the process's profile does not tell this kind apart.
 ///
 /// # Errors
 /// [`FilterError::Install`]: the thread must not go on.
@@ -80,24 +94,29 @@ pub fn narrow(kind: ThreadKind) -> Result<(), FilterError> {
 /// The numbers of system calls are this architecture's.
 const ARCH: TargetArch = TargetArch::x86_64;
 
-/// A filter that lets pass what is kept, and what is refused; and for each refusal one that answers it.
-fn compile(mode: Mode, calls: &[Call]) -> Result<Filters, FilterError> {
+/// A filter that lets pass what is kept, and what is refused; and for each error one that answers with it.
+fn compile(mode: Mode, calls: &[Call]) -> Result<Programs, FilterError> {
     let otherwise = match mode {
         Mode::Log => SeccompAction::Log,
-        Mode::On | Mode::Off => SeccompAction::KillProcess,
+        Mode::On | Mode::Strict | Mode::Off => SeccompAction::KillProcess,
     };
-    let mut passing = rules(calls)?;
-    let mut filters = Vec::new();
-    for &(number, errno) in REFUSED {
-        if passing.contains_key(&number) {
+    let mut passing = calls.to_vec();
+    let mut filters = Programs::new();
+    for &(errno, refused) in REFUSED {
+        let kept = |refused: &Call| {
+            let same = |call: &Call| call.number == refused.number && call.only == Only::Always;
+            calls.iter().any(same)
+        };
+        let refused: Vec<Call> = refused.iter().filter(|call| !kept(call)).copied().collect();
+        if refused.is_empty() {
             continue;
         }
-        passing.insert(number, Vec::new());
+        passing.extend(&refused);
         let errno = SeccompAction::Errno(errno.unsigned_abs());
-        let only = BTreeMap::from([(number, Vec::new())]);
-        let filter = SeccompFilter::new(only, SeccompAction::Allow, errno, ARCH)?;
+        let filter = SeccompFilter::new(rules(&refused)?, SeccompAction::Allow, errno, ARCH)?;
         filters.push(filter.try_into()?);
     }
+    let passing = rules(&passing)?;
     let filter = SeccompFilter::new(passing, otherwise, SeccompAction::Allow, ARCH)?;
     filters.push(filter.try_into()?);
     Ok(filters)

@@ -82,7 +82,9 @@ pub(crate) fn drop_capabilities(keep: &[Capability]) -> Result<Vec<Capability>, 
     let failed = |set| move |source| PrivilegeError::Capabilities { set, source };
     let has = caps::read(None, CapSet::Permitted).map_err(failed(CapSet::Permitted))?;
     let kept: CapsHashSet = keep.iter().copied().filter(|c| has.contains(c)).collect();
-    if has.contains(&Capability::CAP_SETPCAP) {
+    if caps::has_cap(None, CapSet::Effective, Capability::CAP_SETPCAP)
+        .map_err(failed(CapSet::Effective))?
+    {
         for capability in caps::runtime::thread_all_supported() {
             if !kept.contains(&capability) {
                 caps::drop(None, CapSet::Bounding, capability).map_err(failed(CapSet::Bounding))?;

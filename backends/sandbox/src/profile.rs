@@ -1,6 +1,7 @@
 //! What a program keeps, and how it gives up the rest.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fmt;
 use std::path::Path;
 use std::sync::OnceLock;
@@ -13,20 +14,39 @@ use tracing::{info, warn};
 
 use crate::calls::{self, Call};
 use crate::files::{Files, FilesError};
-use crate::filter::{self, FilterError, ThreadKind};
+use crate::filter::{FilterError, Filters, ThreadKind};
 use crate::privileges::{self, PrivilegeError};
 
 /// Whether a program confines itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// A system call that is not on the list ends it.
+    /// A system call that is not on the list ends it. What the kernel does not let it have, it does without.
     #[default]
     On,
+    /// As on, but without any part of it the program does not start.
+    Strict,
     /// It has all the rights of its user.
     Off,
     /// As on, but such a call is logged by the kernel, and done.
     Log,
+}
+
+impl Mode {
+    /// A part of the confinement; none if this kernel, or a container, does not let the program have it.
+    fn part<T, E: Into<SandboxError>>(self, part: Result<T, E>) -> Result<Option<T>, SandboxError> {
+        match part.map_err(Into::into) {
+            Ok(part) => Ok(Some(part)),
+            Err(error) if self == Self::Strict => Err(error),
+            Err(error) => {
+                warn!(
+                    error = &error as &dyn Error,
+                    "goes on with more rights than it needs (--sandbox=strict would not)"
+                );
+                Ok(None)
+            }
+        }
+    }
 }
 
 /// The process cannot be confined.
@@ -34,13 +54,13 @@ pub enum Mode {
 #[non_exhaustive]
 pub enum SandboxError {
     /// Privileges cannot be dropped.
-    #[error("cannot drop privileges; --sandbox=off does without")]
+    #[error("privileges cannot be dropped")]
     Privileges(#[from] PrivilegeError),
-    /// The kernel refused rules for files that it should know.
-    #[error("cannot restrict the files that can be opened; --sandbox=off does without")]
+    /// The files that can be opened are as many as before.
+    #[error("the files that can be opened cannot be restricted")]
     Files(#[from] FilesError),
-    /// The kernel refused the filter of system calls.
-    #[error("cannot restrict system calls; --sandbox=off does without")]
+    /// The system calls are as many as before.
+    #[error("system calls cannot be restricted")]
     Filter(#[from] FilterError),
 }
 
@@ -173,10 +193,11 @@ impl Profile {
     /// Gives up everything else, for good. To be called from the main thread before the process reads from a guest or a peer,
     /// best before it has other threads: of those that it has, the system calls are restricted, and nothing else.
     ///
-    /// What this kernel does not have is said in the log, and done without.
+    /// What this kernel, or a container, does not let it have is said in the log, and done without, unless the mode is
+    /// [`Mode::Strict`].
     ///
     /// # Errors
-    /// [`SandboxError`]: the kernel refused what it should be able to do.
+    /// [`SandboxError`]: a strict program cannot have all of it.
     pub fn enter(self, mode: Mode) -> Result<(), SandboxError> {
         let Self {
             program,
@@ -193,28 +214,30 @@ impl Profile {
             return Ok(());
         }
         // Before /proc is out of reach.
-        let threads_before = privileges::threads();
-        privileges::hide()?;
+        let threads_before = privileges::threads().saturating_sub(1);
+        let filters = Filters::compile(mode, &calls, threads)?;
+        mode.part(privileges::hide())?;
         let namespaces = privileges::separate(network);
-        let kept = privileges::drop_capabilities(&capabilities)?;
-        let landlock = files.enforce()?;
-        filter::install(mode, &calls, &threads)?;
+        let kept = mode.part(privileges::drop_capabilities(&capabilities))?;
+        let landlock = mode.part(files.enforce())?;
+        let seccomp = mode.part(filters.install())?;
         // Entered once: a second filter only takes away more.
         let _ = CONFINED.set(());
         info!(
-            "confined: {landlock}; namespaces of its own: {}; capabilities kept: {}",
+            "confined: system calls {}; {}; namespaces of its own: {}; capabilities kept: {}",
+            seccomp.map_or("not restricted", |()| "restricted"),
+            landlock.as_deref().unwrap_or("files not restricted"),
             List(&namespaces),
-            List(&kept)
+            kept.map_or("all".to_owned(), |kept| List(&kept).to_string()),
         );
         if mode == Mode::Log {
             warn!(
                 "system calls that are not on the list are logged by the kernel (audit type 1326) and done (--sandbox=log)"
             );
         }
-        if threads_before > 1 {
+        if threads_before > 0 {
             info!(
-                "{} threads were there before: their system calls are restricted, but they keep files and capabilities",
-                threads_before.saturating_sub(1)
+                "{threads_before} threads were there before: their system calls are restricted, but they keep files and capabilities",
             );
         }
         Ok(())

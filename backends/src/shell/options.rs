@@ -130,12 +130,14 @@ pub struct ShellArgs {
     ///
     /// System calls, files, network, capabilities: what the program does not need for the disk or network card that it serves. One
     /// that makes another system call than those is ended by the kernel, whose log (dmesg, audit type 1326) has
-    /// the number of the call. `log` has it logged there, and done: to find out what is missing. `off` is for debuggers.
+    /// the number of the call. What the kernel, or a container, does not have of all this is said in the log, and done without; with
+    /// `strict` the program does not start then. `log` has a call logged, and done: to find out what is missing. `off` is for
+    /// debuggers.
     #[arg(
         long,
         value_enum,
         default_value = "on",
-        value_name = "on|off|log",
+        value_name = "on|strict|log|off",
         hide_possible_values = true
     )]
     pub sandbox: Mode,

@@ -98,6 +98,10 @@ pub const REFUSED: &[(&str, Attempt)] = &[
         let mut options = OpenOptions::new();
         options.write(true).create(true).open(path).map(drop)
     }),
+    ("map a library", || {
+        // PROT_READ | PROT_EXEC
+        call(libc::SYS_mmap, [0, 4096, 5])
+    }),
 ];
 
 /// In the program that is run again: confines the process by what `confine` does with the name of a profile, and tries what the
