@@ -16,6 +16,20 @@ pub enum Only {
     Own(u8),
 }
 
+impl Only {
+    /// Whether arguments are such ones. Whose the number of a process is nobody can tell from them.
+    #[must_use]
+    pub fn holds(&self, arguments: &[u64]) -> bool {
+        let (argument, mask, value) = match *self {
+            Self::Always | Self::Own(_) => return true,
+            Self::Is(argument, value) => (argument, !0, value),
+            Self::Has(argument, mask, value) => (argument, mask, value),
+        };
+        let argument = arguments.get(usize::from(argument));
+        argument.is_some_and(|argument| argument & mask & 0xffff_ffff == value)
+    }
+}
+
 /// A system call that a program keeps.
 #[derive(Debug, Clone, Copy)]
 pub struct Call {
@@ -25,15 +39,25 @@ pub struct Call {
     pub only: Only,
     /// What for.
     pub why: &'static str,
+    /// The native tests may never make it: that depends on the C library, the kernel, the moment or the host, or takes a guest.
+    pub rare: bool,
 }
 
 const fn call(number: c_long, why: &'static str) -> Call {
-    let only = Only::Always;
-    Call { number, only, why }
+    only(number, Only::Always, why)
 }
 
 const fn only(number: c_long, only: Only, why: &'static str) -> Call {
-    Call { number, only, why }
+    Call {
+        number,
+        only,
+        why,
+        rare: false,
+    }
+}
+
+const fn rare(call: Call) -> Call {
+    Call { rare: true, ..call }
 }
 
 /// An ioctl by its request.
@@ -90,8 +114,11 @@ pub const RUNTIME: &[Call] = &[
         "stacks of threads; nothing that can be executed",
     ),
     call(libc::SYS_munmap, "memory"),
-    call(libc::SYS_mremap, "memory that grows"),
-    call(libc::SYS_madvise, "memory given back, or left out of dumps"),
+    rare(call(libc::SYS_mremap, "memory that grows")),
+    rare(call(
+        libc::SYS_madvise,
+        "memory given back, or left out of dumps",
+    )),
     call(libc::SYS_futex, "locks, and threads that end"),
     only(
         libc::SYS_clone,
@@ -116,18 +143,25 @@ pub const RUNTIME: &[Call] = &[
         Only::Is(0, libc::PR_SET_NAME as u64),
         "names of threads",
     ),
-    only(libc::SYS_prctl, Only::Is(0, PR_SET_VMA), "names of memory"),
+    rare(only(
+        libc::SYS_prctl,
+        Only::Is(0, PR_SET_VMA),
+        "names of memory",
+    )),
     only(
         libc::SYS_prctl,
         Only::Is(0, libc::PR_SET_NO_NEW_PRIVS as u64),
         "threads that restrict themselves",
     ),
     call(libc::SYS_seccomp, "the same; a filter only takes away"),
-    call(libc::SYS_sched_yield, "locks"),
+    rare(call(libc::SYS_sched_yield, "locks")),
     call(libc::SYS_sched_getaffinity, "the number of processors"),
-    call(libc::SYS_clock_gettime, "time, where the vDSO has none"),
+    rare(call(
+        libc::SYS_clock_gettime,
+        "time, where the vDSO has none",
+    )),
     call(libc::SYS_clock_nanosleep, "pauses"),
-    call(libc::SYS_restart_syscall, "a pause after a stop"),
+    rare(call(libc::SYS_restart_syscall, "a pause after a stop")),
     call(libc::SYS_getrandom, "seeds of hash tables"),
     call(libc::SYS_poll, "waiting for a descriptor"),
     call(libc::SYS_eventfd2, "waking threads"),
@@ -144,7 +178,7 @@ pub const EVENTS: &[Call] = &[
     call(libc::SYS_epoll_ctl, "what they wait for"),
     call(libc::SYS_epoll_wait, "waiting"),
     call(libc::SYS_timerfd_create, "timers"),
-    call(libc::SYS_timerfd_settime, "timers"),
+    rare(call(libc::SYS_timerfd_settime, "timers")),
 ];
 
 /// Sockets that are connected or listening.
@@ -162,12 +196,11 @@ pub const SOCKETS: &[Call] = &[
     call(libc::SYS_getsockname, "kinds of sockets"),
     call(libc::SYS_shutdown, "ends of connections"),
     ioctl(libc::FIONBIO, "sockets that do not block"),
-    ioctl(libc::FIONREAD, "how much there is to read"),
 ];
 
 /// Files that are open, their names, and memory that peers share.
 pub const FILES: &[Call] = &[
-    call(libc::SYS_fstat, "memory that a front-end shares"),
+    rare(call(libc::SYS_fstat, "memory that a front-end shares")),
     call(
         libc::SYS_newfstatat,
         "the socket's file, before it is removed",
@@ -179,17 +212,17 @@ pub const FILES: &[Call] = &[
     call(libc::SYS_fstatfs, "the size of its pages"),
     call(libc::SYS_lseek, "the size of a device"),
     call(libc::SYS_unlink, "the socket's file, at the end"),
-    call(libc::SYS_unlinkat, "the socket's file, at the end"),
+    rare(call(libc::SYS_unlinkat, "the socket's file, at the end")),
     call(libc::SYS_memfd_create, "notes of requests in flight"),
     call(libc::SYS_ftruncate, "their size; the size of an image"),
-    call(libc::SYS_sched_setaffinity, "where threads run"),
+    rare(call(libc::SYS_sched_setaffinity, "where threads run")),
 ];
 
 /// Opening files that Landlock leaves.
 pub const OPENING: &[Call] = &[call(libc::SYS_openat, "files")];
 
 /// What the C library and Rust's try and can do without: a program that does not keep it gets this error, and lives.
-pub(crate) const REFUSED: &[(c_int, &[Call])] = &[
+pub const REFUSED: &[(c_int, &[Call])] = &[
     (
         libc::ENOSYS,
         &[call(
@@ -233,27 +266,27 @@ pub const CONNECTING: &[Call] = &[
 /// Connecting to a server over TCP.
 pub const TCP: &[Call] = &[
     socket(libc::AF_INET, "a server that is replaced"),
-    socket(libc::AF_INET6, "a server that is replaced"),
+    rare(socket(libc::AF_INET6, "a server that is replaced")),
     call(libc::SYS_connect, "the same"),
 ];
 
 /// Looking up names of hosts, by the C library.
 pub const NAMES: &[Call] = &[
     socket(libc::AF_INET, "name servers"),
-    socket(libc::AF_INET6, "name servers"),
-    socket(libc::AF_UNIX, "a local cache of names"),
-    socket(
+    rare(socket(libc::AF_INET6, "name servers")),
+    rare(socket(libc::AF_UNIX, "a local cache of names")),
+    rare(socket(
         libc::AF_NETLINK,
         "addresses of this host, to order those of another by",
-    ),
+    )),
     call(libc::SYS_connect, "name servers"),
-    call(libc::SYS_bind, "netlink"),
-    call(libc::SYS_sendmmsg, "questions to name servers"),
+    rare(call(libc::SYS_bind, "netlink")),
+    rare(call(libc::SYS_sendmmsg, "questions to name servers")),
     call(libc::SYS_openat, "configuration"),
-    call(libc::SYS_fstat, "configuration"),
-    call(libc::SYS_newfstatat, "configuration"),
-    call(libc::SYS_lseek, "configuration"),
-    call(libc::SYS_uname, "the domain of this host"),
+    rare(call(libc::SYS_fstat, "configuration")),
+    rare(call(libc::SYS_newfstatat, "configuration")),
+    rare(call(libc::SYS_lseek, "configuration")),
+    rare(call(libc::SYS_uname, "the domain of this host")),
 ];
 
 /// What says where name servers are.
@@ -281,16 +314,16 @@ pub const URING_SETUP: &[Call] = &[call(libc::SYS_io_uring_setup, "a ring for ea
 /// Reading and writing files by offset.
 pub const STORAGE: &[Call] = &[
     call(libc::SYS_pread64, "tables of an image"),
-    call(libc::SYS_pwrite64, "tables of an image"),
+    rare(call(libc::SYS_pwrite64, "tables of an image")),
     call(libc::SYS_preadv, "data of an image"),
     call(libc::SYS_pwritev, "data of an image"),
     call(libc::SYS_fsync, "what is to be durable"),
-    call(libc::SYS_fdatasync, "what is to be durable"),
+    rare(call(libc::SYS_fdatasync, "what is to be durable")),
     call(libc::SYS_fallocate, "holes"),
     call(libc::SYS_ftruncate, "the size of an image"),
     call(libc::SYS_lseek, "holes"),
     call(libc::SYS_statx, "the size of an image"),
-    call(libc::SYS_fstat, "the size of an image"),
+    rare(call(libc::SYS_fstat, "the size of an image")),
 ];
 
 /// Sending and receiving on sockets that are connected.
@@ -317,7 +350,7 @@ pub const FRAMES: &[Call] = &[
 
 /// A packet socket.
 pub const PACKET: &[Call] = &[
-    socket(libc::AF_PACKET, "a queue that is attached again"),
+    rare(socket(libc::AF_PACKET, "a queue that is attached again")),
     call(libc::SYS_bind, "the same"),
     call(libc::SYS_setsockopt, "the same"),
     call(libc::SYS_getsockopt, "the same"),
@@ -325,33 +358,33 @@ pub const PACKET: &[Call] = &[
 
 /// BPF_MAP_UPDATE_ELEM and BPF_MAP_DELETE_ELEM (bpf(2)).
 pub const BPF_MAPS: &[Call] = &[
-    only(
+    rare(only(
         libc::SYS_bpf,
         Only::Is(0, 2),
         "which packets go to which queue",
-    ),
-    only(
+    )),
+    rare(only(
         libc::SYS_bpf,
         Only::Is(0, 3),
         "which packets go to which queue",
-    ),
+    )),
 ];
 
 /// A virtual machine: its processors, its memory, its interrupts.
 pub const MACHINE: &[Call] = &[
-    call(libc::SYS_socketpair, "requests of a back-end"),
-    call(libc::SYS_sysinfo, "how much memory the host has"),
+    rare(call(libc::SYS_socketpair, "requests of a back-end")),
+    rare(call(libc::SYS_sysinfo, "how much memory the host has")),
     ioctls(0xae, "KVM"),
     call(
         libc::SYS_fallocate,
         "guest memory that is to be there from the start, or is added",
     ),
     call(libc::SYS_pread64, "registers of devices, boot images"),
-    call(libc::SYS_pwrite64, "registers of devices"),
-    ioctl(libc::TCGETS, "the terminal"),
-    ioctl(libc::TCSETS, "the terminal"),
-    ioctl(libc::TCSETSW, "the terminal"),
-    ioctl(libc::TCSETSF, "the terminal"),
+    rare(call(libc::SYS_pwrite64, "registers of devices")),
+    rare(ioctl(libc::TCGETS, "the terminal")),
+    rare(ioctl(libc::TCSETS, "the terminal")),
+    rare(ioctl(libc::TCSETSW, "the terminal")),
+    rare(ioctl(libc::TCSETSF, "the terminal")),
 ];
 
 /// Assigned devices: VFIO and iommufd, whose requests share a letter.
@@ -399,6 +432,29 @@ pub const CEPH: &[Call] = &[
     call(libc::SYS_umask, "the admin socket"),
 ];
 
+/// All of them, by their names.
+pub const GROUPS: &[(&str, &[Call])] = &[
+    ("RUNTIME", RUNTIME),
+    ("EVENTS", EVENTS),
+    ("SOCKETS", SOCKETS),
+    ("FILES", FILES),
+    ("OPENING", OPENING),
+    ("LISTENING", LISTENING),
+    ("CONNECTING", CONNECTING),
+    ("TCP", TCP),
+    ("NAMES", NAMES),
+    ("URING", URING),
+    ("URING_SETUP", URING_SETUP),
+    ("STORAGE", STORAGE),
+    ("STREAMS", STREAMS),
+    ("FRAMES", FRAMES),
+    ("PACKET", PACKET),
+    ("BPF_MAPS", BPF_MAPS),
+    ("MACHINE", MACHINE),
+    ("VFIO", VFIO),
+    ("CEPH", CEPH),
+];
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -422,30 +478,10 @@ mod tests {
             libc::SYS_unshare,
             libc::SYS_setns,
             libc::SYS_setuid,
-            libc::SYS_bpf,
             libc::SYS_pkey_mprotect,
             libc::SYS_memfd_secret,
         ];
-        let groups = [
-            RUNTIME,
-            EVENTS,
-            SOCKETS,
-            FILES,
-            LISTENING,
-            CONNECTING,
-            TCP,
-            NAMES,
-            URING,
-            URING_SETUP,
-            STORAGE,
-            STREAMS,
-            FRAMES,
-            PACKET,
-            MACHINE,
-            VFIO,
-            CEPH,
-        ];
-        for call in groups.into_iter().flatten() {
+        for call in GROUPS.iter().flat_map(|(_, calls)| *calls) {
             assert!(!forbidden.contains(&call.number), "{call:?}");
             assert!(!call.why.is_empty(), "{call:?}");
         }

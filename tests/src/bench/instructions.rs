@@ -81,9 +81,10 @@ pub fn count(site: &Site, directory: &Path) -> Result<Instructions> {
 /// Instructions of one whole run.
 fn total(site: &Site, tool: &Path, directory: &Path, shape: Shape, requests: u64) -> Result<u64> {
     let library = tool.parent().unwrap_or(tool);
+    // Beside the program's calls valgrind makes its own.
     let line = format!(
         "env VALGRIND_LIB={library} VALGRIND_LAUNCHER={tool} {tool} --tool=callgrind --callgrind-out-file=/dev/null \
-         {program} --socket-path {{socket}} --null 1G --poll 0",
+         {program} --socket-path {{socket}} --null 1G --poll 0 --sandbox off",
         library = command::quoted(&library.display().to_string()),
         tool = command::quoted(&tool.display().to_string()),
         program = command::quoted(&site.programs.join("ringside-blk").display().to_string()),
