@@ -6,8 +6,8 @@
 //! ```
 //!
 //! passt knows no virtio-net header, so there are no offloads. A frame of which the socket took only a part is finished before
-//! the next one: its rest is kept here. When passt goes, it is connected to or started again, at growing intervals;
-//! frames from the guest are dropped meanwhile.
+//! the next one: its rest is kept here. When passt goes, it is connected to again, or started again if this program is not
+//! confined, at growing intervals; frames from the guest are dropped meanwhile.
 
 use std::ffi::OsString;
 use std::io;
