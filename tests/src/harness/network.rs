@@ -263,7 +263,9 @@ fn listens(pid: u32, port: u16) -> bool {
 /// # Errors
 /// Fails if it does not come to listen.
 pub fn iperf3_server(site: &Site, namespace: Option<&Namespace>) -> Result<Daemon> {
-    let mut command = site.root_program("usr/bin/iperf3");
+    let program = site.root_program("usr/bin/iperf3");
+    let mut command = bound(program.get_program());
+    command.args(program.get_args());
     command.args(["--server", "--forceflush"]);
     if let Some(namespace) = namespace {
         command = namespace.enter(&command);

@@ -113,6 +113,8 @@ pub(super) fn announce(side: Side<'_>) -> Result<(), LoadError> {
 pub(super) struct Lane<'m> {
     pub(super) interrupts: &'m Epoll,
     pub(super) polling: bool,
+    /// What is sent is what is received: by another card.
+    pub(super) forwards: bool,
     /// Frames to move in all, where they are counted.
     pub(super) left: Option<u64>,
 }
@@ -148,6 +150,7 @@ impl Lane<'_> {
                 counts = Counts::default();
             }
             let ended = match self.left {
+                Some(left) if self.forwards => counts.received >= left,
                 Some(left) => counts.frames() >= left,
                 None => phase.now() == Phase::END,
             };

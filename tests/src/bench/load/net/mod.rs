@@ -202,17 +202,7 @@ impl Card {
         Ok(card)
     }
 
-    fn receive(&mut self, depth: u16) -> Side<'_> {
-        let ([queue, _], [buffers, _]) = (&mut self.queues, self.buffers);
-        Side::receive(&self.memory, queue, buffers, depth)
-    }
-
-    fn transmit(&mut self, depth: u16, frame: u32) -> Side<'_> {
-        let ([_, queue], [_, buffers]) = (&mut self.queues, self.buffers);
-        Side::transmit(&self.memory, queue, buffers, depth, frame)
-    }
-
-    /// Both at once.
+    /// Both queues, each with so many buffers in use, and the length of what is sent.
     fn sides(&mut self, received: u16, sent: u16, frame: u32) -> [Side<'_>; 2] {
         let ([receive, transmit], [into, from]) = (&mut self.queues, self.buffers);
         [
@@ -233,7 +223,8 @@ pub(super) fn run(args: &NetArgs) -> Result<(), LoadError> {
             let hello = packet(SHORT, PEER, GUEST);
             let mut other = Card::loaded(socket, args, &hello, 1)?;
             // A switch knows from now on where frames for it go.
-            lane::announce(other.transmit(1, SHORT))?;
+            let [_, transmit] = other.sides(0, 1, SHORT);
+            lane::announce(transmit)?;
             Some(other)
         }
         None => None,
@@ -245,7 +236,13 @@ pub(super) fn run(args: &NetArgs) -> Result<(), LoadError> {
         waiting_for(&[&receive.call, &transmit.call])?
     };
     let sides = match &mut other {
-        Some(other) => [other.receive(depth), card.transmit(depth, args.frame)],
+        Some(other) => {
+            let ([receive, _], [_, transmit]) = (
+                other.sides(depth, 0, args.frame),
+                card.sides(0, depth, args.frame),
+            );
+            [receive, transmit]
+        }
         None => {
             let depth = |used: bool| if used { depth } else { 0 };
             let (received, sent) = (args.direction.receives(), args.direction.sends());
@@ -255,6 +252,7 @@ pub(super) fn run(args: &NetArgs) -> Result<(), LoadError> {
     let lane = Lane {
         interrupts: &interrupts,
         polling: args.polling(),
+        forwards: args.to.is_some(),
         left: args.count,
     };
     let job: Job<'_, Counts> = Box::new(|phase, ready| {
