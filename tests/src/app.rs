@@ -112,10 +112,10 @@ enum Bench {
         #[command(flatten)]
         options: BlkBench,
     },
-    /// ringside-net and DPDK's vhost port, by frames from vhost-user front-ends, and a bare loop on a TAP
+    /// ringside-net, DPDK's vhost ports and passt, by frames and TCP from vhost-user front-ends, and a bare loop on a TAP
     ///
-    /// Front-ends are one of our own and DPDK's virtio-user. What takes the frames of a row, or gives them, is the same for
-    /// all back-ends of it. Needs root, for a network namespace with a TAP in it.
+    /// Front-ends are two of our own and DPDK's virtio-user. What takes the frames of a row, or gives them, is the same for
+    /// all back-ends of it. Rows with a TAP, and those of TCP, need root, for network namespaces; the others do without.
     Net {
         /// Agree to what setup installs and downloads, without being asked
         #[arg(long, short)]
