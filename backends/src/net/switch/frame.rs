@@ -151,6 +151,12 @@ pub(super) enum Rest<'a> {
     Bytes(&'a [u8]),
 }
 
+/// An address is of a group (IEEE 802, 8.2.2).
+#[inline]
+pub(super) fn is_group(address: u64) -> bool {
+    address >> 40 & 1 != 0
+}
+
 /// What is known of a frame from its first bytes.
 #[derive(Debug)]
 pub(super) struct Beginning {
@@ -344,16 +350,22 @@ impl Beginning {
         self.prefix().get(offset..)?.first_chunk().copied()
     }
 
-    /// Where it goes to.
+    /// The address at an offset, as a number of 48 bits.
     #[inline]
-    pub(super) fn destination(&self) -> [u8; 6] {
-        self.bytes_at(0).unwrap_or_default()
+    fn address_at(&self, offset: usize) -> u64 {
+        self.bytes_at(offset).map_or(0, u64::from_be_bytes) >> 16
     }
 
-    /// Where it says that it comes from.
+    /// Where it goes to, as a number.
     #[inline]
-    pub(super) fn source(&self) -> [u8; 6] {
-        self.bytes_at(6).unwrap_or_default()
+    pub(super) fn destination(&self) -> u64 {
+        self.address_at(0)
+    }
+
+    /// Where it says that it comes from, as a number.
+    #[inline]
+    pub(super) fn source(&self) -> u64 {
+        self.address_at(6)
     }
 
     /// What it carries.
@@ -365,13 +377,13 @@ impl Beginning {
     /// It goes to a group.
     #[inline]
     pub(super) fn is_to_group(&self) -> bool {
-        self.destination()[0] & 1 != 0
+        is_group(self.destination())
     }
 
     /// It is between neighbours and never forwarded (IEEE 802.1Q, 8.6.3).
     #[inline]
     pub(super) fn is_link_local(&self) -> bool {
-        matches!(self.destination(), [0x01, 0x80, 0xc2, 0, 0, last] if last < 0x10)
+        self.destination() & !0xf == 0x0180_c200_0000
     }
 
     /// Without its tag it would have another one in its place, which would put it into a VLAN of its sender's choice.

@@ -28,6 +28,7 @@
 //! | `worker` | the thread |
 //! | `frame`, `policy`, `table` | what a frame says, whether it may, and where to |
 //! | `outlet`, `offload` | how it gets there |
+//! | `window` | guest memory, for copies |
 //! | `signal` | interrupts that never wait |
 
 mod counters;
@@ -43,6 +44,7 @@ mod signal;
 mod table;
 #[cfg(test)]
 mod tests;
+mod window;
 mod worker;
 
 pub use hub::{Switch, SwitchError};

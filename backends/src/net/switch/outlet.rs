@@ -6,12 +6,10 @@
 use std::io;
 use std::sync::Arc;
 
-use ringside_rings::{
-    ChainBuf, PopError, RingError, Segment, Session, in_one_region, write_segments,
-};
+use ringside_rings::{ChainBuf, PopError, RingError, Segment, Session, write_segments};
 use tracing::{debug, warn};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestAddress, Permissions};
 
 use super::super::features::{has, header_len};
 use super::super::iov::IoList;
@@ -23,6 +21,7 @@ use super::offload::{self, Room};
 use super::policy::Form;
 use super::shared::PortShared;
 use super::signal::Signals;
+use super::window::Window;
 use crate::net::tx::MAX_FRAME;
 use crate::shell::{LogLimit, Memory, Vring};
 
@@ -68,8 +67,8 @@ impl RxRing {
         }
     }
 
-    /// Opens it for packets.
-    fn open(&mut self) -> Result<Opened<'_>, RingError> {
+    /// Opens it for packets; `memory` is its memory.
+    fn open<'a>(&'a mut self, memory: &'a Memory) -> Result<Opened<'a>, RingError> {
         let Self {
             ring,
             first,
@@ -82,6 +81,7 @@ impl RxRing {
         session.disable_notifications()?;
         Ok(Opened {
             session,
+            window: Window::new(memory),
             first,
             other,
             heads,
@@ -124,6 +124,7 @@ impl RxRing {
 /// A receive ring for as many packets as there are for it in a row.
 struct Opened<'a> {
     session: Session<'a, Memory>,
+    window: Window<'a>,
     first: &'a mut ChainBuf,
     /// Chains of a packet behind the first one.
     other: &'a mut ChainBuf,
@@ -140,6 +141,7 @@ impl Opened<'_> {
         let mut bytes = packet.bytes(self.header_len);
         let Self {
             session,
+            window,
             first,
             header_len,
             ..
@@ -157,7 +159,7 @@ impl Opened<'_> {
                         session.rewind(1);
                         return Ok(Put::Unfit);
                     }
-                    match fill(session.memory(), chain.writable(), count, &mut bytes) {
+                    match window.each(chain.writable(), count, |place| bytes.copy_to(place)) {
                         true => Ok((head, count)),
                         false => Err(head),
                     }
@@ -189,6 +191,7 @@ impl Opened<'_> {
     ) -> Result<Put, RingError> {
         let Self {
             session,
+            window,
             first,
             other,
             heads,
@@ -210,7 +213,7 @@ impl Opened<'_> {
                         }
                         let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
                         let count = left.min(room);
-                        if fill(session.memory(), chain.writable(), count, &mut bytes) {
+                        if window.each(chain.writable(), count, |place| bytes.copy_to(place)) {
                             left = left.saturating_sub(count);
                             heads.push((chain.head(), length(count)));
                             if left == 0 {
@@ -296,34 +299,6 @@ pub(super) fn tell_of_failure(ring: &Ring, port: &PortShared, signals: &Signals)
     interrupt(ring, port, signals);
 }
 
-/// Copies `count` bytes into segments of guest memory.
-#[inline]
-fn fill(memory: &Memory, segments: &[Segment], count: usize, bytes: &mut Bytes<'_>) -> bool {
-    let mut left = count;
-    for segment in segments {
-        let len = usize::try_from(segment.len).unwrap_or(usize::MAX).min(left);
-        if let Some(slice) = in_one_region(memory, segment.addr, len) {
-            if !bytes.copy_to(slice) {
-                return false;
-            }
-        } else {
-            let Ok(slices) = memory.get_slices(segment.addr, len, Permissions::Write) else {
-                return false;
-            };
-            for slice in slices {
-                if !slice.is_ok_and(|slice| bytes.copy_to(slice)) {
-                    return false;
-                }
-            }
-        }
-        left = left.saturating_sub(len);
-        if left == 0 {
-            break;
-        }
-    }
-    left == 0
-}
-
 /// A guest's side of a port, as frames for it see it.
 pub(super) struct GuestOutlet {
     /// By queue pair.
@@ -388,7 +363,8 @@ impl GuestOutlet {
                 frames.next();
                 continue;
             };
-            let served = ring.open().and_then(|mut opened| {
+            let memory = Arc::clone(&ring.ring.vring.memory);
+            let served = ring.open(&memory).and_then(|mut opened| {
                 while let Some(frame) = frames.next_if(|next| queue_of(spread, next) == queue) {
                     let mut broken = None;
                     shared.finished(&frame, room, |part, form| {
@@ -525,8 +501,9 @@ impl LinkOutlet {
         };
         let whole = [Segment::new(GuestAddress(0), len)];
         let count = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut bytes = packet.bytes(MAX_HEADER);
         self.list.clear();
-        if !fill(&self.memory, &whole, count, &mut packet.bytes(MAX_HEADER))
+        if !Window::new(&self.memory).each(&whole, count, |place| bytes.copy_to(place))
             || self.list.append(&whole, Permissions::Read).is_err()
         {
             return Put::Unfit;

@@ -168,7 +168,7 @@ impl Policy {
         let holds = |address| self.macs.contains(&MacAddress::new(address));
         let arp = [ETHERTYPE_ARP, ETHERTYPE_RARP].contains(&frame.ethertype());
         // Whose address is asked for or told (RFC 826): `ar$sha`.
-        holds(frame.source()) && (!arp || frame.bytes_at(22).is_some_and(holds))
+        frame.bytes_at(6).is_some_and(holds) && (!arp || frame.bytes_at(22).is_some_and(holds))
     }
 
     fn allows_ip(&self, frame: &Beginning) -> bool {

@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use epoll::Events;
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use ringside_rings::{Chain, PopError, RingError, Segment, read_segments};
+use ringside_rings::{Chain, PopError, RingError, Segment};
 use tracing::{debug, error, warn};
 
 use super::super::config::MacAddress;
@@ -34,13 +34,14 @@ use super::super::ring::Ring;
 use super::super::settings::Shared;
 use super::super::worker::POLL_INTERVAL;
 use super::counters::AllPorts;
-use super::frame::{Beginning, Frame, MAX_HEADER, PREFIX, Refused, Rest};
+use super::frame::{Beginning, Frame, MAX_HEADER, PREFIX, Refused, Rest, is_group};
 use super::offload::Room;
 use super::outlet::{Egress, GuestOutlet, LinkOutlet, Outlet, RxRing, interrupt, tell_of_failure};
 use super::policy::{MAX_PORTS, PortId};
 use super::shared::PortShared;
 use super::signal::Signals;
 use super::table::{Key, Learnt, Table};
+use super::window::Window;
 use crate::net::tx::{MAX_FRAME, MIN_FRAME};
 use crate::shell::{Command, Commands, Memory, PollLimits, PollWindow, Vring};
 
@@ -178,8 +179,8 @@ struct Fabric {
     /// By port.
     egress: Vec<Option<Egress>>,
     table: Table,
-    /// Addresses that belong to one port, sorted.
-    owners: Vec<([u8; 6], PortId)>,
+    /// Addresses that belong to one port, as numbers, sorted.
+    owners: Vec<(u64, PortId)>,
     room: Room,
     /// Ports that were given frames in this round, as bits.
     touched: u64,
@@ -857,7 +858,7 @@ impl Batch {
     #[inline]
     fn take(
         &mut self,
-        memory: &Memory,
+        window: &mut Window<'_>,
         chain: &Chain<'_>,
         header_len: usize,
         shared: &PortShared,
@@ -879,9 +880,21 @@ impl Batch {
             skip,
         } = slot;
         let count = len.min(header_len + PREFIX);
-        let place = beginning.place(header_len, count);
-        read_segments(memory, pieces, 0, place.ok_or(Refused::Malformed)?)
-            .map_err(|_| Refused::Malformed)?;
+        let mut place = beginning
+            .place(header_len, count)
+            .ok_or(Refused::Malformed)?;
+        let whole = window.each(pieces, count, |piece| {
+            let room = std::mem::take(&mut place);
+            let Some((now, later)) = room.split_at_mut_checked(piece.len()) else {
+                return false;
+            };
+            piece.copy_to(now);
+            place = later;
+            true
+        });
+        if !whole {
+            return Err(Refused::Malformed);
+        }
         beginning.understand(
             header_len,
             count - header_len,
@@ -926,6 +939,8 @@ impl TxRing {
         // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol), and so is one whose
         // cable is pulled.
         let serves = ring.vring.enabled && shared.is_up();
+        let memory = Arc::clone(&ring.vring.memory);
+        let mut window = Window::new(&memory);
         let (mut session, buf, _) = ring.parts()?;
         session.disable_notifications()?;
         batch.clear();
@@ -947,7 +962,7 @@ impl TxRing {
                             break Ok(Turn::Throttled(wait));
                         }
                         let route = |frame: &Beginning| fabric.route(port, shared, last, frame);
-                        match batch.take(session.memory(), &chain, *header_len, shared, route) {
+                        match batch.take(&mut window, &chain, *header_len, shared, route) {
                             Ok(true) => {
                                 left = left.saturating_sub(1);
                                 continue;
@@ -969,9 +984,8 @@ impl TxRing {
             session.push_used(head, 0)?;
             left = left.saturating_sub(1);
         };
-        let memory = session.memory();
         fabric.deliver(batch.to, batch.slots(), |slot| Rest::Guest {
-            memory,
+            memory: &memory,
             segments: batch
                 .segments
                 .get(slot.segments.clone())
@@ -1083,7 +1097,7 @@ impl Fabric {
     ) -> u64 {
         let counters = &shared.counters;
         let source = frame.source();
-        if source[0] & 1 != 0 {
+        if is_group(source) {
             counters.tx_dropped.add(1);
             return 0;
         }
@@ -1162,7 +1176,7 @@ impl Fabric {
         }
     }
 
-    fn owner(&self, address: [u8; 6]) -> Option<PortId> {
+    fn owner(&self, address: u64) -> Option<PortId> {
         let at = self
             .owners
             .binary_search_by_key(&address, |&(address, _)| address)
@@ -1179,7 +1193,10 @@ impl Fabric {
                 let own = shared.mac.into_iter();
                 own.chain(shared.policy.macs.iter().copied())
             });
-            addresses.map(move |address| (address.octets(), port))
+            addresses.map(move |address| {
+                let [a, b, c, d, e, f] = address.octets();
+                (u64::from_be_bytes([0, 0, a, b, c, d, e, f]), port)
+            })
         });
         self.owners = owners.collect();
         self.owners.sort_unstable();
