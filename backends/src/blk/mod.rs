@@ -14,6 +14,7 @@
 
 mod args;
 mod config;
+mod confine;
 mod device;
 mod disk;
 #[cfg(test)]
@@ -39,6 +40,7 @@ use std::time::Duration;
 
 use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
+use ringside_sandbox::{Profile, ThreadKind, narrow};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -324,21 +326,28 @@ impl Device for Blk {
         let thread = thread::Builder::new()
             .name(format!("blk-queue-{worker}"))
             // The io_uring belongs to the thread that makes it.
-            .spawn(move || match Worker::new(shared, side, commands, stats) {
-                Ok(worker) => {
-                    if ready.send(Ok(())).is_ok() {
-                        worker.run();
+            .spawn(move || {
+                let worker = Worker::new(shared, side, commands, stats);
+                let worker = worker.map_err(|e| Box::new(UringError(e)).into());
+                // From here on there is no other ring to be had.
+                let worker =
+                    worker.and_then(|worker| Ok(narrow(ThreadKind::Queue).map(|()| worker)?));
+                match worker {
+                    Ok(worker) => {
+                        if ready.send(Ok(())).is_ok() {
+                            worker.run();
+                        }
                     }
-                }
-                Err(e) => {
-                    // The receiver waits for it.
-                    let _ = ready.send(Err(e));
+                    Err(e) => {
+                        // The receiver waits for it.
+                        let _ = ready.send(Err(e));
+                    }
                 }
             })
             .map_err(|e| failed(e.into()))?;
         match started.recv() {
             Ok(Ok(())) => Ok(WorkerThread::Own(thread)),
-            Ok(Err(e)) => Err(failed(Box::new(UringError(e)))),
+            Ok(Err(e)) => Err(failed(e)),
             Err(e) => Err(failed(Box::new(e))),
         }
     }
@@ -354,6 +363,10 @@ impl Device for Blk {
         };
         let capacity = capacity.map_err(|e| DeviceError::Refresh(Box::new(e)))?;
         Ok(self.set_capacity(capacity))
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        confine::needs(self, profile);
     }
 
     fn statistics(&self) -> Arc<dyn Statistics> {

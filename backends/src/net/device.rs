@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::thread;
 
 use ringside_control::{ApiError, ErrorCode};
+use ringside_sandbox::{Profile, ThreadKind, calls};
 use serde_json::{Map, Value, json};
 use tracing::{debug, error, info};
 use virtio_bindings::virtio_net::{
@@ -21,6 +22,7 @@ use super::settings::{Settings, Shared};
 use super::worker::PairWorker;
 use crate::shell::{
     Chain as Causes, Commands, Device, DeviceError, LogLimit, PollLimits, Statistics, WorkerThread,
+    confined,
 };
 
 /// The MTU of an Ethernet that nobody has configured.
@@ -138,8 +140,16 @@ impl PairStart {
         let worker = worker.spinning(poll);
         thread::Builder::new()
             .name(format!("net-pair{pair}"))
-            .spawn(move || worker.run())
+            .spawn(move || confined(ThreadKind::Queue, || worker.run()))
     }
+}
+
+/// What any network card needs when the program is confined, besides what the shell does.
+pub(super) fn needs(profile: &mut Profile) {
+    profile
+        .calls(calls::FRAMES)
+        .thread(ThreadKind::Queue, &[calls::EVENTS, calls::FRAMES])
+        .thread(ThreadKind::Helper, &[calls::EVENTS]);
 }
 
 impl Device for Net {
@@ -243,10 +253,15 @@ impl Device for Net {
                     ControlWorker::new(interface, shared, pairs, commands).map_err(failed)?;
                 thread::Builder::new()
                     .name("net-control".to_owned())
-                    .spawn(move || worker.run())
+                    .spawn(move || confined(ThreadKind::Helper, || worker.run()))
             }
         };
         thread.map(WorkerThread::Own).map_err(failed)
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        needs(profile);
+        self.interface.needs(profile);
     }
 
     fn statistics(&self) -> Arc<dyn Statistics> {

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use ringside_control::{ApiError, ErrorCode, Size};
+use ringside_sandbox::Profile;
 use serde_json::{Map, Value};
 use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -194,6 +195,12 @@ pub trait Device {
     /// [`DeviceError::Refresh`]
     fn refresh(&mut self) -> Result<bool, DeviceError> {
         Ok(false)
+    }
+
+    /// Says what it needs from when the program is confined on, besides what the shell does. All that can be open is open
+    /// then; workers have not been started.
+    fn needs(&self, profile: &mut Profile) {
+        let _ = profile;
     }
 
     /// What it counts.

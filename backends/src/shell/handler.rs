@@ -634,7 +634,9 @@ impl<D: Device> Handler<D> {
             next_used: next_used.unwrap_or(next_avail),
         };
         let ring = match &self.notes {
-            Some(notes) => DeviceRing::resume(&config, memory.as_ref(), notes.of(index, packed)?),
+            Some(notes) => {
+                DeviceRing::resume(&config, memory.as_ref(), notes.of(index, size, packed)?)
+            }
             None => DeviceRing::new(&config, memory.as_ref()),
         };
         let ring = ring.map_err(|source| HandlerError::Ring { index, source })?;
@@ -1040,7 +1042,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         inflight: &VhostUserInflight,
     ) -> ProtocolResult<(VhostUserInflight, File)> {
         let (queues, size) = self.tracked(inflight)?;
-        Ok(inflight::create(queues, size).map_err(HandlerError::from)?)
+        Ok(inflight::create(queues, size, self.max_queue_size()).map_err(HandlerError::from)?)
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> ProtocolResult<()> {

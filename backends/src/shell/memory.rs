@@ -7,7 +7,9 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use ringside_sandbox::memory::exclude_from_dumps;
 use thiserror::Error;
+use tracing::debug;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
@@ -248,6 +250,9 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Mapped, MemoryError
         .file_offset()
         .and_then(|offset| Guarded::new(mapping.as_ptr().addr(), size, offset.file()))
         .ok_or(MemoryError::TooMany { limit: MAX_SLOTS })?;
+    if let Err(error) = exclude_from_dumps(mapping.as_ptr(), size) {
+        debug!("guest memory at {guest:#x} would be part of a core dump: {error}");
+    }
     let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or_else(range)?;
     debug_assert_eq!(region.len(), len);
     Ok(Mapped {

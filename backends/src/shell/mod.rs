@@ -32,6 +32,7 @@
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
+mod confine;
 mod control;
 mod counter;
 mod daemon;
@@ -51,6 +52,8 @@ mod socket;
 mod torn;
 mod vring;
 
+pub use confine::confine;
+pub(crate) use confine::confined;
 pub use control::Statistics;
 pub use counter::Counter;
 pub use daemon::{ShellError, main, main_with, run};

@@ -47,12 +47,12 @@ pub enum SessionError {
     )]
     MemoryGone,
     /// A message broke the protocol.
-    #[error("message {request}")]
+    #[error("message {request}: {}", Cause(error))]
     Protocol {
         /// Which message.
         request: String,
         /// What is wrong with it.
-        source: ProtocolError,
+        error: ProtocolError,
     },
 }
 
@@ -150,9 +150,9 @@ impl<D: Device> Session<D> {
                 }
                 Ok(Step::Served)
             }
-            Err(source) => Err(SessionError::Protocol {
+            Err(error) => Err(SessionError::Protocol {
                 request: header.name(),
-                source,
+                error,
             }),
         }
     }

@@ -154,6 +154,11 @@ impl Daemon {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap()
     }
 
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id() as i32), signal).unwrap();
     }

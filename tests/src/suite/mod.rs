@@ -2,6 +2,7 @@
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
 mod bench;
+mod bench_net;
 mod blk;
 mod blk_control;
 mod boot;
@@ -55,6 +56,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         crash::TESTS,
         formats::TESTS,
         bench::TESTS,
+        bench_net::TESTS,
         net::TESTS,
         net_switch::TESTS,
         links::TESTS,
