@@ -37,6 +37,9 @@ pub enum DeviceError {
     /// What the device is made of cannot be used as it is now.
     #[error("the device stays as it was")]
     Refresh(#[source] Box<dyn StdError + Send + Sync>),
+    /// What the device is made of cannot be used now.
+    #[error("the device cannot be used")]
+    Use(#[source] Box<dyn StdError + Send + Sync>),
     /// A worker thread cannot be started.
     #[error("worker {worker} cannot be started")]
     Worker {
@@ -177,6 +180,17 @@ pub trait Device {
         worker: usize,
         commands: Commands,
     ) -> Result<WorkerThread, DeviceError>;
+
+    /// The first ring is about to run.
+    ///
+    /// # Errors
+    /// [`DeviceError::Use`]: it stays stopped.
+    fn begin_use(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// No ring runs any more, nor will without the front-end's starting it.
+    fn end_use(&mut self) {}
 
     /// The front-end goes on with a ring that its driver has used before: the ring begins with a base other than 0, for the
     /// first time in this connection, and is enabled. So it is after the front-end or this program was replaced under

@@ -318,7 +318,7 @@ mod tests {
         log.mark(0, 0);
         log.mark(u64::MAX, 1);
         log.mark(256 * LOG_PAGE, 1);
-        assert_eq!(take(&file), []);
+        assert_eq!(take(&file), Vec::<u64>::new());
     }
 
     #[test]
@@ -347,9 +347,9 @@ mod tests {
         // The same memory, without marks.
         plain.write_obj(8_u32, at(9)).unwrap();
         mark_written(&plain, place, 1);
-        assert_eq!(take(&file), []);
+        assert_eq!(take(&file), Vec::<u64>::new());
         assert_eq!(logged.read_obj::<u32>(at(9)).unwrap(), 8);
         let _: u16 = logged.load(at(15), Ordering::Acquire).unwrap();
-        assert_eq!(take(&file), []);
+        assert_eq!(take(&file), Vec::<u64>::new());
     }
 }

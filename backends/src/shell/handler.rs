@@ -250,6 +250,8 @@ pub(super) struct Handler<D> {
     requests: Option<UnixStream>,
     /// A front-end is connected.
     connected: Arc<AtomicBool>,
+    /// Rings run, or will as soon as what was changed is there again.
+    in_use: bool,
     /// The workers are to take no chains.
     paused: bool,
     /// For what front-ends can bring about as often as they like.
@@ -288,6 +290,7 @@ impl<D: Device> Handler<D> {
             acked_protocol: 0,
             requests: None,
             connected: Arc::default(),
+            in_use: false,
             paused: false,
             log: LogLimit::default(),
         })
@@ -614,7 +617,16 @@ impl<D: Device> Handler<D> {
         let state = self.state(index)?;
         state.kick = Kick::Unset;
         state.started = false;
+        self.look_at_use();
         Ok(())
+    }
+
+    /// Tells the device if it is not in use any more.
+    fn look_at_use(&mut self) {
+        if self.in_use && !self.rings.iter().any(|ring| ring.started) {
+            self.in_use = false;
+            self.device.end_use();
+        }
     }
 
     fn running(&self) -> impl Iterator<Item = u16> + '_ {
@@ -679,11 +691,21 @@ impl<D: Device> Handler<D> {
             next_avail,
             next_used: next_used.unwrap_or(next_avail),
         };
+        if !self.in_use {
+            self.device.begin_use()?;
+            self.in_use = true;
+        }
         let ring = match &self.notes {
             Some(notes) => DeviceRing::resume(&config, memory.as_ref(), notes.of(index, packed)?),
             None => DeviceRing::new(&config, memory.as_ref()),
         };
-        let ring = ring.map_err(|source| HandlerError::Ring { index, source })?;
+        let ring = match ring {
+            Ok(ring) => ring,
+            Err(source) => {
+                self.look_at_use();
+                return Err(HandlerError::Ring { index, source });
+            }
+        };
         let begun = ring.has_begun();
         let state = self.state(index)?;
         let vring = Vring {
@@ -790,6 +812,7 @@ impl<D: Device> Handler<D> {
         for ring in &mut self.rings {
             *ring = RingState::default();
         }
+        self.look_at_use();
         Ok(())
     }
 

@@ -432,6 +432,15 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
 
 impl FrontEnd {
     pub fn new(socket: &Path, setup: Setup) -> Self {
+        let mut this = Self::idle(socket, setup);
+        for index in 0..setup.queues {
+            this.start(index, this.fresh());
+        }
+        this
+    }
+
+    /// The same, with queues that do not run yet.
+    pub fn idle(socket: &Path, setup: Setup) -> Self {
         let raw = Raw::connect(socket);
         let (mut messages, features) = negotiate_on(raw.0.try_clone().unwrap(), setup.refused());
         let wanted = [(setup.packed, RING_PACKED), (setup.in_order, IN_ORDER)];
@@ -463,7 +472,7 @@ impl FrontEnd {
             this.track(&inflight);
             this.inflight = Some(inflight);
         }
-        for index in 0..setup.queues {
+        for _ in 0..setup.queues {
             let layout = |base| {
                 let layout = if setup.packed {
                     DriverLayout::packed(base, setup.size, 0).unwrap()
@@ -488,7 +497,6 @@ impl FrontEnd {
                 err: eventfd(),
                 interrupts: 0,
             });
-            this.start(index, this.fresh());
         }
         this
     }
@@ -552,6 +560,16 @@ impl FrontEnd {
 
     /// Sends all that a ring needs to run, from `base` on.
     pub fn start(&mut self, index: usize, base: u32) {
+        self.prepare(index, base);
+        let kick = &self.queues[index].kick;
+        self.messages.set_vring_kick(index, kick).unwrap();
+        if self.features & PROTOCOL_FEATURES != 0 {
+            self.messages.set_vring_enable(index, true).unwrap();
+        }
+    }
+
+    /// Sends what comes before the kick.
+    pub fn prepare(&mut self, index: usize, base: u32) {
         self.raw.set_vring_base(index, base);
         let queue = &self.queues[index];
         let layout = queue.ring.layout();
@@ -561,10 +579,6 @@ impl FrontEnd {
             .unwrap();
         self.messages.set_vring_call(index, &queue.call).unwrap();
         self.messages.set_vring_err(index, &queue.err).unwrap();
-        self.messages.set_vring_kick(index, &queue.kick).unwrap();
-        if self.features & PROTOCOL_FEATURES != 0 {
-            self.messages.set_vring_enable(index, true).unwrap();
-        }
     }
 
     pub fn addresses(&self, layout: &DriverLayout) -> VringConfigData {

@@ -8,6 +8,7 @@ mod boot;
 mod crash;
 mod formats;
 mod links;
+mod migration;
 mod net;
 mod net_features;
 mod net_switch;
@@ -60,6 +61,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         links::TESTS,
         net_features::TESTS,
         others::TESTS,
+        migration::TESTS,
         zoned::TESTS,
     ]
     .into_iter()
