@@ -131,7 +131,7 @@ pub trait Device {
     fn features(&self) -> u64;
 
     /// The vhost-user protocol features that the device needs beyond those of the shell (REPLY_ACK, MQ,
-    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE).
+    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE, LOG_SHMFD).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::empty()
     }
@@ -199,6 +199,12 @@ pub trait Device {
     fn resumed(&mut self, queue: u16) -> bool {
         let _ = queue;
         false
+    }
+
+    /// Makes the guest known to the network where it is now, by a packet from this address (VHOST_USER_SEND_RARP). Called only
+    /// with the protocol feature RARP.
+    fn send_rarp(&mut self, mac: [u8; 6]) {
+        let _ = mac;
     }
 
     /// Looks again at what the device is made of, because the user asked for it by SIGHUP. Returns whether the

@@ -409,6 +409,16 @@ impl<D: Device> Handler<D> {
         self.acked_protocol & VhostUserProtocolFeatures::LOG_SHMFD.bits() != 0
     }
 
+    /// Whether the front-end may send SEND_RARP.
+    pub(super) fn takes_rarp(&self) -> bool {
+        self.acked_protocol & VhostUserProtocolFeatures::RARP.bits() != 0
+    }
+
+    /// VHOST_USER_SEND_RARP.
+    pub(super) fn send_rarp(&mut self, mac: [u8; 6]) {
+        self.device.send_rarp(mac);
+    }
+
     /// The socket on which the front-end takes our requests.
     pub(super) fn set_requests(&mut self, socket: UnixStream) {
         self.requests = Some(socket);

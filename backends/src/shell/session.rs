@@ -136,6 +136,8 @@ impl<D: Device> Session<D> {
             self.set_requests(header)
         } else if header.is(FrontendReq::SET_LOG_FD) && self.lock().takes_log() {
             self.set_log_fd(header)
+        } else if header.is(FrontendReq::SEND_RARP) && self.lock().takes_rarp() {
+            self.send_rarp(header)
         } else {
             self.messages.handle_request()
         };
@@ -252,6 +254,18 @@ impl<D: Device> Session<D> {
     /// front-end is known that waits for that instead of looking, and it would cost each batch a system call.
     fn set_log_fd(&mut self, header: Header) -> Result<(), ProtocolError> {
         drop(self.take_descriptor(header)?);
+        self.acknowledge(header, true)
+    }
+
+    /// Serves a SEND_RARP, which the `vhost` crate does not know: the guest's address is in the first six bytes of its payload.
+    fn send_rarp(&mut self, header: Header) -> Result<(), ProtocolError> {
+        let mut message = [0; HEADER + 8];
+        if header.size != 8 || header.flags & !FLAG_NEED_REPLY != VERSION {
+            return Err(ProtocolError::InvalidMessage);
+        }
+        self.socket.read_exact(&mut message).map_err(socket_error)?;
+        let [.., a, b, c, d, e, f, _, _] = message;
+        self.lock().send_rarp([a, b, c, d, e, f]);
         self.acknowledge(header, true)
     }
 

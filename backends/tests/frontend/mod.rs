@@ -423,8 +423,10 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(protocol.contains(wanted), "{protocol:?}");
-    let tracking = protocol & VhostUserProtocolFeatures::INFLIGHT_SHMFD;
-    messages.set_protocol_features(wanted | tracking).unwrap();
+    let of_device = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RARP;
+    messages
+        .set_protocol_features(wanted | protocol & of_device)
+        .unwrap();
     messages.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     messages.set_features(features).unwrap();
     (messages, features)
