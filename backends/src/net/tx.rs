@@ -38,6 +38,11 @@ enum Sent {
 }
 
 impl Tx {
+    /// Bytes of the header in front of each packet.
+    pub(super) fn header_len(&self) -> usize {
+        self.header_len
+    }
+
     pub(super) fn new(vring: Box<Vring>, log: &LogLimit) -> Self {
         Self {
             header_len: header_len(vring.features).into(),

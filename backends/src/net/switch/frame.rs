@@ -17,6 +17,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP,
     VIRTIO_NET_HDR_GSO_UDP_L4,
 };
+use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{Address, GuestMemory, Permissions, VolatileSlice};
 
 use super::policy::{Form, Vlans};
@@ -502,7 +503,7 @@ pub(super) struct Bytes<'a> {
 impl Bytes<'_> {
     /// Copies the next bytes until `to` is full. `false` if there are not enough.
     #[inline]
-    pub(super) fn copy_to(&mut self, to: VolatileSlice<'_>) -> bool {
+    pub(super) fn copy_to<B: BitmapSlice + Copy>(&mut self, to: VolatileSlice<'_, B>) -> bool {
         let mut to = to;
         for part in [&mut self.header, &mut self.front] {
             if part.is_empty() {
@@ -533,11 +534,11 @@ impl Bytes<'_> {
 }
 
 /// Copies from segments of one guest to memory of another, from byte `skip` on; both go on behind what was copied.
-fn copy_from_guest(
+fn copy_from_guest<B: BitmapSlice + Copy>(
     memory: &Memory,
     segments: &mut &[Segment],
     skip: &mut usize,
-    to: VolatileSlice<'_>,
+    to: VolatileSlice<'_, B>,
 ) -> bool {
     let mut to = to;
     while !to.is_empty() {
