@@ -1,11 +1,9 @@
 //! Guest memory as frames are copied from and to it.
 
 use ringside_rings::Segment;
-use vm_memory::{
-    GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions, VolatileSlice,
-};
+use vm_memory::{GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, Permissions};
 
-use crate::shell::Memory;
+use crate::shell::{GuestSlice, Memory};
 
 /// Guest memory with the region that was met last: the next piece mostly lies there, too, and to look regions up costs more than
 /// all else that is done for a piece of a short frame.
@@ -13,7 +11,7 @@ pub(super) struct Window<'a> {
     memory: &'a Memory,
     /// Guest-physical address of the region.
     start: u64,
-    region: Option<VolatileSlice<'a>>,
+    region: Option<GuestSlice<'a>>,
 }
 
 impl<'a> Window<'a> {
@@ -27,19 +25,19 @@ impl<'a> Window<'a> {
 
     /// Bytes `addr..addr + len`, if they lie in one region.
     #[inline]
-    pub(super) fn piece(&mut self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'a>> {
+    pub(super) fn piece(&mut self, addr: GuestAddress, len: usize) -> Option<GuestSlice<'a>> {
         self.in_region(addr, len).or_else(|| self.find(addr, len))
     }
 
     #[inline]
-    fn in_region(&self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'a>> {
+    fn in_region(&self, addr: GuestAddress, len: usize) -> Option<GuestSlice<'a>> {
         let offset = addr.0.checked_sub(self.start)?;
         let offset = usize::try_from(offset).ok()?;
         self.region.as_ref()?.subslice(offset, len).ok()
     }
 
     #[inline(never)]
-    fn find(&mut self, addr: GuestAddress, len: usize) -> Option<VolatileSlice<'a>> {
+    fn find(&mut self, addr: GuestAddress, len: usize) -> Option<GuestSlice<'a>> {
         let region = self.memory.find_region(addr)?;
         self.start = region.start_addr().0;
         self.region = region.as_volatile_slice().ok();
@@ -53,7 +51,7 @@ impl<'a> Window<'a> {
         &mut self,
         segments: &[Segment],
         count: usize,
-        mut take: impl FnMut(VolatileSlice<'a>) -> bool,
+        mut take: impl FnMut(GuestSlice<'a>) -> bool,
     ) -> bool {
         let mut left = count;
         for segment in segments {
