@@ -1081,7 +1081,7 @@ fn two_programs_use_a_disk_in_turns() {
         front.messages.set_vring_kick(0, &front.queues[0].kick)
     };
     assert!(start(&mut there, 0).is_err());
-    assert!(second.log().contains("is in use by another program"));
+    second.wait_for_line("is in use by another program");
     let base = here.messages.get_vring_base(0).unwrap();
     start(&mut there, 0).unwrap();
     there.messages.set_vring_enable(0, true).unwrap();
