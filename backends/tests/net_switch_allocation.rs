@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use ringside_backends::net::{NetArgs, Switch, SwitchArgs, SwitchPort};
 use ringside_backends::shell::{
-    Command, CommandSender, Device, Hub, OpenPort, Vring, command_channel,
+    Command, CommandSender, Device, Hub, Memory, OpenPort, Vring, command_channel,
 };
 use ringside_rings::{DeviceRing, DriverLayout, DriverRing, Segment};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Allocations of all threads but those of the test.
@@ -76,7 +76,7 @@ const COUNTED: u64 = 20_000;
 
 /// A guest of which one queue matters.
 struct Guest {
-    memory: Arc<GuestMemoryMmap<()>>,
+    memory: Arc<Memory>,
     driver: DriverRing<u64>,
     kick: EventFd,
     sender: CommandSender,
@@ -93,7 +93,7 @@ impl Guest {
         device.spawn_worker(0, commands).unwrap();
         let features = device.features() & features;
         device.set_features(features);
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
+        let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
         let layout = DriverLayout::new(GuestAddress(0), SIZE, 0).unwrap();
         let driver = DriverRing::new(layout, true, memory.as_ref()).unwrap();
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();

@@ -348,6 +348,13 @@ pub const FRAMES: &[Call] = &[
     call(libc::SYS_sendto, "frames, and a ring of AF_XDP"),
 ];
 
+/// Asynchronous I/O, of a context that exists: it signals eventfds without waiting. It can read and write what is open, no more.
+pub const SIGNALS: &[Call] = &[
+    call(libc::SYS_io_submit, "an interrupt"),
+    rare(call(libc::SYS_io_getevents, "room for more of them")),
+    rare(call(libc::SYS_io_destroy, "the end")),
+];
+
 /// A packet socket.
 pub const PACKET: &[Call] = &[
     rare(socket(libc::AF_PACKET, "a queue that is attached again")),
@@ -448,6 +455,7 @@ pub const GROUPS: &[(&str, &[Call])] = &[
     ("STORAGE", STORAGE),
     ("STREAMS", STREAMS),
     ("FRAMES", FRAMES),
+    ("SIGNALS", SIGNALS),
     ("PACKET", PACKET),
     ("BPF_MAPS", BPF_MAPS),
     ("MACHINE", MACHINE),

@@ -52,7 +52,7 @@ use crate::shell::{
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, ZoneGeometry};
-pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges, Source};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Lock, Ranges, Source};
 pub use image::{
     HandshakeError, HeaderError, Image, LoadError, NameError, Nbd, NbdError, Qcow2Error, Rbd,
     RbdError, UriError,
@@ -74,6 +74,8 @@ const SEG_MAX: u16 = 126;
 pub struct BlkConfig {
     /// The disk; `None` answers all requests at once and moves no data, to measure the rest.
     pub disk: Option<Disk>,
+    /// When it is locked.
+    pub lock: Lock,
     /// What the driver is told.
     pub geometry: Geometry,
     /// The driver may not write.
@@ -111,6 +113,7 @@ pub struct Blk {
     default_writeback: bool,
     path: Option<PathBuf>,
     source: Option<Source>,
+    lock: Lock,
     /// By queue.
     stats: Vec<Arc<QueueStats>>,
     shared: Shared,
@@ -123,6 +126,7 @@ impl Blk {
     pub fn new(config: BlkConfig) -> Self {
         let BlkConfig {
             disk,
+            lock,
             geometry,
             read_only,
             writeback,
@@ -225,6 +229,7 @@ impl Blk {
             },
             limit: LogLimit::default(),
             source,
+            lock,
         }
     }
 }
@@ -296,6 +301,22 @@ impl Device for Blk {
 
     fn worker_count(&self) -> usize {
         usize::from(self.geometry.queues)
+    }
+
+    fn begin_use(&mut self) -> Result<(), DeviceError> {
+        if let (Lock::Running, Some(path), Some(Source::Raw(file))) =
+            (self.lock, &self.path, &self.source)
+        {
+            disk::lock(file, path, self.shared.limits.read_only, args::LOCK_WAIT)
+                .map_err(|e| DeviceError::Use(Box::new(e)))?;
+        }
+        Ok(())
+    }
+
+    fn end_use(&mut self) {
+        if let (Lock::Running, Some(Source::Raw(file))) = (self.lock, &self.source) {
+            disk::unlock(file);
+        }
     }
 
     fn worker_of(&self, queue: u16) -> usize {
@@ -457,6 +478,7 @@ impl Device for Blk {
             default_writeback,
             path: _,
             source: _,
+            lock: _,
             stats: _,
             shared,
             limit: _,

@@ -20,11 +20,9 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use ringside_rings::{Segment, in_one_region};
 use thiserror::Error;
 use tracing::{debug, warn};
-use vm_memory::{
-    GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions, VolatileSlice,
-};
+use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions};
 
-use crate::shell::Memory;
+use crate::shell::{GuestSlice, Memory, is_logged, mark_written};
 
 /// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -124,6 +122,8 @@ pub(super) struct Uring {
     unsubmitted: u32,
     /// What the iovecs point into.
     memory: Option<Arc<Memory>>,
+    /// What is written there is to be marked.
+    logged: bool,
     /// Guest memory is to be registered with the ring.
     registers: bool,
     /// The registered buffers, by their place in the kernel's table: address and length in bytes.
@@ -189,6 +189,7 @@ impl Uring {
             in_flight: 0,
             unsubmitted: 0,
             memory: None,
+            logged: false,
             registers,
             registered: Vec::new(),
             bounce: None,
@@ -216,6 +217,7 @@ impl Uring {
         {
             warn!("guest memory stays pinned until the thread ends: {e}");
         }
+        self.logged = memory.as_deref().is_some_and(is_logged);
         self.memory = memory;
         if self.registers
             && let Err(e) = self.register()
@@ -324,7 +326,7 @@ impl Uring {
             left = left.saturating_sub(take);
             let count = usize::try_from(take).map_err(|_| failed())?;
             let start = vm_memory::GuestAddress(start);
-            let mut add = |slice: VolatileSlice<'_, ()>| {
+            let mut add = |slice: GuestSlice<'_>| {
                 if state.iovecs.len() == MAX_IOVECS {
                     return Err(PrepareError::TooManySegments);
                 }
@@ -427,6 +429,28 @@ impl Uring {
         }
     }
 
+    /// A read into a slot's memory failed, maybe after some of it was written.
+    pub(super) fn read_failed(&self, slot: u16) {
+        let state = self.slots.get(usize::from(slot));
+        if self.logged && state.is_some_and(|state| state.bounce.is_none()) {
+            self.mark(slot, usize::MAX);
+        }
+    }
+
+    /// Marks the next `bytes` of a slot's memory as written.
+    #[cold]
+    fn mark(&self, slot: u16, bytes: usize) {
+        let (Some(memory), Some(state)) = (&self.memory, self.slots.get(usize::from(slot))) else {
+            return;
+        };
+        let mut left = bytes;
+        for iovec in state.iovecs.get(state.next..).unwrap_or_default() {
+            let written = iovec.iov_len.min(left);
+            mark_written(memory, iovec.iov_base.cast(), written);
+            left = left.saturating_sub(written);
+        }
+    }
+
     /// Notes that `bytes` of a slot's memory are done.
     pub(super) fn advance(&mut self, slot: u16, bytes: usize, direction: Direction) {
         let bounced = self
@@ -435,6 +459,9 @@ impl Uring {
             .is_some_and(|s| s.bounce.is_some());
         if bounced && direction == Direction::Read {
             self.scatter(slot, bytes);
+        }
+        if self.logged && direction == Direction::Read {
+            self.mark(slot, bytes);
         }
         let Ok(state) = self.free_slot(slot) else {
             return;

@@ -8,11 +8,12 @@ use ringside_control::{ApiError, ErrorCode};
 use ringside_sandbox::{Profile, ThreadKind, calls};
 use serde_json::{Map, Value, json};
 use tracing::{debug, error, info};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
 };
 
-use super::config::{NetConfig, Status};
+use super::config::{MacAddress, NetConfig, Status};
 use super::control_worker::ControlWorker;
 use super::counters::{AllCounters, Counters};
 use super::features::{control_queue, feature_name, guest_offloads, has, header_len, tun_offloads};
@@ -111,7 +112,10 @@ impl Net {
         self.shared.change(|settings| {
             // The cable is not the driver's.
             filter.link_up = settings.filter.link_up;
-            *settings = Settings::new(filter, self.config.pairs);
+            *settings = Settings {
+                rarp: settings.rarp,
+                ..Settings::new(filter, self.config.pairs)
+            };
         });
     }
 }
@@ -155,6 +159,10 @@ pub(super) fn needs(profile: &mut Profile) {
 impl Device for Net {
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::RARP
     }
 
     /// Two for each pair, and the control queue.
@@ -297,6 +305,14 @@ impl Device for Net {
         }
         self.shared.change(|settings| settings.announce = true);
         Ok(true)
+    }
+
+    fn send_rarp(&mut self, mac: [u8; 6]) {
+        debug!("the guest is made known to the network in its place");
+        self.shared.change(|settings| {
+            let (_, asked) = settings.rarp;
+            settings.rarp = (MacAddress::new(mac), asked.wrapping_add(1));
+        });
     }
 
     fn set_link(&mut self, up: bool) -> Result<bool, ApiError> {

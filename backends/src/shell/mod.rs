@@ -28,6 +28,7 @@
 //! | sends one without wanting a reply, or garbage, or half a message | ends the connection; the next front-end is served |
 //! | leaves with requests in flight | waits for their end before guest memory is unmapped |
 //! | truncates the file of guest memory | goes on with zeroes there, and ends the connection (`torn`) |
+//! | gives a dirty log that is too short for its guest | refuses it, or the memory that is too much for it (`dirty`) |
 //! | leaves notes about requests in flight that make no sense | does not start that ring; the others go on (`inflight`) |
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
@@ -37,6 +38,7 @@ mod control;
 mod counter;
 mod daemon;
 mod device;
+mod dirty;
 mod handler;
 mod inflight;
 mod limit;
@@ -58,6 +60,8 @@ pub use control::Statistics;
 pub use counter::Counter;
 pub use daemon::{ShellError, main, main_with, run};
 pub use device::{Device, DeviceError, Drained, OpenError, WorkerThread, config_range};
+pub(crate) use dirty::{GuestSlice, is_logged, mark_written};
+pub use dirty::{LogError, Memory, PageLog, PageSlice};
 pub use handler::HandlerError;
 pub use limit::LogLimit;
 pub use memory::MemoryError;
@@ -69,4 +73,4 @@ pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;
-pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel, signal};
+pub use vring::{Command, CommandSender, Commands, Vring, command_channel, signal};

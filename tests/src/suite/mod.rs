@@ -9,6 +9,7 @@ mod boot;
 mod crash;
 mod formats;
 mod links;
+mod migration;
 mod net;
 mod net_features;
 mod net_switch;
@@ -62,6 +63,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         links::TESTS,
         net_features::TESTS,
         others::TESTS,
+        migration::TESTS,
         zoned::TESTS,
     ]
     .into_iter()

@@ -6,7 +6,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use ringside_control::{ApiError, ErrorCode};
-use ringside_sandbox::{Profile, ThreadKind};
+use ringside_sandbox::{Profile, ThreadKind, calls};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{error, info};
@@ -202,6 +202,9 @@ impl Hub for Switch {
 
     fn needs(&self, profile: &mut Profile) {
         needs(profile);
+        profile
+            .calls(calls::SIGNALS)
+            .thread(ThreadKind::Queue, &[calls::SIGNALS]);
         self.uplinks.iter().for_each(|link| link.needs(profile));
     }
 
