@@ -67,9 +67,9 @@ const CARDS: [Card; 3] = [
 /// How often each card is measured each way, in turn.
 const ROUNDS: usize = 3;
 /// How long, in seconds.
-const SECONDS: u64 = 2;
+const SECONDS: u64 = 1;
 /// How long packets are counted, in seconds.
-pub(super) const COUNTED: u64 = 5;
+pub(super) const COUNTED: u64 = 3;
 
 /// One guest of QEMU with three cards, each on a TAP of its own: bulk TCP each way, and what a packet costs. How fast they are to
 /// each other is printed, and depends on the machine; how often the guest was left does less so.
