@@ -12,6 +12,7 @@
 //!                harness             back-ends, guests, networks, counters: what tests are written with
 //!
 //! cargo lab bench ─── bench          back-ends beside others' on the machine itself, no guest
+//! cargo lab fuzz ──── fuzz           the targets of `ringside-fuzz` under libFuzzer
 //! ```
 #![deny(unsafe_code)]
 
@@ -21,6 +22,7 @@ pub mod command;
 pub mod cpio;
 pub mod demo;
 pub mod error;
+pub mod fuzz;
 pub mod harness;
 pub mod initramfs;
 pub mod inside;

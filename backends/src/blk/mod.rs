@@ -18,6 +18,9 @@ mod device;
 mod disk;
 #[cfg(test)]
 mod driven;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod image;
 mod limits;
 mod mailbox;

@@ -30,6 +30,8 @@
 
 mod counters;
 mod frame;
+#[cfg(feature = "fuzzing")]
+pub(super) mod fuzz;
 mod hub;
 mod offload;
 mod options;
@@ -42,6 +44,8 @@ mod table;
 mod tests;
 mod worker;
 
+#[cfg(feature = "fuzzing")]
+pub use fuzz::frame as fuzz_frame;
 pub use hub::{Switch, SwitchError};
 pub use options::{OptionsError, SwitchArgs};
 pub use port::SwitchPort;
