@@ -85,6 +85,8 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
     /// Loads a value as it lies in memory.
     #[inline]
     fn load_atomic<T: AtomicAccess>(&self, offset: usize, order: Ordering) -> Result<T, RingError> {
+        #[cfg(test)]
+        turns::offer();
         self.slice.load(offset, order).map_err(self.failed(offset))
     }
 
@@ -96,6 +98,8 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         value: T,
         order: Ordering,
     ) -> Result<(), RingError> {
+        #[cfg(test)]
+        turns::offer();
         #[cfg(test)]
         if !stores::may_store() {
             return Ok(());
@@ -255,5 +259,29 @@ pub(crate) mod stores {
             LEFT.set(left.saturating_sub(1));
         }
         left > 0
+    }
+}
+
+/// Places where the other side may come in: before each access by which one is ordered.
+#[cfg(test)]
+pub(crate) mod turns {
+    use std::cell::Cell;
+
+    use shuttle::sync::atomic::{AtomicBool, Ordering};
+
+    thread_local! {
+        /// A scheduler decides whose turn it is.
+        static SCHEDULED: Cell<bool> = const { Cell::new(false) };
+    }
+
+    /// From now on, or not any more, for both sides: they are one thread to the system.
+    pub(crate) fn scheduled(on: bool) {
+        SCHEDULED.set(on);
+    }
+
+    pub(super) fn offer() {
+        if SCHEDULED.get() {
+            AtomicBool::new(false).load(Ordering::SeqCst);
+        }
     }
 }

@@ -150,6 +150,8 @@ mod device;
 mod driver;
 mod error;
 mod inflight;
+#[cfg(test)]
+mod interleavings;
 mod order;
 mod packed;
 mod segment;

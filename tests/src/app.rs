@@ -13,6 +13,7 @@ use crate::calls;
 use crate::command::quoted;
 use crate::demo;
 use crate::error::{Doing, LabError, Result};
+use crate::fuzz;
 use crate::inside;
 use crate::l1::{self, Run};
 use crate::link::Link;
@@ -42,6 +43,7 @@ Examples:
   cargo lab bench net          back-ends of network cards, ours and DPDK's, measured here
   cargo lab calls              system calls of confined programs: what is superfluous
   cargo lab check              format, lints, native tests: before each commit
+  cargo lab fuzz --seconds 600 what guests, peers and files can send, ten minutes each
   cargo lab clean              removes the lab from the cache directory
 
 Options of demo, test, shell and setup:
@@ -155,6 +157,21 @@ enum Action {
     ///
     /// Needs strace, and root for most of the tests. Fails if a list has a call that no test needs and that it does not say to be rare.
     Calls,
+    /// Search for inputs that break what guests, peers and files reach, guided by the branches that they take
+    ///
+    /// Needs a C++ compiler, for libFuzzer. What is found beyond the inputs in tests/fuzz/inputs is kept under target/fuzz and
+    /// gone on with the next time. `cargo test -p ringside-fuzz` runs the same targets over those inputs, without a search.
+    Fuzz {
+        /// Targets, by name; all of them if none is given
+        #[arg(value_name = "TARGET")]
+        targets: Vec<String>,
+        /// How long to search, for each target
+        #[arg(long, default_value_t = 60, value_name = "N")]
+        seconds: u32,
+        /// Find accesses outside allocated memory, too (AddressSanitizer; needs the nightly toolchain)
+        #[arg(long)]
+        sanitize: bool,
+    },
     /// Open a shell in the lab VM, or run one command where guests run
     Shell {
         #[command(flatten)]
@@ -223,6 +240,11 @@ fn run(action: Action) -> Result<ExitCode> {
         } => test(&common, &filters, list),
         Action::Check { no_tests } => check(no_tests),
         Action::Calls => compare_calls(),
+        Action::Fuzz {
+            targets,
+            seconds,
+            sanitize,
+        } => fuzz::run(&targets, seconds, sanitize).map(|()| ExitCode::SUCCESS),
         Action::Shell { common, command } => shell(&common, &command),
         Action::Bench(Bench::Blk {
             yes,

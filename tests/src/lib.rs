@@ -13,6 +13,7 @@
 //!
 //! cargo lab bench ─── bench          back-ends beside others' on the machine itself, no guest
 //! cargo lab calls ─── calls          system calls of confined programs, beside their lists
+//! cargo lab fuzz ──── fuzz           the targets of `ringside-fuzz` under libFuzzer
 //! ```
 #![deny(unsafe_code)]
 
@@ -23,6 +24,7 @@ pub mod command;
 pub mod cpio;
 pub mod demo;
 pub mod error;
+pub mod fuzz;
 pub mod harness;
 pub mod initramfs;
 pub mod inside;

@@ -45,6 +45,9 @@ pub fn build() -> Result<PathBuf> {
             "--release",
             "--locked",
             "--workspace",
+            // Its feature opens the back-ends to it.
+            "--exclude",
+            "ringside-fuzz",
             "--bins",
             "--target",
             TARGET,

@@ -19,6 +19,9 @@ mod device;
 mod disk;
 #[cfg(test)]
 mod driven;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod image;
 mod limits;
 mod mailbox;

@@ -41,6 +41,9 @@ mod device;
 mod epoll_set;
 mod features;
 mod filter;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod hash;
 mod iov;
 mod link;

@@ -26,6 +26,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -925,6 +926,20 @@ fn event_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, Handler
     }
 }
 
+/// The same for what is waited on. Others than eventfds have inodes without a type, too: epoll and timer descriptors, which
+/// a front-end can have ready for ever at no cost of its own. Only to an eventfd can 0 be added.
+fn kick_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, HandlerError> {
+    let Some(file) = event_descriptor(index, fd)? else {
+        return Ok(None);
+    };
+    let pipe = file.metadata().is_ok_and(|m| m.file_type().is_fifo());
+    if pipe || (&file).write(&0_u64.to_ne_bytes()).is_ok() {
+        Ok(Some(file))
+    } else {
+        Err(HandlerError::EventDescriptor { index })
+    }
+}
+
 fn signal_error(mut err: &File) {
     // The peer owns the other end; there is nobody else to tell.
     let _ = err.write(&1_u64.to_ne_bytes());
@@ -1053,7 +1068,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {
-        let kick = event_descriptor(index, fd)?.map_or(Kick::Polled, Kick::Fd);
+        let kick = kick_descriptor(index, fd)?.map_or(Kick::Polled, Kick::Fd);
         Ok(self.change(index.into(), |ring| ring.kick = kick)?)
     }
 

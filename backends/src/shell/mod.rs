@@ -26,6 +26,8 @@
 //! | breaks a ring | stops that ring and signals its error eventfd; the others go on |
 //! | sends a message that cannot be obeyed, and wants a reply | refuses it; the connection goes on |
 //! | sends one without wanting a reply, or garbage, or half a message | ends the connection; the next front-end is served |
+//! | does not read its answers | ends the connection after two seconds |
+//! | sends descriptors that are always ready in place of an eventfd | refuses them |
 //! | leaves with requests in flight | waits for their end before guest memory is unmapped |
 //! | truncates the file of guest memory | goes on with zeroes there, and ends the connection (`torn`) |
 //! | gives a dirty log that is too short for its guest | refuses it, or the memory that is too much for it (`dirty`) |
@@ -39,6 +41,9 @@ mod counter;
 mod daemon;
 mod device;
 mod dirty;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzz;
 mod handler;
 mod inflight;
 mod limit;

@@ -2,12 +2,13 @@
 
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
 use ringside_control::Chain;
 use thiserror::Error;
@@ -42,6 +43,9 @@ pub enum SessionError {
     /// The front-end began a message and did not finish it.
     #[error("the front-end stopped in the middle of a message")]
     Stalled,
+    /// The front-end does not read.
+    #[error("the front-end leaves its answers unread")]
+    Deaf,
     /// Guest memory was taken away.
     #[error(
         "guest memory is gone: the front-end truncated its file while it was in use, or the host's memory failed"
@@ -128,6 +132,7 @@ impl<D: Device> Session<D> {
             Ok(header) => header,
             Err(step) => return Ok(step),
         };
+        self.wait_for_room()?;
         let early = header.is(FrontendReq::SET_VRING_ENABLE) && self.lock().enables_early();
         let requests = header.is(FrontendReq::SET_BACKEND_REQ_FD) && self.lock().takes_requests();
         let result = if early {
@@ -183,6 +188,25 @@ impl<D: Device> Session<D> {
         .any(|request| header.is(request));
         let told = answered && header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
         told || header.is(FrontendReq::SET_CONFIG)
+    }
+
+    /// Waits until an answer has room in the socket, which has some for the largest one as long as it counts as writable. The
+    /// `vhost` crate tries to send for ever.
+    fn wait_for_room(&self) -> Result<(), SessionError> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLOUT)];
+        let end = Instant::now() + PATIENCE;
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match poll(
+                &mut fds,
+                PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO),
+            ) {
+                Ok(0) => return Err(SessionError::Deaf),
+                Ok(_) => return Ok(()),
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(SessionError::Socket(e.into())),
+            }
+        }
     }
 
     /// Looks at the header of the next message and leaves it in the socket.

@@ -184,6 +184,12 @@ impl Daemon {
         (status.code(), self.log())
     }
 
+    /// How many file descriptors it has open.
+    pub fn descriptors(&self) -> usize {
+        let listed = std::fs::read_dir(format!("/proc/{}/fd", self.child.id()));
+        listed.unwrap().count()
+    }
+
     /// Ends the program by SIGTERM, which must succeed.
     pub fn stop(mut self) {
         self.signal(Signal::SIGTERM);

@@ -309,6 +309,10 @@ impl World {
 
 /// The process ends behind its first store, its second, and so on until it does not end any more.
 #[test]
+#[cfg_attr(
+    miri,
+    ignore = "takes hours there; the others go through the same code"
+)]
 fn a_device_side_that_ends_anywhere_loses_nothing_and_returns_nothing_twice() {
     for kind in kinds() {
         for seed in 1..5 {
@@ -332,6 +336,10 @@ fn a_device_side_that_ends_anywhere_loses_nothing_and_returns_nothing_twice() {
 
 /// Whatever a front-end writes into the notes: an error, or a queue that can be served.
 #[test]
+#[cfg_attr(
+    miri,
+    ignore = "takes hours there; the others go through the same code"
+)]
 fn notes_are_not_trusted() {
     let mut refused = [0_u32; 2];
     for kind in kinds().into_iter().filter(|kind| kind.size > 2) {

@@ -32,7 +32,8 @@ use ringside_vfio::device::{self, Area, Irq, Mapping, PassthroughDevice, Region}
 use vmm_sys_util::eventfd::EventFd;
 
 use self::config::{MsixInfo, VirtualConfig};
-use self::interrupts::{Interrupts, Routing};
+use self::interrupts::Interrupts;
+pub use self::interrupts::Routing;
 pub use self::passthrough::Passthrough;
 use crate::complaints::Complaints;
 use crate::kvm::{self, SlotId, Vm};

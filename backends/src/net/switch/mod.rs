@@ -33,6 +33,8 @@
 
 mod counters;
 mod frame;
+#[cfg(feature = "fuzzing")]
+pub(super) mod fuzz;
 mod hub;
 mod offload;
 mod options;
@@ -47,6 +49,8 @@ mod tests;
 mod window;
 mod worker;
 
+#[cfg(feature = "fuzzing")]
+pub use fuzz::frame as fuzz_frame;
 pub use hub::{Switch, SwitchError};
 pub use options::{OptionsError, SwitchArgs};
 pub use port::SwitchPort;
