@@ -23,6 +23,16 @@ pub(super) const TESTS: &[Test] = &[
         run: rules_hold_against_a_forger,
     },
     Test {
+        name: "net_switch::a_trunk_carries_several_vlans",
+        seconds: 120,
+        run: a_trunk_carries_several_vlans,
+    },
+    Test {
+        name: "net_switch::a_port_comes_back_under_load",
+        seconds: 120,
+        run: a_port_comes_back_under_load,
+    },
+    Test {
         name: "net_switch::a_stopped_guest_slows_nobody",
         seconds: 120,
         run: a_stopped_guest_slows_nobody,
@@ -182,6 +192,78 @@ fn wait_for_front_ends(switch: &Switch, site: &Site) -> Result<()> {
         std::thread::sleep(Duration::from_millis(200));
     }
     ensure!(false, "a VMM does not come back to its port");
+    Ok(())
+}
+
+/// A guest at a trunk is in one VLAN without tags, and gets the frames of another one with them.
+fn a_trunk_carries_several_vlans(site: &Site) -> Result<()> {
+    let ports = [("a", "vlan=7"), ("b", "vlan=8"), ("t", "trunk=8,native=7")];
+    let switch = Switch::start(site, &ports, &[])?;
+    let mut a = guest(site, "a")?;
+    let mut b = guest(site, "b")?;
+    let mut trunk = guest(site, "t")?;
+    a.network_up("10.77.0.1/24")?;
+    b.network_up("10.77.0.1/24")?;
+    trunk.network_up("10.77.0.3/24")?;
+    // The native VLAN, both ways.
+    a.run_ok("ping -c 2 -W 5 10.77.0.3")?;
+    // Of the other VLAN it sees who is asked for, with the tag, and nothing of it without.
+    trunk.run_ok("tcpdump -i eth0 -e -n -l arp >/tmp/seen 2>/tmp/listens &")?;
+    trunk.run_ok_within(
+        "until grep -q listening /tmp/listens; do sleep 0.2; done",
+        Duration::from_secs(40),
+    )?;
+    b.run("ping -c 2 -W 1 10.77.0.88")?;
+    trunk.run_ok_within(
+        "until grep -q 'vlan 8,.*who-has 10.77.0.88' /tmp/seen; do sleep 0.2; done",
+        Duration::from_secs(40),
+    )?;
+    trunk.run_ok("! grep -v 'vlan 8,' /tmp/seen | grep 10.77.0.88")?;
+    let apart = b.run("ping -c 2 -W 1 10.77.0.3")?;
+    ensure!(
+        apart.status != 0,
+        "VLAN 8 is answered without a tag:\n{}",
+        apart.text
+    );
+    for guest in [a, b, trunk] {
+        guest.shut_down()?;
+    }
+    switch.stop(site)
+}
+
+/// A connection outlives the port of its receiver: that goes while data flows, comes again, and data flows on.
+fn a_port_comes_back_under_load(site: &Site) -> Result<()> {
+    const MEGABYTE: u64 = 1 << 20;
+    let switch = Switch::start(site, &[("a", ""), ("b", "")], &[])?;
+    let mut a = guest(site, "a")?;
+    let mut b = guest(site, "b")?;
+    a.network_up("10.77.0.1/24")?;
+    b.network_up("10.77.0.2/24")?;
+    b.run_ok("iperf3 --server --daemon")?;
+    a.run_ok("iperf3 --client 10.77.0.2 --time 600 >/tmp/iperf 2>&1 &")?;
+    wait_for_bytes(&switch, site, "b", MEGABYTE)?;
+    for _ in 0..3 {
+        switch.control(site).ask(&["port-remove", "b"])?;
+        switch.add(site, "b", "")?;
+        // It counts from nothing.
+        wait_for_bytes(&switch, site, "b", MEGABYTE)?;
+    }
+    let state = a.run_ok("pgrep iperf3 >/dev/null && cat /tmp/iperf")?;
+    ensure!(!state.contains("error"), "iperf3 has given up:\n{state}");
+    a.shut_down()?;
+    b.shut_down()?;
+    switch.stop(site)
+}
+
+/// Waits until a port's guest has got so many bytes.
+fn wait_for_bytes(switch: &Switch, site: &Site, port: &str, bytes: u64) -> Result<()> {
+    for _ in 0..300 {
+        if switch.count(site, port, "rx-bytes")? >= bytes {
+            return Ok(());
+        }
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    ensure!(false, "port {port} gets no traffic");
     Ok(())
 }
 
