@@ -1,6 +1,6 @@
 //! vhost-user device back-ends: a daemon shell that all of them share, and the devices themselves.
 //!
-//! May depend on `ringside-rings` and `ringside-control` and on no other crate of the workspace: front-ends (a VMM)
+//! May depend on `ringside-rings`, `ringside-control` and `ringside-sandbox` and on no other crate of the workspace: front-ends (a VMM)
 //! are met over a Unix socket and shared memory only, whoever wrote them.
 //!
 //! The back-ends do not build on the `vhost-user-backend` daemon, but implement the message handler of

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use ringside_backends::blk::{Blk, BlkArgs};
-use ringside_backends::shell::{Command, Device, Vring, command_channel};
+use ringside_backends::shell::{Command, Device, Memory, Vring, command_channel};
 use ringside_rings::{DeviceRing, DriverLayout, DriverRing, Segment};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 #[derive(Parser)]
@@ -50,7 +50,7 @@ fn allocations(args: &[&str], shift: u64) -> u64 {
     let (sender, commands) = command_channel().unwrap();
     let thread = blk.spawn_worker(0, commands).unwrap();
 
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
+    let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
     let layout = DriverLayout::new(GuestAddress(0), SIZE, 4).unwrap();
     let mut driver = DriverRing::<u64>::new(layout, true, memory.as_ref()).unwrap();
     let ring = DeviceRing::new(&layout.config(true), memory.as_ref()).unwrap();

@@ -170,6 +170,24 @@ fn memory_for_notes_is_checked() {
     works(&mut FrontEnd::new(&daemon.socket(), tracked(2, false)), 1);
 }
 
+/// A driver may choose a larger queue than its VMM asked memory for.
+#[test]
+fn queues_may_be_larger_than_was_said() {
+    let daemon = Daemon::start(BLK, &NULL);
+    for packed in [false, true] {
+        let setup = Setup {
+            packed,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        let wanted = VhostUserInflight::new(0, 0, 1, setup.size / 4);
+        let inflight = front.messages.get_inflight_fd(&wanted).unwrap();
+        front.track(&inflight);
+        works(&mut front, 0);
+    }
+    daemon.stop();
+}
+
 /// A front-end that cuts the notes short while they are in use loses its connection; the next one is served.
 #[test]
 fn notes_that_are_taken_away_cost_the_connection_only() {

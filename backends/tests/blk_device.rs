@@ -1061,3 +1061,39 @@ fn a_disk_without_permission_is_refused() {
         assert_eq!(log, expected);
     }
 }
+
+#[test]
+fn two_programs_use_a_disk_in_turns() {
+    let image = image();
+    let path = image.path().to_str().unwrap();
+    let in_turns = ["--path", path, "--lock", "running"];
+    let first = Daemon::start(BLK, &in_turns);
+    let second = Daemon::start(BLK, &in_turns);
+    let mut here = FrontEnd::new(&first.socket(), Setup::default());
+    let data = [0x5a; 512];
+    assert_eq!(request(&mut here, 0, OUT, 3, &data, 0).0, OK);
+    // Whoever wants it for himself is refused, and so is the other one, as long as the queue runs.
+    let (status, log) = Daemon::spawn(BLK, &["--path", path]).outcome();
+    assert_eq!(status, Some(1), "{log}");
+    let mut there = FrontEnd::idle(&second.socket(), Setup::default());
+    let start = |front: &mut FrontEnd, base| {
+        front.prepare(0, base);
+        front.messages.set_vring_kick(0, &front.queues[0].kick)
+    };
+    assert!(start(&mut there, 0).is_err());
+    assert!(second.log().contains("is in use by another program"));
+    let base = here.messages.get_vring_base(0).unwrap();
+    start(&mut there, 0).unwrap();
+    there.messages.set_vring_enable(0, true).unwrap();
+    assert_eq!(request(&mut there, 0, IN, 3, &[], 512).2, data);
+    assert!(start(&mut here, base).is_err());
+    there.messages.get_vring_base(0).unwrap();
+    start(&mut here, base).unwrap();
+    assert_eq!(request(&mut here, 0, IN, 3, &[], 512).2, data);
+    // A front-end that leaves has had its turn as well.
+    drop((here, there));
+    let mut there = FrontEnd::new(&second.socket(), Setup::default());
+    assert_eq!(request(&mut there, 0, IN, 3, &[], 512).2, data);
+    second.stop();
+    first.stop();
+}

@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 use frontend::disk::{DISCARD, Disk, WRITE_ZEROES};
 use frontend::{Daemon, FrontEnd, PATIENCE, Setup, skip};
 use nix::sys::signal::Signal;
-use ringside_backends::blk::{self, DiskOptions, Format};
+use ringside_backends::blk::{self, DiskOptions, Format, Lock};
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const MIB: usize = 1 << 20;
@@ -431,6 +431,7 @@ fn open(path: &Path) -> Result<blk::Disk, blk::DiskError> {
         read_only: false,
         direct: false,
         block_size: None,
+        lock: Lock::Always,
         lock_wait: Duration::ZERO,
         format: Format::Qcow2,
         backing: true,

@@ -16,9 +16,9 @@ use std::time::{Duration, Instant};
 
 use clap::Parser;
 use ringside_backends::net::NetArgs;
-use ringside_backends::shell::{Command, Device, Vring, command_channel};
+use ringside_backends::shell::{Command, Device, Memory, Vring, command_channel};
 use ringside_rings::{DeviceRing, DriverLayout, DriverRing, Segment};
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use vm_memory::GuestAddress;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 #[derive(Parser)]
@@ -52,7 +52,7 @@ fn allocations(args: &[&str], queue: u16, packed: bool) -> u64 {
     let (sender, commands) = command_channel().unwrap();
     let thread = net.spawn_worker(0, commands).unwrap();
 
-    let memory = Arc::new(GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
+    let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
     let layout = if packed {
         DriverLayout::packed(GuestAddress(0), SIZE, 0).unwrap()
     } else {

@@ -243,6 +243,49 @@ fn the_control_queue_is_obeyed() {
     daemon.stop();
 }
 
+#[test]
+fn a_guest_that_has_moved_is_made_known_to_the_network() {
+    if !own_network("a_guest_that_has_moved_is_made_known_to_the_network") {
+        return;
+    }
+    const SEND_RARP: u32 = 19;
+    const NEED_REPLY: u32 = 1 << 3;
+    let daemon = serve(&["--tap", "ring0"]);
+    for setup in [
+        Setup::default(),
+        Setup {
+            without: 1 << 15,
+            ..Setup::default()
+        },
+    ] {
+        let mut front = connect_as(&daemon, 2, setup);
+        // Bytes and packets that the host got.
+        let received = || -> [u64; 2] {
+            let devices = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
+            let line = devices
+                .lines()
+                .find_map(|l| l.trim().strip_prefix("ring0:"));
+            let mut numbers = line.unwrap().split_whitespace();
+            [(); 2].map(|()| numbers.next().unwrap().parse().unwrap())
+        };
+        let before = received();
+        front
+            .raw
+            .send(SEND_RARP, NEED_REPLY, &[&MAC[..], &[0; 2]].concat());
+        assert_eq!(front.raw.reply(), (SEND_RARP, 0));
+        let start = std::time::Instant::now();
+        while received()[1] == before[1] {
+            assert!(start.elapsed() < frontend::PATIENCE, "nothing comes");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let [bytes, packets] = received();
+        // The Ethernet header may be counted or not.
+        assert!((46..=60).contains(&(bytes - before[0])));
+        assert_eq!(packets - before[1], 1);
+    }
+    daemon.stop();
+}
+
 /// The status field, and whether the back-end says that the configuration changed.
 fn told(front: &mut FrontEnd, channel: &UnixStream) -> (bool, u8) {
     let told = readable(channel.as_raw_fd(), Duration::from_millis(200));

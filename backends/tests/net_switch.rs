@@ -218,6 +218,20 @@ fn ports_are_added_and_removed_under_load() {
 }
 
 #[test]
+fn ports_are_made_where_the_first_ones_are() {
+    let switch = Switch::start(&["a"]);
+    let elsewhere = tempfile::tempdir().unwrap();
+    let socket = elsewhere.path().join("b");
+    match switch.ask("port-add", json!({ "socket": socket })) {
+        Err(error) => assert!(error.contains("of its first ports only"), "{error}"),
+        // Without Landlock there is nobody to refuse it.
+        Ok(_) => assert!(switch.daemon.log().contains("files not restricted")),
+    }
+    let socket = switch.socket("b");
+    switch.ask("port-add", json!({ "socket": socket })).unwrap();
+}
+
+#[test]
 fn a_pulled_cable_is_seen_by_the_guest() {
     let switch = Switch::start(&["a", "b"]);
     let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));

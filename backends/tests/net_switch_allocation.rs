@@ -18,10 +18,10 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use ringside_backends::net::{NetArgs, Switch, SwitchArgs, SwitchPort};
 use ringside_backends::shell::{
-    Command, CommandSender, Device, Hub, OpenPort, Vring, command_channel,
+    Command, CommandSender, Device, Hub, Memory, OpenPort, Vring, command_channel,
 };
 use ringside_rings::{DeviceRing, DriverLayout, DriverRing, Segment};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Allocations of all threads but those of the test.
@@ -76,7 +76,7 @@ const COUNTED: u64 = 20_000;
 
 /// A guest of which one queue matters.
 struct Guest {
-    memory: Arc<GuestMemoryMmap<()>>,
+    memory: Arc<Memory>,
     driver: DriverRing<u64>,
     kick: EventFd,
     sender: CommandSender,
@@ -93,7 +93,7 @@ impl Guest {
         device.spawn_worker(0, commands).unwrap();
         let features = device.features() & features;
         device.set_features(features);
-        let memory = Arc::new(GuestMemoryMmap::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
+        let memory = Arc::new(Memory::from_ranges(&[(GuestAddress(0), LEN)]).unwrap());
         let layout = DriverLayout::new(GuestAddress(0), SIZE, 0).unwrap();
         let driver = DriverRing::new(layout, true, memory.as_ref()).unwrap();
         let kick = EventFd::new(EFD_NONBLOCK).unwrap();
@@ -168,7 +168,8 @@ fn allocations(len: u32, header: [u8; 10], without: u64) -> u64 {
     let args = ["x", "--tap", "unused", "--port", "/unused"];
     let cli = Cli::try_parse_from(args).unwrap();
     assert!(!cli.print_capabilities);
-    let mut switch = Switch::start(&cli.net, &cli.switch).unwrap();
+    let mut switch = Switch::new(&cli.net, &cli.switch).unwrap();
+    switch.begin().unwrap();
     let mut from = Guest::new(&mut switch, 1, 1, !0);
     let mut to = Guest::new(&mut switch, 2, 0, !without);
     let ethernet = [2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0, 0x45, 0];

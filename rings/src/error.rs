@@ -156,6 +156,16 @@ pub enum RingError {
         /// What is wrong with them.
         why: &'static str,
     },
+    /// The notes about chains in flight are for smaller queues.
+    #[error(
+        "the notes about chains in flight have {entries} entries, too few for a queue of {size}"
+    )]
+    InflightSize {
+        /// How many descriptors can be noted.
+        entries: u16,
+        /// The size of the queue.
+        size: u16,
+    },
     /// An access inside an area failed, although the area was checked.
     #[error("access to the {area} at offset {offset} failed")]
     Access {

@@ -94,8 +94,9 @@ impl Inflight {
 
     /// Refuses notes for smaller queues, and those whose end lies outside the region.
     pub(crate) fn check(&self, size: u16, packed: bool) -> Result<(), RingError> {
-        if self.entries < size {
-            return Err(damaged("they have fewer entries than the queue"));
+        let entries = self.entries;
+        if entries < size {
+            return Err(RingError::InflightSize { entries, size });
         }
         self.area(packed).map(|_| ())
     }

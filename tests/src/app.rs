@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::bench::{self, BlkBench, NetBench};
+use crate::calls;
 use crate::command::quoted;
 use crate::demo;
 use crate::error::{Doing, LabError, Result};
@@ -40,6 +41,7 @@ Examples:
   cargo lab shell -- 'ls | wc' one line for the shell there
   cargo lab bench blk          back-ends of disks, ours and QEMU's, measured here
   cargo lab bench net          back-ends of network cards, ours and DPDK's, measured here
+  cargo lab calls              system calls of confined programs: what is superfluous
   cargo lab check              format, lints, native tests: before each commit
   cargo lab fuzz --seconds 600 what guests, peers and files can send, ten minutes each
   cargo lab clean              removes the lab from the cache directory
@@ -112,10 +114,10 @@ enum Bench {
         #[command(flatten)]
         options: BlkBench,
     },
-    /// ringside-net and DPDK's vhost port, by frames from vhost-user front-ends, and a bare loop on a TAP
+    /// ringside-net, DPDK's vhost ports and passt, by frames and TCP from vhost-user front-ends, and a bare loop on a TAP
     ///
-    /// Front-ends are one of our own and DPDK's virtio-user. What takes the frames of a row, or gives them, is the same for
-    /// all back-ends of it. Needs root, for a network namespace with a TAP in it.
+    /// Front-ends are two of our own and DPDK's virtio-user. What takes the frames of a row, or gives them, is the same for
+    /// all back-ends of it. Rows with a TAP, and those of TCP, need root, for network namespaces; the others do without.
     Net {
         /// Agree to what setup installs and downloads, without being asked
         #[arg(long, short)]
@@ -166,6 +168,10 @@ enum Action {
         #[arg(long)]
         sanitize: bool,
     },
+    /// Trace the native tests, and compare the system calls of confined programs with the lists that they are held to
+    ///
+    /// Needs strace, and root for most of the tests. Fails if a list has a call that no test needs and that it does not say to be rare.
+    Calls,
     /// Open a shell in the lab VM, or run one command where guests run
     Shell {
         #[command(flatten)]
@@ -238,6 +244,7 @@ fn run(action: Action) -> Result<ExitCode> {
             seconds,
             sanitize,
         } => fuzz::run(&targets, seconds, sanitize).map(|()| ExitCode::SUCCESS),
+        Action::Calls => compare_calls(),
         Action::Shell { common, command } => shell(&common, &command),
         Action::Bench(Bench::Blk {
             yes,
@@ -418,6 +425,31 @@ fn check(no_tests: bool) -> Result<ExitCode> {
     let tally = native::test(false)?;
     println!("{tally}");
     Ok(if tally.failed == 0 {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
+}
+
+fn compare_calls() -> Result<ExitCode> {
+    let found = calls::find()?;
+    let mut wrong = 0;
+    for line in &found.missing {
+        println!("on no list: {line}");
+        wrong += 1;
+    }
+    for (group, call) in found.superfluous() {
+        println!(
+            "superfluous: {group}: call {}, {:?}: {}",
+            call.number, call.only, call.why
+        );
+        wrong += 1;
+    }
+    println!(
+        "{} threads of confined programs, {wrong} calls that are on no list or superfluous",
+        found.threads
+    );
+    Ok(if wrong == 0 {
         ExitCode::SUCCESS
     } else {
         ExitCode::FAILURE

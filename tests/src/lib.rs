@@ -1,5 +1,5 @@
 //! The lab, the end-to-end tests and the benchmarks. May depend on every Ringside crate; so far it uses the driver side of
-//! the rings and the sizes of the control plane, and meets the others as programs only.
+//! the rings, the sizes of the control plane and the lists of the confinement, and meets the others as programs only.
 //!
 //! ```text
 //! cargo lab ──── app ──── setup     Debian systems in the user's cache
@@ -13,11 +13,13 @@
 //!
 //! cargo lab bench ─── bench          back-ends beside others' on the machine itself, no guest
 //! cargo lab fuzz ──── fuzz           the targets of `ringside-fuzz` under libFuzzer
+//! cargo lab calls ─── calls          system calls of confined programs, beside their lists
 //! ```
 #![deny(unsafe_code)]
 
 pub mod app;
 pub mod bench;
+pub mod calls;
 pub mod command;
 pub mod cpio;
 pub mod demo;

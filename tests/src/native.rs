@@ -1,6 +1,7 @@
 //! The checks and tests that need no lab: cargo's own.
 
 use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
@@ -61,6 +62,24 @@ pub fn test(verbose: bool) -> Result<Tally> {
     command.args(["--show-output", "--format=pretty"]);
     eprintln!("lab: cargo test --workspace");
     count(&mut command, verbose, TEST_LIMIT)
+}
+
+/// Runs the native tests of some packages, each test program started by `runner`, and counts them.
+///
+/// # Errors
+/// As [`test`].
+pub fn traced(packages: &[&str], runner: &Path) -> Result<Tally> {
+    let packages = packages.iter().flat_map(|package| ["--package", package]);
+    let all: Vec<&str> = ["test", "--tests", "--locked", "--quiet"]
+        .into_iter()
+        .chain(packages)
+        .collect();
+    must_succeed(cargo().args(&all).arg("--no-run"))?;
+    let mut command = cargo();
+    command.args(&all).arg("--no-fail-fast");
+    // Of this architecture the lists are.
+    command.env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER", runner);
+    count(&mut command, false, TEST_LIMIT)
 }
 
 /// Runs a command that writes as `cargo test` does, and counts.

@@ -14,6 +14,7 @@ use std::time::Duration;
 use clap::{Parser, ValueEnum};
 use ringside_control::Size;
 use ringside_control::options::keys_and_values;
+use ringside_sandbox::Mode;
 use ringside_vfio::address::PciAddress;
 use serde::Deserialize;
 use serde::de::value::{MapAccessDeserializer, MapDeserializer};
@@ -170,6 +171,17 @@ pub struct Cli {
     #[arg(long, value_name = "WHERE")]
     pub serial: Option<SerialTarget>,
 
+    /// Lets this user use the control socket, too, by number; repeat for more. Root and the VMM's own user always may. The socket
+    /// is made with mode 0600: give the user a right to write to its file, for example by setfacl.
+    #[arg(long, value_name = "UID")]
+    pub allow_uid: Vec<u32>,
+
+    /// Whether the VMM gives up the rights that it does not need, before it reads from a back-end or runs the guest: on, strict (it
+    /// does not start if the kernel lacks a part of it), log (what it would be ended for is written to the kernel's log, audit type
+    /// 1326, and done), or off (for debuggers) [default: on].
+    #[arg(long, value_name = "on|strict|log|off", hide_possible_values = true)]
+    pub sandbox: Option<Mode>,
+
     /// Reads options from a TOML file: the same names and keys. The command line wins; devices
     /// of both are used.
     #[arg(long, value_name = "FILE")]
@@ -228,6 +240,8 @@ pub struct FileOptions {
     vfio_interface: Option<VfioInterface>,
     api_socket: Option<PathBuf>,
     hotplug_ports: Option<u8>,
+    allow_uid: Vec<u32>,
+    sandbox: Option<Mode>,
     serial: Option<String>,
     log_level: Option<String>,
 }
@@ -498,6 +512,10 @@ pub struct Config {
     pub api_socket: Option<PathBuf>,
     /// Number of empty slots, at most [`MAX_HOTPLUG_PORTS`].
     pub hotplug_ports: u8,
+    /// Users who may use the control socket, besides root and this one.
+    pub allow_uid: Vec<u32>,
+    /// Whether it gives up rights.
+    pub sandbox: Mode,
     /// The serial port.
     pub serial: SerialTarget,
     /// Filter of the log.
@@ -560,6 +578,8 @@ impl Config {
             vfio_interface,
             api_socket,
             hotplug_ports,
+            allow_uid,
+            sandbox,
             serial,
             config: _,
             log_level,
@@ -626,6 +646,8 @@ impl Config {
             vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
             api_socket,
             hotplug_ports,
+            allow_uid: file.allow_uid.into_iter().chain(allow_uid).collect(),
+            sandbox: sandbox.or(file.sandbox).unwrap_or_default(),
             serial,
             log_level: log_level
                 .or(file.log_level)

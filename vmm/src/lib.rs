@@ -1,5 +1,5 @@
 //! A minimal KVM virtual machine monitor. Of the workspace's crates it may depend on `ringside-rings`
-//! (which it does not need so far), `ringside-vfio` and `ringside-control`; never on the back-ends: it meets
+//! (which it does not need so far), `ringside-vfio`, `ringside-control` and `ringside-sandbox`; never on the back-ends: it meets
 //! them over a Unix socket.
 //!
 //! One file, or one folder, for each concern; each row builds on those above it:
@@ -25,6 +25,7 @@
 //! | [`vfio`] | functions of the host's PCI bus in the hands of the guest |
 //! | [`acpi`], [`boot`] | what the guest finds in its memory when it starts |
 //! | [`cpu`], [`vcpu`] | processors: their first state, their threads and exits |
+//! | [`confine`] | the rights that the process keeps |
 //! | [`machine`] | all of it put together |
 #![deny(unsafe_code)]
 
@@ -34,6 +35,7 @@ pub mod boot;
 pub mod bus;
 pub mod complaints;
 pub mod config;
+pub mod confine;
 pub mod console;
 pub mod cpu;
 pub mod devices;

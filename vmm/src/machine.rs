@@ -17,7 +17,8 @@ use kvm_ioctls::VcpuFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use ringside_control::{ApiError, ControlSocket, ErrorCode, Service, server};
+use ringside_control::{ApiError, ControlSocket, ErrorCode, Peers, Service, server};
+use ringside_sandbox::SandboxError;
 use serde_json::{Value, json};
 use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
@@ -27,6 +28,7 @@ use crate::api::Command;
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
 use crate::config::{Config, DeviceConfig};
+use crate::confine::confine;
 use crate::console::{self, Console};
 use crate::cpu::{self, CpuTemplate};
 use crate::devices::acpi_pm::{self, AcpiPm};
@@ -120,6 +122,9 @@ pub enum Error {
     /// The control socket.
     #[error(transparent)]
     Api(#[from] server::Error),
+    /// The rights that the process gives up.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] console::Error),
@@ -151,6 +156,9 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
     raise_file_limit();
     let exit = ExitHandle::new().map_err(Error::Events)?;
     let mut events = event_loop(&exit)?;
+    let peers = Peers::allowing(&config.allow_uid);
+    // The threads to come take it over.
+    confine(config)?;
     let built = build(config, events.handle(), &exit)?;
     events.run().map_err(Error::Events)?;
     if let Some(reason) = exit.reason() {
@@ -158,7 +166,7 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
         return Ok(reason);
     }
     match built.try_recv() {
-        Ok(machine) => machine?.run(config, &mut events),
+        Ok(machine) => machine?.run(config, peers, &mut events),
         Err(_) => Ok(lost_thread("that builds the machine")),
     }
 }
@@ -365,7 +373,12 @@ impl Machine {
     }
 
     /// Runs the guest until the machine ends.
-    fn run(self, config: &Config, events: &mut EventLoop) -> Result<ExitReason, Error> {
+    fn run(
+        self,
+        config: &Config,
+        peers: Peers,
+        events: &mut EventLoop,
+    ) -> Result<ExitReason, Error> {
         let Self {
             processors,
             resources,
@@ -376,7 +389,7 @@ impl Machine {
         let control = Arc::new(control);
         let socket = config.api_socket.as_deref();
         let _socket = socket
-            .map(|path| ControlSocket::start(path, Arc::clone(&control)))
+            .map(|path| ControlSocket::start(path, peers, Arc::clone(&control)))
             .transpose()?;
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.

@@ -9,6 +9,7 @@ use nix::fcntl::{FallocateFlags, FcntlArg, SealFlag, fallocate, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::ftruncate;
 use ringside_control::Size;
+use ringside_sandbox::memory::exclude_from_dumps;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion,
@@ -277,6 +278,9 @@ fn allocate(options: Options, ranges: &[Range]) -> Result<Vec<GuestRegionMmap>, 
             libc::MAP_SHARED | populate,
         )
         .map_err(|e| map_error(e.into()))?;
+        if let Err(error) = exclude_from_dumps(mapping.as_ptr(), bytes) {
+            tracing::debug!(%error, "guest memory would be part of a core dump");
+        }
         let region = GuestRegionMmap::new(mapping, GuestAddress(range.start))
             .ok_or_else(|| map_error("the region wraps around".into()))?;
         regions.push(region);

@@ -21,6 +21,8 @@ use kvm_bindings::{
     KVM_SYSTEM_EVENT_SHUTDOWN, kvm_run,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use ringside_control::Chain;
+use ringside_sandbox::{ThreadKind, narrow};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use crate::bus::Bus;
@@ -79,7 +81,13 @@ impl Vcpus {
             };
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu {cpu}"))
-                .spawn(move || vcpu.run())
+                .spawn(move || match narrow(ThreadKind::Processor) {
+                    Ok(()) => vcpu.run(),
+                    Err(error) => vcpu.context.exit.end(ExitReason::Failure(format!(
+                        "processor {cpu} cannot give up rights: {}",
+                        Chain(&error)
+                    ))),
+                })
                 .map_err(|source| Error::Thread { cpu, source })?;
             vcpus.threads.push(thread);
         }

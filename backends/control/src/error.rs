@@ -28,6 +28,8 @@ pub enum ErrorCode {
     Failed,
     /// Not now; later, perhaps.
     Busy,
+    /// Not for this user.
+    Denied,
 }
 
 impl ApiError {

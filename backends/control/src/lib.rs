@@ -19,6 +19,7 @@
 //! | [`error`] | errors as users and clients see them |
 //! | [`size`], [`options`] | values as people write them: `512M`, `key=value,key=value` |
 //! | [`socket`] | a listening Unix socket, and its file |
+//! | [`peers`] | whose connections are taken |
 //! | [`metrics`] | Prometheus's text format |
 //! | `http` | as much of HTTP as a collector of metrics needs |
 //! | [`server`] | the socket of a program, its clients, and who answers them |
@@ -32,12 +33,14 @@ pub mod error;
 mod http;
 pub mod metrics;
 pub mod options;
+pub mod peers;
 pub mod server;
 pub mod size;
 pub mod socket;
 
 pub use error::{ApiError, Chain, ErrorCode};
 pub use metrics::Metrics;
-pub use server::{ControlSocket, Service};
+pub use peers::{PeerError, Peers};
+pub use server::{BoundSocket, ControlSocket, Service};
 pub use size::Size;
 pub use socket::{ListenError, SocketFile};

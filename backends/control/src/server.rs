@@ -16,6 +16,7 @@ use serde_json::{Value, json};
 
 use crate::error::{ApiError, ErrorCode};
 use crate::http::{self, Wish};
+use crate::peers::Peers;
 use crate::socket::{ListenError, SocketFile};
 
 /// Clients at a time.
@@ -86,23 +87,58 @@ impl Answering {
     }
 }
 
-impl ControlSocket {
-    /// Listens at `path`, for this user only.
+/// A control socket on which nobody is answered yet: a program can have it before it gives up the right to make one.
+#[derive(Debug)]
+pub struct BoundSocket {
+    file: SocketFile,
+    listener: UnixListener,
+    peers: Peers,
+}
+
+impl BoundSocket {
+    /// Listens at `path`, with mode 0600, for these peers.
     ///
     /// # Errors
-    /// [`Error`]
-    pub fn start<S: Service>(path: &Path, service: Arc<S>) -> Result<Self, Error> {
+    /// [`ListenError`]
+    pub fn bind(path: &Path, peers: Peers) -> Result<Self, Error> {
         let (file, listener) = SocketFile::listen(path)?;
+        Ok(Self {
+            file,
+            listener,
+            peers,
+        })
+    }
+
+    /// Has requests carried out from now on.
+    ///
+    /// # Errors
+    /// [`Error::Thread`]
+    pub fn start<S: Service>(self, service: Arc<S>) -> Result<ControlSocket, Error> {
+        let Self {
+            file,
+            listener,
+            peers,
+        } = self;
         let answering = Arc::<Answering>::default();
         let shared = Arc::clone(&answering);
         std::thread::Builder::new()
             .name("control".into())
-            .spawn(move || accept(&listener, &service, &shared))
+            .spawn(move || accept(&listener, &peers, &service, &shared))
             .map_err(Error::Thread)?;
-        Ok(Self {
+        Ok(ControlSocket {
             _file: file,
             answering,
         })
+    }
+}
+
+impl ControlSocket {
+    /// Listens at `path`, with mode 0600, and has the requests of these peers carried out.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn start<S: Service>(path: &Path, peers: Peers, service: Arc<S>) -> Result<Self, Error> {
+        BoundSocket::bind(path, peers)?.start(service)
     }
 }
 
@@ -122,7 +158,12 @@ impl Drop for Client {
     }
 }
 
-fn accept<S: Service>(listener: &UnixListener, service: &Arc<S>, answering: &Arc<Answering>) {
+fn accept<S: Service>(
+    listener: &UnixListener,
+    peers: &Peers,
+    service: &Arc<S>,
+    answering: &Arc<Answering>,
+) {
     let clients = Arc::new(AtomicUsize::new(0));
     loop {
         let stream = match listener.accept() {
@@ -134,6 +175,15 @@ fn accept<S: Service>(listener: &UnixListener, service: &Arc<S>, answering: &Arc
                 continue;
             }
         };
+        if let Err(error) = peers.check(&stream) {
+            tracing::warn!("control socket: {error}");
+            // Said to no effect if nobody listens.
+            let _ = write(
+                &stream,
+                &answer(None, Err(ApiError::new(ErrorCode::Denied, &error))),
+            );
+            continue;
+        }
         let before = clients.fetch_add(1, Ordering::SeqCst);
         let client = Client(Arc::clone(&clients));
         if before >= MAX_CLIENTS {
@@ -313,7 +363,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control");
         let recorder = Arc::new(Recorder::default());
-        let socket = ControlSocket::start(&path, recorder.clone()).unwrap();
+        let socket = ControlSocket::start(&path, Peers::allowing(&[]), recorder.clone()).unwrap();
         Fixture {
             path,
             _dir: dir,
@@ -479,7 +529,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("control");
         let (send, called) = std::sync::mpsc::channel();
-        let socket = ControlSocket::start(&path, Arc::new(Slow(send))).unwrap();
+        let socket =
+            ControlSocket::start(&path, Peers::allowing(&[]), Arc::new(Slow(send))).unwrap();
         let mut stream = UnixStream::connect(&path).unwrap();
         stream.write_all(b"{\"command\":\"status\"}\n").unwrap();
         called.recv_timeout(Duration::from_secs(20)).unwrap();

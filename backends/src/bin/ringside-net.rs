@@ -93,7 +93,7 @@ fn main() -> ExitCode {
         Served::Card(card) => shell::run(program, *card, shell),
         Served::Switch(switch) => {
             let (net, switch) = *switch;
-            let hub = || Switch::start(&net, &switch);
+            let hub = || Switch::new(&net, &switch);
             shell::run_ports(program, hub, &switch.port, shell)
         }
     })

@@ -8,13 +8,13 @@ use ringside_control::Size;
 use thiserror::Error;
 
 use super::config::Geometry;
-use super::disk::{Disk, DiskError, DiskOptions, Format, Ranges};
+use super::disk::{Disk, DiskError, DiskOptions, Format, Lock, Ranges};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, RateLimits, SEG_MAX};
 use crate::shell::{OnOff, OpenError};
 
 /// How long a disk may stay locked by a program that is ending.
-const LOCK_WAIT: Duration = Duration::from_secs(1);
+pub(super) const LOCK_WAIT: Duration = Duration::from_secs(1);
 
 /// The cache that the driver is told of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -71,6 +71,21 @@ pub struct BlkArgs {
     /// Serve a disk of this size that moves no data, to measure everything else (K, M, G, T are powers of 1024)
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     pub null: Option<u64>,
+
+    /// When to lock the disk against use by others: always, or only while a guest's queues run
+    ///
+    /// A guest that moves to another VMM, on this host or on another, moves from one back-end to the next, which has to open the
+    /// same disk before the first has let go of it: give both --lock running. The disk is then used in turns, and whoever is
+    /// out of turn is refused. It is for raw files and block devices; with a file system that hosts share, give --direct too.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "always",
+        value_name = "always|running",
+        hide_possible_values = true,
+        conflicts_with = "null"
+    )]
+    pub lock: Lock,
 
     /// Let the guest read only
     #[arg(long)]
@@ -259,6 +274,7 @@ impl BlkArgs {
                 read_only: self.read_only,
                 direct: self.direct,
                 block_size: self.block_size,
+                lock: self.lock,
                 lock_wait: LOCK_WAIT,
                 format: self.format,
                 backing: self.backing == OnOff::On,
@@ -319,6 +335,7 @@ impl BlkArgs {
                 max_secure_erase: keep(self.secure_erase, ranges.max_secure_erase),
             },
             disk,
+            lock: self.lock,
             read_only: self.read_only,
             writeback: self.cache == Cache::Writeback,
             serial,

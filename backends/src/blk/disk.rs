@@ -125,6 +125,15 @@ pub enum DiskError {
         /// The path.
         path: PathBuf,
     },
+    /// It cannot be used in turns.
+    #[error(
+        "disk {path} cannot be used in turns (--lock running): that is for raw files and block devices without zones; of an \
+         image's tables and of zones each program has its own copy in memory, and servers keep their own locks"
+    )]
+    NotInTurns {
+        /// The path.
+        path: PathBuf,
+    },
     /// The image's format says no.
     #[error(transparent)]
     Qcow2(#[from] Box<Qcow2Error>),
@@ -168,6 +177,15 @@ pub enum Format {
     Qcow2,
 }
 
+/// When a disk is locked against use by others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Lock {
+    /// As long as it is open.
+    Always,
+    /// While rings of a front-end run.
+    Running,
+}
+
 /// How to open a disk.
 #[derive(Debug, Clone)]
 pub struct DiskOptions {
@@ -179,6 +197,8 @@ pub struct DiskOptions {
     pub direct: bool,
     /// Logical block size in bytes; chosen after the storage if not given.
     pub block_size: Option<u32>,
+    /// When to lock it.
+    pub lock: Lock,
     /// How long to wait for a lock that another program holds.
     pub lock_wait: Duration,
     /// What its bytes mean.
@@ -354,6 +374,16 @@ impl Disk {
     /// # Errors
     /// [`DiskError`]
     pub fn open(options: &DiskOptions) -> Result<Self, DiskError> {
+        let disk = Self::find(options)?;
+        let in_turns = matches!(disk.source, Source::Raw(_)) && disk.zones.is_none();
+        if options.lock == Lock::Running && !in_turns {
+            let path = disk.path;
+            return Err(DiskError::NotInTurns { path });
+        }
+        Ok(disk)
+    }
+
+    fn find(options: &DiskOptions) -> Result<Self, DiskError> {
         let path = &options.path;
         if let Some(target) = Target::parse(path) {
             let target = target.map_err(NbdError::from).map_err(Box::new)?;
@@ -563,7 +593,9 @@ pub(super) fn open_locked(options: &DiskOptions) -> Result<File, DiskError> {
         return Err(DiskError::NotADisk { path: path.clone() });
     }
     let file = open(options)?;
-    lock(&file, options)?;
+    if options.lock == Lock::Always {
+        lock(&file, path, options.read_only, options.lock_wait)?;
+    }
     Ok(file)
 }
 
@@ -590,14 +622,19 @@ fn open(options: &DiskOptions) -> Result<File, DiskError> {
 /// Locks the disk for as long as it is open: one writer, or readers. The lock is an open file description lock
 /// as QEMU takes them too; a reader leaves out the bytes 100 and beyond, by which QEMU's readers and writers
 /// find each other, so that it can share an image with them.
-fn lock(file: &File, options: &DiskOptions) -> Result<(), DiskError> {
-    let (kind, len) = if options.read_only {
+pub(super) fn lock(
+    file: &File,
+    path: &Path,
+    read_only: bool,
+    patience: Duration,
+) -> Result<(), DiskError> {
+    let (kind, len) = if read_only {
         (libc::F_RDLCK, 100)
     } else {
         (libc::F_WRLCK, 0) // to the end, wherever it will be
     };
     let flock = flock(kind, len);
-    let mut patience = options.lock_wait;
+    let mut patience = patience;
     loop {
         match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
             Ok(_) => return Ok(()),
@@ -608,13 +645,13 @@ fn lock(file: &File, options: &DiskOptions) -> Result<(), DiskError> {
             }
             Err(Errno::EAGAIN | Errno::EACCES) => {
                 return Err(DiskError::Locked {
-                    path: options.path.clone(),
+                    path: path.to_owned(),
                 });
             }
             Err(e) => {
                 warn!(
                     "disk {} cannot be locked against use by others: {e}",
-                    options.path.display()
+                    path.display()
                 );
                 return Ok(());
             }
@@ -764,6 +801,7 @@ mod tests {
             read_only: false,
             direct: false,
             block_size: None,
+            lock: Lock::Always,
             lock_wait: Duration::ZERO,
             format: Format::Raw,
             backing: true,

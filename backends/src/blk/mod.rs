@@ -14,6 +14,7 @@
 
 mod args;
 mod config;
+mod confine;
 mod device;
 mod disk;
 #[cfg(test)]
@@ -42,6 +43,7 @@ use std::time::Duration;
 
 use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
+use ringside_sandbox::{Profile, ThreadKind, narrow};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -53,7 +55,7 @@ use crate::shell::{
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, ZoneGeometry};
-pub use disk::{Disk, DiskError, DiskOptions, Format, Ranges, Source};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Lock, Ranges, Source};
 pub use image::{
     HandshakeError, HeaderError, Image, LoadError, NameError, Nbd, NbdError, Qcow2Error, Rbd,
     RbdError, UriError,
@@ -75,6 +77,8 @@ const SEG_MAX: u16 = 126;
 pub struct BlkConfig {
     /// The disk; `None` answers all requests at once and moves no data, to measure the rest.
     pub disk: Option<Disk>,
+    /// When it is locked.
+    pub lock: Lock,
     /// What the driver is told.
     pub geometry: Geometry,
     /// The driver may not write.
@@ -112,6 +116,7 @@ pub struct Blk {
     default_writeback: bool,
     path: Option<PathBuf>,
     source: Option<Source>,
+    lock: Lock,
     /// By queue.
     stats: Vec<Arc<QueueStats>>,
     shared: Shared,
@@ -124,6 +129,7 @@ impl Blk {
     pub fn new(config: BlkConfig) -> Self {
         let BlkConfig {
             disk,
+            lock,
             geometry,
             read_only,
             writeback,
@@ -226,6 +232,7 @@ impl Blk {
             },
             limit: LogLimit::default(),
             source,
+            lock,
         }
     }
 }
@@ -299,6 +306,22 @@ impl Device for Blk {
         usize::from(self.geometry.queues)
     }
 
+    fn begin_use(&mut self) -> Result<(), DeviceError> {
+        if let (Lock::Running, Some(path), Some(Source::Raw(file))) =
+            (self.lock, &self.path, &self.source)
+        {
+            disk::lock(file, path, self.shared.limits.read_only, args::LOCK_WAIT)
+                .map_err(|e| DeviceError::Use(Box::new(e)))?;
+        }
+        Ok(())
+    }
+
+    fn end_use(&mut self) {
+        if let (Lock::Running, Some(Source::Raw(file))) = (self.lock, &self.source) {
+            disk::unlock(file);
+        }
+    }
+
     fn worker_of(&self, queue: u16) -> usize {
         usize::from(queue)
     }
@@ -327,21 +350,28 @@ impl Device for Blk {
         let thread = thread::Builder::new()
             .name(format!("blk-queue-{worker}"))
             // The io_uring belongs to the thread that makes it.
-            .spawn(move || match Worker::new(shared, side, commands, stats) {
-                Ok(worker) => {
-                    if ready.send(Ok(())).is_ok() {
-                        worker.run();
+            .spawn(move || {
+                let worker = Worker::new(shared, side, commands, stats);
+                let worker = worker.map_err(|e| Box::new(UringError(e)).into());
+                // From here on there is no other ring to be had.
+                let worker =
+                    worker.and_then(|worker| Ok(narrow(ThreadKind::Queue).map(|()| worker)?));
+                match worker {
+                    Ok(worker) => {
+                        if ready.send(Ok(())).is_ok() {
+                            worker.run();
+                        }
                     }
-                }
-                Err(e) => {
-                    // The receiver waits for it.
-                    let _ = ready.send(Err(e));
+                    Err(e) => {
+                        // The receiver waits for it.
+                        let _ = ready.send(Err(e));
+                    }
                 }
             })
             .map_err(|e| failed(e.into()))?;
         match started.recv() {
             Ok(Ok(())) => Ok(WorkerThread::Own(thread)),
-            Ok(Err(e)) => Err(failed(Box::new(UringError(e)))),
+            Ok(Err(e)) => Err(failed(e)),
             Err(e) => Err(failed(Box::new(e))),
         }
     }
@@ -357,6 +387,10 @@ impl Device for Blk {
         };
         let capacity = capacity.map_err(|e| DeviceError::Refresh(Box::new(e)))?;
         Ok(self.set_capacity(capacity))
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        confine::needs(self, profile);
     }
 
     fn statistics(&self) -> Arc<dyn Statistics> {
@@ -447,6 +481,7 @@ impl Device for Blk {
             default_writeback,
             path: _,
             source: _,
+            lock: _,
             stats: _,
             shared,
             limit: _,

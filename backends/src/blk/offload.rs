@@ -125,6 +125,7 @@ fn start() -> io::Result<(Sender<Task>, JoinHandle<()>)> {
     let (sender, tasks) = mpsc::channel::<Task>();
     let thread = thread::Builder::new()
         .name("blk-offload".into())
+        // The first queue that needs it starts it, so that it has the rights of that queue.
         .spawn(move || {
             for Task {
                 slot,

@@ -13,17 +13,16 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode};
+use io_uring::{IoUring, cqueue, opcode, squeue};
 use ringside_rings::{Segment, in_one_region};
 use thiserror::Error;
 use tracing::{debug, warn};
-use vm_memory::{
-    GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions, VolatileSlice,
-};
+use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions};
 
-use crate::shell::Memory;
+use crate::shell::{GuestSlice, Memory, is_logged, mark_written};
 
 /// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -33,6 +32,11 @@ const MAX_REGISTERED: usize = 1 << 30;
 const BUFFER: usize = 1 << 20;
 /// The disk's place among the ring's registered files.
 const DISK: Fixed = Fixed(0);
+
+/// What a ring lets register (io_uring_register(2), linux/io_uring.h).
+const IORING_REGISTER_BUFFERS: u8 = 0;
+const IORING_UNREGISTER_BUFFERS: u8 = 1;
+const IORING_REGISTER_FILES: u8 = 2;
 
 /// What an entry's user data says: the high half its sort, the low half a number.
 const IO: u64 = 0;
@@ -118,6 +122,8 @@ pub(super) struct Uring {
     unsubmitted: u32,
     /// What the iovecs point into.
     memory: Option<Arc<Memory>>,
+    /// What is written there is to be marked.
+    logged: bool,
     /// Guest memory is to be registered with the ring.
     registers: bool,
     /// The registered buffers, by their place in the kernel's table: address and length in bytes.
@@ -146,7 +152,7 @@ impl Polled {
     fn new(entries: u32, files: &[RawFd]) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_iopoll();
-        let ring = builder.build(entries)?;
+        let ring = restricted(&mut builder, entries)?;
         ring.submitter().register_files(files)?;
         Ok(Self {
             ring,
@@ -183,6 +189,7 @@ impl Uring {
             in_flight: 0,
             unsubmitted: 0,
             memory: None,
+            logged: false,
             registers,
             registered: Vec::new(),
             bounce: None,
@@ -210,6 +217,7 @@ impl Uring {
         {
             warn!("guest memory stays pinned until the thread ends: {e}");
         }
+        self.logged = memory.as_deref().is_some_and(is_logged);
         self.memory = memory;
         if self.registers
             && let Err(e) = self.register()
@@ -318,7 +326,7 @@ impl Uring {
             left = left.saturating_sub(take);
             let count = usize::try_from(take).map_err(|_| failed())?;
             let start = vm_memory::GuestAddress(start);
-            let mut add = |slice: VolatileSlice<'_, ()>| {
+            let mut add = |slice: GuestSlice<'_>| {
                 if state.iovecs.len() == MAX_IOVECS {
                     return Err(PrepareError::TooManySegments);
                 }
@@ -421,6 +429,28 @@ impl Uring {
         }
     }
 
+    /// A read into a slot's memory failed, maybe after some of it was written.
+    pub(super) fn read_failed(&self, slot: u16) {
+        let state = self.slots.get(usize::from(slot));
+        if self.logged && state.is_some_and(|state| state.bounce.is_none()) {
+            self.mark(slot, usize::MAX);
+        }
+    }
+
+    /// Marks the next `bytes` of a slot's memory as written.
+    #[cold]
+    fn mark(&self, slot: u16, bytes: usize) {
+        let (Some(memory), Some(state)) = (&self.memory, self.slots.get(usize::from(slot))) else {
+            return;
+        };
+        let mut left = bytes;
+        for iovec in state.iovecs.get(state.next..).unwrap_or_default() {
+            let written = iovec.iov_len.min(left);
+            mark_written(memory, iovec.iov_base.cast(), written);
+            left = left.saturating_sub(written);
+        }
+    }
+
     /// Notes that `bytes` of a slot's memory are done.
     pub(super) fn advance(&mut self, slot: u16, bytes: usize, direction: Direction) {
         let bounced = self
@@ -429,6 +459,9 @@ impl Uring {
             .is_some_and(|s| s.bounce.is_some());
         if bounced && direction == Direction::Read {
             self.scatter(slot, bytes);
+        }
+        if self.logged && direction == Direction::Read {
+            self.mark(slot, bytes);
         }
         let Ok(state) = self.free_slot(slot) else {
             return;
@@ -790,6 +823,34 @@ impl Drop for Uring {
     }
 }
 
+/// A ring that does what is done here and nothing else, for good: io_uring opens files and connects sockets where no filter of
+/// system calls sees it.
+fn restricted(builder: &mut io_uring::Builder, entries: u32) -> io::Result<IoUring> {
+    let operations = [
+        opcode::Read::CODE,
+        opcode::Readv::CODE,
+        opcode::ReadFixed::CODE,
+        opcode::Write::CODE,
+        opcode::Writev::CODE,
+        opcode::WriteFixed::CODE,
+        opcode::Fsync::CODE,
+        opcode::Fallocate::CODE,
+        opcode::PollAdd::CODE,
+        opcode::PollRemove::CODE,
+    ];
+    let mut restrictions = vec![
+        Restriction::register_op(IORING_REGISTER_BUFFERS),
+        Restriction::register_op(IORING_UNREGISTER_BUFFERS),
+        Restriction::register_op(IORING_REGISTER_FILES),
+        Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()),
+    ];
+    restrictions.extend(operations.map(Restriction::sqe_op));
+    let ring = builder.setup_r_disabled().build(entries)?;
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()?;
+    Ok(ring)
+}
+
 /// The best ring that the kernel has: completions are then only processed when this thread asks for them.
 fn build(entries: u32) -> io::Result<IoUring> {
     let completions = entries.saturating_mul(2);
@@ -809,7 +870,7 @@ fn build(entries: u32) -> io::Result<IoUring> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_cqsize(completions);
         attempt(&mut builder);
-        match builder.build(entries) {
+        match restricted(&mut builder, entries) {
             Ok(ring) => {
                 debug!(fallback = number, "io_uring ready");
                 return Ok(ring);
@@ -821,4 +882,39 @@ fn build(entries: u32) -> io::Result<IoUring> {
         }
     }
     Err(last)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a ring answers to an operation.
+    fn answer(ring: &mut IoUring, entry: &Entry) -> i32 {
+        // SAFETY: what the entry points to lives in the caller until the answer is there.
+        unsafe { ring.submission().push(entry) }.unwrap();
+        ring.submit_and_wait(1).unwrap();
+        ring.completion().next().unwrap().result()
+    }
+
+    #[test]
+    fn a_ring_opens_and_connects_nothing() {
+        let mut ring = build(4).unwrap();
+        let (path, file) = (c"/dev/null", tempfile::tempfile().unwrap());
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+        let socket = opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build();
+        let accept = opcode::Accept::new(Fd(file.as_raw_fd()), ptr::null_mut(), ptr::null_mut());
+        for entry in [open, socket, accept.build(), opcode::Nop::new().build()] {
+            assert_eq!(answer(&mut ring, &entry), -libc::EACCES, "{entry:?}");
+        }
+        let sync = opcode::Fsync::new(Fd(file.as_raw_fd())).build();
+        assert_eq!(answer(&mut ring, &sync), 0);
+        // For good.
+        let again = ring.submitter().register_restrictions(&mut []);
+        assert!(again.is_err());
+        assert!(
+            ring.submitter()
+                .register_probe(&mut io_uring::Probe::new())
+                .is_err()
+        );
+    }
 }

@@ -5,13 +5,15 @@ use std::sync::Arc;
 use std::thread;
 
 use ringside_control::{ApiError, ErrorCode};
+use ringside_sandbox::{Profile, ThreadKind, calls};
 use serde_json::{Map, Value, json};
 use tracing::{debug, error, info};
+use vhost::vhost_user::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
 };
 
-use super::config::{NetConfig, Status};
+use super::config::{MacAddress, NetConfig, Status};
 use super::control_worker::ControlWorker;
 use super::counters::{AllCounters, Counters};
 use super::features::{control_queue, feature_name, guest_offloads, has, header_len, tun_offloads};
@@ -21,6 +23,7 @@ use super::settings::{Settings, Shared};
 use super::worker::PairWorker;
 use crate::shell::{
     Chain as Causes, Commands, Device, DeviceError, LogLimit, PollLimits, Statistics, WorkerThread,
+    confined,
 };
 
 /// The MTU of an Ethernet that nobody has configured.
@@ -109,7 +112,10 @@ impl Net {
         self.shared.change(|settings| {
             // The cable is not the driver's.
             filter.link_up = settings.filter.link_up;
-            *settings = Settings::new(filter, self.config.pairs);
+            *settings = Settings {
+                rarp: settings.rarp,
+                ..Settings::new(filter, self.config.pairs)
+            };
         });
     }
 }
@@ -138,13 +144,25 @@ impl PairStart {
         let worker = worker.spinning(poll);
         thread::Builder::new()
             .name(format!("net-pair{pair}"))
-            .spawn(move || worker.run())
+            .spawn(move || confined(ThreadKind::Queue, || worker.run()))
     }
+}
+
+/// What any network card needs when the program is confined, besides what the shell does.
+pub(super) fn needs(profile: &mut Profile) {
+    profile
+        .calls(calls::FRAMES)
+        .thread(ThreadKind::Queue, &[calls::EVENTS, calls::FRAMES])
+        .thread(ThreadKind::Helper, &[calls::EVENTS]);
 }
 
 impl Device for Net {
     fn features(&self) -> u64 {
         self.features
+    }
+
+    fn protocol_features(&self) -> VhostUserProtocolFeatures {
+        VhostUserProtocolFeatures::RARP
     }
 
     /// Two for each pair, and the control queue.
@@ -243,10 +261,15 @@ impl Device for Net {
                     ControlWorker::new(interface, shared, pairs, commands).map_err(failed)?;
                 thread::Builder::new()
                     .name("net-control".to_owned())
-                    .spawn(move || worker.run())
+                    .spawn(move || confined(ThreadKind::Helper, || worker.run()))
             }
         };
         thread.map(WorkerThread::Own).map_err(failed)
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        needs(profile);
+        self.interface.needs(profile);
     }
 
     fn statistics(&self) -> Arc<dyn Statistics> {
@@ -282,6 +305,14 @@ impl Device for Net {
         }
         self.shared.change(|settings| settings.announce = true);
         Ok(true)
+    }
+
+    fn send_rarp(&mut self, mac: [u8; 6]) {
+        debug!("the guest is made known to the network in its place");
+        self.shared.change(|settings| {
+            let (_, asked) = settings.rarp;
+            settings.rarp = (MacAddress::new(mac), asked.wrapping_add(1));
+        });
     }
 
     fn set_link(&mut self, up: bool) -> Result<bool, ApiError> {

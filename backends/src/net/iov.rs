@@ -15,7 +15,7 @@ use vm_memory::{
     Permissions, VolatileSlice,
 };
 
-use crate::shell::Memory;
+use crate::shell::{Memory, is_logged, mark_written};
 
 /// Most pieces that one system call takes (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
@@ -84,6 +84,8 @@ pub(super) struct IoList {
     limit: usize,
     /// Of `memory`.
     last: Option<Region>,
+    /// What is written to `memory` is to be marked.
+    logged: bool,
 }
 
 // SAFETY: the pointers lead into memory that the list itself keeps mapped; they mean the same in each thread.
@@ -93,6 +95,7 @@ impl IoList {
     /// An empty list over `memory`; it allocates here and never again.
     pub(super) fn new(memory: Arc<Memory>) -> Self {
         Self {
+            logged: is_logged(&memory),
             memory,
             // Taking away in front then rarely moves what is left.
             pieces: Vec::with_capacity(2 * MAX_PIECES),
@@ -145,6 +148,7 @@ impl IoList {
             limit,
             last,
             scratch: _,
+            logged: _,
         } = self;
         let mut push = |piece| {
             if pieces.len().saturating_sub(*start) >= *limit {
@@ -227,7 +231,33 @@ impl IoList {
             (Some(piece), Some(place)) => *place = piece,
             _ => self.pieces.truncate(end),
         }
+        if let Ok(len) = result {
+            self.wrote(0, len, count);
+        }
         result
+    }
+
+    /// Marks bytes `offset..offset + len` as written, as far as they are in the first `count` pieces.
+    #[inline]
+    fn wrote(&self, offset: usize, len: usize, count: usize) {
+        if self.logged {
+            self.mark(offset, len, count);
+        }
+    }
+
+    #[cold]
+    fn mark(&self, offset: usize, len: usize, count: usize) {
+        let (mut skip, mut left) = (offset, len);
+        for piece in self.live().iter().take(count) {
+            let gone = skip.min(piece.iov_len);
+            let written = left.min(piece.iov_len - gone);
+            if written > 0 {
+                let start = piece.iov_base.wrapping_byte_add(gone);
+                mark_written(&self.memory, start.cast(), written);
+            }
+            skip -= gone;
+            left -= written;
+        }
     }
 
     /// Sends `front`, and behind it all bytes from byte `skip` on, as one message or a piece of a stream. Returns how much went
@@ -266,8 +296,12 @@ impl IoList {
         // SAFETY: the first piece is `front` and the last one `spill`, both borrowed for the call; the others were taken from
         // `memory`, which this list keeps mapped. Only the guest's driver shares those.
         let done = unsafe { libc::readv(fd.as_raw_fd(), self.scratch.as_ptr(), pieces) };
+        let result = usize::try_from(done).map_err(|_| io::Error::last_os_error());
         self.scratch.clear();
-        usize::try_from(done).map_err(|_| io::Error::last_os_error())
+        if let Ok(len) = result {
+            self.wrote(skipped, len.saturating_sub(front.len()), count);
+        }
+        result
     }
 
     /// Bytes of all pieces.
@@ -318,6 +352,7 @@ impl IoList {
             && let Some(slice) = self.in_first(offset, data.len())
         {
             slice.copy_from(data);
+            self.wrote(offset, data.len(), count);
             return true;
         }
         let room = self.room(count);
@@ -357,12 +392,15 @@ impl IoList {
     pub(super) fn copy_in(&self, offset: usize, data: &[u8]) -> bool {
         if let Some(slice) = self.in_first(offset, data.len()) {
             slice.copy_from(data);
+            self.wrote(offset, data.len(), 1);
             return true;
         }
-        self.each_part(offset, data.len(), |slice, at| {
+        let whole = self.each_part(offset, data.len(), |slice, at| {
             let part = data.get(at..).unwrap_or_default();
             slice.write(part, 0).unwrap_or(0)
-        })
+        });
+        self.wrote(offset, data.len(), usize::MAX);
+        whole
     }
 
     /// Copies from byte `offset` of the row to `out`. `false` if the row ends before.

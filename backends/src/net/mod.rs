@@ -26,6 +26,7 @@
 //! | `tx`, `rx`, `ring` | the data path |
 //! | `hash`, `steering` | hashes of packets, and receive-side scaling |
 //! | `coalesce` | interrupts that are held back |
+//! | `rarp` | making a guest known that has moved |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
 //! | `switch` | several guests, joined to each other |
@@ -46,6 +47,7 @@ pub mod fuzz;
 mod hash;
 mod iov;
 mod link;
+mod rarp;
 mod ring;
 mod rx;
 mod settings;

@@ -96,8 +96,8 @@ impl Ring {
                 .unwrap_or(true)
     }
 
-    /// Stops serving the ring and tells the front-end.
-    pub(super) fn fail(&mut self, error: &RingError) {
+    /// Stops serving the ring.
+    pub(super) fn give_up(&mut self, error: &RingError) {
         self.broken = true;
         let queue = self.vring.index;
         if let Some(held_back) = self.log.check() {
@@ -108,6 +108,12 @@ impl Ring {
                 Causes(error)
             );
         }
+    }
+
+    /// Stops serving the ring and tells the front-end.
+    pub(super) fn fail(&mut self, error: &RingError) {
+        self.give_up(error);
+        let queue = self.vring.index;
         if let Err(error) = self.vring.signal_error() {
             debug!(queue, "the front-end cannot be told of it: {error}");
         }

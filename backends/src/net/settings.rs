@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::coalesce::Coalescing;
+use super::config::MacAddress;
 use super::filter::Filter;
 use super::hash::Hashing;
 
@@ -38,6 +39,8 @@ pub(super) struct Settings {
     pub(super) pairs: Pairs,
     /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
     pub(super) announce: bool,
+    /// The address that the back-end is to make known to the network, and how often it was asked to.
+    pub(super) rarp: (MacAddress, u32),
     /// What is hashed, for a driver that wants reports.
     pub(super) hashing: Arc<Hashing>,
     /// By queue: how its interrupts are held back.
@@ -51,6 +54,7 @@ impl Settings {
             filter,
             pairs: Pairs::Enabled,
             announce: false,
+            rarp: Default::default(),
             hashing: Arc::new(Hashing::off()),
             coalescing: vec![Coalescing::default(); usize::from(pairs) * 2].into(),
         }
@@ -169,7 +173,6 @@ impl Shared {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::config::MacAddress;
 
     #[test]
     fn a_change_is_complete_when_all_workers_have_adopted_it() {

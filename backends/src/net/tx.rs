@@ -33,9 +33,16 @@ pub(super) struct Tx {
 enum Sent {
     Done,
     Full,
+    /// A signal came first; it may be for the worker.
+    Interrupted,
 }
 
 impl Tx {
+    /// Bytes of the header in front of each packet.
+    pub(super) fn header_len(&self) -> usize {
+        self.header_len
+    }
+
     pub(super) fn new(vring: Box<Vring>, log: &LogLimit) -> Self {
         Self {
             header_len: header_len(vring.features).into(),
@@ -132,7 +139,10 @@ impl Tx {
                                     counters.tx_bytes.add(chain.readable_len());
                                     Sent::Done
                                 }
-                                Err(e) if retry(&e) => Sent::Full,
+                                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Sent::Full,
+                                Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+                                    Sent::Interrupted
+                                }
                                 // A header that the kernel does not like, no memory.
                                 Err(e) => {
                                     match link.advice(&e) {
@@ -143,11 +153,19 @@ impl Tx {
                                 }
                             }
                         };
-                        if matches!(sent, Sent::Full) {
-                            counters.tx_full.add(1);
-                            session.rewind(1);
-                            *full = true;
-                            break false;
+                        // A packet that was not taken can be offered again, in the same place of the row.
+                        match sent {
+                            Sent::Done => {}
+                            Sent::Full => {
+                                counters.tx_full.add(1);
+                                session.rewind(1);
+                                *full = true;
+                                break false;
+                            }
+                            Sent::Interrupted => {
+                                session.rewind(1);
+                                break true;
+                            }
                         }
                     }
                     chain.head()
@@ -175,14 +193,6 @@ impl Tx {
         debug!(queue = self.ring.vring.index, "transmit queue stops");
         self.ring.vring
     }
-}
-
-/// The packet was not taken and can be offered again, in the same place of the row.
-fn retry(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
-    )
 }
 
 #[cold]

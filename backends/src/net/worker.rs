@@ -28,6 +28,7 @@ use tracing::{debug, error, warn};
 use super::counters::Counters;
 use super::epoll_set::EpollSet;
 use super::link::Link;
+use super::rarp;
 use super::rx::{Rx, RxEnd};
 use super::settings::{Pairs, Settings, Shared};
 use super::tx::Tx;
@@ -184,9 +185,13 @@ impl<L: Link> PairWorker<L> {
             }
         }
         if self.shared.is_newer(self.version) {
+            let (_, asked) = self.settings.rarp;
             (self.version, self.settings) = self.shared.latest();
             self.attach();
             self.coalesce();
+            if self.settings.rarp.1 != asked {
+                self.send_rarp();
+            }
             self.shared.adopt(self.pair, self.version);
         }
         any
@@ -324,6 +329,23 @@ impl<L: Link> PairWorker<L> {
                 );
             }
             self.readable = true;
+        }
+    }
+
+    /// Makes the guest known to the network.
+    fn send_rarp(&mut self) {
+        let (mac, _) = self.settings.rarp;
+        // One that cannot send is not known by its packets either.
+        let Some(tx) = self.tx.as_ref().filter(|_| self.pair == 0) else {
+            return;
+        };
+        if let Err(error) = rarp::send(&mut self.link, mac, tx.header_len())
+            && let Some(held_back) = self.log.check()
+        {
+            warn!(
+                held_back,
+                "the guest cannot be made known to the network: {error}"
+            );
         }
     }
 

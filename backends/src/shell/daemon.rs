@@ -14,11 +14,13 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use ringside_control::{Chain, ControlSocket, server};
+use ringside_control::{BoundSocket, Chain, Peers, server};
+use ringside_sandbox::SandboxError;
 use thiserror::Error;
 use tracing::{debug, error, info};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
+use super::confine::confine;
 use super::control::{self, Clients, Requests};
 use super::device::{Device, OpenError};
 use super::handler::{Handler, HandlerError};
@@ -71,6 +73,9 @@ pub enum ShellError {
     /// The control socket cannot be used.
     #[error(transparent)]
     Control(#[from] server::Error),
+    /// The process has more rights than it should.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// A port of several cannot be had.
     #[error("cannot serve a port")]
     Port(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -117,20 +122,29 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
         (None, Some(fd)) => socket::inherit(fd)?,
         (None, None) => return Err(ShellError::NoSocket),
     };
+    let control = bind_control(args)?;
+    let peers = args.peers();
+    // Nobody has been read from, and the device's threads take it over.
+    confine(program, args, |profile| device.needs(profile))?;
     let handler = Arc::new(Mutex::new(Handler::new(device, &args.placement())?));
-    let mut daemon = Daemon::new(Some(signals), &handler, args.exit_on_disconnect)?;
+    let mut daemon = Daemon::new(Some(signals), &handler, args.exit_on_disconnect, peers)?;
     // To the end: what was asked before is answered.
-    let _control = args
-        .control_socket
-        .as_deref()
-        .map(|path| {
+    let _control = control
+        .map(|socket| {
             let clients = daemon.clients(program)?;
-            Ok::<_, ShellError>(ControlSocket::start(path, Arc::new(clients))?)
+            Ok::<_, ShellError>(socket.start(Arc::new(clients))?)
         })
         .transpose()?;
     let served = daemon.serve(program.name, endpoint);
     drop(daemon);
     end(&handler, served)
+}
+
+/// The control socket, if there is to be one.
+pub(super) fn bind_control(args: &ShellArgs) -> Result<Option<BoundSocket>, ShellError> {
+    let path = args.control_socket.as_deref();
+    let bind = |path| BoundSocket::bind(path, args.peers());
+    Ok(path.map(bind).transpose()?)
 }
 
 /// Ends the session that there may be, and the workers. Returns what went wrong first.
@@ -211,6 +225,8 @@ pub(super) struct Daemon<'h, D: Device> {
     /// What clients of the control socket ask for, if there is one.
     requests: Option<Requests>,
     exit_on_disconnect: bool,
+    /// Whose connections are taken.
+    peers: Peers,
     /// For connections, which anybody who may connect can make as often as he likes.
     log: LogLimit,
 }
@@ -220,6 +236,7 @@ impl<'h, D: Device> Daemon<'h, D> {
         signals: Option<SignalFd>,
         handler: &'h Arc<Mutex<Handler<D>>>,
         exit_on_disconnect: bool,
+        peers: Peers,
     ) -> Result<Self, ShellError> {
         let failed = system("wait for events");
         let poll = Poll::new().map_err(&failed)?;
@@ -240,6 +257,7 @@ impl<'h, D: Device> Daemon<'h, D> {
             handler,
             requests: None,
             exit_on_disconnect,
+            peers,
             log: LogLimit::new(CONNECTIONS, LOG_INTERVAL),
         })
     }
@@ -363,6 +381,12 @@ impl<'h, D: Device> Daemon<'h, D> {
     /// Serves one front-end of several. `Ok(true)`: the program is to end.
     fn front_end(&mut self, stream: UnixStream) -> Result<bool, ShellError> {
         let said = self.log.check();
+        if let Err(error) = self.peers.check(&stream) {
+            if said.is_some() {
+                error!("{error}");
+            }
+            return Ok(false);
+        }
         if let Some(held_back) = said {
             // Mostly none, which is then not worth a word.
             let held_back = Some(held_back).filter(|&count| count > 0);

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 
 use ringside_control::{ApiError, ErrorCode, Size};
+use ringside_sandbox::Profile;
 use serde_json::{Map, Value};
 use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -37,6 +38,9 @@ pub enum DeviceError {
     /// What the device is made of cannot be used as it is now.
     #[error("the device stays as it was")]
     Refresh(#[source] Box<dyn StdError + Send + Sync>),
+    /// What the device is made of cannot be used now.
+    #[error("the device cannot be used")]
+    Use(#[source] Box<dyn StdError + Send + Sync>),
     /// A worker thread cannot be started.
     #[error("worker {worker} cannot be started")]
     Worker {
@@ -128,7 +132,7 @@ pub trait Device {
     fn features(&self) -> u64;
 
     /// The vhost-user protocol features that the device needs beyond those of the shell (REPLY_ACK, MQ,
-    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE).
+    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE, LOG_SHMFD).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::empty()
     }
@@ -178,6 +182,17 @@ pub trait Device {
         commands: Commands,
     ) -> Result<WorkerThread, DeviceError>;
 
+    /// The first ring is about to run.
+    ///
+    /// # Errors
+    /// [`DeviceError::Use`]: it stays stopped.
+    fn begin_use(&mut self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
+    /// No ring runs any more, nor will without the front-end's starting it.
+    fn end_use(&mut self) {}
+
     /// The front-end goes on with a ring that its driver has used before: the ring begins with a base other than 0, for the
     /// first time in this connection, and is enabled. So it is after the front-end or this program was replaced under
     /// a running guest. Called only for a front-end that can be told of changes. Returns whether the configuration
@@ -187,6 +202,12 @@ pub trait Device {
         false
     }
 
+    /// Makes the guest known to the network where it is now, by a packet from this address (VHOST_USER_SEND_RARP). Called only
+    /// with the protocol feature RARP.
+    fn send_rarp(&mut self, mac: [u8; 6]) {
+        let _ = mac;
+    }
+
     /// Looks again at what the device is made of, because the user asked for it by SIGHUP. Returns whether the
     /// configuration space changed, which the driver is then told.
     ///
@@ -194,6 +215,12 @@ pub trait Device {
     /// [`DeviceError::Refresh`]
     fn refresh(&mut self) -> Result<bool, DeviceError> {
         Ok(false)
+    }
+
+    /// Says what it needs from when the program is confined on, besides what the shell does. All that can be open is open
+    /// then; workers have not been started.
+    fn needs(&self, profile: &mut Profile) {
+        let _ = profile;
     }
 
     /// What it counts.

@@ -21,12 +21,11 @@
 //! A device that offers INFLIGHT_SHMFD has its requests in flight noted by the rings themselves: they begin with what the
 //! back-end before this one noted, and a worker serves it as it comes.
 //!
-//! The dirty log is not offered. It would come in here with its messages, reach a worker inside its [`Vring`], and be served
-//! where a chain is taken and where it is returned.
+//! While the dirty log is on, a ring has memory that marks what is written to it (`dirty`): its own areas too, and also if only
+//! its VHOST_VRING_F_LOG is set, or only VHOST_F_LOG_ALL, as there are front-ends that set nothing else.
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -55,6 +54,7 @@ use vmm_sys_util::signal::Killable;
 use super::control::{Link, LinkState, Reply, Request, Statistics, feature_names};
 use super::daemon::wake_signal;
 use super::device::{Device, DeviceError, WorkerThread};
+use super::dirty::{DirtyLog, LogError, Memory};
 use super::inflight::{self, InflightError, Notes};
 use super::limit::LogLimit;
 use super::memory::{MAX_SHARED, MAX_SLOTS, MemoryError, MemoryTable};
@@ -63,6 +63,12 @@ use super::vring::{Command, CommandSender, Vring, command_channel};
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, the one virtio feature bit that is vhost-user's own.
 pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+
+/// VHOST_F_LOG_ALL: what is written to guest memory is to be marked. No feature of the device.
+const LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+
+/// Feature bits that are for this side of the device only.
+const TRANSPORT_FEATURES: u64 = PROTOCOL_FEATURES | LOG_ALL;
 
 /// The largest virtqueue (VIRTIO 1.3, 2.7 and 2.8).
 const MAX_QUEUE_SIZE: u16 = 32768;
@@ -128,6 +134,21 @@ pub enum HandlerError {
     /// Guest memory cannot be used as it is described.
     #[error("guest memory")]
     Memory(#[from] MemoryError),
+    /// The dirty log cannot be used.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The log address of a ring is not that of its used ring: no address is translated in between.
+    #[error(
+        "queue {index}: writes to the used ring are to be logged at guest address {log:#x}, and it lies at {used:#x}"
+    )]
+    LogAddress {
+        /// Number of the queue.
+        index: u16,
+        /// Guest-physical address that the front-end wants to be logged.
+        log: u64,
+        /// Where the used ring lies in guest memory.
+        used: u64,
+    },
     /// Requests in flight cannot be tracked.
     #[error(transparent)]
     Inflight(#[from] InflightError),
@@ -181,6 +202,8 @@ struct Addresses {
     desc: u64,
     avail: u64,
     used: u64,
+    /// Guest-physical address of the used ring, with VHOST_VRING_F_LOG.
+    log: Option<u64>,
 }
 
 /// What the front-end said about one ring.
@@ -214,6 +237,10 @@ pub(super) struct Handler<D> {
     workers: Vec<Worker>,
     rings: Vec<RingState>,
     memory: MemoryTable,
+    /// What is written to guest memory is marked here, while that is wanted.
+    dirty: Option<Arc<DirtyLog>>,
+    /// `memory`, marking in `dirty`.
+    logged: Option<Arc<Memory>>,
     /// Where requests in flight are noted, if the front-end wants it.
     notes: Option<Notes>,
     /// With VHOST_USER_F_PROTOCOL_FEATURES.
@@ -223,6 +250,8 @@ pub(super) struct Handler<D> {
     requests: Option<UnixStream>,
     /// A front-end is connected.
     connected: Arc<AtomicBool>,
+    /// Rings run, or will as soon as what was changed is there again.
+    in_use: bool,
     /// The workers are to take no chains.
     paused: bool,
     /// For what front-ends can bring about as often as they like.
@@ -254,11 +283,14 @@ impl<D: Device> Handler<D> {
             workers,
             rings,
             memory: MemoryTable::default(),
+            dirty: None,
+            logged: None,
             notes: None,
             acked_features: 0,
             acked_protocol: 0,
             requests: None,
             connected: Arc::default(),
+            in_use: false,
             paused: false,
             log: LogLimit::default(),
         })
@@ -356,7 +388,8 @@ impl<D: Device> Handler<D> {
             "front-end": if self.connected.load(Ordering::Relaxed) { "connected" } else { "none" },
             "paused": self.paused,
             "inflight-tracking": self.notes.is_some(),
-            "offered": names(self.device.features() | PROTOCOL_FEATURES),
+            "dirty-log": self.dirty.is_some() && self.acked_features & LOG_ALL != 0,
+            "offered": names(self.device.features() | TRANSPORT_FEATURES),
             "features": names(self.acked_features),
             "queues": queues.collect::<Vec<_>>(),
         });
@@ -369,6 +402,21 @@ impl<D: Device> Handler<D> {
     /// Whether the front-end may send SET_BACKEND_REQ_FD.
     pub(super) fn takes_requests(&self) -> bool {
         self.acked_protocol & VhostUserProtocolFeatures::BACKEND_REQ.bits() != 0
+    }
+
+    /// Whether the front-end may send SET_LOG_FD.
+    pub(super) fn takes_log(&self) -> bool {
+        self.acked_protocol & VhostUserProtocolFeatures::LOG_SHMFD.bits() != 0
+    }
+
+    /// Whether the front-end may send SEND_RARP.
+    pub(super) fn takes_rarp(&self) -> bool {
+        self.acked_protocol & VhostUserProtocolFeatures::RARP.bits() != 0
+    }
+
+    /// VHOST_USER_SEND_RARP.
+    pub(super) fn send_rarp(&mut self, mac: [u8; 6]) {
+        self.device.send_rarp(mac);
     }
 
     /// The socket on which the front-end takes our requests.
@@ -442,6 +490,8 @@ impl<D: Device> Handler<D> {
         self.connected.store(false, Ordering::Relaxed);
         self.reset_rings()?;
         self.memory = MemoryTable::default();
+        self.dirty = None;
+        self.logged = None;
         self.notes = None;
         self.acked_features = 0;
         self.acked_protocol = 0;
@@ -465,7 +515,9 @@ impl<D: Device> Handler<D> {
 
     /// Guest memory was taken away while it was in use.
     pub(super) fn memory_gone(&self) -> bool {
-        self.memory.torn() || self.notes.as_ref().is_some_and(Notes::torn)
+        self.memory.torn()
+            || self.notes.as_ref().is_some_and(Notes::torn)
+            || self.dirty.as_ref().is_some_and(|dirty| dirty.torn())
     }
 
     /// How many memory regions a front-end may have.
@@ -575,7 +627,16 @@ impl<D: Device> Handler<D> {
         let state = self.state(index)?;
         state.kick = Kick::Unset;
         state.started = false;
+        self.look_at_use();
         Ok(())
+    }
+
+    /// Tells the device if it is not in use any more.
+    fn look_at_use(&mut self) {
+        if self.in_use && !self.rings.iter().any(|ring| ring.started) {
+            self.in_use = false;
+            self.device.end_use();
+        }
     }
 
     fn running(&self) -> impl Iterator<Item = u16> + '_ {
@@ -587,7 +648,6 @@ impl<D: Device> Handler<D> {
     /// Gives a ring to its worker, if the front-end has said all that is needed.
     fn start(&mut self, index: u16) -> Result<(), HandlerError> {
         let features = self.acked_features;
-        let memory = Arc::clone(self.memory.memory());
         let state = self.state(index)?;
         let (Some(user), false, false) = (
             state.addresses,
@@ -608,6 +668,13 @@ impl<D: Device> Handler<D> {
                 .ok_or(HandlerError::Address { index, addr })
         };
         let used_ring = translate(user.used)?;
+        if let Some(log) = user.log.filter(|&log| log != used_ring.0) {
+            let used = used_ring.0;
+            return Err(HandlerError::LogAddress { index, log, used });
+        }
+        let wanted = features & LOG_ALL != 0 || user.log.is_some();
+        let logged = self.logged.as_ref().filter(|_| wanted);
+        let memory = Arc::clone(logged.unwrap_or(self.memory.memory()));
         let (next_avail, next_used) = match base {
             None => {
                 let fresh = RingConfig::fresh_index(packed);
@@ -634,11 +701,23 @@ impl<D: Device> Handler<D> {
             next_avail,
             next_used: next_used.unwrap_or(next_avail),
         };
+        if !self.in_use {
+            self.device.begin_use()?;
+            self.in_use = true;
+        }
         let ring = match &self.notes {
-            Some(notes) => DeviceRing::resume(&config, memory.as_ref(), notes.of(index, packed)?),
+            Some(notes) => {
+                DeviceRing::resume(&config, memory.as_ref(), notes.of(index, size, packed)?)
+            }
             None => DeviceRing::new(&config, memory.as_ref()),
         };
-        let ring = ring.map_err(|source| HandlerError::Ring { index, source })?;
+        let ring = match ring {
+            Ok(ring) => ring,
+            Err(source) => {
+                self.look_at_use();
+                return Err(HandlerError::Ring { index, source });
+            }
+        };
         let begun = ring.has_begun();
         let state = self.state(index)?;
         let vring = Vring {
@@ -651,7 +730,7 @@ impl<D: Device> Handler<D> {
             },
             call: state.call.take(),
             err: state.err.take(),
-            features: features & !PROTOCOL_FEATURES,
+            features: features & !TRANSPORT_FEATURES,
             enabled: state.enabled,
         };
         state.running = true;
@@ -745,12 +824,20 @@ impl<D: Device> Handler<D> {
         for ring in &mut self.rings {
             *ring = RingState::default();
         }
+        self.look_at_use();
         Ok(())
     }
 
     fn set_memory(&mut self, memory: Result<MemoryTable, MemoryError>) -> ProtocolResult<()> {
         let memory = memory.map_err(HandlerError::from)?;
-        Ok(self.change_all(|handler| handler.memory = memory)?)
+        let logged = match &self.dirty {
+            Some(dirty) => Some(memory.logged(dirty).map_err(HandlerError::from)?),
+            None => None,
+        };
+        Ok(self.change_all(|handler| {
+            handler.memory = memory;
+            handler.logged = logged;
+        })?)
     }
 
     /// VHOST_USER_SET_VRING_ENABLE, also when it comes early.
@@ -795,6 +882,7 @@ impl<D: Device> Handler<D> {
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | self.device.protocol_features()
     }
 }
@@ -843,7 +931,8 @@ fn kick_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, HandlerE
     let Some(file) = event_descriptor(index, fd)? else {
         return Ok(None);
     };
-    let pipe = file.metadata().is_ok_and(|m| m.file_type().is_fifo());
+    let pipe =
+        nix::sys::stat::fstat(&file).is_ok_and(|s| s.st_mode & libc::S_IFMT == libc::S_IFIFO);
     if pipe || (&file).write(&0_u64.to_ne_bytes()).is_ok() {
         Ok(Some(file))
     } else {
@@ -879,23 +968,30 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         self.device.reset();
         // What was negotiated holds until the front-end negotiates again.
         self.device
-            .set_features(self.acked_features & !PROTOCOL_FEATURES);
+            .set_features(self.acked_features & !TRANSPORT_FEATURES);
         debug!("device reset by the front-end");
         Ok(())
     }
 
     fn get_features(&mut self) -> ProtocolResult<u64> {
-        Ok(self.device.features() | PROTOCOL_FEATURES)
+        Ok(self.device.features() | TRANSPORT_FEATURES)
     }
 
     fn set_features(&mut self, features: u64) -> ProtocolResult<()> {
-        let unknown = features & !(self.device.features() | PROTOCOL_FEATURES);
+        let unknown = features & !(self.device.features() | TRANSPORT_FEATURES);
         if unknown != 0 {
             return Err(HandlerError::Features { unknown }.into());
         }
         self.change_all(|handler| {
-            handler.acked_features = features;
-            handler.device.set_features(features & !PROTOCOL_FEATURES);
+            let before = std::mem::replace(&mut handler.acked_features, features);
+            if before & !features & LOG_ALL != 0 {
+                handler.dirty = None;
+                handler.logged = None;
+            }
+            // The driver set nothing anew if it is only the log that begins or ends.
+            if before ^ features != LOG_ALL {
+                handler.device.set_features(features & !TRANSPORT_FEATURES);
+            }
             if features & PROTOCOL_FEATURES == 0 {
                 // Without SET_VRING_ENABLE, rings begin enabled.
                 for ring in &mut handler.rings {
@@ -941,16 +1037,15 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         descriptor: u64,
         used: u64,
         available: u64,
-        _log: u64,
+        log: u64,
     ) -> ProtocolResult<()> {
-        if flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG) {
-            return Err(HandlerError::NotOffered("the dirty log").into());
-        }
+        let is_logged = flags.contains(VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
         Ok(self.change(index, |ring| {
             ring.addresses = Some(Addresses {
                 desc: descriptor,
                 avail: available,
                 used,
+                log: is_logged.then_some(log),
             });
         })?)
     }
@@ -1055,7 +1150,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         inflight: &VhostUserInflight,
     ) -> ProtocolResult<(VhostUserInflight, File)> {
         let (queues, size) = self.tracked(inflight)?;
-        Ok(inflight::create(queues, size).map_err(HandlerError::from)?)
+        Ok(inflight::create(queues, size, self.max_queue_size()).map_err(HandlerError::from)?)
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> ProtocolResult<()> {
@@ -1067,6 +1162,19 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
             "requests in flight are noted from now on"
         );
         Ok(self.change_all(|handler| handler.notes = Some(notes))?)
+    }
+
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> ProtocolResult<()> {
+        let dirty = Arc::new(DirtyLog::map(log, file).map_err(HandlerError::from)?);
+        let logged = self.memory.logged(&dirty).map_err(HandlerError::from)?;
+        debug!(
+            covered = format_args!("{:#x}", dirty.covered()),
+            "dirty log in place"
+        );
+        Ok(self.change_all(|handler| {
+            handler.dirty = Some(dirty);
+            handler.logged = Some(logged);
+        })?)
     }
 
     // The rest belongs to protocol features that are not offered.
@@ -1094,9 +1202,5 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
 
     fn get_shmem_config(&mut self) -> ProtocolResult<VhostUserShMemConfig> {
         Err(HandlerError::NotOffered("SHMEM").into())
-    }
-
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> ProtocolResult<()> {
-        Err(HandlerError::NotOffered("LOG_SHMFD").into())
     }
 }

@@ -70,16 +70,25 @@ pub enum InflightError {
     #[error("too many memory regions")]
     TooMany,
     /// A queue that is to be started is not among those tracked, or has no room in the memory.
-    #[error("the memory for requests in flight has no room for queue {index}")]
+    #[error(
+        "the memory for requests in flight has no room for queue {index} with {size} descriptors"
+    )]
     NoRoom {
         /// Number of the queue.
         index: u16,
+        /// Its size.
+        size: u16,
     },
 }
 
-/// Makes memory for so many queues of a size (GET_INFLIGHT_FD): room enough for both formats.
-pub(super) fn create(queues: u16, size: u16) -> Result<(VhostUserInflight, File), InflightError> {
-    let each = Inflight::len(size, true).next_multiple_of(ALIGN);
+/// Makes memory for so many queues of a size (GET_INFLIGHT_FD), with room for both formats and for queues of `max` descriptors:
+/// QEMU lets a driver choose a larger queue than it asked memory for, and SeaBIOS does.
+pub(super) fn create(
+    queues: u16,
+    size: u16,
+    max: u16,
+) -> Result<(VhostUserInflight, File), InflightError> {
+    let each = Inflight::len(max, true).next_multiple_of(ALIGN);
     let len = each.saturating_mul(usize::from(queues));
     let len = u64::try_from(len).unwrap_or(u64::MAX);
     let make = || -> io::Result<File> {
@@ -138,13 +147,19 @@ impl Notes {
         })
     }
 
-    /// Those of one queue.
-    pub(super) fn of(&self, index: u16, packed: bool) -> Result<Inflight, InflightError> {
-        if index >= self.queues || Inflight::len(self.size, packed) > self.each {
-            return Err(InflightError::NoRoom { index });
+    /// Those of one queue, which has `size` descriptors.
+    pub(super) fn of(
+        &self,
+        index: u16,
+        size: u16,
+        packed: bool,
+    ) -> Result<Inflight, InflightError> {
+        let entries = size.max(self.size);
+        if index >= self.queues || Inflight::len(entries, packed) > self.each {
+            return Err(InflightError::NoRoom { index, size });
         }
         let offset = self.each.saturating_mul(usize::from(index));
-        Ok(Inflight::new(Arc::clone(&self.region), offset, self.size))
+        Ok(Inflight::new(Arc::clone(&self.region), offset, entries))
     }
 
     /// Forgets what was noted: the driver's queues begin anew.
@@ -175,13 +190,15 @@ mod tests {
 
     #[test]
     fn what_is_created_can_be_mapped_and_keeps_its_size() {
-        let (area, file) = create(3, 256).unwrap();
+        let (area, file) = create(3, 256, 512).unwrap();
         assert_eq!((area.num_queues, area.queue_size), (3, 256));
         assert!(file.set_len(0).is_err());
         let notes = Notes::map(&area, file).unwrap();
         for packed in [false, true] {
-            assert!(notes.of(2, packed).is_ok());
-            assert!(notes.of(3, packed).is_err());
+            assert!(notes.of(2, 128, packed).is_ok());
+            assert!(notes.of(2, 512, packed).is_ok());
+            assert!(notes.of(3, 256, packed).is_err());
+            assert!(notes.of(2, 32768, packed).is_err());
         }
         notes.clear();
         assert!(!notes.torn());
@@ -192,8 +209,8 @@ mod tests {
         let area = |len, offset, queues, size| VhostUserInflight::new(len, offset, queues, size);
         // Enough for a split queue of 16, but not for a packed one.
         let notes = Notes::map(&area(320, 0, 1, 16), file(320)).unwrap();
-        assert!(notes.of(0, false).is_ok());
-        assert!(notes.of(0, true).is_err());
+        assert!(notes.of(0, 16, false).is_ok());
+        assert!(notes.of(0, 16, true).is_err());
         for wrong in [
             area(320, 0, 1, 32),
             area(320, 0, 2, 16),

@@ -7,16 +7,17 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use ringside_sandbox::memory::exclude_from_dumps;
 use thiserror::Error;
+use tracing::debug;
 use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::mmap::MmapRegionError;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryRegion, GuestRegionCollectionError, GuestRegionMmap,
-    MmapRegion,
+    FileOffset, GuestAddress, GuestRegionCollectionError, GuestRegionMmap, MmapRegion,
 };
 
+use super::dirty::{self, DirtyLog, LogError, Mapping, Memory};
 use super::torn::Guarded;
-use super::vring::Memory;
 
 /// How many regions a front-end can add (VHOST_USER_GET_MAX_MEM_SLOTS): as many as KVM has slots.
 pub(super) const MAX_SLOTS: usize = 509;
@@ -92,6 +93,9 @@ pub enum MemoryError {
     /// Two regions overlap in guest memory.
     #[error("memory regions overlap in guest memory")]
     GuestOverlap(#[source] GuestRegionCollectionError),
+    /// The dirty log does not go with it.
+    #[error(transparent)]
+    Log(#[from] LogError),
     /// The front-end added more regions than the back-end said it takes.
     #[error("more than {limit} memory regions")]
     TooMany {
@@ -110,9 +114,7 @@ pub enum MemoryError {
 
 #[derive(Clone)]
 struct Mapped {
-    /// Before `region`, to be dropped first.
-    guarded: Arc<Guarded>,
-    region: Arc<GuestRegionMmap<()>>,
+    mapping: Arc<Mapping>,
     guest: u64,
     /// Where the front-end has the region in its own address space.
     user: u64,
@@ -182,25 +184,35 @@ impl MemoryTable {
             }
         }
         mapped.sort_by_key(|m| m.guest);
-        let regions = mapped.iter().map(|m| Arc::clone(&m.region)).collect();
-        let memory = match Memory::from_arc_regions(regions) {
-            Ok(memory) => memory,
-            Err(GuestRegionCollectionError::NoMemoryRegion) => Memory::new(),
-            Err(e) => return Err(MemoryError::GuestOverlap(e)),
-        };
-        Ok(Self {
-            mapped,
-            memory: Arc::new(memory),
-        })
+        let memory = view(&mapped, None)?;
+        Ok(Self { mapped, memory })
     }
 
     /// Some of it was taken away by the front-end, or lost by the host.
     pub(super) fn torn(&self) -> bool {
-        self.mapped.iter().any(|mapped| mapped.guarded.torn())
+        self.mapped
+            .iter()
+            .any(|mapped| mapped.mapping.guarded.torn())
     }
 
     pub(super) fn memory(&self) -> &Arc<Memory> {
         &self.memory
+    }
+
+    /// The same memory, in which writes are marked in `log`.
+    pub(super) fn logged(&self, log: &Arc<DirtyLog>) -> Result<Arc<Memory>, MemoryError> {
+        self.check_log(log)?;
+        view(&self.mapped, Some(log))
+    }
+
+    /// Refuses a log without a bit for each page.
+    pub(super) fn check_log(&self, log: &DirtyLog) -> Result<(), LogError> {
+        let ends = self.mapped.iter().map(|m| m.guest.saturating_add(m.len));
+        let (end, covered) = (ends.max().unwrap_or(0), log.covered());
+        if end > covered {
+            return Err(LogError::TooShort { covered, end });
+        }
+        Ok(())
     }
 
     /// Guest-physical address of an address in the front-end's address space, in which vhost-user names
@@ -211,6 +223,24 @@ impl MemoryTable {
             (offset < m.len).then_some(())?;
             m.guest.checked_add(offset).map(GuestAddress)
         })
+    }
+}
+
+/// All regions, sorted by guest address, as memory that is logged or not.
+fn view(mapped: &[Mapped], log: Option<&Arc<DirtyLog>>) -> Result<Arc<Memory>, MemoryError> {
+    let mut regions = Vec::new();
+    for m in mapped {
+        let (guest, len) = (m.guest, m.len);
+        let region = dirty::view(&m.mapping, guest, log)
+            .map_err(|source| MemoryError::Map { guest, source })?;
+        let region = GuestRegionMmap::new(region, GuestAddress(guest))
+            .ok_or(MemoryError::Range { guest, len })?;
+        regions.push(region);
+    }
+    match Memory::from_regions(regions) {
+        Ok(memory) => Ok(Arc::new(memory)),
+        Err(GuestRegionCollectionError::NoMemoryRegion) => Ok(Arc::default()),
+        Err(e) => Err(MemoryError::GuestOverlap(e)),
     }
 }
 
@@ -242,17 +272,17 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Mapped, MemoryError
             end,
         });
     }
-    let mapping = MmapRegion::from_file(FileOffset::new(file, offset), size)
+    let region = MmapRegion::from_file(FileOffset::new(file, offset), size)
         .map_err(|source| MemoryError::Map { guest, source })?;
-    let guarded = mapping
+    let guarded = region
         .file_offset()
-        .and_then(|offset| Guarded::new(mapping.as_ptr().addr(), size, offset.file()))
+        .and_then(|offset| Guarded::new(region.as_ptr().addr(), size, offset.file()))
         .ok_or(MemoryError::TooMany { limit: MAX_SLOTS })?;
-    let region = GuestRegionMmap::new(mapping, GuestAddress(guest)).ok_or_else(range)?;
-    debug_assert_eq!(region.len(), len);
+    if let Err(error) = exclude_from_dumps(region.as_ptr(), size) {
+        debug!("guest memory at {guest:#x} would be part of a core dump: {error}");
+    }
     Ok(Mapped {
-        guarded: Arc::new(guarded),
-        region: Arc::new(region),
+        mapping: Arc::new(Mapping { guarded, region }),
         guest,
         user,
         len,

@@ -30,14 +30,17 @@
 //! | sends descriptors that are always ready in place of an eventfd | refuses them |
 //! | leaves with requests in flight | waits for their end before guest memory is unmapped |
 //! | truncates the file of guest memory | goes on with zeroes there, and ends the connection (`torn`) |
+//! | gives a dirty log that is too short for its guest | refuses it, or the memory that is too much for it (`dirty`) |
 //! | leaves notes about requests in flight that make no sense | does not start that ring; the others go on (`inflight`) |
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
+mod confine;
 mod control;
 mod counter;
 mod daemon;
 mod device;
+mod dirty;
 #[cfg(feature = "fuzzing")]
 #[doc(hidden)]
 pub mod fuzz;
@@ -56,10 +59,14 @@ mod socket;
 mod torn;
 mod vring;
 
+pub use confine::confine;
+pub(crate) use confine::confined;
 pub use control::Statistics;
 pub use counter::Counter;
 pub use daemon::{ShellError, main, main_with, run};
 pub use device::{Device, DeviceError, Drained, OpenError, WorkerThread, config_range};
+pub(crate) use dirty::{GuestSlice, is_logged, mark_written};
+pub use dirty::{LogError, Memory, PageLog, PageSlice};
 pub use handler::HandlerError;
 pub use limit::LogLimit;
 pub use memory::MemoryError;
@@ -71,4 +78,4 @@ pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;
-pub use vring::{Command, CommandSender, Commands, Memory, Vring, command_channel, signal};
+pub use vring::{Command, CommandSender, Commands, Vring, command_channel, signal};

@@ -7,6 +7,8 @@ use std::os::fd::RawFd;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use ringside_control::Peers;
+use ringside_sandbox::Mode;
 use serde::Serialize;
 
 use super::log;
@@ -117,6 +119,29 @@ pub struct ShellArgs {
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
 
+    /// Let this user connect, too, by number; can be given several times. Root and this program's own user always may
+    ///
+    /// Also to the control socket. The sockets are made with mode 0600: give the user a right to write to the file, for
+    /// example by setfacl -m u:1000:rw.
+    #[arg(long, value_name = "UID")]
+    pub allow_uid: Vec<u32>,
+
+    /// Give up all rights that are not needed any more before the first byte of a guest is read
+    ///
+    /// System calls, files, network, capabilities: what the program does not need for the disk or network card that it serves. One
+    /// that makes another system call than those is ended by the kernel, whose log (dmesg, audit type 1326) has
+    /// the number of the call. What the kernel, or a container, does not have of all this is said in the log, and done without; with
+    /// `strict` the program does not start then. `log` has a call logged, and done: to find out what is missing. `off` is for
+    /// debuggers.
+    #[arg(
+        long,
+        value_enum,
+        default_value = "on",
+        value_name = "on|strict|log|off",
+        hide_possible_values = true
+    )]
+    pub sandbox: Mode,
+
     /// Print what this program can do as JSON (QEMU's vhost-user.json), and end
     #[arg(long)]
     pub print_capabilities: bool,
@@ -143,6 +168,11 @@ impl Cpus {
 }
 
 impl ShellArgs {
+    /// Whose connections are taken.
+    pub(super) fn peers(&self) -> Peers {
+        Peers::allowing(&self.allow_uid)
+    }
+
     /// Where workers are to run.
     pub(super) fn placement(&self) -> Placement {
         match (&self.worker_cpus, self.numa_node) {

@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::{self, JoinHandle};
@@ -20,14 +20,18 @@ use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
 use nix::sys::signalfd::SignalFd;
 use ringside_control::metrics::Kind;
-use ringside_control::{ApiError, Chain, ControlSocket, ErrorCode, Metrics, Service, Size};
+use ringside_control::{
+    ApiError, BoundSocket, Chain, ErrorCode, ListenError, Metrics, Peers, Service, Size,
+};
+use ringside_sandbox::{Profile, calls, confined};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{error, info, info_span};
 
+use super::confine::confine;
 use super::control::{Clients, Link, LinkState, Reply, Request, Statistics};
-use super::daemon::{Daemon, ShellError, end, ends, prepare, system};
+use super::daemon::{Daemon, ShellError, bind_control, end, ends, prepare, system};
 use super::device::{Device, OpenError};
 use super::handler::Handler;
 use super::options::{Program, ShellArgs};
@@ -59,6 +63,15 @@ pub trait Hub: Send + 'static {
     type Port: Device + Send + 'static;
     /// Why there is no port.
     type Error: OpenError + Send + Sync + 'static;
+
+    /// Says what it and its ports need from when the program is confined on, besides what the shell does.
+    fn needs(&self, profile: &mut Profile);
+
+    /// Starts what threads the ports share. Called once, before all others that follow.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn begin(&mut self) -> Result<(), Self::Error>;
 
     /// Makes a port.
     ///
@@ -94,6 +107,17 @@ pub enum PortError {
         /// What is wrong.
         #[source]
         source: SocketError,
+    },
+    /// Its socket, in a directory where a program that is confined makes none.
+    #[error(
+        "port {name}: this program is confined, and makes sockets in the directories of its first ports only, not {path}",
+        path = .path.display()
+    )]
+    Confined {
+        /// Its name.
+        name: String,
+        /// Where the socket was to be.
+        path: PathBuf,
     },
     /// Its threads.
     #[error("port {name} cannot be started")]
@@ -175,6 +199,7 @@ struct Port {
 struct Ports<H: Hub> {
     program: Program,
     placement: Placement,
+    peers: Peers,
     statistics: Arc<dyn Statistics>,
     hub: Mutex<H>,
     ports: Mutex<BTreeMap<String, Arc<Port>>>,
@@ -206,7 +231,7 @@ impl Ending {
 }
 
 /// Runs a program of several ports from start to end: returns when it was told to end, or cannot go on. Call it from the
-/// main thread before any other is started, so that signals reach nobody else: `hub` starts what threads the ports share.
+/// main thread before any other is started, so that signals reach nobody else, nor has more rights.
 ///
 /// # Errors
 /// [`ShellError`]: what failed, for the user.
@@ -228,19 +253,28 @@ pub fn run_ports<H: Hub>(
         asked: AtomicBool::new(false),
         failure: Mutex::default(),
     });
+    let failed = |error: H::Error| ShellError::Port(Box::new(error));
+    let mut hub = hub().map_err(failed)?;
+    let control = bind_control(args)?;
+    let peers = args.peers();
+    confine(program, args, |profile| {
+        listen(profile, first);
+        hub.needs(profile);
+    })?;
     let placement = args.placement();
     let pinned = placement.pin(0).map_err(super::HandlerError::from)?;
-    let hub = hub().map_err(|error| ShellError::Port(Box::new(error)))?;
+    hub.begin().map_err(failed)?;
     drop(pinned);
     let ports = Arc::new(Ports {
         program: *program,
         placement,
+        peers,
         statistics: hub.statistics(),
         hub: Mutex::new(hub),
         ports: Mutex::default(),
         end: Arc::clone(&end),
     });
-    let served = serve(&ports, first, args, &mut signals, &mut poll);
+    let served = serve(&ports, first, control, &mut signals, &mut poll);
     let names: Vec<String> = lock(&ports.ports).keys().cloned().collect();
     for name in names {
         // Whoever else asked for the end of the port is welcome.
@@ -252,10 +286,32 @@ pub fn run_ports<H: Hub>(
     }
 }
 
+/// Why a port has no socket.
+fn refused(name: &str, path: &Path, source: SocketError) -> PortError {
+    let name = name.to_owned();
+    match source {
+        SocketError::Listen(ListenError::Listen { source, .. })
+            if source.kind() == io::ErrorKind::PermissionDenied && confined() =>
+        {
+            let path = path.to_owned();
+            PortError::Confined { name, path }
+        }
+        source => PortError::Socket { name, source },
+    }
+}
+
+/// Ports are made in the directories of those that there are from the start.
+fn listen(profile: &mut Profile, first: &[PortOptions]) {
+    profile.calls(calls::LISTENING);
+    for socket in first.iter().filter_map(|options| options.get("socket")) {
+        profile.listen(Path::new(socket));
+    }
+}
+
 fn serve<H: Hub>(
     ports: &Arc<Ports<H>>,
     first: &[PortOptions],
-    args: &ShellArgs,
+    control: Option<BoundSocket>,
     signals: &mut SignalFd,
     poll: &mut Poll,
 ) -> Result<(), ShellError> {
@@ -263,10 +319,8 @@ fn serve<H: Hub>(
         ports.add(options).map_err(ShellError::Port)?;
     }
     // To the end: what was asked before is answered.
-    let _control = args
-        .control_socket
-        .as_deref()
-        .map(|path| ControlSocket::start(path, Arc::clone(ports)))
+    let _control = control
+        .map(|socket| socket.start(Arc::clone(ports)))
         .transpose()?;
     info!("{} ready", ports.program.name);
     let mut events = Events::with_capacity(4);
@@ -320,20 +374,18 @@ impl<H: Hub> Ports<H> {
         let endpoint = if client {
             Endpoint::Connecting(socket.clone())
         } else {
-            socket::listen(&socket).map_err(|source| PortError::Socket {
-                name: name.to_owned(),
-                source,
-            })?
+            socket::listen(&socket).map_err(|source| refused(name, &socket, source))?
         };
         let handler = Handler::new(device, &self.placement).map_err(|e| failed(e.into()))?;
         let (_, connected) = handler.observables();
         let (ready, started) = mpsc::channel();
         let (program, end, own) = (self.program, Arc::clone(&self.end), name.to_owned());
+        let peers = self.peers.clone();
         let thread = thread::Builder::new()
             .name(format!("port {name}"))
             .spawn(move || {
                 let _span = info_span!("port", name = %own).entered();
-                if let Err(error) = serve_port(&program, &own, handler, endpoint, &ready) {
+                if let Err(error) = serve_port(&program, &own, handler, endpoint, peers, &ready) {
                     error!("{}", Chain(&error));
                     end.fail(error);
                 }
@@ -440,11 +492,12 @@ fn serve_port<D: Device>(
     name: &str,
     handler: Handler<D>,
     endpoint: Endpoint,
+    peers: Peers,
     ready: &mpsc::Sender<Result<Clients, ShellError>>,
 ) -> Result<(), ShellError> {
     let handler = Arc::new(Mutex::new(handler));
     let begin = || {
-        let mut daemon = Daemon::new(None, &handler, false)?;
+        let mut daemon = Daemon::new(None, &handler, false, peers)?;
         let clients = daemon.clients(program)?;
         Ok((daemon, clients))
     };

@@ -1,5 +1,6 @@
 //! One front-end's connection: takes its messages one by one, and decides which errors end it.
 
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -51,12 +52,12 @@ pub enum SessionError {
     )]
     MemoryGone,
     /// A message broke the protocol.
-    #[error("message {request}")]
+    #[error("message {request}: {}", Cause(error))]
     Protocol {
         /// Which message.
         request: String,
         /// What is wrong with it.
-        source: ProtocolError,
+        error: ProtocolError,
     },
 }
 
@@ -138,6 +139,10 @@ impl<D: Device> Session<D> {
             self.enable_early(header)
         } else if requests {
             self.set_requests(header)
+        } else if header.is(FrontendReq::SET_LOG_FD) && self.lock().takes_log() {
+            self.set_log_fd(header)
+        } else if header.is(FrontendReq::SEND_RARP) && self.lock().takes_rarp() {
+            self.send_rarp(header)
         } else {
             self.messages.handle_request()
         };
@@ -155,9 +160,9 @@ impl<D: Device> Session<D> {
                 }
                 Ok(Step::Served)
             }
-            Err(source) => Err(SessionError::Protocol {
+            Err(error) => Err(SessionError::Protocol {
                 request: header.name(),
-                source,
+                error,
             }),
         }
     }
@@ -174,8 +179,13 @@ impl<D: Device> Session<D> {
         }
         // The `vhost` crate acknowledges a message that failed, but sends nothing in place of an answer: a front-end that
         // waits for one would wait for ever.
-        let answered =
-            !header.is(FrontendReq::GET_VRING_BASE) && !header.is(FrontendReq::GET_INFLIGHT_FD);
+        let answered = ![
+            FrontendReq::GET_VRING_BASE,
+            FrontendReq::GET_INFLIGHT_FD,
+            FrontendReq::SET_LOG_BASE,
+        ]
+        .into_iter()
+        .any(|request| header.is(request));
         let told = answered && header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
         told || header.is(FrontendReq::SET_CONFIG)
     }
@@ -251,18 +261,7 @@ impl<D: Device> Session<D> {
     /// Serves a SET_BACKEND_REQ_FD: what the `vhost` crate makes of the socket cannot send the one request that a device
     /// with a configuration space has.
     fn set_requests(&mut self, header: Header) -> Result<(), ProtocolError> {
-        if header.size != 0 || header.flags & !FLAG_NEED_REPLY != VERSION {
-            return Err(ProtocolError::InvalidMessage);
-        }
-        let mut message = [0; HEADER];
-        let (count, file) = self
-            .socket
-            .recv_with_fd(&mut message)
-            .map_err(|e| socket_error(e.into()))?;
-        let Some(file) = file.filter(|_| count == HEADER) else {
-            return Err(ProtocolError::IncorrectFds);
-        };
-        let socket = OwnedFd::from(file);
+        let socket = OwnedFd::from(self.take_descriptor(header)?);
         if !is_unix_stream(&socket) {
             return Err(ProtocolError::NotUnixSocket);
         }
@@ -273,6 +272,39 @@ impl<D: Device> Session<D> {
             .map_err(socket_error)?;
         self.lock().set_requests(socket);
         self.acknowledge(header, true)
+    }
+
+    /// Takes a SET_LOG_FD, which the `vhost` crate does not know. The descriptor is to be signalled when something was logged; no
+    /// front-end is known that waits for that instead of looking, and it would cost each batch a system call.
+    fn set_log_fd(&mut self, header: Header) -> Result<(), ProtocolError> {
+        drop(self.take_descriptor(header)?);
+        self.acknowledge(header, true)
+    }
+
+    /// Serves a SEND_RARP, which the `vhost` crate does not know: the guest's address is in the first six bytes of its payload.
+    fn send_rarp(&mut self, header: Header) -> Result<(), ProtocolError> {
+        let mut message = [0; HEADER + 8];
+        if header.size != 8 || header.flags & !FLAG_NEED_REPLY != VERSION {
+            return Err(ProtocolError::InvalidMessage);
+        }
+        self.socket.read_exact(&mut message).map_err(socket_error)?;
+        let [.., a, b, c, d, e, f, _, _] = message;
+        self.lock().send_rarp([a, b, c, d, e, f]);
+        self.acknowledge(header, true)
+    }
+
+    /// Takes a message that is a descriptor and nothing else.
+    fn take_descriptor(&mut self, header: Header) -> Result<File, ProtocolError> {
+        if header.size != 0 || header.flags & !FLAG_NEED_REPLY != VERSION {
+            return Err(ProtocolError::InvalidMessage);
+        }
+        let mut message = [0; HEADER];
+        let (count, file) = self
+            .socket
+            .recv_with_fd(&mut message)
+            .map_err(|e| socket_error(e.into()))?;
+        file.filter(|_| count == HEADER)
+            .ok_or(ProtocolError::IncorrectFds)
     }
 
     /// Answers a message that wants to be, if REPLY_ACK was negotiated.

@@ -7,11 +7,9 @@ use std::sync::mpsc::{self, Receiver, Sender, TryRecvError};
 use std::sync::{Arc, Weak};
 
 use ringside_rings::{DeviceRing, RingError, Session};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-/// Guest memory as it is mapped into a back-end.
-pub type Memory = GuestMemoryMmap<()>;
+use super::dirty::Memory;
 
 /// One ring as a worker owns it while it runs.
 ///
@@ -22,7 +20,7 @@ pub struct Vring {
     pub index: u16,
     /// State of the ring.
     pub ring: DeviceRing,
-    /// Guest memory, all regions.
+    /// Guest memory, all regions. It knows whether writes are to be marked in the dirty log.
     pub memory: Arc<Memory>,
     /// Signalled by the driver when it has added chains; `None` if the front-end wants to be polled
     /// (VHOST_USER_SET_VRING_KICK without a descriptor).

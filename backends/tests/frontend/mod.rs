@@ -38,12 +38,15 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// How long anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(10);
 
 /// VHOST_USER_F_PROTOCOL_FEATURES
 pub const PROTOCOL_FEATURES: u64 = 1 << 30;
+/// VHOST_F_LOG_ALL
+pub const LOG_ALL: u64 = 1 << 26;
 /// VIRTIO_F_EVENT_IDX
 pub const EVENT_IDX: u64 = 1 << 29;
 /// VIRTIO_F_RING_PACKED
@@ -152,6 +155,11 @@ impl Daemon {
 
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap()
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
     }
 
     pub fn signal(&self, signal: Signal) {
@@ -403,6 +411,8 @@ pub struct FrontEnd {
     pub features: u64,
     /// Where the back-end notes requests in flight.
     pub inflight: Option<(VhostUserInflight, File)>,
+    /// The dirty log, while it is on, and whether each used ring is said to be logged as well.
+    pub log: Option<(File, bool)>,
 }
 
 /// Connects and negotiates, for split queues used in any order: each message is acknowledged by the back-end.
@@ -414,17 +424,20 @@ pub fn negotiate(socket: &Path, without: u64) -> (Frontend, u64) {
 fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
     let mut messages = Frontend::from_stream(stream, 256);
     messages.set_owner().unwrap();
-    let features = messages.get_features().unwrap() & !without;
+    let features = messages.get_features().unwrap() & !without & !LOG_ALL;
     let protocol = messages.get_protocol_features().unwrap();
     let wanted = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIG
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::BACKEND_REQ
+        | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(protocol.contains(wanted), "{protocol:?}");
-    let tracking = protocol & VhostUserProtocolFeatures::INFLIGHT_SHMFD;
-    messages.set_protocol_features(wanted | tracking).unwrap();
+    let of_device = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RARP;
+    messages
+        .set_protocol_features(wanted | protocol & of_device)
+        .unwrap();
     messages.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
     messages.set_features(features).unwrap();
     (messages, features)
@@ -432,6 +445,15 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
 
 impl FrontEnd {
     pub fn new(socket: &Path, setup: Setup) -> Self {
+        let mut this = Self::idle(socket, setup);
+        for index in 0..setup.queues {
+            this.start(index, this.fresh());
+        }
+        this
+    }
+
+    /// The same, with queues that do not run yet.
+    pub fn idle(socket: &Path, setup: Setup) -> Self {
         let raw = Raw::connect(socket);
         let (mut messages, features) = negotiate_on(raw.0.try_clone().unwrap(), setup.refused());
         let wanted = [(setup.packed, RING_PACKED), (setup.in_order, IN_ORDER)];
@@ -455,6 +477,7 @@ impl FrontEnd {
             features,
             guest,
             inflight: None,
+            log: None,
         };
         if setup.tracked {
             let wanted = VhostUserInflight::new(0, 0, setup.queues as u16, setup.size);
@@ -462,7 +485,7 @@ impl FrontEnd {
             this.track(&inflight);
             this.inflight = Some(inflight);
         }
-        for index in 0..setup.queues {
+        for _ in 0..setup.queues {
             let layout = |base| {
                 let layout = if setup.packed {
                     DriverLayout::packed(base, setup.size, 0).unwrap()
@@ -487,7 +510,6 @@ impl FrontEnd {
                 err: eventfd(),
                 interrupts: 0,
             });
-            this.start(index, this.fresh());
         }
         this
     }
@@ -551,6 +573,16 @@ impl FrontEnd {
 
     /// Sends all that a ring needs to run, from `base` on.
     pub fn start(&mut self, index: usize, base: u32) {
+        self.prepare(index, base);
+        let kick = &self.queues[index].kick;
+        self.messages.set_vring_kick(index, kick).unwrap();
+        if self.features & PROTOCOL_FEATURES != 0 {
+            self.messages.set_vring_enable(index, true).unwrap();
+        }
+    }
+
+    /// Sends what comes before the kick.
+    pub fn prepare(&mut self, index: usize, base: u32) {
         self.raw.set_vring_base(index, base);
         let queue = &self.queues[index];
         let layout = queue.ring.layout();
@@ -560,21 +592,47 @@ impl FrontEnd {
             .unwrap();
         self.messages.set_vring_call(index, &queue.call).unwrap();
         self.messages.set_vring_err(index, &queue.err).unwrap();
-        self.messages.set_vring_kick(index, &queue.kick).unwrap();
-        if self.features & PROTOCOL_FEATURES != 0 {
-            self.messages.set_vring_enable(index, true).unwrap();
-        }
     }
 
     pub fn addresses(&self, layout: &DriverLayout) -> VringConfigData {
         VringConfigData {
             queue_max_size: layout.size(),
             queue_size: layout.size(),
-            flags: 0,
+            flags: u32::from(self.logs_used_rings()),
             desc_table_addr: self.guest.user_address(layout.desc_table()),
             used_ring_addr: self.guest.user_address(layout.used_ring()),
             avail_ring_addr: self.guest.user_address(layout.avail_ring()),
-            log_addr: None,
+            log_addr: self.logs_used_rings().then_some(layout.used_ring().0),
+        }
+    }
+
+    fn logs_used_rings(&self) -> bool {
+        self.log.as_ref().is_some_and(|(_, used)| *used)
+    }
+
+    /// Begins the dirty log as front-ends do when a guest is to move, with or without a word about each used ring.
+    pub fn begin_log(&mut self, used_rings: bool) {
+        let log = File::from(memfd_create(c"log", MFdFlags::MFD_CLOEXEC).unwrap());
+        let len = (SECOND + REGION) / 4096 / 8;
+        log.set_len(len).unwrap();
+        self.raw.set_log_base(len, &log);
+        self.messages.set_features(self.features | LOG_ALL).unwrap();
+        self.log = Some((log, used_rings));
+        self.set_addresses();
+    }
+
+    /// Ends it, and returns it.
+    pub fn end_log(&mut self) -> File {
+        self.messages.set_features(self.features).unwrap();
+        let (log, _) = self.log.take().unwrap();
+        self.set_addresses();
+        log
+    }
+
+    fn set_addresses(&mut self) {
+        for index in 0..self.queues.len() {
+            let addresses = self.addresses(self.queues[index].ring.layout());
+            self.messages.set_vring_addr(index, &addresses).unwrap();
         }
     }
 
@@ -614,6 +672,26 @@ impl Raw {
         let state = [(index as u32).to_ne_bytes(), base.to_ne_bytes()].concat();
         self.send(SET_VRING_BASE, NEED_REPLY, &state);
         assert_eq!(self.reply(), (SET_VRING_BASE, 0));
+    }
+
+    /// SET_LOG_BASE, whose reply the `vhost` crate does not take: the message itself.
+    pub fn set_log_base(&mut self, len: u64, file: &File) {
+        const SET_LOG_BASE: u32 = 6;
+        self.send_with(SET_LOG_BASE, &[len, 0], file);
+        let mut reply = [0; 28];
+        self.0.read_exact(&mut reply).unwrap();
+        assert_eq!(reply[..12], [6, 0, 0, 0, 0x5, 0, 0, 0, 16, 0, 0, 0]);
+    }
+
+    /// Sends a message with a descriptor, to be answered.
+    pub fn send_with(&mut self, request: u32, payload: &[u64], file: &File) {
+        const NEED_REPLY: u32 = 1 << 3;
+        let mut message = Vec::new();
+        for word in [request, 1 | NEED_REPLY, payload.len() as u32 * 8] {
+            message.extend(word.to_ne_bytes());
+        }
+        message.extend(payload.iter().flat_map(|word| word.to_ne_bytes()));
+        self.0.send_with_fd(&message[..], file.as_raw_fd()).unwrap();
     }
 
     /// The next reply: its request and its 64-bit payload.

@@ -406,7 +406,8 @@ fn notes_of_another_size_are_refused() {
     }
 }
 
-/// A front-end may keep the notes when the driver resets its device, which has nothing in flight then.
+/// A front-end may keep the notes when the driver resets its device, which has nothing in flight then. The driver may begin
+/// again with a queue of another size.
 #[test]
 fn split_queue_that_began_anew_is_served_if_nothing_was_in_flight() {
     let kind = Kind {
@@ -414,7 +415,7 @@ fn split_queue_that_began_anew_is_served_if_nothing_was_in_flight() {
         packed: false,
         in_order: false,
         event_idx: true,
-        spare: 0,
+        spare: 2,
     };
     for in_flight in [false, true] {
         let mut world = World::new(kind, 1);
@@ -430,10 +431,14 @@ fn split_queue_that_began_anew_is_served_if_nothing_was_in_flight() {
         }
         let used_index = GuestAddress(world.config.used_ring.0 + 2);
         world.mem.write_obj(100_u16, used_index).unwrap();
-        let resumed = DeviceRing::resume(&world.config, &world.mem, world.notes.clone());
-        assert_eq!(resumed.is_err(), in_flight);
-        if let Ok(device) = resumed {
-            assert_eq!((device.next_avail(), device.next_used()), (100, 100));
+        for entries in [10, 8] {
+            let notes = world.notes.clone();
+            let notes = Inflight::new(Arc::clone(&notes.region), notes.offset, entries);
+            let resumed = DeviceRing::resume(&world.config, &world.mem, notes);
+            assert_eq!(resumed.is_err(), in_flight);
+            if let Ok(device) = resumed {
+                assert_eq!((device.next_avail(), device.next_used()), (100, 100));
+            }
         }
     }
 }

@@ -431,21 +431,33 @@ impl<'a, M: GuestMemory> Session<'a, M> {
         Ok(self.available()? != 0)
     }
 
-    /// Walks the chain from `head` and gathers its segments. At most `size` segments, or as many as a table may have, and
-    /// one indirect descriptor are looked at, so that a loop ends.
+    /// Gathers the segments of the chain from `head`.
+    #[inline]
     fn gather(&mut self, head: u16, buf: &mut ChainBuf) -> Result<(), PopError> {
+        let first = self.ring_descriptor(head)?;
+        if first.is_indirect() || first.has_next() {
+            return self.gather_chain(head, first, buf);
+        }
+        // A short packet, and most buffers that are received into.
+        let bad = |error| PopError::Chain { head, error };
+        let writable = first.is_writable();
+        let segment = self
+            .region
+            .segment(self.mem, first.addr, first.len, writable);
+        buf.push(segment.map_err(bad)?, writable, self.ring.size)
+            .map_err(bad)
+    }
+
+    /// Walks the chain from its `first` descriptor. At most `size` segments, or as many as a table may have, and one indirect
+    /// descriptor are looked at, so that a loop ends.
+    fn gather_chain(&mut self, head: u16, first: Desc, buf: &mut ChainBuf) -> Result<(), PopError> {
         let bad = |error| PopError::Chain { head, error };
         let size = self.ring.size;
         let mut table: Option<Table<'a, M>> = None;
         let (mut entries, mut longest) = (size, size);
-        let mut index = head;
+        let mut desc = first;
         loop {
-            let (addr, rest) = match &table {
-                None => self.ring_descriptor(index)?,
-                Some(table) => table.words(self.mem, index).map_err(bad)?,
-            };
-            let desc = Desc::from_words(addr, rest);
-            if desc.is_indirect() {
+            let index = if desc.is_indirect() {
                 if table.is_some() {
                     return Err(bad(ChainError::IndirectNested));
                 }
@@ -460,30 +472,38 @@ impl<'a, M: GuestMemory> Session<'a, M> {
                     Table::find(self.mem, desc.addr, desc.len, table_limit(size)).map_err(bad)?;
                 longest = table_limit(size);
                 (table, entries) = (Some(found), count);
-                index = 0;
-                continue;
-            }
-            let writable = desc.is_writable();
-            let segment = self.region.segment(self.mem, desc.addr, desc.len, writable);
-            buf.push(segment.map_err(bad)?, writable, longest)
-                .map_err(bad)?;
-            if !desc.has_next() {
-                return Ok(());
-            }
-            if desc.next >= entries {
-                return Err(bad(ChainError::Next {
-                    next: desc.next,
-                    entries,
-                }));
-            }
-            index = desc.next;
+                0
+            } else {
+                let writable = desc.is_writable();
+                let segment = self.region.segment(self.mem, desc.addr, desc.len, writable);
+                buf.push(segment.map_err(bad)?, writable, longest)
+                    .map_err(bad)?;
+                if !desc.has_next() {
+                    return Ok(());
+                }
+                if desc.next >= entries {
+                    return Err(bad(ChainError::Next {
+                        next: desc.next,
+                        entries,
+                    }));
+                }
+                desc.next
+            };
+            desc = match &table {
+                None => self.ring_descriptor(index)?,
+                Some(table) => {
+                    let (addr, rest) = table.words(self.mem, index).map_err(bad)?;
+                    Desc::from_words(addr, rest)
+                }
+            };
         }
     }
 
     #[inline]
-    fn ring_descriptor(&self, index: u16) -> Result<(u64, u64), RingError> {
+    fn ring_descriptor(&self, index: u16) -> Result<Desc, RingError> {
         let offset = desc_offset(index);
         let addr = self.desc.load_u64(offset)?;
-        Ok((addr, self.desc.load_u64(offset.wrapping_add(8))?))
+        let rest = self.desc.load_u64(offset.wrapping_add(8))?;
+        Ok(Desc::from_words(addr, rest))
     }
 }

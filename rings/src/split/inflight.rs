@@ -145,7 +145,12 @@ fn finish_batch(area: &AreaRef<'_, ()>, entries: u16, used_idx: u16) -> Result<(
     if area.load_u64_atomic(FEATURES, Ordering::Relaxed)? != 0 {
         return Err(damaged("they have unknown features"));
     }
-    if area.load_u16_atomic(DESC_NUM, Ordering::Relaxed)? != entries {
+    let noted = area.load_u16_atomic(DESC_NUM, Ordering::Relaxed)?;
+    if noted != entries {
+        // A driver that began its queue anew may have chosen another size.
+        if is_idle(area, noted.min(entries))? {
+            return begin(area, entries, used_idx);
+        }
         return Err(damaged("they have another number of entries"));
     }
     let noted = area.load_u16_atomic(USED_IDX, Ordering::Relaxed)?;

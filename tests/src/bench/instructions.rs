@@ -1,18 +1,19 @@
-//! Instructions that `ringside-blk` executes for a request without data: a figure that depends on no machine and no moment.
+//! Instructions that `ringside-blk` executes for a request without data, and `ringside-net` for a short frame: figures that depend
+//! on no machine and no moment.
 //!
-//! The program runs under callgrind with `--null`, and serves few requests, then many. What the many cost more, divided by how
+//! The program runs under callgrind, and serves few requests, then many. What the many cost more, divided by how
 //! many they are more, is what one costs; starting, connecting and ending cancel out. Busy waiting is off: how often it goes round
 //! depends on the machine.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use serde::Serialize;
 
-use super::contender::Contender;
+use super::contender::{Contender, socket_in};
 use super::load::Shape;
+use super::net::second_socket;
 use super::storage::Storage;
 use crate::command;
 use crate::error::{LabError, Result};
@@ -21,6 +22,11 @@ use crate::site::Site;
 /// Requests of the two runs.
 const FEW: u64 = 2000;
 const MANY: u64 = 22_000;
+/// The same of frames.
+const FEW_FRAMES: u64 = 4000;
+const MANY_FRAMES: u64 = 44_000;
+/// Bytes of a frame.
+const FRAME: u32 = 64;
 /// Requests in flight.
 const DEPTH: u16 = 32;
 /// How long a run may take on plain hardware.
@@ -47,63 +53,148 @@ impl fmt::Display for Instructions {
     }
 }
 
+/// User-space instructions per frame of 64 bytes.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct FrameInstructions(Vec<(&'static str, f64)>);
+
+impl fmt::Display for FrameInstructions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "instructions of ringside-net for each frame of {FRAME} bytes:"
+        )?;
+        for (index, (what, count)) in self.0.iter().enumerate() {
+            let comma = if index > 0 { "," } else { "" };
+            write!(f, "{comma} {count:.0} {what}")?;
+        }
+        Ok(())
+    }
+}
+
 /// Counts them.
 ///
 /// # Errors
 /// [`LabError::Skipped`], with the reason, where there is no valgrind that can.
 pub fn count(site: &Site, directory: &Path) -> Result<Instructions> {
-    let tools: Vec<PathBuf> = [site.root.join(TOOL), Path::new("/").join(TOOL)]
-        .into_iter()
-        .filter(|tool| tool.exists())
-        .collect();
-    let mut why = String::from("there is no valgrind");
-    for tool in tools {
-        // One that cannot serve at all shows with few requests.
-        match total(site, &tool, directory, Shape::Randread, FEW) {
-            Ok(few) => {
-                let each =
-                    |few: u64, many: u64| many.saturating_sub(few) as f64 / (MANY - FEW) as f64;
-                let run = |shape, requests| total(site, &tool, directory, shape, requests);
-                return Ok(Instructions {
-                    read: each(few, run(Shape::Randread, MANY)?),
-                    write: each(run(Shape::Randwrite, FEW)?, run(Shape::Randwrite, MANY)?),
-                });
+    let each = |callgrind: &Callgrind<'_>, shape: Shape| {
+        let back_end = "ringside-blk --socket-path {socket} --null 1G --poll 0";
+        let depth = DEPTH.to_string();
+        let load = ["--shape", shape.name(), "--depth", &depth];
+        callgrind.each([FEW, MANY], back_end, &load)
+    };
+    let (callgrind, read) = Callgrind::first(site, directory, |callgrind| {
+        each(callgrind, Shape::Randread)
+    })?;
+    let write = each(&callgrind, Shape::Randwrite)?;
+    Ok(Instructions { read, write })
+}
+
+/// Counts those of `ringside-net` for frames: nothing behind the card, each way and each format of rings; a TAP of this name,
+/// which has to be up; and from one guest to another.
+///
+/// # Errors
+/// As [`count`].
+pub fn of_frames(site: &Site, directory: &Path, tap: &str) -> Result<FrameInstructions> {
+    let card = |link: &str| format!("ringside-net --poll 0 --socket-path {{socket}} {link}");
+    let null = card("--link null");
+    let source = card(&format!("--link generate:{FRAME}"));
+    let tap = card(&format!("--tap {tap}"));
+    let other = second_socket(&socket_in(directory)).display().to_string();
+    let port = command::quoted(&format!("socket={other}"));
+    let switch = format!("ringside-net --poll 0 --port {port} --port socket={{socket}}");
+    let ways: [(_, &str, &[&str]); 6] = [
+        ("from a guest to nothing", &null, &["--direction", "tx"]),
+        ("in packed rings", &null, &["--direction", "tx", "--packed"]),
+        ("from nothing to a guest", &source, &["--direction", "rx"]),
+        (
+            "in packed rings",
+            &source,
+            &["--direction", "rx", "--packed"],
+        ),
+        ("from a guest to a TAP", &tap, &["--direction", "tx"]),
+        ("from a guest to another", &switch, &["--to", &other]),
+    ];
+    let frame = FRAME.to_string();
+    let each = |callgrind: &Callgrind<'_>, back_end: &str, options: &[&str]| {
+        let load = [&["net", "--frame", &frame], options].concat();
+        callgrind.each([FEW_FRAMES, MANY_FRAMES], back_end, &load)
+    };
+    let count = |callgrind: &Callgrind<'_>| {
+        let counts = ways.iter().map(|(what, back_end, options)| {
+            let count = each(callgrind, back_end, options)?;
+            Ok((*what, count))
+        });
+        counts.collect()
+    };
+    let (_, counts) = Callgrind::first(site, directory, count)?;
+    Ok(FrameInstructions(counts))
+}
+
+/// A callgrind that can be used here.
+struct Callgrind<'a> {
+    site: &'a Site,
+    directory: &'a Path,
+    tool: PathBuf,
+}
+
+impl<'a> Callgrind<'a> {
+    /// The first one that can do some work, and what came of that. Old ones stop all threads while one waits for its io_uring.
+    fn first<T>(
+        site: &'a Site,
+        directory: &'a Path,
+        work: impl Fn(&Self) -> Result<T>,
+    ) -> Result<(Self, T)> {
+        let mut why = String::from("there is no valgrind");
+        for tool in [site.root.join(TOOL), Path::new("/").join(TOOL)] {
+            if !tool.exists() {
+                continue;
             }
-            // Old ones stop all threads while one waits for its io_uring.
-            Err(error) => why = format!("{} cannot run ringside-blk: {error}", tool.display()),
+            let this = Self {
+                site,
+                directory,
+                tool,
+            };
+            match work(&this) {
+                Ok(done) => return Ok((this, done)),
+                Err(error) => why = format!("{} cannot do it: {error}", this.tool.display()),
+            }
         }
+        Err(LabError::Skipped(format!(
+            "instructions are not counted: {why} (that of Debian trixie, 3.24, can)"
+        )))
     }
-    Err(LabError::Skipped(format!(
-        "instructions are not counted: {why} (that of Debian trixie, 3.24, can)"
-    )))
-}
 
-/// Instructions of one whole run.
-fn total(site: &Site, tool: &Path, directory: &Path, shape: Shape, requests: u64) -> Result<u64> {
-    let library = tool.parent().unwrap_or(tool);
-    let line = format!(
-        "env VALGRIND_LIB={library} VALGRIND_LAUNCHER={tool} {tool} --tool=callgrind --callgrind-out-file=/dev/null \
-         {program} --socket-path {{socket}} --null 1G --poll 0",
-        library = command::quoted(&library.display().to_string()),
-        tool = command::quoted(&tool.display().to_string()),
-        program = command::quoted(&site.programs.join("ringside-blk").display().to_string()),
-    );
-    let process = Contender::line("callgrind", line).start(site, &Storage::null(), 1, directory)?;
-    let mut load = site.program("ringside-load");
-    load.arg("--socket-path").arg(&process.socket);
-    load.args(["--shape", shape.name(), "--json"]);
-    load.arg("--depth").arg(DEPTH.to_string());
-    load.arg("--count").arg(requests.to_string());
-    run(&mut load, site.limit(RUN_LIMIT))?;
-    let text = process.end();
-    text.lines()
-        .find_map(|line| line.split_once("Collected :")?.1.trim().parse().ok())
-        .ok_or(LabError::Protocol {
-            from: "valgrind",
-            text,
-        })
-}
+    /// What each request or frame costs of those that the second of two runs has more.
+    fn each(&self, runs: [u64; 2], back_end: &str, load: &[&str]) -> Result<f64> {
+        let [few, many] = runs;
+        let least = self.total(back_end, load, few)?;
+        let more = self.total(back_end, load, many)?.saturating_sub(least);
+        Ok(more as f64 / many.saturating_sub(few).max(1) as f64)
+    }
 
-fn run(command: &mut Command, limit: Duration) -> Result<()> {
-    command::run(command, limit).map(|_| ())
+    /// Instructions of one whole run of a back-end, whose command line has {socket}, under a load.
+    fn total(&self, back_end: &str, load: &[&str], count: u64) -> Result<u64> {
+        let quoted = |path: &Path| command::quoted(&path.display().to_string());
+        // Beside the program's calls valgrind makes its own.
+        let line = format!(
+            "env VALGRIND_LIB={library} VALGRIND_LAUNCHER={tool} {tool} --tool=callgrind --callgrind-out-file=/dev/null \
+             {programs}/{back_end} --sandbox off",
+            library = quoted(self.tool.parent().unwrap_or(&self.tool)),
+            tool = quoted(&self.tool),
+            programs = quoted(&self.site.programs),
+        );
+        let contender = Contender::line("callgrind", line);
+        let process = contender.start(self.site, &Storage::null(), 1, self.directory)?;
+        let mut command = self.site.program("ringside-load");
+        command.args(load).arg("--socket-path").arg(&process.socket);
+        command.arg("--json").arg("--count").arg(count.to_string());
+        command::run(&mut command, self.site.limit(RUN_LIMIT))?;
+        let text = process.end();
+        text.lines()
+            .find_map(|line| line.split_once("Collected :")?.1.trim().parse().ok())
+            .ok_or(LabError::Protocol {
+                from: "valgrind",
+                text,
+            })
+    }
 }

@@ -15,7 +15,8 @@
 //!
 //! Those are the parts of the one for disks; that for network cards (`net`) shares the processes, the processors and the picture with it.
 //!
-//! Beside that: other people's front-ends (`others`), what an idle back-end costs (`idle`), and the instructions of a request (`instructions`).
+//! Beside that: other people's front-ends (`others`), what an idle back-end costs (`idle`), and the instructions of a request or a frame
+//! (`instructions`).
 
 mod blk;
 mod cells;

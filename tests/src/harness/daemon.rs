@@ -66,6 +66,12 @@ impl Daemon {
         self.child.id()
     }
 
+    /// The file that it writes to.
+    #[must_use]
+    pub fn log_path(&self) -> &Path {
+        &self.log
+    }
+
     /// What it has written so far.
     #[must_use]
     pub fn log(&self) -> String {

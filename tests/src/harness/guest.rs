@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use nix::sys::signal::Signal;
 
 use super::backend::{BackEnd, Blk, Kind};
-use super::daemon::{fresh_name, signal_child};
+use super::daemon::{fresh_name, is_socket, signal_child};
 use crate::command::{as_ordinary_user, describe, wait_for};
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::site::{QemuVersion, Site};
@@ -146,6 +146,34 @@ impl<'a> GuestBuilder<'a> {
     /// # Errors
     /// Fails, with the console's tail, if it does not come up in time.
     pub fn boot(self, site: &Site) -> Result<Guest> {
+        let limit = self.boot_limit;
+        let mut guest = self.start(site)?;
+        guest.wait_for_agent(site.limit(limit))?;
+        Ok(guest)
+    }
+
+    /// Starts QEMU for a guest that comes from another one, with the same devices, at the socket of this name.
+    ///
+    /// # Errors
+    /// Fails, with what QEMU says, if it ends before it listens.
+    pub fn await_migration(self, site: &Site, socket: &str) -> Result<Guest> {
+        let limit = site.limit(self.boot_limit);
+        let mut guest = self
+            .arg("-incoming")
+            .arg(&format!("unix:{socket}"))
+            .start(site)?;
+        let path = site.scratch.join(socket);
+        let start = Instant::now();
+        while !is_socket(&path) {
+            let ended = wait_for(&mut guest.child, Duration::from_millis(20))?;
+            if ended.is_some() || start.elapsed() > limit {
+                return Err(guest.failed("QEMU does not listen for the guest".into()));
+            }
+        }
+        Ok(guest)
+    }
+
+    fn start(self, site: &Site) -> Result<Guest> {
         let mut root = None;
         if self.vmm == Vmm::Ringside && !self.diskless {
             root = Some(Blk::on(&site.guest_disk).arg("--read-only").start(site)?);
@@ -162,9 +190,7 @@ impl<'a> GuestBuilder<'a> {
         if let Some(cpu) = site.guest_cpu() {
             command = pinned(&command, cpu);
         }
-        let mut guest = Guest::start(site, command, root)?;
-        guest.wait_for_agent(site.limit(self.boot_limit))?;
-        Ok(guest)
+        Guest::start(site, command, root)
     }
 
     fn kernel(&self, site: &Site) -> PathBuf {

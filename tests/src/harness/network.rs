@@ -13,26 +13,26 @@ use nix::sched::{CloneFlags, setns};
 
 use super::daemon::{Daemon, fresh_name};
 use super::guest::Guest;
-use crate::command;
+use crate::command::{self, bound};
 use crate::error::{Doing, LabError, Result};
 use crate::site::Site;
 
 /// How long a server may take to listen, on plain hardware.
 const LISTEN_LIMIT: Duration = Duration::from_secs(5);
 
-/// A network namespace joined to the test's own by a pair of virtual Ethernet interfaces. It lives as long as the process that holds it.
+/// A network namespace, joined to the test's own by a pair of virtual Ethernet interfaces or by what is put into it. It lives as long as the process that holds it.
 #[derive(Debug)]
 pub struct Namespace {
     holder: Daemon,
 }
 
 impl Namespace {
-    /// Creates it; `near` and `far` are the addresses (with prefix length) of the pair's two ends, and far's default route is near.
+    /// Creates it, joined to nothing.
     ///
     /// # Errors
-    /// Fails if one of the steps does.
-    pub fn create(site: &Site, name: &str, near: &str, far: &str) -> Result<Self> {
-        let mut holding = Command::new("unshare");
+    /// Fails if there is none for this process to have.
+    pub fn alone(site: &Site, name: &str) -> Result<Self> {
+        let mut holding = bound("unshare");
         holding.args(["--net", "sleep", "infinity"]);
         let mut holder = Daemon::start(site, name, holding)?;
         let pid = holder.pid();
@@ -41,7 +41,25 @@ impl Namespace {
             let other = std::fs::read_link(format!("/proc/{pid}/ns/net")).ok();
             other.is_some() && other != own
         })?;
-        let namespace = Self { holder };
+        Ok(Self { holder })
+    }
+
+    /// Moves an interface of the test's own namespace into it.
+    ///
+    /// # Errors
+    /// Fails if there is no such interface.
+    pub fn take(&self, interface: &str) -> Result<()> {
+        let pid = self.holder.pid();
+        command::run_line(&format!("ip link set {interface} netns {pid}")).map(drop)
+    }
+
+    /// Creates it; `near` and `far` are the addresses (with prefix length) of the pair's two ends, and far's default route is near.
+    ///
+    /// # Errors
+    /// Fails if one of the steps does.
+    pub fn create(site: &Site, name: &str, near: &str, far: &str) -> Result<Self> {
+        let namespace = Self::alone(site, name)?;
+        let pid = namespace.holder.pid();
         command::run_line(&format!(
             "ip link add {name} type veth peer name eth0 netns {pid}"
         ))?;
@@ -245,7 +263,9 @@ fn listens(pid: u32, port: u16) -> bool {
 /// # Errors
 /// Fails if it does not come to listen.
 pub fn iperf3_server(site: &Site, namespace: Option<&Namespace>) -> Result<Daemon> {
-    let mut command = site.root_program("usr/bin/iperf3");
+    let program = site.root_program("usr/bin/iperf3");
+    let mut command = bound(program.get_program());
+    command.args(program.get_args());
     command.args(["--server", "--forceflush"]);
     if let Some(namespace) = namespace {
         command = namespace.enter(&command);

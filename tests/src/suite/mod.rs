@@ -2,12 +2,14 @@
 //! that nothing it starts or creates outlives it, whatever happens to it.
 
 mod bench;
+mod bench_net;
 mod blk;
 mod blk_control;
 mod boot;
 mod crash;
 mod formats;
 mod links;
+mod migration;
 mod net;
 mod net_features;
 mod net_switch;
@@ -55,11 +57,13 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         crash::TESTS,
         formats::TESTS,
         bench::TESTS,
+        bench_net::TESTS,
         net::TESTS,
         net_switch::TESTS,
         links::TESTS,
         net_features::TESTS,
         others::TESTS,
+        migration::TESTS,
         zoned::TESTS,
     ]
     .into_iter()

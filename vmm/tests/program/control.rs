@@ -81,6 +81,37 @@ fn a_machine_is_asked_and_ended() {
     assert_eq!(status(&ask(&socket, &["fly"])), 2);
 }
 
+/// As the kernel says.
+#[test]
+fn all_threads_are_confined_while_a_guest_runs() {
+    if !has_kvm("all_threads_are_confined_while_a_guest_runs") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let mut child = vmm()
+        .arg("--kernel")
+        .arg(kernel(dir.path(), &SPIN))
+        .spawn()
+        .unwrap();
+    wait_for_thread(&child, "vcpu 0");
+    let mut threads = 0;
+    for task in std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap() {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        for line in [
+            "NoNewPrivs:\t1",
+            "Seccomp:\t2",
+            "CapEff:\t0000000000000000",
+            "CapPrm:\t0000000000000000",
+        ] {
+            assert!(status.lines().any(|l| l == line), "{line}: {status}");
+        }
+        threads += 1;
+    }
+    assert!(threads > 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
 #[test]
 fn functions_that_are_not_there_end_it_with_a_message() {
     if !has_kvm("functions_that_are_not_there_end_it_with_a_message") {

@@ -5,10 +5,11 @@
     reason = "ioctl is the only interface to these commands, and no safe wrapper of it exists"
 )]
 
+use std::ffi::c_ulong;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
-use nix::Result;
+use nix::{Result, request_code_none, request_code_readwrite, request_code_write};
 
 use super::{ZoneAction, ZoneInfo};
 use crate::blk::request::SECTOR;
@@ -28,6 +29,32 @@ mod raw {
     nix::ioctl_write_ptr!(blkclosezone, 0x12, 135, [u64; 2]);
     nix::ioctl_write_ptr!(blkfinishzone, 0x12, 136, [u64; 2]);
 }
+
+/// All of them, by their numbers.
+pub(in crate::blk) const REQUESTS: [(c_ulong, &str); 7] = [
+    (request_code_none!(0x12, 119), "discard"),
+    (request_code_none!(0x12, 125), "secure erase"),
+    (
+        request_code_readwrite!(0x12, 130, size_of::<ReportHeader>()),
+        "zones",
+    ),
+    (
+        request_code_write!(0x12, 131, size_of::<[u64; 2]>()),
+        "zones",
+    ),
+    (
+        request_code_write!(0x12, 134, size_of::<[u64; 2]>()),
+        "zones",
+    ),
+    (
+        request_code_write!(0x12, 135, size_of::<[u64; 2]>()),
+        "zones",
+    ),
+    (
+        request_code_write!(0x12, 136, size_of::<[u64; 2]>()),
+        "zones",
+    ),
+];
 
 /// Zones in a report: with its header it is a little more than a page.
 const ZONES: usize = 64;

@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use super::request::SECTOR;
 
+pub(super) use ioctl::REQUESTS;
+
 /// A block device. Offsets and lengths are in bytes, multiples of [`SECTOR`].
 pub(super) trait BlockDevice: Debug + Send + Sync {
     /// The range is not needed any more.

@@ -19,11 +19,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use ringside_rings::Segment;
 use tracing::error;
-use vm_memory::{GuestAddress, GuestMemory, Permissions, VolatileSlice};
+use vm_memory::bitmap::Bitmap;
+use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::rbd::{self, Image};
 use crate::blk::mailbox::Mailbox;
-use crate::shell::Memory;
+use crate::shell::{GuestSlice, Memory, is_logged};
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -88,7 +89,7 @@ pub(super) struct SegmentLost {
 
 impl Op {
     /// Guest memory of `len` bytes of the operation's data, from `at` on.
-    pub(super) fn slices(&self, at: u64, len: u64) -> Result<Vec<VolatileSlice<'_>>, SegmentLost> {
+    pub(super) fn slices(&self, at: u64, len: u64) -> Result<Vec<GuestSlice<'_>>, SegmentLost> {
         let mut slices = Vec::with_capacity(self.segments.len());
         let (mut skip, mut left) = (self.skip.saturating_add(at), len);
         for segment in &self.segments {
@@ -120,6 +121,17 @@ impl Op {
             return Err(SegmentLost { addr: 0 });
         }
         Ok(slices)
+    }
+
+    /// Marks what a read may have written, by others than vm-memory.
+    pub(super) fn mark_read(&self) {
+        if is_logged(&self.memory)
+            && let Ok(slices) = self.slices(0, self.len)
+        {
+            for slice in slices {
+                slice.bitmap().mark_dirty(0, slice.len());
+            }
+        }
     }
 
     /// Tells the worker.

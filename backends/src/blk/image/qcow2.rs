@@ -40,6 +40,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, Mapping, Storage as _, StorageOpenOptions};
 use nix::fcntl::{FallocateFlags, fallocate};
+use ringside_sandbox::ThreadKind;
 use thiserror::Error;
 use tracing::{debug, error, info, warn};
 
@@ -48,7 +49,7 @@ use super::map::{Entry, MAX_LAYERS, Map, Place};
 use super::ops::{Action, Link, Op, Outcome};
 use super::side::Side;
 use crate::blk::disk::{self, DiskError, DiskOptions};
-use crate::shell::LogLimit;
+use crate::shell::{LogLimit, confined};
 
 /// How far a lookup goes beyond what was asked, in granules: neighbours are wanted next, more often than not.
 const LOOKAHEAD: u64 = 64;
@@ -342,7 +343,7 @@ impl Image {
         let (sender, ops) = mpsc::channel();
         let thread = thread::Builder::new()
             .name("blk-image".into())
-            .spawn(move || companion.run(&ops))?;
+            .spawn(move || confined(ThreadKind::Helper, || companion.run(&ops)))?;
         info!(
             size = self.capacity,
             layers = self.files.len(),

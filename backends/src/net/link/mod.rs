@@ -31,6 +31,7 @@ use std::fmt::Debug;
 use std::io;
 
 use epoll::Events;
+use ringside_sandbox::Profile;
 use thiserror::Error;
 
 pub(super) use idle::{Generate, Null};
@@ -256,6 +257,11 @@ pub(super) trait Interface: Debug + Send + Sync {
         Err(LinkError::NoSteering)
     }
 
+    /// Says what it needs when the program is confined, besides sending and receiving.
+    fn needs(&self, profile: &mut Profile) {
+        let _ = profile;
+    }
+
     /// Has packets go to the queues that a driver wants; without it, to any that are attached.
     ///
     /// # Errors
@@ -270,7 +276,7 @@ pub(super) trait Interface: Debug + Send + Sync {
 
 /// A link that takes the driver's choice from each call.
 #[derive(Debug)]
-struct Fixed;
+struct Fixed(LinkSpec);
 
 impl Interface for Fixed {
     fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
@@ -279,5 +285,9 @@ impl Interface for Fixed {
 
     fn set_offloads(&self, _offloads: u32) -> Result<(), LinkError> {
         Ok(())
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        self.0.needs(profile);
     }
 }

@@ -6,8 +6,8 @@
 //! ```
 //!
 //! passt knows no virtio-net header, so there are no offloads. A frame of which the socket took only a part is finished before
-//! the next one: its rest is kept here. When passt goes, it is connected to or started again, at growing intervals;
-//! frames from the guest are dropped meanwhile.
+//! the next one: its rest is kept here. When passt goes, it is connected to again, or started again if this program is not
+//! confined, at growing intervals; frames from the guest are dropped meanwhile.
 
 use std::ffi::OsString;
 use std::io;
@@ -25,8 +25,9 @@ use nix::sys::socket::sockopt::SndBuf;
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use ringside_sandbox::confined;
 use thiserror::Error;
-use tracing::{debug, info, warn};
+use tracing::{debug, error, info, warn};
 
 use super::{Link, MAX_HEADER, Ready};
 use crate::net::epoll_set::Watcher;
@@ -66,6 +67,12 @@ pub enum PasstError {
     /// It cannot be started.
     #[error("cannot start {PROGRAM}: install it, and have it in the PATH")]
     Start(#[source] io::Error),
+    /// This program has given up the right to start it.
+    #[error(
+        "a program that is confined cannot start {PROGRAM} again: start this one again, or have {PROGRAM} run by itself \
+         (--link passt:SOCKET), or use --sandbox=off"
+    )]
+    Confined,
     /// It ended at once.
     #[error("{PROGRAM} ended at once ({0}): it says why above")]
     Ended(std::process::ExitStatus),
@@ -178,6 +185,7 @@ impl Source {
                 })?;
                 (stream, None)
             }
+            Self::Started(_) if confined() => return Err(PasstError::Confined),
             Self::Started(arguments) => {
                 let (ours, theirs) = UnixStream::pair().map_err(PasstError::System)?;
                 // It ends when our end of the socket closes, whatever ends this program.
@@ -231,7 +239,10 @@ impl Connection {
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
+        // One that may signal nobody closes its socket, and that ends it.
+        if let Some(child) = &mut self.child
+            && !confined()
+        {
             // It may have ended already.
             let _ = child.kill();
             let _ = child.wait();
@@ -328,6 +339,7 @@ impl Passt {
                 }
                 self.connection = Some(connection);
             }
+            Err(error @ PasstError::Confined) => error!("{error}"),
             Err(error) => {
                 debug!("passt is not back yet: {}", Causes(&error));
                 self.try_later();

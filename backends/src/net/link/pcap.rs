@@ -12,8 +12,8 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::SystemTime;
 
@@ -57,15 +57,18 @@ struct Batch {
     back: Sender<Vec<u8>>,
 }
 
-/// The thread that writes the file; it ends with the last queue.
+/// The thread that writes the file: it begins with the first queue that is used, when the program is confined, and ends with
+/// the last one.
 struct Writer {
     /// `None` at the end only.
     sender: Option<SyncSender<Batch>>,
-    thread: Option<JoinHandle<()>>,
+    /// Until it begins.
+    idle: Mutex<Option<(File, Receiver<Batch>)>>,
+    thread: OnceLock<JoinHandle<()>>,
 }
 
 impl Writer {
-    fn start(path: &Path, queues: usize, snap: u32) -> Result<Self, PcapError> {
+    fn open(path: &Path, queues: usize, snap: u32) -> Result<Self, PcapError> {
         let failed = |source| PcapError {
             path: path.to_owned(),
             source,
@@ -73,18 +76,28 @@ impl Writer {
         let mut file = File::create(path).map_err(failed)?;
         file.write_all(&header(snap)).map_err(failed)?;
         let (sender, receiver) = sync_channel(queues.saturating_mul(BUFFERS));
+        Ok(Self {
+            sender: Some(sender),
+            idle: Mutex::new(Some((file, receiver))),
+            thread: OnceLock::new(),
+        })
+    }
+
+    fn begin(&self) -> io::Result<()> {
+        let mut idle = self.idle.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some((file, receiver)) = idle.take() else {
+            return Ok(());
+        };
         let thread = thread::Builder::new()
             .name("net-pcap".to_owned())
             .spawn(move || {
                 // Signals are the control thread's.
                 let _ = SigSet::all().thread_block();
                 write_all(file, &receiver);
-            })
-            .map_err(failed)?;
-        Ok(Self {
-            sender: Some(sender),
-            thread: Some(thread),
-        })
+            })?;
+        // Begun once.
+        let _ = self.thread.set(thread);
+        Ok(())
     }
 }
 
@@ -143,7 +156,7 @@ pub(super) struct Tee {
 
 /// Puts a capture file behind each of these queues, with at most `snap` bytes of each frame.
 pub(super) fn tee(queues: Vec<AnyLink>, path: &Path, snap: u32) -> Result<Vec<AnyLink>, PcapError> {
-    let writer = Arc::new(Writer::start(path, queues.len(), snap)?);
+    let writer = Arc::new(Writer::open(path, queues.len(), snap)?);
     let teed = queues.into_iter().map(|queue| {
         let (back, empty) = channel();
         for _ in 0..BUFFERS {
@@ -222,6 +235,7 @@ impl Drop for Tee {
 
 impl Link for Tee {
     fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
+        self.writer.begin()?;
         self.inner.watch(watcher)
     }
 

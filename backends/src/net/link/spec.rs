@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
 
+use ringside_sandbox::{Capability, Profile, ThreadKind, calls};
 use thiserror::Error;
 
 use super::idle::{MAX_GENERATED, MIN_GENERATED};
@@ -155,6 +156,34 @@ pub(in crate::net) struct Opened {
 }
 
 impl LinkSpec {
+    /// What it needs when the program is confined, besides sending and receiving.
+    pub(super) fn needs(&self, profile: &mut Profile) {
+        match self {
+            // A queue that is attached again has a new socket.
+            Self::Packet(_) => {
+                profile
+                    .network()
+                    .capability(Capability::CAP_NET_RAW)
+                    .calls(calls::PACKET)
+                    .thread(ThreadKind::Queue, &[calls::PACKET]);
+            }
+            Self::Xdp(_) => {
+                profile
+                    .capability(Capability::CAP_BPF)
+                    .calls(calls::BPF_MAPS)
+                    .thread(ThreadKind::Queue, &[calls::BPF_MAPS]);
+            }
+            Self::Passt(Some(path)) => {
+                profile
+                    .connect(path)
+                    .calls(calls::CONNECTING)
+                    .thread(ThreadKind::Queue, &[calls::CONNECTING]);
+            }
+            Self::Tap(_) | Self::Macvtap(_) | Self::Passt(None) => {}
+            Self::Null | Self::Generate(_) => {}
+        }
+    }
+
     /// Opens it.
     ///
     /// # Errors
@@ -189,7 +218,7 @@ impl LinkSpec {
             }
             Self::Packet(interface) => Opened {
                 name,
-                interface: Arc::new(Fixed),
+                interface: Arc::new(Fixed(self.clone())),
                 queues: Packet::open(interface, queues)?
                     .into_iter()
                     .map(|queue| AnyLink::Other(Box::new(queue)))
@@ -199,7 +228,7 @@ impl LinkSpec {
             },
             Self::Xdp(interface) => Opened {
                 name,
-                interface: Arc::new(Fixed),
+                interface: Arc::new(Fixed(self.clone())),
                 queues: Xdp::open(interface, queues)?
                     .into_iter()
                     .map(|queue| AnyLink::Other(Box::new(queue)))
@@ -215,7 +244,7 @@ impl LinkSpec {
                 };
                 Opened {
                     name,
-                    interface: Arc::new(Fixed),
+                    interface: Arc::new(Fixed(self.clone())),
                     queues: vec![AnyLink::Other(Box::new(Passt::open(source)?))],
                     offloads: 0,
                     mac,
@@ -223,14 +252,14 @@ impl LinkSpec {
             }
             Self::Null => Opened {
                 name,
-                interface: Arc::new(Fixed),
+                interface: Arc::new(Fixed(self.clone())),
                 queues: (0..queues).map(|_| AnyLink::Null(Null)).collect(),
                 offloads: whole,
                 mac,
             },
             Self::Generate(len) => Opened {
                 name,
-                interface: Arc::new(Fixed),
+                interface: Arc::new(Fixed(self.clone())),
                 queues: (0..queues)
                     .map(|_| AnyLink::Generate(Generate::new(*len, mac)))
                     .collect(),

@@ -17,6 +17,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, OFlag, fcntl};
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+use ringside_sandbox::{Call, Capability, Profile, ThreadKind, calls};
 use thiserror::Error;
 use tracing::error;
 
@@ -671,6 +672,30 @@ impl Interface for Tap {
 
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
         Ok(Self::set_offloads(self, offloads)?)
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        let requests = [
+            (
+                libc::TUNSETQUEUE,
+                "queues that a driver switches on and off",
+            ),
+            (libc::TUNSETVNETHDRSZ, "the driver's length of headers"),
+            (libc::TUNSETOFFLOAD, "the driver's offloads"),
+            (libc::TUNSETSTEERINGEBPF, "the driver's table of queues"),
+        ];
+        let requests = requests.map(|(request, why)| calls::ioctl(request, why));
+        let mut kept: Vec<&[Call]> = vec![&requests];
+        if lock(&self.members).steering.is_some() {
+            profile.capability(Capability::CAP_BPF);
+            kept.push(calls::BPF_MAPS);
+        }
+        for kind in [ThreadKind::Queue, ThreadKind::Helper] {
+            profile.thread(kind, &kept);
+        }
+        kept.into_iter().for_each(|group| {
+            profile.calls(group);
+        });
     }
 
     fn prepare_steering(&self) -> Result<(), LinkError> {

@@ -9,12 +9,15 @@
 //!                      Header         ╰───── prefix ─────╯ vlan          Rest, not copied yet
 //! ```
 
+use std::ops::Deref;
+
 use ringside_rings::{Segment, in_one_region};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN, VIRTIO_NET_HDR_GSO_NONE,
     VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP,
     VIRTIO_NET_HDR_GSO_UDP_L4,
 };
+use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{Address, GuestMemory, Permissions, VolatileSlice};
 
 use super::policy::{Form, Vlans};
@@ -41,7 +44,7 @@ pub(super) const MAX_HEADER: usize = 12;
 pub(super) const FRONT: usize = MAX_HEADER + PREFIX + TAG;
 
 /// The virtio-net header of a frame, as far as it says anything about it (VIRTIO 1.3, 5.1.6).
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Header {
     /// `flags`: NEEDS_CSUM or nothing.
     pub(super) needs_csum: bool,
@@ -63,6 +66,16 @@ pub(super) const CSUM: u32 = libc::TUN_F_CSUM;
 const USO: u32 = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 
 impl Header {
+    /// Of a frame that is complete.
+    const NONE: Self = Self {
+        needs_csum: false,
+        gso: 0,
+        hdr_len: 0,
+        gso_size: 0,
+        csum_start: 0,
+        csum_offset: 0,
+    };
+
     /// Reads the header of a frame of `len` bytes. `None` if it says what cannot be.
     #[inline]
     pub(super) fn parse(bytes: [u8; 10], len: usize) -> Option<Self> {
@@ -76,7 +89,7 @@ impl Header {
             csum_offset: u16::from_le_bytes([o0, o1]),
         };
         if header.is_plain() {
-            return Some(Self::default());
+            return Some(Self::NONE);
         }
         let sum_ends = usize::from(header.csum_start) + usize::from(header.csum_offset) + 2;
         let whole = usize::from(header.csum_start) >= ETHERNET && sum_ends <= len;
@@ -139,22 +152,44 @@ pub(super) enum Rest<'a> {
     Bytes(&'a [u8]),
 }
 
-/// A frame.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Frame<'a> {
+/// An address is of a group (IEEE 802, 8.2.2).
+#[inline]
+pub(super) fn is_group(address: u64) -> bool {
+    address >> 40 & 1 != 0
+}
+
+/// What is known of a frame from its first bytes.
+#[derive(Debug)]
+pub(super) struct Beginning {
     /// What is yet to be done for it.
     pub(super) header: Header,
-    /// First bytes, without a tag.
-    prefix: [u8; PREFIX],
+    /// Its header as it goes out, and first bytes, without a tag. What is behind those is of other frames.
+    front: [u8; MAX_HEADER + PREFIX],
     prefix_len: usize,
     /// The VLAN that it is in.
     pub(super) vlan: u16,
     /// Priority and drop eligibility, as in the tag it came with.
     priority: u16,
+    /// How many bytes are behind the first ones.
+    rest_len: usize,
+}
+
+/// A frame.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Frame<'a> {
+    /// How it begins.
+    pub(super) beginning: &'a Beginning,
     /// The bytes behind.
     pub(super) rest: Rest<'a>,
-    /// How many those are.
-    pub(super) rest_len: usize,
+}
+
+impl Deref for Frame<'_> {
+    type Target = Beginning;
+
+    #[inline]
+    fn deref(&self) -> &Beginning {
+        self.beginning
+    }
 }
 
 /// Why a frame goes no further.
@@ -166,60 +201,111 @@ pub(super) enum Refused {
     Vlan,
 }
 
-impl<'a> Frame<'a> {
-    /// A frame that begins with `first`, up to [`PREFIX`] bytes of it, and goes on with `rest_len` bytes in `rest`, at a port
-    /// of these VLANs.
-    #[inline]
-    pub(super) fn new(
-        header: [u8; 10],
-        first: &[u8],
-        rest: Rest<'a>,
-        rest_len: usize,
-        vlans: &Vlans,
-    ) -> Result<Self, Refused> {
-        let len = first.len().saturating_add(rest_len);
-        let mut frame = Self {
-            header: Header::parse(header, len).ok_or(Refused::Malformed)?,
-            prefix: [0; PREFIX],
-            prefix_len: first.len(),
+impl Beginning {
+    /// Of no frame.
+    pub(super) const fn new() -> Self {
+        Self {
+            header: Header::NONE,
+            front: [0; MAX_HEADER + PREFIX],
+            prefix_len: 0,
             vlan: 0,
             priority: 0,
-            rest,
-            rest_len,
-        };
-        let place = frame.prefix.get_mut(..first.len());
-        place.ok_or(Refused::Malformed)?.copy_from_slice(first);
-        let mut tag = 0;
-        if frame.ethertype() == ETHERTYPE_VLAN {
-            let control = frame.bytes_at(ETHERNET).map(u16::from_be_bytes);
-            let control = control.ok_or(Refused::Malformed)?;
-            (tag, frame.priority) = (control & 0x0fff, control & 0xf000);
-            frame.untag()?;
+            rest_len: 0,
         }
-        frame.vlan = vlans.of(tag).ok_or(Refused::Vlan)?;
-        Ok(frame)
     }
 
-    /// Other bytes in its place, in the same VLAN.
-    pub(super) fn with<'b>(
-        &self,
-        header: Header,
-        first: &[u8],
-        rest: Rest<'b>,
+    /// Where the first `len` bytes of a frame are to be put, its header of `header_len` included; `None` if those are too many.
+    #[inline]
+    pub(super) fn place(&mut self, header_len: usize, len: usize) -> Option<&mut [u8]> {
+        let start = MAX_HEADER.checked_sub(header_len)?;
+        self.front.get_mut(start..start.checked_add(len)?)
+    }
+
+    /// Understands what was put there: a frame with a header of `header_len` bytes, `prefix_len` bytes, and `rest_len` that
+    /// are elsewhere, at a port of these VLANs.
+    #[inline]
+    pub(super) fn understand(
+        &mut self,
+        header_len: usize,
+        prefix_len: usize,
         rest_len: usize,
-    ) -> Frame<'b> {
-        let mut prefix = [0; PREFIX];
-        for (place, byte) in prefix.iter_mut().zip(first) {
-            *place = *byte;
+        vlans: &Vlans,
+    ) -> Result<(), Refused> {
+        let header = self.place(header_len, header_len);
+        let header = header.and_then(|header| header.first_chunk::<10>().copied());
+        let header = header.ok_or(Refused::Malformed)?;
+        let len = prefix_len.saturating_add(rest_len);
+        self.header = Header::parse(header, len).ok_or(Refused::Malformed)?;
+        (self.prefix_len, self.rest_len, self.priority) = (prefix_len, rest_len, 0);
+        let mut tag = 0;
+        if self.ethertype() == ETHERTYPE_VLAN {
+            let control = self.bytes_at(ETHERNET).map(u16::from_be_bytes);
+            let control = control.ok_or(Refused::Malformed)?;
+            (tag, self.priority) = (control & 0x0fff, control & 0xf000);
+            self.untag()?;
         }
-        Frame {
-            header,
-            prefix,
+        self.vlan = vlans.of(tag).ok_or(Refused::Vlan)?;
+        self.write_header();
+        Ok(())
+    }
+
+    /// The frame in `bytes`, a header of [`MAX_HEADER`] bytes in front, at a port of these VLANs. Returns what is behind its
+    /// beginning.
+    pub(super) fn begin<'b>(
+        &mut self,
+        bytes: &'b [u8],
+        vlans: &Vlans,
+    ) -> Result<&'b [u8], Refused> {
+        let count = bytes.len().min(MAX_HEADER + PREFIX);
+        let (first, rest) = bytes.split_at_checked(count).ok_or(Refused::Malformed)?;
+        let prefix_len = count.checked_sub(MAX_HEADER).ok_or(Refused::Malformed)?;
+        let place = self.place(MAX_HEADER, count).ok_or(Refused::Malformed)?;
+        place.copy_from_slice(first);
+        self.understand(MAX_HEADER, prefix_len, rest.len(), vlans)?;
+        Ok(rest)
+    }
+
+    /// Another frame in its place, in the same VLAN: a complete one that begins with `first`, `rest_len` bytes behind it.
+    pub(super) fn with(&self, first: &[u8], rest_len: usize) -> Self {
+        let mut other = Self {
             prefix_len: first.len().min(PREFIX),
             vlan: self.vlan,
             priority: self.priority,
-            rest,
             rest_len,
+            ..Self::new()
+        };
+        other.write_header();
+        for (place, byte) in other.front.iter_mut().skip(MAX_HEADER).zip(first) {
+            *place = *byte;
+        }
+        other
+    }
+
+    #[inline]
+    fn write_header(&mut self) {
+        if let Some(place) = self.front.first_chunk_mut() {
+            *place = self.header.bytes(0);
+        }
+    }
+
+    /// Writes header and first bytes with a tag.
+    fn tag(&self, room: &mut [u8; FRONT]) {
+        let (header, place) = room.split_at_mut(MAX_HEADER);
+        header.copy_from_slice(&self.header.bytes(4));
+        let prefix = self.prefix();
+        let (addresses, behind) = prefix.split_at_checked(TAG_AT).unwrap_or((prefix, &[]));
+        if let Some((before, after)) = place.split_at_mut_checked(TAG_AT) {
+            if let Some(before) = before.get_mut(..addresses.len()) {
+                before.copy_from_slice(addresses);
+            }
+            if let Some(tag) = after.first_chunk_mut::<TAG>() {
+                let [t0, t1] = ETHERTYPE_VLAN.to_be_bytes();
+                let [c0, c1] = (self.priority | self.vlan).to_be_bytes();
+                *tag = [t0, t1, c0, c1];
+            }
+            if let Some(after) = after.get_mut(TAG..TAG + behind.len()) {
+                after.copy_from_slice(behind);
+            }
         }
     }
 
@@ -228,8 +314,10 @@ impl<'a> Frame<'a> {
         if self.prefix_len < ETHERNET + TAG {
             return Err(Refused::Malformed);
         }
-        self.prefix
-            .copy_within(TAG_AT + TAG..self.prefix_len, TAG_AT);
+        let end = MAX_HEADER + self.prefix_len;
+        if let Some(prefix) = self.front.get_mut(MAX_HEADER..end) {
+            prefix.copy_within(TAG_AT + TAG.., TAG_AT);
+        }
         self.prefix_len -= TAG;
         let header = &mut self.header;
         if !header.is_plain() {
@@ -246,7 +334,9 @@ impl<'a> Frame<'a> {
     /// The first bytes, without a tag.
     #[inline]
     pub(super) fn prefix(&self) -> &[u8] {
-        self.prefix.get(..self.prefix_len).unwrap_or_default()
+        self.front
+            .get(MAX_HEADER..MAX_HEADER + self.prefix_len)
+            .unwrap_or_default()
     }
 
     /// Bytes of the frame without a tag.
@@ -261,16 +351,22 @@ impl<'a> Frame<'a> {
         self.prefix().get(offset..)?.first_chunk().copied()
     }
 
-    /// Where it goes to.
+    /// The address at an offset, as a number of 48 bits.
     #[inline]
-    pub(super) fn destination(&self) -> [u8; 6] {
-        self.bytes_at(0).unwrap_or_default()
+    fn address_at(&self, offset: usize) -> u64 {
+        self.bytes_at(offset).map_or(0, u64::from_be_bytes) >> 16
     }
 
-    /// Where it says that it comes from.
+    /// Where it goes to, as a number.
     #[inline]
-    pub(super) fn source(&self) -> [u8; 6] {
-        self.bytes_at(6).unwrap_or_default()
+    pub(super) fn destination(&self) -> u64 {
+        self.address_at(0)
+    }
+
+    /// Where it says that it comes from, as a number.
+    #[inline]
+    pub(super) fn source(&self) -> u64 {
+        self.address_at(6)
     }
 
     /// What it carries.
@@ -282,13 +378,13 @@ impl<'a> Frame<'a> {
     /// It goes to a group.
     #[inline]
     pub(super) fn is_to_group(&self) -> bool {
-        self.destination()[0] & 1 != 0
+        is_group(self.destination())
     }
 
     /// It is between neighbours and never forwarded (IEEE 802.1Q, 8.6.3).
     #[inline]
     pub(super) fn is_link_local(&self) -> bool {
-        matches!(self.destination(), [0x01, 0x80, 0xc2, 0, 0, last] if last < 0x10)
+        self.destination() & !0xf == 0x0180_c200_0000
     }
 
     /// Without its tag it would have another one in its place, which would put it into a VLAN of its sender's choice.
@@ -332,36 +428,26 @@ impl<'a> Frame<'a> {
         }
         hash ^ hash >> 16
     }
+}
 
-    /// The packet that goes out in this form.
+impl<'a> Frame<'a> {
+    /// The packet that goes out in this form; with a tag, it is put together in `room`.
     #[inline]
-    pub(super) fn packet(&self, form: Form) -> Packet<'a> {
-        let mut front = [0; FRONT];
-        let tagged = form == Form::Tagged;
-        let longer = if tagged { TAG } else { 0 };
-        let header = self.header.bytes(if tagged { 4 } else { 0 });
-        let (at, place) = front.split_at_mut(MAX_HEADER);
-        at.copy_from_slice(&header);
-        let prefix = self.prefix();
-        let (addresses, behind) = prefix.split_at_checked(TAG_AT).unwrap_or((prefix, &[]));
-        if let Some((before, after)) = place.split_at_mut_checked(TAG_AT) {
-            if let Some(before) = before.get_mut(..addresses.len()) {
-                before.copy_from_slice(addresses);
+    pub(super) fn packet(&self, form: Form, room: &'a mut [u8; FRONT]) -> Packet<'a> {
+        let beginning = self.beginning;
+        let front = match form {
+            Form::Untagged => &beginning.front[..],
+            Form::Tagged => {
+                beginning.tag(room);
+                &room[..]
             }
-            if tagged && let Some(tag) = after.first_chunk_mut::<TAG>() {
-                let [t0, t1] = ETHERTYPE_VLAN.to_be_bytes();
-                let [c0, c1] = (self.priority | self.vlan).to_be_bytes();
-                *tag = [t0, t1, c0, c1];
-            }
-            if let Some(after) = after.get_mut(longer..longer + behind.len()) {
-                after.copy_from_slice(behind);
-            }
-        }
+        };
+        let longer = if form == Form::Tagged { TAG } else { 0 };
+        let front_len = MAX_HEADER + beginning.prefix_len + longer;
         Packet {
-            front,
-            front_len: MAX_HEADER + prefix.len() + longer,
+            front: front.get(..front_len).unwrap_or_default(),
             rest: self.rest,
-            rest_len: self.rest_len,
+            rest_len: beginning.rest_len,
         }
     }
 }
@@ -370,8 +456,7 @@ impl<'a> Frame<'a> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Packet<'a> {
     /// Header and first bytes.
-    front: [u8; FRONT],
-    front_len: usize,
+    front: &'a [u8],
     rest: Rest<'a>,
     rest_len: usize,
 }
@@ -379,29 +464,29 @@ pub(super) struct Packet<'a> {
 impl<'a> Packet<'a> {
     /// The first bytes of the frame, for filters.
     #[inline]
-    pub(super) fn start(&self) -> &[u8] {
-        self.front
-            .get(MAX_HEADER..self.front_len)
-            .unwrap_or_default()
+    pub(super) fn start(&self) -> &'a [u8] {
+        self.front.get(MAX_HEADER..).unwrap_or_default()
     }
 
     /// Bytes with a header of `header_len`.
     #[inline]
     pub(super) fn len(&self, header_len: usize) -> usize {
-        (self.front_len + self.rest_len + header_len).saturating_sub(MAX_HEADER)
+        (self.front.len() + self.rest_len + header_len).saturating_sub(MAX_HEADER)
     }
 
     /// All of it, from its beginning, with a header of `header_len` bytes.
     #[inline]
-    pub(super) fn bytes(&self, header_len: usize) -> Bytes<'_> {
+    pub(super) fn bytes(&self, header_len: usize) -> Bytes<'a> {
         // A short header ends before `num_buffers`, and the frame follows it: its bytes are put together there.
-        let skip = MAX_HEADER.saturating_sub(header_len);
+        let (header, front) = if header_len == MAX_HEADER {
+            (self.front, &[][..])
+        } else {
+            let header = self.front.get(..header_len).unwrap_or_default();
+            (header, self.start())
+        };
         Bytes {
-            header: self.front.get(..header_len).unwrap_or_default(),
-            front: self
-                .front
-                .get(header_len + skip..self.front_len)
-                .unwrap_or_default(),
+            header,
+            front,
             rest: self.rest,
         }
     }
@@ -418,7 +503,7 @@ pub(super) struct Bytes<'a> {
 impl Bytes<'_> {
     /// Copies the next bytes until `to` is full. `false` if there are not enough.
     #[inline]
-    pub(super) fn copy_to(&mut self, to: VolatileSlice<'_>) -> bool {
+    pub(super) fn copy_to<B: BitmapSlice + Copy>(&mut self, to: VolatileSlice<'_, B>) -> bool {
         let mut to = to;
         for part in [&mut self.header, &mut self.front] {
             if part.is_empty() {
@@ -449,11 +534,11 @@ impl Bytes<'_> {
 }
 
 /// Copies from segments of one guest to memory of another, from byte `skip` on; both go on behind what was copied.
-fn copy_from_guest(
+fn copy_from_guest<B: BitmapSlice + Copy>(
     memory: &Memory,
     segments: &mut &[Segment],
     skip: &mut usize,
-    to: VolatileSlice<'_>,
+    to: VolatileSlice<'_, B>,
 ) -> bool {
     let mut to = to;
     while !to.is_empty() {
@@ -531,49 +616,75 @@ mod tests {
         Vlans::Trunk { tagged, native }
     }
 
-    fn frame<'a>(bytes: &'a [u8], vlans: &Vlans) -> Result<Frame<'a>, Refused> {
-        let (first, rest) = bytes.split_at(PREFIX);
-        Frame::new([0; 10], first, Rest::Bytes(rest), rest.len(), vlans)
+    /// The beginning of a frame with this header, and what is behind.
+    fn begin(
+        header: [u8; 10],
+        frame: &[u8],
+        vlans: &Vlans,
+    ) -> Result<(Beginning, Vec<u8>), Refused> {
+        let mut beginning = Beginning::new();
+        let packet = [&header[..], &[0; 2], frame].concat();
+        let rest = beginning.begin(&packet, vlans)?.to_vec();
+        Ok((beginning, rest))
+    }
+
+    fn plain(frame: &[u8], vlans: &Vlans) -> Result<(Beginning, Vec<u8>), Refused> {
+        begin([0; 10], frame, vlans)
+    }
+
+    /// What goes out.
+    fn out((beginning, rest): &(Beginning, Vec<u8>), form: Form, header_len: usize) -> Vec<u8> {
+        let rest = Rest::Bytes(rest);
+        let frame = Frame { beginning, rest };
+        bytes(&frame.packet(form, &mut [0; FRONT]), header_len)
     }
 
     #[test]
     fn a_tag_comes_off_and_goes_in() {
         let tagged = frame_bytes(Some(0xe005));
-        let came = frame(&tagged, &trunk(None)).unwrap();
-        assert_eq!((came.vlan, came.len()), (5, 114));
-        assert_eq!(
-            bytes(&came.packet(Form::Untagged), 12)[12..],
-            frame_bytes(None)
-        );
-        let out = bytes(&came.packet(Form::Tagged), 10);
-        assert_eq!(out[..10], [0; 10]);
-        assert_eq!(out[10..], tagged);
+        let came = plain(&tagged, &trunk(None)).unwrap();
+        assert_eq!((came.0.vlan, came.0.len()), (5, 114));
+        assert_eq!(out(&came, Form::Untagged, 12)[12..], frame_bytes(None));
+        let again = out(&came, Form::Tagged, 10);
+        assert_eq!(again[..10], [0; 10]);
+        assert_eq!(again[10..], tagged);
         let untagged = frame_bytes(None);
-        assert_eq!(frame(&untagged, &trunk(None)).unwrap_err(), Refused::Vlan);
-        let native = frame(&untagged, &trunk(Some(6))).unwrap();
-        assert_eq!(
-            bytes(&native.packet(Form::Tagged), 12)[12..],
-            frame_bytes(Some(6))
-        );
+        assert_eq!(plain(&untagged, &trunk(None)).unwrap_err(), Refused::Vlan);
+        let native = plain(&untagged, &trunk(Some(6))).unwrap();
+        assert_eq!(out(&native, Form::Tagged, 12)[12..], frame_bytes(Some(6)));
         let elsewhere = frame_bytes(Some(7));
-        assert_eq!(frame(&elsewhere, &trunk(None)).unwrap_err(), Refused::Vlan);
-        assert_eq!(
-            frame(&tagged, &Vlans::Access(5)).unwrap_err(),
-            Refused::Vlan
-        );
+        assert_eq!(plain(&elsewhere, &trunk(None)).unwrap_err(), Refused::Vlan);
+        let access = Vlans::Access(5);
+        assert_eq!(plain(&tagged, &access).unwrap_err(), Refused::Vlan);
         let priority = frame_bytes(Some(0xe000));
-        assert_eq!(frame(&priority, &Vlans::Access(5)).unwrap().vlan, 5);
+        assert_eq!(plain(&priority, &access).unwrap().0.vlan, 5);
     }
 
     #[test]
     fn offsets_follow_the_tag() {
         let header = [1, 1, 58, 0, 0xa8, 5, 38, 0, 16, 0];
-        let tagged = frame_bytes(Some(5));
-        let (first, rest) = tagged.split_at(PREFIX);
-        let frame = Frame::new(header, first, Rest::Bytes(rest), rest.len(), &trunk(None)).unwrap();
-        assert_eq!((frame.header.csum_start, frame.header.hdr_len), (34, 54));
-        assert_eq!(bytes(&frame.packet(Form::Tagged), 12)[..10], header);
-        assert_eq!(bytes(&frame.packet(Form::Untagged), 12)[6], 34);
+        let came = begin(header, &frame_bytes(Some(5)), &trunk(None)).unwrap();
+        let parsed = came.0.header;
+        assert_eq!((parsed.csum_start, parsed.hdr_len), (34, 54));
+        assert_eq!(out(&came, Form::Tagged, 12)[..10], header);
+        assert_eq!(out(&came, Form::Untagged, 12)[6], 34);
+    }
+
+    #[test]
+    fn a_place_can_be_used_again() {
+        let vlans = trunk(Some(6));
+        let mut beginning = Beginning::new();
+        let segment = [1, 1, 58, 0, 0xa8, 5, 38, 0, 16, 0];
+        let first = [&segment[..], &[0; 2], &frame_bytes(Some(5))].concat();
+        beginning.begin(&first, &vlans).unwrap();
+        let short = &frame_bytes(None)[..60];
+        let place = beginning.place(10, 70).unwrap();
+        place.copy_from_slice(&[&[0; 10], short].concat());
+        beginning.understand(10, 60, 0, &vlans).unwrap();
+        let came = (beginning, Vec::new());
+        assert_eq!(out(&came, Form::Untagged, 10)[10..], *short);
+        assert_eq!(out(&came, Form::Untagged, 12)[10..12], [1, 0]);
+        assert_eq!(out(&came, Form::Tagged, 12).len(), 12 + 64);
     }
 
     #[test]
@@ -604,7 +715,7 @@ mod tests {
         tcp[14] = 0x45;
         tcp[20..22].copy_from_slice(&[0, 0]);
         tcp[23] = 6;
-        let flow = |bytes: &[u8]| frame(bytes, &Vlans::Access(1)).unwrap().flow();
+        let flow = |bytes: &[u8]| plain(bytes, &Vlans::Access(1)).unwrap().0.flow();
         let first = flow(&tcp);
         tcp[60] ^= 1;
         assert_eq!(flow(&tcp), first);

@@ -1,10 +1,15 @@
 //! Frames in guest memory as a fuzzer makes them. It panics at what is wrong: it is for tests only.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use ringside_rings::Segment;
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
-use super::frame::{Frame, MAX_HEADER, PREFIX, Rest};
+use super::frame::{Beginning, FRONT, Frame, MAX_HEADER, PREFIX, Rest};
 use super::offload::{Room, finish};
 use super::policy::{Form, Vlans};
 use crate::shell::Memory;
@@ -44,8 +49,19 @@ pub fn frame(bytes: &[u8]) {
         segments: &segments,
         skip: first.len(),
     };
-    let Ok(frame) = Frame::new(*header, first, rest, len - first.len(), &vlans) else {
+    let mut beginning = Beginning::new();
+    let Some(place) = beginning.place(MAX_HEADER, MAX_HEADER + first.len()) else {
         return;
+    };
+    place[..10].copy_from_slice(header);
+    place[MAX_HEADER..].copy_from_slice(first);
+    let understood = beginning.understand(MAX_HEADER, first.len(), len - first.len(), &vlans);
+    if understood.is_err() {
+        return;
+    }
+    let frame = Frame {
+        beginning: &beginning,
+        rest,
     };
     let untagged = frame.len();
     assert!(untagged == len || untagged + 4 == len);
@@ -56,7 +72,8 @@ pub fn frame(bytes: &[u8]) {
         frame.header.needs(),
     );
     for (form, longer) in [(Form::Untagged, 0), (Form::Tagged, 4)] {
-        let packet = frame.packet(form);
+        let mut front = [0; FRONT];
+        let packet = frame.packet(form, &mut front);
         for header_len in [10, MAX_HEADER] {
             assert_eq!(packet.len(header_len), header_len + untagged + longer);
             let mut out = vec![0; packet.len(header_len)];

@@ -6,14 +6,16 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use ringside_control::{ApiError, ErrorCode};
+use ringside_sandbox::{Profile, ThreadKind, calls};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{error, info};
 
 use super::super::args::{ArgsError, NetArgs};
 use super::super::config::{MacAddress, NetConfig};
+use super::super::device::needs;
 use super::super::features::{Extras, offered};
-use super::super::link::{LinkError, LinkOptions};
+use super::super::link::{Interface, LinkError, LinkOptions};
 use super::counters::AllPorts;
 use super::options::{GuestOptions, OptionsError, SwitchArgs, UplinkOptions};
 use super::policy::{MAX_PORTS, PortId};
@@ -21,7 +23,7 @@ use super::port::SwitchPort;
 use super::shared::PortShared;
 use super::table::{QUOTA, UPLINK_QUOTA};
 use super::worker::{Behind, Inbox, Order, Worker};
-use crate::shell::{Hub, OnOff, OpenError, OpenPort, PortOptions, Statistics};
+use crate::shell::{Hub, OnOff, OpenError, OpenPort, PortOptions, Statistics, confined};
 
 /// How long the switch's thread may take to tell what it knows.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -81,39 +83,40 @@ pub struct Switch {
     offloads: u32,
     /// By number: the ports there are.
     ports: Vec<Option<Arc<PortShared>>>,
+    uplinks: Vec<Arc<dyn Interface>>,
     all: Arc<AllPorts>,
     inbox: Arc<Inbox>,
+    /// Until its thread starts.
+    worker: Option<Worker>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Switch {
-    /// Starts the switch, and joins it to its uplinks.
+    /// A switch that is joined to its uplinks, and has no thread yet.
     ///
     /// # Errors
     /// [`SwitchError`]
-    pub fn start(args: &NetArgs, switch: &SwitchArgs) -> Result<Self, SwitchError> {
+    pub fn new(args: &NetArgs, switch: &SwitchArgs) -> Result<Self, SwitchError> {
         let candidates = args.switched_offloads()?;
         let inbox = Arc::new(Inbox::new().map_err(SwitchError::System)?);
         let all = Arc::<AllPorts>::default();
         let poll = args.poll_limits();
         let worker = Worker::new(Arc::clone(&inbox), Arc::clone(&all), switch.ageing, poll)
             .map_err(SwitchError::System)?;
-        let thread = thread::Builder::new()
-            .name("switch".to_owned())
-            .spawn(move || worker.run())
-            .map_err(SwitchError::System)?;
-        let mut started = Self {
+        let mut opened = Self {
             args: args.clone(),
             offloads: candidates.first().copied().unwrap_or(0),
             ports: (0..MAX_PORTS).map(|_| None).collect(),
+            uplinks: Vec::new(),
             all,
             inbox,
-            thread: Some(thread),
+            worker: Some(worker),
+            thread: None,
         };
         for options in &switch.uplink {
-            started.uplink(options, &candidates)?;
+            opened.uplink(options, &candidates)?;
         }
-        Ok(started)
+        Ok(opened)
     }
 
     /// A number that is free, and a name for it.
@@ -179,6 +182,7 @@ impl Switch {
         let interface = &opened.interface;
         interface.set_header_len(12).map_err(failed)?;
         interface.set_offloads(opened.offloads).map_err(failed)?;
+        self.uplinks.push(Arc::clone(interface));
         let (link_name, offloads) = (opened.name, opened.offloads);
         let port = PortShared::new(&name, None, policy, UPLINK_QUOTA, rates, offloads);
         let port = Arc::new(port);
@@ -195,6 +199,23 @@ impl Switch {
 impl Hub for Switch {
     type Port = SwitchPort;
     type Error = SwitchError;
+
+    fn needs(&self, profile: &mut Profile) {
+        needs(profile);
+        profile
+            .calls(calls::SIGNALS)
+            .thread(ThreadKind::Queue, &[calls::SIGNALS]);
+        self.uplinks.iter().for_each(|link| link.needs(profile));
+    }
+
+    fn begin(&mut self) -> Result<(), SwitchError> {
+        if let Some(worker) = self.worker.take() {
+            let run = move || confined(ThreadKind::Queue, || worker.run());
+            let thread = thread::Builder::new().name("switch".to_owned()).spawn(run);
+            self.thread = Some(thread.map_err(SwitchError::System)?);
+        }
+        Ok(())
+    }
 
     fn open(&mut self, options: &PortOptions) -> Result<OpenPort<SwitchPort>, SwitchError> {
         let GuestOptions {

@@ -18,6 +18,7 @@
 //! | hide a second tag behind the first | kept from ports that take the first off (`frame`) |
 //! | take no packets | those for it are dropped (`rx_starved`); nobody waits |
 //! | change a frame while it is looked at | what was looked at is what goes out (`frame`) |
+//! | hand over descriptors that block (its VMM) | signalled without a wait, or refused (`signal`) |
 //!
 //! | Module | Its matter |
 //! | --- | --- |
@@ -27,6 +28,8 @@
 //! | `worker` | the thread |
 //! | `frame`, `policy`, `table` | what a frame says, whether it may, and where to |
 //! | `outlet`, `offload` | how it gets there |
+//! | `window` | guest memory, for copies |
+//! | `signal` | interrupts that never wait |
 
 mod counters;
 mod frame;
@@ -39,9 +42,11 @@ mod outlet;
 mod policy;
 mod port;
 mod shared;
+mod signal;
 mod table;
 #[cfg(test)]
 mod tests;
+mod window;
 mod worker;
 
 #[cfg(feature = "fuzzing")]

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_net::{
 use vm_memory::VolatileSlice;
 
 use super::frame::{
-    ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, Frame, Header, MAX_HEADER, PREFIX, Rest,
+    ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRONT, Frame, Header, MAX_HEADER, PREFIX, Rest,
 };
 use super::policy::Form;
 use crate::net::tx::MAX_FRAME;
@@ -102,13 +102,14 @@ fn get<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
 pub(super) fn finish(
     frame: &Frame<'_>,
     room: &mut Room,
-    mut send: impl FnMut(&Frame<'_>),
+    send: impl FnMut(&Frame<'_>),
 ) -> Option<()> {
     let len = frame.len();
     let Room { whole, segment } = room;
     let bytes = whole.get_mut(..len)?;
     // Without a tag, as offsets count from there. The header is dealt with here.
-    let packet = frame.packet(Form::Untagged);
+    let mut front = [0; FRONT];
+    let packet = frame.packet(Form::Untagged, &mut front);
     let mut header = [0; MAX_HEADER];
     let mut left = packet.bytes(MAX_HEADER);
     if !left.copy_to(VolatileSlice::from(&mut header[..]))
@@ -118,17 +119,18 @@ pub(super) fn finish(
     }
     if frame.header.gso == 0 {
         complete(&frame.header, bytes)?;
-        send(&of_bytes(frame, Header::default(), bytes));
+        send_bytes(frame, bytes, send);
         return Some(());
     }
     cut(frame, bytes, segment, send)
 }
 
-/// A frame of finished bytes, in the same VLAN.
-fn of_bytes<'a>(frame: &Frame<'a>, header: Header, bytes: &'a [u8]) -> Frame<'a> {
-    let first = bytes.get(..PREFIX.min(bytes.len())).unwrap_or_default();
-    let rest = bytes.get(first.len()..).unwrap_or_default();
-    frame.with(header, first, Rest::Bytes(rest), rest.len())
+/// Hands over a frame of finished bytes, in the same VLAN.
+fn send_bytes(frame: &Frame<'_>, bytes: &[u8], mut send: impl FnMut(&Frame<'_>)) {
+    let (first, rest) = bytes.split_at(PREFIX.min(bytes.len()));
+    let beginning = &frame.with(first, rest.len());
+    let rest = Rest::Bytes(rest);
+    send(&Frame { beginning, rest });
 }
 
 /// Puts in the checksum that the header asks for; the field holds the sum of the pseudo header already.
@@ -231,7 +233,7 @@ fn cut(
         let pseudo = fold(u64::from(pseudo) + length + u64::from(protocol));
         let total = sum(out.get(start..)?, pseudo);
         put(out, at, written(total))?;
-        send(&of_bytes(frame, Header::default(), out));
+        send_bytes(frame, out, &mut send);
     }
     Some(())
 }

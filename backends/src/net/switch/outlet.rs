@@ -3,22 +3,25 @@
 //! A frame is copied once, into as many buffers as it takes; one that does not find enough of them is dropped and the buffers
 //! are put back, so that nothing is ever waited for and a guest that takes no packets holds up nobody.
 
+use std::io;
 use std::sync::Arc;
 
-use ringside_rings::{ChainBuf, PopError, RingError, Segment, in_one_region, write_segments};
-use tracing::warn;
+use ringside_rings::{ChainBuf, PopError, RingError, Segment, Session, write_segments};
+use tracing::{debug, warn};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{GuestAddress, GuestMemory, Permissions};
+use vm_memory::{GuestAddress, Permissions};
 
 use super::super::features::{has, header_len};
 use super::super::iov::IoList;
 use super::super::link::Link;
 use super::super::ring::Ring;
 use super::super::settings::{Pairs, Settings, Shared};
-use super::frame::{Bytes, Frame, MAX_HEADER, Packet};
+use super::frame::{Beginning, Bytes, FRONT, Frame, MAX_HEADER, Packet};
 use super::offload::{self, Room};
 use super::policy::Form;
 use super::shared::PortShared;
+use super::signal::Signals;
+use super::window::Window;
 use crate::net::tx::MAX_FRAME;
 use crate::shell::{LogLimit, Memory, Vring};
 
@@ -64,7 +67,8 @@ impl RxRing {
         }
     }
 
-    fn put(&mut self, packet: &Packet<'_>) -> Result<Put, RingError> {
+    /// Opens it for packets; `memory` is its memory.
+    fn open<'a>(&'a mut self, memory: &'a Memory) -> Result<Opened<'a>, RingError> {
         let Self {
             ring,
             first,
@@ -75,29 +79,143 @@ impl RxRing {
         } = self;
         let (mut session, other, _) = ring.parts()?;
         session.disable_notifications()?;
-        let total = packet.len(*header_len);
-        let mut bytes = packet.bytes(*header_len);
-        let mut left = total;
+        Ok(Opened {
+            session,
+            window: Window::new(memory),
+            first,
+            other,
+            heads,
+            header_len: *header_len,
+            mergeable: *mergeable,
+            dirty,
+        })
+    }
+
+    /// It is served no more; who is to know of that is told as the round ends.
+    fn fail(&mut self, error: &RingError) {
+        self.ring.give_up(error);
+        self.dirty = true;
+    }
+
+    /// Shows the driver what it was given, and interrupts it if it wants that.
+    fn publish(&mut self, port: &PortShared, signals: &Signals) {
+        if !std::mem::take(&mut self.dirty) {
+            return;
+        }
+        if !self.ring.sound() {
+            tell_of_failure(&self.ring, port, signals);
+            return;
+        }
+        let published = self
+            .ring
+            .parts()
+            .and_then(|(mut session, ..)| session.publish());
+        match published {
+            Ok(true) => interrupt(&self.ring, port, signals),
+            Ok(false) => {}
+            Err(error) => {
+                self.ring.give_up(&error);
+                tell_of_failure(&self.ring, port, signals);
+            }
+        }
+    }
+}
+
+/// A receive ring for as many packets as there are for it in a row.
+struct Opened<'a> {
+    session: Session<'a, Memory>,
+    window: Window<'a>,
+    first: &'a mut ChainBuf,
+    /// Chains of a packet behind the first one.
+    other: &'a mut ChainBuf,
+    heads: &'a mut Vec<(u16, u32)>,
+    header_len: usize,
+    mergeable: bool,
+    dirty: &'a mut bool,
+}
+
+impl Opened<'_> {
+    #[inline]
+    fn put(&mut self, packet: &Packet<'_>) -> Result<Put, RingError> {
+        let total = packet.len(self.header_len);
+        let mut bytes = packet.bytes(self.header_len);
+        let Self {
+            session,
+            window,
+            first,
+            header_len,
+            ..
+        } = self;
+        // Nearly all packets find room in one chain.
+        let begun = match session.pop(first) {
+            Ok(Some(chain)) => {
+                let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
+                let head = chain.head();
+                if !chain.readable().is_empty() || room < *header_len {
+                    Err(head)
+                } else {
+                    let count = total.min(room);
+                    if count < total && !self.mergeable {
+                        session.rewind(1);
+                        return Ok(Put::Unfit);
+                    }
+                    match window.each(chain.writable(), count, |place| bytes.copy_to(place)) {
+                        true => Ok((head, count)),
+                        false => Err(head),
+                    }
+                }
+            }
+            Ok(None) => return Ok(Put::Starved),
+            Err(PopError::Chain { head, .. }) => Err(head),
+            Err(PopError::Ring(error)) => return Err(self.broke(error)),
+        };
+        match begun {
+            Ok((head, count)) if count == total => {
+                let len = u32::try_from(count).unwrap_or(u32::MAX);
+                self.session.push_used(head, len)?;
+                *self.dirty = true;
+                Ok(Put::Done)
+            }
+            Ok((head, count)) => self.put_rest(head, count, total, bytes),
+            Err(head) => self.put_back(head),
+        }
+    }
+
+    /// Fills further chains with what does not fit into the first one, `head`, which has `count` bytes of `total`.
+    fn put_rest(
+        &mut self,
+        head: u16,
+        count: usize,
+        total: usize,
+        mut bytes: Bytes<'_>,
+    ) -> Result<Put, RingError> {
+        let Self {
+            session,
+            window,
+            first,
+            other,
+            heads,
+            header_len,
+            dirty,
+            ..
+        } = self;
+        let length = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
         heads.clear();
+        heads.push((head, length(count)));
+        let mut left = total.saturating_sub(count);
         let put = loop {
-            let buf = if heads.is_empty() {
-                &mut *first
-            } else {
-                &mut *other
-            };
-            let unusable = match session.pop(buf) {
+            let unusable = match session.pop(other) {
                 Ok(Some(chain)) => {
-                    let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
-                    let begins = heads.is_empty();
-                    if chain.readable().is_empty() && !(begins && room < *header_len) {
-                        if !*mergeable && room < total || heads.len() == MAX_BUFFERS {
+                    if chain.readable().is_empty() {
+                        if heads.len() == MAX_BUFFERS {
                             session.rewind(1);
                             break Put::Unfit;
                         }
+                        let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
                         let count = left.min(room);
-                        if fill(session.memory(), chain.writable(), count, &mut bytes) {
+                        if window.each(chain.writable(), count, |place| bytes.copy_to(place)) {
                             left = left.saturating_sub(count);
-                            heads.push((chain.head(), u32::try_from(count).unwrap_or(u32::MAX)));
+                            heads.push((chain.head(), length(count)));
                             if left == 0 {
                                 break Put::Done;
                             }
@@ -108,61 +226,53 @@ impl RxRing {
                 }
                 Ok(None) => break Put::Starved,
                 Err(PopError::Chain { head, .. }) => head,
-                Err(PopError::Ring(error)) => {
-                    // What was done before the driver broke its ring is returned all the same.
-                    session.publish()?;
-                    return Err(error);
-                }
+                Err(PopError::Ring(error)) => return Err(self.broke(error)),
             };
-            // Buffers before one that is none cannot be put back: all of them go back empty, and the packet is lost.
-            for (head, _) in heads.drain(..) {
-                session.push_used(head, 0)?;
-            }
-            session.push_used(unusable, 0)?;
-            *dirty = true;
-            break Put::Unfit;
+            return self.put_back(unusable);
         };
         if put != Put::Done {
             session.rewind(u16::try_from(heads.len()).unwrap_or(u16::MAX));
+            heads.clear();
             return Ok(put);
         }
-        if heads.len() > 1 && *header_len == MAX_HEADER {
+        if *header_len == MAX_HEADER {
             let count = u16::try_from(heads.len()).unwrap_or(u16::MAX);
             let count = count.to_le_bytes();
             // It was written there a moment ago.
             let _ = write_segments(session.memory(), first.writable(), NUM_BUFFERS, &count);
         }
-        for &(head, len) in heads.iter() {
+        for (head, len) in heads.drain(..) {
             session.push_used(head, len)?;
         }
-        *dirty = true;
-        Ok(put)
+        **dirty = true;
+        Ok(Put::Done)
     }
 
-    /// Shows the driver what it was given, and interrupts it if it wants that.
-    fn publish(&mut self, port: &PortShared) {
-        if !std::mem::take(&mut self.dirty) || !self.ring.sound() {
-            return;
+    /// Buffers before one that is none cannot be put back: all of them go back empty, and the packet is lost.
+    #[cold]
+    fn put_back(&mut self, unusable: u16) -> Result<Put, RingError> {
+        for (head, _) in self.heads.drain(..) {
+            self.session.push_used(head, 0)?;
         }
-        let published = self
-            .ring
-            .parts()
-            .and_then(|(mut session, ..)| session.publish());
-        match published {
-            Ok(true) => interrupt(&self.ring, port),
-            Ok(false) => {}
-            Err(error) => self.ring.fail(&error),
-        }
+        self.session.push_used(unusable, 0)?;
+        *self.dirty = true;
+        Ok(Put::Unfit)
+    }
+
+    /// What was done before the driver broke its ring is returned all the same.
+    #[cold]
+    fn broke(&mut self, error: RingError) -> RingError {
+        self.session.publish().err().unwrap_or(error)
     }
 }
 
 /// Interrupts a driver, unless it polls.
-pub(super) fn interrupt(ring: &Ring, port: &PortShared) {
-    if ring.vring.call.is_none() {
+pub(super) fn interrupt(ring: &Ring, port: &PortShared, signals: &Signals) {
+    let Some(call) = &ring.vring.call else {
         return;
-    }
+    };
     port.counters.interrupts.add(1);
-    if let Err(error) = ring.vring.notify_driver()
+    if let Err(error) = signals.signal(call)
         && let Some(held_back) = port.log.check()
     {
         warn!(
@@ -174,32 +284,19 @@ pub(super) fn interrupt(ring: &Ring, port: &PortShared) {
     }
 }
 
-/// Copies `count` bytes into segments of guest memory.
-#[inline]
-fn fill(memory: &Memory, segments: &[Segment], count: usize, bytes: &mut Bytes<'_>) -> bool {
-    let mut left = count;
-    for segment in segments {
-        let len = usize::try_from(segment.len).unwrap_or(usize::MAX).min(left);
-        if let Some(slice) = in_one_region(memory, segment.addr, len) {
-            if !bytes.copy_to(slice) {
-                return false;
-            }
-        } else {
-            let Ok(slices) = memory.get_slices(segment.addr, len, Permissions::Write) else {
-                return false;
-            };
-            for slice in slices {
-                if !slice.is_ok_and(|slice| bytes.copy_to(slice)) {
-                    return false;
-                }
-            }
-        }
-        left = left.saturating_sub(len);
-        if left == 0 {
-            break;
-        }
+/// Tells a front-end and its driver of a ring that is broken.
+#[cold]
+pub(super) fn tell_of_failure(ring: &Ring, port: &PortShared, signals: &Signals) {
+    if let Some(err) = &ring.vring.err
+        && let Err(error) = signals.signal(err)
+    {
+        debug!(
+            port = port.name,
+            "the front-end cannot be told of it: {error}"
+        );
     }
-    left == 0
+    // Some chains may have been returned in this turn; an interrupt too many does no harm.
+    interrupt(ring, port, signals);
 }
 
 /// A guest's side of a port, as frames for it see it.
@@ -248,12 +345,130 @@ impl GuestOutlet {
         };
     }
 
-    fn queue_of(&self, frame: &Frame<'_>) -> usize {
-        if self.spread < 2 {
-            return 0;
+    /// Sends frames out that are for this port.
+    fn take<'a>(
+        &mut self,
+        frames: impl Iterator<Item = Frame<'a>>,
+        shared: &PortShared,
+        room: &mut Room,
+        now: u64,
+    ) {
+        let mut frames = frames.peekable();
+        while let Some(frame) = frames.peek() {
+            let (spread, queue) = (self.spread, queue_of(self.spread, frame));
+            let filter = &self.settings.filter;
+            let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
+            let Some(ring) = ring.filter(|ring| ring.ring.runs()) else {
+                shared.counters.rx_starved.add(1);
+                frames.next();
+                continue;
+            };
+            let memory = Arc::clone(&ring.ring.vring.memory);
+            let served = ring.open(&memory).and_then(|mut opened| {
+                while let Some(frame) = frames.next_if(|next| queue_of(spread, next) == queue) {
+                    let mut broken = None;
+                    shared.finished(&frame, room, |part, form| {
+                        if broken.is_some() {
+                            return;
+                        }
+                        let mut tagged = [0; FRONT];
+                        let packet = part.packet(form, &mut tagged);
+                        if !shared.admits(&packet, now) {
+                            return;
+                        }
+                        if !filter.passes(packet.start()) {
+                            shared.counters.rx_filtered.add(1);
+                            return;
+                        }
+                        match opened.put(&packet) {
+                            Ok(put) => shared.count(put, &packet),
+                            Err(error) => broken = Some(error),
+                        }
+                    });
+                    if let Some(error) = broken {
+                        shared.counters.rx_dropped.add(1);
+                        return Err(error);
+                    }
+                }
+                Ok(())
+            });
+            if let Err(error) = served {
+                ring.fail(&error);
+                // Flows are spread over those that are left.
+                self.count_pairs();
+            }
         }
-        let queue = frame.flow().checked_rem(self.spread).unwrap_or(0);
-        usize::try_from(queue).unwrap_or(0)
+    }
+}
+
+/// The queue pair of a frame's flow, of `spread` many.
+#[inline]
+fn queue_of(spread: u32, frame: &Frame<'_>) -> usize {
+    if spread < 2 {
+        return 0;
+    }
+    let queue = frame.flow().checked_rem(spread).unwrap_or(0);
+    usize::try_from(queue).unwrap_or(0)
+}
+
+/// What a port does with each frame that leaves there.
+impl PortShared {
+    /// In which form a frame leaves here, if it does; `isolated` is the port where it came in.
+    #[inline]
+    pub(super) fn form(&self, frame: &Beginning, isolated: bool) -> Option<Form> {
+        let policy = &self.policy;
+        if isolated && policy.isolated || !self.is_up() {
+            return None;
+        }
+        policy
+            .vlans
+            .form(frame.vlan)
+            .filter(|&form| form == Form::Tagged || !frame.has_inner_tag())
+    }
+
+    /// Hands over a frame as it is, or what becomes of it if this port does not take it so.
+    #[inline]
+    fn finished(&self, frame: &Frame<'_>, room: &mut Room, mut send: impl FnMut(&Frame<'_>, Form)) {
+        let Some(form) = self.policy.vlans.form(frame.vlan) else {
+            return;
+        };
+        let needs = frame.header.needs();
+        if needs.is_some_and(|needs| needs & !self.offloads() == 0) {
+            send(frame, form);
+            return;
+        }
+        match offload::finish(frame, room, |part| send(part, form)) {
+            Some(()) => self.counters.rx_softened.add(1),
+            None => self.counters.rx_dropped.add(1),
+        }
+    }
+
+    /// The limits let a packet go out, at the time `now` in nanoseconds.
+    #[inline]
+    fn admits(&self, packet: &Packet<'_>, now: u64) -> bool {
+        if !self.limits.of_rx() {
+            return true;
+        }
+        let len = u64::try_from(packet.len(0)).unwrap_or(u64::MAX);
+        let admitted = self.limits.take_rx(len, now);
+        if !admitted {
+            self.counters.rx_limited.add(1);
+        }
+        admitted
+    }
+
+    #[inline]
+    fn count(&self, put: Put, packet: &Packet<'_>) {
+        let counters = &self.counters;
+        match put {
+            Put::Done => {
+                counters.rx_packets.add(1);
+                let len = u64::try_from(packet.len(0)).unwrap_or(u64::MAX);
+                counters.rx_bytes.add(len);
+            }
+            Put::Starved => counters.rx_starved.add(1),
+            Put::Unfit => counters.rx_dropped.add(1),
+        }
     }
 }
 
@@ -286,8 +501,9 @@ impl LinkOutlet {
         };
         let whole = [Segment::new(GuestAddress(0), len)];
         let count = usize::try_from(len).unwrap_or(usize::MAX);
+        let mut bytes = packet.bytes(MAX_HEADER);
         self.list.clear();
-        if !fill(&self.memory, &whole, count, &mut packet.bytes(MAX_HEADER))
+        if !Window::new(&self.memory).each(&whole, count, |place| bytes.copy_to(place))
             || self.list.append(&whole, Permissions::Read).is_err()
         {
             return Put::Unfit;
@@ -295,7 +511,14 @@ impl LinkOutlet {
         self.dirty = true;
         match self.link.send(&mut self.list, MAX_HEADER) {
             Ok(()) => Put::Done,
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Put::Starved,
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+                ) =>
+            {
+                Put::Starved
+            }
             Err(error) => {
                 if let Some(held_back) = port.log.check() {
                     let advice = self.link.advice(&error).unwrap_or_default();
@@ -323,86 +546,39 @@ pub(super) struct Egress {
 }
 
 impl Egress {
-    /// In which form a frame leaves here, if it does; `isolated` is the port where it came in.
+    /// Sends frames out. `now` is in nanoseconds.
     #[inline]
-    pub(super) fn form(&self, frame: &Frame<'_>, isolated: bool) -> Option<Form> {
-        let policy = &self.shared.policy;
-        if isolated && policy.isolated || !self.shared.is_up() {
-            return None;
-        }
-        policy
-            .vlans
-            .form(frame.vlan)
-            .filter(|&form| form == Form::Tagged || !frame.has_inner_tag())
-    }
-
-    /// Sends a frame out, or counts why not. `now` is in nanoseconds.
-    #[inline]
-    pub(super) fn send(&mut self, frame: &Frame<'_>, form: Form, room: &mut Room, now: u64) {
-        let accepted = self.shared.offloads();
-        if frame
-            .header
-            .needs()
-            .is_some_and(|needs| needs & !accepted == 0)
-        {
-            self.send_as_is(frame, form, now);
-            return;
-        }
-        let shared = Arc::clone(&self.shared);
-        let finished = offload::finish(frame, room, |part| self.send_as_is(part, form, now));
-        match finished {
-            Some(()) => shared.counters.rx_softened.add(1),
-            None => shared.counters.rx_dropped.add(1),
-        }
-    }
-
-    fn send_as_is(&mut self, frame: &Frame<'_>, form: Form, now: u64) {
+    pub(super) fn take<'a>(
+        &mut self,
+        frames: impl Iterator<Item = Frame<'a>>,
+        room: &mut Room,
+        now: u64,
+    ) {
         let Self { shared, outlet } = self;
-        let counters = &shared.counters;
-        let packet = frame.packet(form);
-        let len = u64::try_from(packet.len(0)).unwrap_or(u64::MAX);
-        if shared.limits.of_rx() && !shared.limits.take_rx(len, now) {
-            counters.rx_limited.add(1);
-            return;
-        }
-        let put = match outlet {
-            Outlet::Guest(guest) => {
-                if !guest.settings.filter.passes(packet.start()) {
-                    counters.rx_filtered.add(1);
-                    return;
-                }
-                let queue = guest.queue_of(frame);
-                let ring = guest.rings.get_mut(queue).and_then(Option::as_mut);
-                match ring.filter(|ring| ring.ring.runs()) {
-                    None => Put::Starved,
-                    Some(ring) => match ring.put(&packet) {
-                        Ok(put) => put,
-                        Err(error) => {
-                            ring.ring.fail(&error);
-                            Put::Unfit
+        match outlet {
+            Outlet::Guest(guest) => guest.take(frames, shared, room, now),
+            Outlet::Link(link) => {
+                for frame in frames {
+                    shared.finished(&frame, room, |part, form| {
+                        let mut tagged = [0; FRONT];
+                        let packet = part.packet(form, &mut tagged);
+                        if shared.admits(&packet, now) {
+                            let put = link.put(&packet, shared);
+                            shared.count(put, &packet);
                         }
-                    },
+                    });
                 }
             }
-            Outlet::Link(link) => link.put(&packet, shared),
-        };
-        match put {
-            Put::Done => {
-                counters.rx_packets.add(1);
-                counters.rx_bytes.add(len);
-            }
-            Put::Starved => counters.rx_starved.add(1),
-            Put::Unfit => counters.rx_dropped.add(1),
         }
     }
 
     /// Ends a batch: what was sent is shown to who gets it.
     #[inline]
-    pub(super) fn flush(&mut self) {
+    pub(super) fn flush(&mut self, signals: &Signals) {
         match &mut self.outlet {
             Outlet::Guest(guest) => {
                 for ring in guest.rings.iter_mut().flatten() {
-                    ring.publish(&self.shared);
+                    ring.publish(&self.shared, signals);
                 }
             }
             Outlet::Link(link) => {

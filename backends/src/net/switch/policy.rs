@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use super::super::config::MacAddress;
 use super::super::filter::VLANS;
-use super::frame::{ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_RARP, Frame};
+use super::frame::{Beginning, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ETHERTYPE_RARP};
 
 /// Number of a port.
 pub(super) type PortId = u16;
@@ -159,19 +159,19 @@ pub(super) struct Policy {
 impl Policy {
     /// The frame says that it comes from where this port may send from.
     #[inline]
-    pub(super) fn allows(&self, frame: &Frame<'_>) -> bool {
+    pub(super) fn allows(&self, frame: &Beginning) -> bool {
         (self.macs.is_empty() || self.allows_mac(frame))
             && (self.ips.is_empty() || self.allows_ip(frame))
     }
 
-    fn allows_mac(&self, frame: &Frame<'_>) -> bool {
+    fn allows_mac(&self, frame: &Beginning) -> bool {
         let holds = |address| self.macs.contains(&MacAddress::new(address));
         let arp = [ETHERTYPE_ARP, ETHERTYPE_RARP].contains(&frame.ethertype());
         // Whose address is asked for or told (RFC 826): `ar$sha`.
-        holds(frame.source()) && (!arp || frame.bytes_at(22).is_some_and(holds))
+        frame.bytes_at(6).is_some_and(holds) && (!arp || frame.bytes_at(22).is_some_and(holds))
     }
 
-    fn allows_ip(&self, frame: &Frame<'_>) -> bool {
+    fn allows_ip(&self, frame: &Beginning) -> bool {
         let holds = |address: IpAddr| self.ips.contains(&address);
         match frame.ethertype() {
             // `ar$spa` (RFC 826). A probe comes from nobody (RFC 5227, 2.1.1).
@@ -199,7 +199,7 @@ impl Policy {
 
 /// The address that an IPv6 packet tells to be the sender's, if it tells one: the target of a neighbour advertisement (RFC
 /// 4861, 4.4). `None` if that cannot be told, as it lies too far behind.
-fn advertises(frame: &Frame<'_>) -> Option<Option<IpAddr>> {
+fn advertises(frame: &Beginning) -> Option<Option<IpAddr>> {
     const HOP_BY_HOP: u8 = 0;
     const ROUTING: u8 = 43;
     const FRAGMENT: u8 = 44;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::thread;
 
 use ringside_control::{ApiError, ErrorCode, Size};
+use ringside_sandbox::ThreadKind;
 use serde_json::{Map, Value, json};
 use tracing::{debug, info};
 use virtio_bindings::virtio_net::{
@@ -22,7 +23,7 @@ use super::counters::AllPorts;
 use super::policy::PortId;
 use super::shared::PortShared;
 use super::worker::{Behind, Inbox, Order};
-use crate::shell::{Commands, Device, DeviceError, Statistics, WorkerThread};
+use crate::shell::{Commands, Device, DeviceError, Statistics, WorkerThread, confined};
 
 /// The worker that serves a port's queue pairs: the switch's thread.
 const SWITCH: usize = 0;
@@ -184,7 +185,7 @@ impl Device for SwitchPort {
         let control = ControlWorker::new(interface, settings, pairs, commands).map_err(failed)?;
         thread::Builder::new()
             .name(format!("{}-control", self.shared.name))
-            .spawn(move || control.run())
+            .spawn(move || confined(ThreadKind::Helper, || control.run()))
             .map(WorkerThread::Own)
             .map_err(failed)
     }

@@ -24,10 +24,10 @@ pub(super) const UPLINK_QUOTA: u32 = 4096;
 pub(super) struct Key(u64);
 
 impl Key {
+    /// `address` is a number of 48 bits.
     #[inline]
-    pub(super) fn new(vlan: u16, [a, b, c, d, e, f]: [u8; 6]) -> Self {
-        let [high, low] = vlan.to_be_bytes();
-        Self(u64::from_be_bytes([high, low, a, b, c, d, e, f]))
+    pub(super) fn new(vlan: u16, address: u64) -> Self {
+        Self(u64::from(vlan) << 48 | address)
     }
 
     fn vlan(self) -> u16 {
@@ -95,9 +95,8 @@ impl Table {
     fn bucket(&self, key: Key) -> usize {
         // A multiplication spreads each bit over those above it, and the fold brings those down again.
         let product = u128::from(key.0).wrapping_mul(u128::from(self.seed));
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = product.to_le_bytes();
-        let low = u64::from_le_bytes([a, b, c, d, e, f, g, h]);
-        let high = u64::from_le_bytes([i, j, k, l, m, n, o, p]);
+        let high = u64::try_from(product >> 64).unwrap_or(0);
+        let low = key.0.wrapping_mul(self.seed);
         let folded = (low ^ high).wrapping_mul(self.seed) >> 32;
         usize::try_from(folded).unwrap_or(0) & self.entries.len().saturating_sub(WAYS)
     }
@@ -214,8 +213,7 @@ mod tests {
     use std::collections::HashMap;
 
     fn key(number: u32) -> Key {
-        let [a, b, c, d] = number.to_be_bytes();
-        Key::new(1, [2, 0, a, b, c, d])
+        Key::new(1, 0x0200_0000_0000 | u64::from(number))
     }
 
     #[test]
@@ -227,7 +225,7 @@ mod tests {
         assert_eq!(table.look_up(key(1), 311), None);
         table.learn(key(1), 3, QUOTA, 20);
         assert_eq!(table.look_up(key(1), 320), Some(3));
-        assert_eq!(table.look_up(Key::new(2, [2, 0, 0, 0, 0, 1]), 20), None);
+        assert_eq!(table.look_up(Key::new(2, 0x0200_0000_0001), 20), None);
         let address = MacAddress::new([2, 0, 0, 0, 0, 1]);
         assert_eq!(table.dump(25), [(1, address, 3, 5)]);
         table.forget(3);

@@ -9,19 +9,20 @@
 //!            └──────────────────────────────────────────────────┘
 //! ```
 //!
-//! Nothing in it waits for a peer: call descriptors are made non-blocking, and a frame that nobody takes is dropped.
+//! Nothing in it waits for a peer: interrupts are sent by a way that never blocks (`signal`), and a frame that nobody takes is
+//! dropped.
 
 use std::collections::VecDeque;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use epoll::Events;
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use ringside_rings::{Chain, PopError, RingError, read_segments};
+use ringside_rings::{Chain, PopError, RingError, Segment};
 use tracing::{debug, error, warn};
 
 use super::super::config::MacAddress;
@@ -33,19 +34,25 @@ use super::super::ring::Ring;
 use super::super::settings::Shared;
 use super::super::worker::POLL_INTERVAL;
 use super::counters::AllPorts;
-use super::frame::{Frame, MAX_HEADER, PREFIX, Refused, Rest};
+use super::frame::{Beginning, Frame, MAX_HEADER, PREFIX, Refused, Rest, is_group};
 use super::offload::Room;
-use super::outlet::{Egress, GuestOutlet, LinkOutlet, Outlet, RxRing, interrupt};
+use super::outlet::{Egress, GuestOutlet, LinkOutlet, Outlet, RxRing, interrupt, tell_of_failure};
 use super::policy::{MAX_PORTS, PortId};
 use super::shared::PortShared;
+use super::signal::Signals;
 use super::table::{Key, Learnt, Table};
+use super::window::Window;
 use crate::net::tx::{MAX_FRAME, MIN_FRAME};
-use crate::shell::{Command, Commands, LogLimit, Memory, PollLimits, PollWindow, Vring};
+use crate::shell::{Command, Commands, Memory, PollLimits, PollWindow, Vring};
 
 /// Most frames of one port in a round, so that all get their share. Long ones count for more.
 const BUDGET: u64 = 64;
 /// Bytes of a frame that count for as much as a frame: copying them takes as long.
 const COUNTED_AS_FRAME: u64 = 4096;
+/// Most pieces of a frame: as many as one system call takes for a link (UIO_MAXIOV).
+const MAX_PIECES: usize = 1024;
+/// Pieces of all frames of a turn, for those that are longer than what is looked at.
+const MAX_SEGMENTS: usize = 2 * MAX_PIECES;
 
 /// Most rounds between two looks at the descriptors.
 const ROUNDS: u32 = 8;
@@ -172,8 +179,8 @@ struct Fabric {
     /// By port.
     egress: Vec<Option<Egress>>,
     table: Table,
-    /// Addresses that belong to one port, sorted.
-    owners: Vec<([u8; 6], PortId)>,
+    /// Addresses that belong to one port, as numbers, sorted.
+    owners: Vec<(u64, PortId)>,
     room: Room,
     /// Ports that were given frames in this round, as bits.
     touched: u64,
@@ -200,6 +207,9 @@ pub(super) struct Worker {
     ended: bool,
     /// Those whose limits make them wait, and until when.
     throttled: Vec<(u64, PortId, usize)>,
+    signals: Signals,
+    /// Frames of the turn at hand.
+    batch: Batch,
     /// Where frames from links arrive.
     bounce: Box<[u8]>,
     nothing: IoList,
@@ -247,6 +257,8 @@ impl Worker {
             idle: None,
             ended: false,
             throttled: Vec::new(),
+            signals: Signals::new()?,
+            batch: Batch::new(),
             bounce: vec![0; MAX_HEADER + MAX_FRAME].into(),
             nothing: IoList::new(Arc::new(Memory::new())),
             began: Instant::now(),
@@ -469,13 +481,15 @@ impl Worker {
                 }
             }
         }
-        self.fabric.flush();
+        self.fabric.flush(&self.signals);
     }
 
     fn turn(&mut self, port: PortId, pair: usize) -> Turn {
         let Self {
             ingress,
             fabric,
+            signals,
+            batch,
             bounce,
             nothing,
             ..
@@ -498,22 +512,23 @@ impl Worker {
                 if !tx.ring.sound() {
                     return Turn::Idle;
                 }
-                match tx.serve(port, shared, last, fabric) {
+                match tx.serve(port, shared, last, fabric, batch) {
                     Ok((turn, interrupted)) => {
                         if interrupted {
-                            interrupt(&tx.ring, shared);
+                            interrupt(&tx.ring, shared, signals);
                         }
                         turn
                     }
                     Err(error) => {
-                        tx.ring.fail(&error);
+                        tx.ring.give_up(&error);
+                        tell_of_failure(&tx.ring, shared, signals);
                         Turn::Idle
                     }
                 }
             }
             Source::Link { waiting } => {
                 *waiting = false;
-                serve_link(port, shared, last, fabric, bounce, nothing)
+                serve_link(port, shared, last, fabric, batch, bounce, nothing)
             }
         }
     }
@@ -705,7 +720,6 @@ impl Worker {
             return;
         };
         let log = &ingress.shared.log;
-        unblock(&vring, log);
         let (index, pair) = (vring.index, vring.index / 2);
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if index.is_multiple_of(2) {
@@ -725,16 +739,22 @@ impl Worker {
             hot: false,
             throttled: false,
         };
-        if let Some(fd) = tx.ring.kick_fd()
-            && let Err(error) = self.epoll.add(fd, token(KICK, port, pair))
-            && let Some(held_back) = log.check()
-        {
-            warn!(
-                port = ingress.shared.name,
-                queue = index,
-                held_back,
-                "cannot wait on the front-end's kick descriptor: {error}"
-            );
+        if let Some(kick) = &tx.ring.vring.kick {
+            // To ask what state a file is in can take as long as its owner likes. An eventfd answers at once, and only an eventfd
+            // can be signalled; one kick too many does no harm.
+            let signalled = self.signals.signal(kick);
+            let waited =
+                signalled.and_then(|()| self.epoll.add(kick.as_raw_fd(), token(KICK, port, pair)));
+            if let Err(error) = waited
+                && let Some(held_back) = log.check()
+            {
+                warn!(
+                    port = ingress.shared.name,
+                    queue = index,
+                    held_back,
+                    "cannot wait on the front-end's kick descriptor: {error}"
+                );
+            }
         }
         // What a disabled queue holds is for its driver to say again: the ring may be none any more.
         let runs = tx.ring.runs();
@@ -773,29 +793,133 @@ impl Worker {
     }
 }
 
-/// A peer that hands over an eventfd that blocks must not stop the switch.
-fn unblock(vring: &Vring, log: &LogLimit) {
-    for file in [&vring.call, &vring.err].into_iter().flatten() {
-        let unblocked = fcntl(file, FcntlArg::F_GETFL).and_then(|flags| {
-            let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
-            fcntl(file, FcntlArg::F_SETFL(flags))
-        });
-        if let Err(error) = unblocked
-            && let Some(held_back) = log.check()
-        {
-            warn!(
-                queue = vring.index,
-                held_back, "cannot make the call descriptor non-blocking: {error}"
-            );
-        }
-    }
-}
-
 /// A guest's transmit ring, if it is there.
 fn tx_ring(ingress: &mut [Option<Ingress>], port: PortId, pair: usize) -> Option<&mut TxRing> {
     match &mut ingress.get_mut(usize::from(port))?.as_mut()?.source {
         Source::Guest { rings, .. } => rings.get_mut(pair)?.as_mut(),
         Source::Link { .. } => None,
+    }
+}
+
+/// A frame of a batch.
+struct Slot {
+    beginning: Beginning,
+    /// The ports that it goes to, as bits.
+    to: u64,
+    /// What its chain is returned by.
+    head: u16,
+    /// Which segments of the batch are its chain.
+    segments: Range<usize>,
+    /// Bytes of those that its beginning has.
+    skip: usize,
+}
+
+/// The frames that a port sends in one turn. Where each goes is found out first; then each receiver's ring is opened once,
+/// and gets all that are for it.
+struct Batch {
+    slots: Box<[Slot]>,
+    count: usize,
+    /// Of all chains.
+    segments: Vec<Segment>,
+    /// All ports that any of the frames goes to, as bits.
+    to: u64,
+}
+
+impl Batch {
+    fn new() -> Self {
+        let slot = || Slot {
+            beginning: Beginning::new(),
+            to: 0,
+            head: 0,
+            segments: 0..0,
+            skip: 0,
+        };
+        Self {
+            slots: (0..BUDGET).map(|_| slot()).collect(),
+            count: 0,
+            segments: Vec::with_capacity(MAX_SEGMENTS),
+            to: 0,
+        }
+    }
+
+    fn clear(&mut self) {
+        self.count = 0;
+        self.segments.clear();
+        self.to = 0;
+    }
+
+    /// The frames that go somewhere.
+    fn slots(&self) -> &[Slot] {
+        self.slots.get(..self.count).unwrap_or_default()
+    }
+
+    /// Takes the frame in `chain`, of which `header_len` bytes are its header, and finds out where it goes. Returns whether it
+    /// goes anywhere: its chain is then to be returned as the batch is done.
+    #[inline]
+    fn take(
+        &mut self,
+        window: &mut Window<'_>,
+        chain: &Chain<'_>,
+        header_len: usize,
+        shared: &PortShared,
+        route: impl FnOnce(&Beginning) -> u64,
+    ) -> Result<bool, Refused> {
+        let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
+        let pieces = chain.readable();
+        if !(header_len + MIN_FRAME..=header_len + MAX_FRAME).contains(&len)
+            || pieces.len() > MAX_PIECES
+        {
+            return Err(Refused::Malformed);
+        }
+        let slot = self.slots.get_mut(self.count).ok_or(Refused::Malformed)?;
+        let Slot {
+            beginning,
+            to,
+            head,
+            segments,
+            skip,
+        } = slot;
+        let count = len.min(header_len + PREFIX);
+        let mut place = beginning
+            .place(header_len, count)
+            .ok_or(Refused::Malformed)?;
+        let whole = window.each(pieces, count, |piece| {
+            let room = std::mem::take(&mut place);
+            let Some((now, later)) = room.split_at_mut_checked(piece.len()) else {
+                return false;
+            };
+            piece.copy_to(now);
+            place = later;
+            true
+        });
+        if !whole {
+            return Err(Refused::Malformed);
+        }
+        beginning.understand(
+            header_len,
+            count - header_len,
+            len - count,
+            &shared.policy.vlans,
+        )?;
+        *to = route(beginning);
+        if *to == 0 {
+            return Ok(false);
+        }
+        let start = self.segments.len();
+        // There is room for the longest chain when this is called.
+        if count < len {
+            self.segments.extend_from_slice(pieces);
+        }
+        (*segments, *skip, *head) = (start..self.segments.len(), count, chain.head());
+        self.count += 1;
+        self.to |= *to;
+        Ok(true)
+    }
+
+    /// There is room for any chain.
+    #[inline]
+    fn has_room(&self) -> bool {
+        self.segments.len() <= MAX_SEGMENTS - MAX_PIECES
     }
 }
 
@@ -807,6 +931,7 @@ impl TxRing {
         shared: &PortShared,
         last: &mut (Key, u32),
         fabric: &mut Fabric,
+        batch: &mut Batch,
     ) -> Result<(Turn, bool), RingError> {
         let Self {
             ring, header_len, ..
@@ -814,12 +939,15 @@ impl TxRing {
         // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol), and so is one whose
         // cable is pulled.
         let serves = ring.vring.enabled && shared.is_up();
+        let memory = Arc::clone(&ring.vring.memory);
+        let mut window = Window::new(&memory);
         let (mut session, buf, _) = ring.parts()?;
         session.disable_notifications()?;
+        batch.clear();
         let mut left = BUDGET;
         let turn = loop {
-            if left == 0 {
-                break Turn::More;
+            if left == 0 || !batch.has_room() {
+                break Ok(Turn::More);
             }
             let head = match session.pop(buf) {
                 Ok(Some(chain)) => {
@@ -831,70 +959,45 @@ impl TxRing {
                         {
                             shared.counters.tx_throttled.add(1);
                             session.rewind(1);
-                            break Turn::Throttled(wait);
+                            break Ok(Turn::Throttled(wait));
                         }
-                        match take_in(session.memory(), &chain, *header_len, shared) {
-                            Ok(frame) => fabric.forward(port, shared, last, &frame),
+                        let route = |frame: &Beginning| fabric.route(port, shared, last, frame);
+                        match batch.take(&mut window, &chain, *header_len, shared, route) {
+                            Ok(true) => {
+                                left = left.saturating_sub(1);
+                                continue;
+                            }
+                            Ok(false) => {}
                             Err(why) => refused(shared, why),
                         }
                     }
                     chain.head()
                 }
-                Ok(None) => break Turn::Idle,
+                Ok(None) => break Ok(Turn::Idle),
                 Err(PopError::Chain { head, .. }) => {
                     refused(shared, Refused::Malformed);
                     head
                 }
-                Err(PopError::Ring(error)) => {
-                    // What was done before the driver broke its ring is returned all the same.
-                    session.publish()?;
-                    return Err(error);
-                }
+                // What was done before the driver broke its ring is returned all the same.
+                Err(PopError::Ring(error)) => break Err(error),
             };
             session.push_used(head, 0)?;
             left = left.saturating_sub(1);
         };
+        fabric.deliver(batch.to, batch.slots(), |slot| Rest::Guest {
+            memory: &memory,
+            segments: batch
+                .segments
+                .get(slot.segments.clone())
+                .unwrap_or_default(),
+            skip: slot.skip,
+        });
+        for slot in batch.slots() {
+            session.push_used(slot.head, 0)?;
+        }
         let interrupted = session.publish()?;
-        Ok((turn, interrupted))
+        Ok((turn?, interrupted))
     }
-}
-
-/// Reads the beginning of a frame from a guest's chain.
-#[inline]
-fn take_in<'a>(
-    memory: &'a Memory,
-    chain: &Chain<'a>,
-    header_len: usize,
-    shared: &PortShared,
-) -> Result<Frame<'a>, Refused> {
-    let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
-    if !(header_len + MIN_FRAME..=header_len + MAX_FRAME).contains(&len) {
-        return Err(Refused::Malformed);
-    }
-    let mut first = [0; MAX_HEADER + PREFIX];
-    let count = len.min(header_len + PREFIX);
-    let first = first.get_mut(..count).ok_or(Refused::Malformed)?;
-    read_segments(memory, chain.readable(), 0, first).map_err(|_| Refused::Malformed)?;
-    let rest = Rest::Guest {
-        memory,
-        segments: chain.readable(),
-        skip: count,
-    };
-    frame_of(first, header_len, rest, len - count, shared)
-}
-
-fn frame_of<'a>(
-    first: &[u8],
-    header_len: usize,
-    rest: Rest<'a>,
-    rest_len: usize,
-    shared: &PortShared,
-) -> Result<Frame<'a>, Refused> {
-    let (header, frame) = first
-        .split_at_checked(header_len)
-        .ok_or(Refused::Malformed)?;
-    let header = header.first_chunk().ok_or(Refused::Malformed)?;
-    Frame::new(*header, frame, rest, rest_len, &shared.policy.vlans)
 }
 
 #[cold]
@@ -911,9 +1014,13 @@ fn serve_link(
     shared: &PortShared,
     last: &mut (Key, u32),
     fabric: &mut Fabric,
+    batch: &mut Batch,
     bounce: &mut [u8],
     nothing: &mut IoList,
 ) -> Turn {
+    let Some(slot) = batch.slots.first_mut() else {
+        return Turn::Idle;
+    };
     for _ in 0..BUDGET {
         let Some(Some(Egress {
             outlet: Outlet::Link(outlet),
@@ -941,15 +1048,17 @@ fn serve_link(
             continue;
         }
         let bytes = bounce.get(..len).unwrap_or_default();
-        let count = len.min(MAX_HEADER + PREFIX);
-        let (first, rest) = bytes.split_at_checked(count).unwrap_or((bytes, &[]));
-        let frame = if bytes.len() < MAX_HEADER + MIN_FRAME {
+        let begun = if bytes.len() < MAX_HEADER + MIN_FRAME {
             Err(Refused::Malformed)
         } else {
-            frame_of(first, MAX_HEADER, Rest::Bytes(rest), rest.len(), shared)
+            slot.beginning.begin(bytes, &shared.policy.vlans)
         };
-        match frame {
-            Ok(frame) => fabric.forward(port, shared, last, &frame),
+        match begun {
+            Ok(rest) => {
+                slot.to = fabric.route(port, shared, last, &slot.beginning);
+                let slots = std::slice::from_ref(&*slot);
+                fabric.deliver(slot.to, slots, |_| Rest::Bytes(rest));
+            }
             Err(why) => refused(shared, why),
         }
     }
@@ -960,33 +1069,45 @@ fn bit(port: PortId) -> u64 {
     1_u64.checked_shl(port.into()).unwrap_or(0)
 }
 
+/// The ports of a set of bits.
+fn ports(set: u64) -> impl Iterator<Item = usize> {
+    let mut set = set;
+    std::iter::from_fn(move || {
+        let port = usize::try_from(set.trailing_zeros()).ok()?;
+        (set != 0).then(|| {
+            set &= set - 1;
+            port
+        })
+    })
+}
+
 impl Fabric {
     fn seconds(&self) -> u32 {
         u32::try_from(self.now / 1_000_000_000).unwrap_or(u32::MAX)
     }
 
-    /// Sends a frame on to where it belongs.
+    /// Finds out where a frame belongs: a set of ports, as bits.
     #[inline]
-    fn forward(
+    fn route(
         &mut self,
         from: PortId,
         shared: &PortShared,
         last: &mut (Key, u32),
-        frame: &Frame<'_>,
-    ) {
+        frame: &Beginning,
+    ) -> u64 {
         let counters = &shared.counters;
         let source = frame.source();
-        if source[0] & 1 != 0 {
+        if is_group(source) {
             counters.tx_dropped.add(1);
-            return;
+            return 0;
         }
         if frame.is_link_local() {
             counters.tx_undelivered.add(1);
-            return;
+            return 0;
         }
         if !shared.policy.allows(frame) {
             counters.tx_forged.add(1);
-            return;
+            return 0;
         }
         let now = self.seconds();
         let key = Key::new(frame.vlan, source);
@@ -994,7 +1115,7 @@ impl Fabric {
             // Another port has it for itself.
             if self.owner(source).is_some_and(|owner| owner != from) {
                 counters.tx_forged.add(1);
-                return;
+                return 0;
             }
             match self.table.learn(key, from, shared.quota, now) {
                 Learnt::Known => *last = (key, now),
@@ -1013,36 +1134,49 @@ impl Fabric {
         };
         let isolated = shared.policy.isolated;
         match to {
-            Some(to) => {
-                if to == from || !self.deliver(to, isolated, frame) {
-                    counters.tx_undelivered.add(1);
-                }
+            Some(to) if to != from && self.reaches(to, isolated, frame) => bit(to),
+            Some(_) => {
+                counters.tx_undelivered.add(1);
+                0
             }
-            None if !shared.limits.take_flood(self.now) => counters.tx_storm.add(1),
+            None if !shared.limits.take_flood(self.now) => {
+                counters.tx_storm.add(1);
+                0
+            }
             None => {
                 counters.tx_flooded.add(1);
-                for to in (0..MAX_PORTS).filter(|&to| to != from) {
-                    self.deliver(to, isolated, frame);
-                }
+                let others = (0..MAX_PORTS).filter(|&to| to != from);
+                others
+                    .filter(|&to| self.reaches(to, isolated, frame))
+                    .fold(0, |set, to| set | bit(to))
             }
         }
     }
 
-    /// `false` if the port is not to get it.
+    /// A port is to get a frame; `isolated` is the one where it came in.
     #[inline]
-    fn deliver(&mut self, to: PortId, isolated: bool, frame: &Frame<'_>) -> bool {
-        let Some(Some(egress)) = self.egress.get_mut(usize::from(to)) else {
-            return false;
-        };
-        let Some(form) = egress.form(frame, isolated) else {
-            return false;
-        };
-        self.touched |= bit(to);
-        egress.send(frame, form, &mut self.room, self.now);
-        true
+    fn reaches(&self, to: PortId, isolated: bool, frame: &Beginning) -> bool {
+        let egress = self.egress.get(usize::from(to)).and_then(Option::as_ref);
+        egress.is_some_and(|egress| egress.shared.form(frame, isolated).is_some())
     }
 
-    fn owner(&self, address: [u8; 6]) -> Option<PortId> {
+    /// Gives each of the ports in `to`, a set of bits, those of the frames that go there.
+    fn deliver<'a>(&mut self, to: u64, slots: &'a [Slot], rest: impl Fn(&Slot) -> Rest<'a>) {
+        self.touched |= to;
+        for port in ports(to) {
+            let Some(Some(egress)) = self.egress.get_mut(port) else {
+                continue;
+            };
+            let slots = slots.iter().filter(|slot| slot.to >> port & 1 != 0);
+            let frames = slots.map(|slot| Frame {
+                beginning: &slot.beginning,
+                rest: rest(slot),
+            });
+            egress.take(frames, &mut self.room, self.now);
+        }
+    }
+
+    fn owner(&self, address: u64) -> Option<PortId> {
         let at = self
             .owners
             .binary_search_by_key(&address, |&(address, _)| address)
@@ -1059,7 +1193,10 @@ impl Fabric {
                 let own = shared.mac.into_iter();
                 own.chain(shared.policy.macs.iter().copied())
             });
-            addresses.map(move |address| (address.octets(), port))
+            addresses.map(move |address| {
+                let [a, b, c, d, e, f] = address.octets();
+                (u64::from_be_bytes([0, 0, a, b, c, d, e, f]), port)
+            })
         });
         self.owners = owners.collect();
         self.owners.sort_unstable();
@@ -1067,14 +1204,10 @@ impl Fabric {
     }
 
     /// Ends a round.
-    fn flush(&mut self) {
-        let mut touched = std::mem::take(&mut self.touched);
-        while touched != 0 {
-            let port = touched.trailing_zeros();
-            touched &= touched - 1;
-            let at = usize::try_from(port).unwrap_or(usize::MAX);
-            if let Some(Some(egress)) = self.egress.get_mut(at) {
-                egress.flush();
+    fn flush(&mut self, signals: &Signals) {
+        for port in ports(std::mem::take(&mut self.touched)) {
+            if let Some(Some(egress)) = self.egress.get_mut(port) {
+                egress.flush(signals);
             }
         }
     }

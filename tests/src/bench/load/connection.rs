@@ -261,8 +261,8 @@ fn set_packed_base(mut connection: &UnixStream, index: usize) -> io::Result<()> 
     connection.write_all(words.map(u32::to_ne_bytes).as_flattened())
 }
 
-/// What waits for eventfds. Some back-ends set O_NONBLOCK on those they are given: a plain read would not wait.
-pub(super) fn waiting_for(calls: &[&EventFd]) -> Result<Epoll, LoadError> {
+/// What waits for eventfds, or other files. Some back-ends set O_NONBLOCK on those they are given: a plain read would not wait.
+pub(super) fn waiting_for(calls: &[&dyn AsRawFd]) -> Result<Epoll, LoadError> {
     let wait = || {
         let epoll = Epoll::new()?;
         for call in calls {

@@ -32,7 +32,7 @@ use std::time::{Duration, Instant};
 use clap::{Parser, Subcommand};
 
 pub use error::LoadError;
-pub use net::{NetArgs, TapArgs};
+pub use net::{JoinArgs, NetArgs, TapArgs};
 pub use options::{Completions, Driver, LoadArgs, Shape};
 pub use report::{Latency, Report, Usage};
 
@@ -66,6 +66,8 @@ enum Other {
     Net(NetArgs),
     /// Write frames to a TAP, or read what comes from it: the limit of a card that is joined to one
     Tap(TapArgs),
+    /// Join a TAP to a network card, or to another TAP, until it is ended: for loads that the kernel's own network makes
+    Join(JoinArgs),
 }
 
 /// Runs the program.
@@ -75,6 +77,7 @@ pub fn main() -> ExitCode {
     let done = match (&cli.other, &cli.load) {
         (Some(Other::Net(args)), _) => net::run(args),
         (Some(Other::Tap(args)), _) => net::run_bare(args),
+        (Some(Other::Join(args)), _) => net::join(args),
         (None, Some(load)) => run(load),
         (None, None) => Err(LoadError::Option("give --socket-path".into())),
     };

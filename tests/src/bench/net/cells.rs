@@ -1,4 +1,4 @@
-//! What is measured: each cell is a way of frames and their length, with the same sink or source for all.
+//! What is measured: each cell is a way of frames and their length, or of a TCP stream, with the same sink and source for all.
 
 use super::super::load::Direction;
 
@@ -13,12 +13,16 @@ pub(super) enum Behind {
     Tap,
     /// A TAP with frames for the guest, from a loop that writes them to another TAP, over a bridge.
     TapSource,
+    /// Another card of the same back-end, where the frames come out again.
+    Port,
+    /// iperf3 in another network namespace, with the front-end as that namespace's interface.
+    Tcp(Direction),
 }
 
 /// Who puts the frames into the ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Front {
-    /// `ringside-load net`
+    /// `ringside-load`
     Ringside,
     /// DPDK's virtio-user in `dpdk-testpmd`
     Testpmd,
@@ -28,7 +32,7 @@ pub(super) enum Front {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Cell {
     pub(super) behind: Behind,
-    /// Bytes of a frame, without the checksum.
+    /// Bytes of a frame, without the checksum; 0 where TCP says how long it is.
     pub(super) frame: u32,
     pub(super) front: Front,
     pub(super) packed: bool,
@@ -36,6 +40,8 @@ pub(super) struct Cell {
 
 /// Frames of the least and of the usual most length, with the payload that DPDK's flags go by.
 const FRAMES: [u32; 2] = [64, 1500];
+/// A segment that the card would have to cut, with headers: about the most that there is.
+const SEGMENT: u32 = 65_226;
 
 impl Cell {
     /// Its name, as `--filter` matches it.
@@ -45,6 +51,9 @@ impl Cell {
             Behind::Source => "source",
             Behind::Tap => "tap-tx",
             Behind::TapSource => "tap-rx",
+            Behind::Port => "forward",
+            Behind::Tcp(Direction::Rx) => return "tcp rx".into(),
+            Behind::Tcp(_) => return "tcp tx".into(),
         };
         let front = match self.front {
             Front::Ringside => "",
@@ -59,11 +68,21 @@ impl Cell {
         match self.behind {
             Behind::Discard | Behind::Tap => Direction::Tx,
             Behind::Source | Behind::TapSource => Direction::Rx,
+            Behind::Port => Direction::Both,
+            Behind::Tcp(direction) => direction,
         }
     }
 
+    /// Whether the frame is one that a card has to cut.
+    pub(super) fn is_segment(&self) -> bool {
+        self.frame == SEGMENT
+    }
+
     pub(super) fn needs_tap(&self) -> bool {
-        matches!(self.behind, Behind::Tap | Behind::TapSource)
+        matches!(
+            self.behind,
+            Behind::Tap | Behind::TapSource | Behind::Tcp(_)
+        )
     }
 }
 
@@ -84,16 +103,24 @@ pub(super) fn all() -> Vec<Cell> {
             }
         }
     }
+    let mut add = |behind, frame| {
+        cells.push(Cell {
+            behind,
+            frame,
+            front: Front::Ringside,
+            packed: false,
+        });
+    };
     for behind in [Behind::Tap, Behind::TapSource] {
         for frame in FRAMES {
-            cells.push(Cell {
-                behind,
-                frame,
-                front: Front::Ringside,
-                packed: false,
-            });
+            add(behind, frame);
         }
     }
+    for frame in FRAMES.into_iter().chain([SEGMENT]) {
+        add(Behind::Port, frame);
+    }
+    add(Behind::Tcp(Direction::Tx), 0);
+    add(Behind::Tcp(Direction::Rx), 0);
     cells
 }
 

@@ -1,6 +1,6 @@
 //! Who is measured.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::super::load::Direction;
@@ -14,6 +14,11 @@ pub(super) const LONE_TAP: &str = "vm0";
 /// A TAP that gets the frames which are written to the other one, over a bridge.
 pub(super) const FED_TAP: &str = "vm1";
 pub(super) const SOURCE_TAP: &str = "vm2";
+/// The TAP of this side of a TCP stream, and its address.
+pub(super) const TCP_TAP: &str = "vm3";
+pub(super) const TCP_ADDRESS: &str = "10.88.0.1";
+/// The other side's.
+pub(super) const TCP_PEER: &str = "10.88.0.2";
 
 /// Who serves the card, or what needs none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,18 +27,31 @@ pub(super) enum Contender {
     Ringside,
     /// DPDK's vhost port in `dpdk-testpmd`.
     Dpdk,
-    /// A loop of writes to the TAP, or of reads from it.
+    /// passt: TCP connections of its own in place of a TAP.
+    Passt,
+    /// A loop of writes to the TAP, or of reads from it, or of both between two TAPs.
     Bare,
 }
 
 /// All of them; the last one that takes part in a cell is its limit.
-pub(super) const ALL: [Contender; 3] = [Contender::Ringside, Contender::Dpdk, Contender::Bare];
+pub(super) const ALL: [Contender; 4] = [
+    Contender::Ringside,
+    Contender::Dpdk,
+    Contender::Passt,
+    Contender::Bare,
+];
+
+/// Where the second card of a back-end listens whose first one listens there.
+pub(in crate::bench) fn second_socket(first: &Path) -> PathBuf {
+    first.with_extension("second")
+}
 
 impl Contender {
     pub(super) fn name(self) -> &'static str {
         match self {
             Self::Ringside => "ringside-net",
             Self::Dpdk => "dpdk-vhost",
+            Self::Passt => "passt",
             Self::Bare => "bare-loop",
         }
     }
@@ -43,6 +61,7 @@ impl Contender {
         match self {
             Self::Ringside => true,
             Self::Dpdk => !cell.needs_tap(),
+            Self::Passt => matches!(cell.behind, Behind::Tcp(_)),
             Self::Bare => cell.needs_tap(),
         }
     }
@@ -58,31 +77,59 @@ impl Contender {
         match self {
             Self::Ringside => {
                 let mut command = bound(site.programs.join("ringside-net"));
+                if cell.behind == Behind::Port {
+                    // The one that is waited for comes last.
+                    for (name, socket) in [("out", &*second_socket(socket)), ("in", socket)] {
+                        let port = format!("socket={},name={name}", socket.display());
+                        command.arg("--port").arg(port);
+                    }
+                    return Some(command);
+                }
                 command.arg("--socket-path").arg(socket);
                 match cell.behind {
-                    Behind::Discard => command.args(["--link", "null"]),
+                    Behind::Discard | Behind::Port => command.args(["--link", "null"]),
                     Behind::Source => command
                         .arg("--link")
                         .arg(format!("generate:{}", cell.frame)),
                     Behind::Tap => command.args(["--tap", LONE_TAP]),
                     Behind::TapSource => command.args(["--tap", FED_TAP]),
+                    Behind::Tcp(_) => command.args(["--tap", TCP_TAP]),
                 };
                 Some(command)
             }
             Self::Dpdk => {
                 let mode = match cell.direction() {
                     Direction::Rx => "txonly",
-                    Direction::Tx | Direction::Both => "rxonly",
+                    Direction::Tx => "rxonly",
+                    Direction::Both => "io",
                 };
-                let device = format!("net_vhost0,iface={}", socket.display());
+                let tso = if cell.is_segment() { ",tso=1" } else { "" };
+                let device = |number: usize, socket: &Path| {
+                    format!("net_vhost{number},iface={}{tso}", socket.display())
+                };
+                let mut devices = vec![device(0, socket)];
+                if cell.behind == Behind::Port {
+                    devices.insert(0, device(1, &second_socket(socket)));
+                }
                 Some(testpmd::command(
                     site,
                     "back-end",
-                    &device,
+                    &devices,
                     mode,
                     cell.frame,
                     processors.map(|(front, back)| (back, front)),
                 ))
+            }
+            Self::Passt => {
+                let program = site.root_program("usr/bin/passt");
+                let mut command = bound(program.get_program());
+                command.args(program.get_args());
+                command.args(["--foreground", "--vhost-user", "--runas", "0"]);
+                command.args(["--ipv4-only", "--netmask", "24", "--socket"]);
+                command.arg(socket);
+                // It connects to this side's loopback for what the other side sends to its gateway.
+                command.args(["--address", TCP_PEER, "--gateway", TCP_ADDRESS]);
+                Some(command)
             }
             Self::Bare => None,
         }

@@ -12,7 +12,7 @@ use super::super::contender::{Process, socket_in};
 use super::super::load::{Direction, NetReport, Usage};
 use super::super::measure::Processors;
 use super::cells::{Behind, Cell, Front};
-use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP};
+use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, second_socket};
 use super::testpmd;
 use crate::command::{self, GRACE, bound, end_tree};
 use crate::error::{Doing, LabError, Result};
@@ -30,7 +30,7 @@ const SETTLING: Duration = Duration::from_millis(300);
 /// For what runs until it is ended, in seconds.
 const DAY: &str = "86400";
 
-/// What one measurement gave.
+/// What one measurement gave. Where the cell is a stream and has no frames, its bits stand for them.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Sample {
     /// Frames per second.
@@ -63,20 +63,37 @@ pub(super) struct Bench<'a> {
 
 impl Bench<'_> {
     /// The processor of the front-end and that of the back-end, where there are two.
-    fn pair(&self) -> Option<(usize, usize)> {
+    pub(super) fn pair(&self) -> Option<(usize, usize)> {
         let (front, back) = self.processors.split(1)?;
         Some((*front.first()?, *back.first()?))
     }
 
     /// Measures a contender, freshly started.
     pub(super) fn measure(&self, contender: Contender, cell: &Cell) -> Result<Sample> {
-        let socket = socket_in(self.directory);
+        if let Behind::Tcp(direction) = cell.behind {
+            return self.tcp(contender, cell, direction);
+        }
         let _source = match cell.behind {
             Behind::TapSource => Some(self.source(cell)?),
             _ => None,
         };
-        let Some(command) = contender.command(self.site, cell, &socket, self.pair()) else {
+        let Some(process) = self.start(contender, cell)? else {
             return self.bare(cell);
+        };
+        match cell.front {
+            Front::Ringside => self.load(&process, cell),
+            Front::Testpmd => self.testpmd(&process, cell),
+        }
+    }
+
+    /// Starts a back-end and waits until it forwards; `None` for one that is none.
+    pub(super) fn start(&self, contender: Contender, cell: &Cell) -> Result<Option<Process>> {
+        let socket = socket_in(self.directory);
+        let second = second_socket(&socket);
+        // One that was killed leaves it behind.
+        let _ = std::fs::remove_file(second);
+        let Some(command) = contender.command(self.site, cell, &socket, self.pair()) else {
+            return Ok(None);
         };
         let start = || Process::start(contender.name(), command, self.site, self.directory);
         let process = match self.processors.split(1) {
@@ -85,10 +102,7 @@ impl Bench<'_> {
             _ => start()?,
         };
         thread::sleep(SETTLING);
-        match cell.front {
-            Front::Ringside => self.load(&process, cell),
-            Front::Testpmd => self.testpmd(&process, cell),
-        }
+        Ok(Some(process))
     }
 
     /// Loads with a front-end of our own.
@@ -96,7 +110,15 @@ impl Bench<'_> {
         let mut load = self.site.program("ringside-load");
         load.arg("net").arg("--socket-path").arg(&process.socket);
         load.arg("--watch").arg(process.pid().to_string());
-        load.args(["--direction", cell.direction().name()]);
+        if cell.behind == Behind::Port {
+            load.arg("--to").arg(second_socket(&process.socket));
+        } else {
+            load.args(["--direction", cell.direction().name()]);
+        }
+        if cell.is_segment() {
+            // As much data in flight as there is in 8000 frames of the usual length.
+            load.args(["--queue-size", "256"]);
+        }
         load.args(cell.packed.then_some("--packed"));
         if let Some((front, _)) = self.pair() {
             load.arg("--cpu").arg(front.to_string());
@@ -181,7 +203,8 @@ impl Bench<'_> {
             .try_clone()
             .doing(|| format!("write {}", log.display()))?;
         let pair = self.pair();
-        let mut command = testpmd::command(self.site, "front-end", &device, mode, cell.frame, pair);
+        let mut command =
+            testpmd::command(self.site, "front-end", &[device], mode, cell.frame, pair);
         // It ends when its standard input does; so that stays open.
         let mut child = command
             .stdin(Stdio::piped())

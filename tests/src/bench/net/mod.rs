@@ -2,9 +2,10 @@
 //!
 //! ```text
 //! cells ────── which way frames go, how long they are, what takes or gives them, and whose front-end moves them
-//! contender ── who stands behind the front-end: ringside-net, DPDK's vhost port; or nobody, for a loop on the same TAP
+//! contender ── who stands behind the front-end: ringside-net, DPDK's vhost port, passt; or nobody, for a loop on the same TAP
 //! testpmd ──── DPDK's program, which is a front-end and a back-end
 //! measure ──── one of them, freshly started, for a moment
+//! tcp ──────── the same with a TCP stream between two network namespaces
 //! outcome ──── medians, and ratios to the limit of the row within each round
 //! ```
 
@@ -12,7 +13,10 @@ mod cells;
 mod contender;
 mod measure;
 mod outcome;
+mod tcp;
 mod testpmd;
+
+pub(super) use self::contender::second_socket;
 
 use std::fs;
 use std::num::NonZero;
@@ -24,7 +28,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde::Serialize;
 
 use self::cells::Cell;
-use self::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP};
+use self::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, TCP_ADDRESS, TCP_TAP};
 use self::measure::{Bench, Sample};
 use self::outcome::{CellOutcome, Row};
 use super::load::parse_seconds;
@@ -34,11 +38,12 @@ use crate::command;
 use crate::error::{Doing, LabError, Result};
 use crate::programs;
 use crate::setup::Systems;
+use crate::site::Site;
 
 /// Options of `cargo lab bench net`.
 #[derive(Debug, Clone, Args)]
 pub struct NetBench {
-    /// Only cells whose name contains this, such as `discard 64` or `tap`
+    /// Only cells whose name contains this, such as `discard 64`, `tap`, `forward` or `tcp`
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
 
@@ -114,7 +119,10 @@ pub fn run(systems: &Systems, options: &NetBench) -> Result<()> {
         scratch.disable_cleanup(true);
         eprintln!("lab: sockets and logs stay in {}", scratch.path().display());
     }
-    let site = systems.host_site(&programs, scratch.path());
+    let site = Site {
+        scratch: scratch.path().to_owned(),
+        ..systems.host_site(&programs, scratch.path())
+    };
     let cells: Vec<Cell> = cells::all()
         .into_iter()
         .filter(|cell| contains(&cell.name(), options.filter.as_deref()))
@@ -223,23 +231,28 @@ fn measure_cell(
 fn own_network() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| {
         LabError::Skipped(format!(
-            "cells with a TAP: this process may not have a network namespace of its own ({errno}); run it as root"
+            "cells with a TAP, and TCP: this process may not have a network namespace of its own ({errno}); run it as root"
         ))
     })?;
-    let mut lines = vec!["ip link add br0 type bridge forward_delay 0".to_owned()];
-    for tap in [LONE_TAP, FED_TAP, SOURCE_TAP] {
+    let mut lines = vec![
+        // passt connects to the loopback.
+        "ip link set dev lo up".to_owned(),
+        "ip link add br0 type bridge forward_delay 0".to_owned(),
+    ];
+    for tap in [LONE_TAP, FED_TAP, SOURCE_TAP, TCP_TAP] {
         lines.push(format!("ip tuntap add dev {tap} mode tap"));
     }
     for tap in [FED_TAP, SOURCE_TAP] {
         lines.push(format!("ip link set dev {tap} master br0"));
     }
-    for interface in ["br0", LONE_TAP, FED_TAP, SOURCE_TAP] {
+    for interface in ["br0", LONE_TAP, FED_TAP, SOURCE_TAP, TCP_TAP] {
         // Nothing is sent that was not asked for.
         lines.push(format!(
             "sysctl -q -w net.ipv6.conf.{interface}.disable_ipv6=1"
         ));
         lines.push(format!("ip link set dev {interface} up"));
     }
+    lines.push(format!("ip address add {TCP_ADDRESS}/24 dev {TCP_TAP}"));
     for line in lines {
         command::run_line(&line)?;
     }

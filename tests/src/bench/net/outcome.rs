@@ -22,7 +22,7 @@ pub(super) struct Row {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct CellOutcome {
     pub(super) name: String,
-    /// Bytes of a frame.
+    /// Bytes of a frame; 0 for a stream, whose bits are counted.
     pub(super) frame: u32,
     /// Who the ratios refer to.
     pub(super) limit: String,
@@ -77,7 +77,9 @@ impl CellOutcome {
             "s per Gbit",
             "waits"
         );
-        let bits = f64::from(self.frame) * 8.0;
+        // What is said of a frame says nothing of a stream.
+        let of_frame = |number: f64| (self.frame > 0).then_some(number);
+        let bits = f64::from(self.frame.saturating_mul(8).max(1));
         for row in &self.rows {
             let rate = row.median(|sample| Some(sample.rate)).unwrap_or_default();
             let cpu = row.median(|sample| sample.cpu);
@@ -88,15 +90,16 @@ impl CellOutcome {
                 Some(Spread { median, min, max }) => format!("{median:.2} ({min:.2}..{max:.2})"),
                 None => "-".into(),
             };
+            let waits = row.median(|sample| sample.waits);
             text.push_str(&format!(
-                "  {:<26} {:>9.3} {:>9.2} {ratio:>18} {:>9} {:>10} {:>9}\n",
+                "  {:<26} {:>9} {:>9.2} {ratio:>18} {:>9} {:>10} {:>9}\n",
                 row.name,
-                rate / 1e6,
+                number(of_frame(rate / 1e6), 3),
                 rate * bits / 1e9,
-                number(cpu, 0),
+                number(cpu.and_then(of_frame), 0),
                 // Nanoseconds for a bit are seconds for 10^9 of them.
                 number(cpu.map(|cpu| cpu / bits), 3),
-                number(row.median(|sample| sample.waits), 4),
+                number(waits.and_then(of_frame), 4),
             ));
         }
         text
@@ -119,12 +122,12 @@ pub(super) fn picture(cells: &[CellOutcome], where_measured: &str) -> String {
     let legend = || vec![(Contender::Ringside.name(), OURS)];
     let panels = [
         Panel {
-            title: "Frames per second, to those of DPDK's vhost port",
+            title: "Frames per second, to those of DPDK's vhost ports",
             legend: legend(),
             rows: rows(Contender::Dpdk),
         },
         Panel {
-            title: "Frames per second to and from a TAP, to those of a loop that does nothing else",
+            title: "Frames and TCP to and from a TAP, to those of a loop that does nothing else",
             legend: legend(),
             rows: rows(Contender::Bare),
         },

@@ -15,11 +15,11 @@ const NEEDED: [&str; 4] = [
     "librte_net_virtio.so.25",
 ];
 
-/// A command that forwards on `device`, with the first of `processors` for that, and the other one for all the rest.
+/// A command that forwards on `devices`, with the first of `processors` for that, and the other one for all the rest.
 pub(super) fn command(
     site: &Site,
     name: &str,
-    device: &str,
+    devices: &[String],
     mode: &str,
     frame: u32,
     processors: Option<(usize, usize)>,
@@ -37,7 +37,9 @@ pub(super) fn command(
     for driver in NEEDED {
         command.arg("-d").arg(site.root.join(DRIVERS).join(driver));
     }
-    command.arg(format!("--vdev={device}"));
+    for device in devices {
+        command.arg(format!("--vdev={device}"));
+    }
     command.args(["--", "--total-num-mbufs=16384", "--no-mlockall"]);
     command.args(["--auto-start", "--stats-period", "1"]);
     command.arg(format!("--forward-mode={mode}"));

@@ -2,13 +2,13 @@
 
 use super::{HOST, reaches_host};
 use crate::ensure;
-use crate::error::{LabError, Result};
+use crate::error::Result;
 use crate::harness::{
-    Blk, EventCounts, Guest, IOCTL, Igb, KVM_EXIT, KVM_USERSPACE_EXIT, NvmePf, Vmm, iperf3_server,
-    sum_interrupts,
+    Blk, Guest, IOCTL, Igb, KVM_EXIT, KVM_USERSPACE_EXIT, NvmePf, Vmm, iperf3_server,
 };
 use crate::site::Site;
 use crate::suite::Test;
+use crate::suite::bench_net::{COUNTED, Cost, Stream};
 use crate::suite::blk::{COUNT_SECONDS, Reads, count_reads, per_unit};
 
 pub(super) const TESTS: &[Test] = &[
@@ -26,7 +26,6 @@ pub(super) const TESTS: &[Test] = &[
 
 /// While packets pass a network function the guest is left for interrupts and its timer only, and the VMM not entered.
 fn counts_per_packet(site: &Site) -> Result<()> {
-    const SECONDS: u64 = 5;
     let igb = Igb::take(site)?;
     igb.up(&format!("{HOST}/24"))?;
     let functions = igb.create::<1>(&[])?;
@@ -36,37 +35,18 @@ fn counts_per_packet(site: &Site) -> Result<()> {
     let card = guest.network_up("10.77.0.2/24")?;
     reaches_host(&mut guest)?;
     for (direction, options) in [("sent", ""), ("received", "--reverse")] {
-        let take = format!(
-            "cat /proc/interrupts; cd /sys/class/net/{card}/statistics; echo $(($(cat rx_packets) + $(cat tx_packets)))"
-        );
-        // Nothing may be said on the console meanwhile: each character is an exit.
-        guest.run_ok(&format!(
-            "iperf3 --client {HOST} --time {} {options} </dev/null >/run/iperf.log 2>&1 & \
-             (sleep 2; ({take}) >/run/before; sleep {SECONDS}; ({take}) >/run/part; mv /run/part /run/after) \
-             </dev/null >/dev/null 2>&1 &",
-            SECONDS + 5
-        ))?;
-        std::thread::sleep(std::time::Duration::from_secs(1));
+        let stream = Stream {
+            host: HOST,
+            options,
+            interface: card,
+            interrupts: card,
+        };
+        let Cost {
+            counts,
+            interrupts,
+            packets,
+        } = stream.count(site, &mut guest, &[KVM_EXIT, KVM_USERSPACE_EXIT, IOCTL])?;
         let pid = guest.vmm_pid();
-        let events = [KVM_EXIT, KVM_USERSPACE_EXIT, IOCTL];
-        let counts = EventCounts::measure(site, &[pid], &events, SECONDS)?;
-        let samples = guest.run_ok(
-            "while [ ! -e /run/after ]; do sleep 0.2; done; cat /run/before; echo ===; \
-             cat /run/after; rm /run/before /run/after; wait; sleep 4",
-        )?;
-        let (before, after) = samples.split_once("===\n").unwrap_or_default();
-        let numbers = |sample: &str| -> Option<(u64, u64)> {
-            let packets = sample.lines().last()?.trim().parse().ok()?;
-            Some((packets, sum_interrupts(sample, card)))
-        };
-        let (Some(before), Some(after)) = (numbers(before), numbers(after)) else {
-            return Err(LabError::Protocol {
-                from: "guest agent",
-                text: samples,
-            });
-        };
-        let packets = after.0.saturating_sub(before.0);
-        let interrupts = after.1.saturating_sub(before.1);
         let to_vmm = counts.of(pid, KVM_USERSPACE_EXIT);
         println!(
             "packets mostly {direction}: {} KVM exits and {} interrupts per packet; the VMM was entered {to_vmm} times \
@@ -76,7 +56,7 @@ fn counts_per_packet(site: &Site) -> Result<()> {
         );
         ensure!(
             packets > 1000 && interrupts > 0,
-            "{packets} packets and {interrupts} interrupts in {SECONDS} s are too few to count by"
+            "{packets} packets and {interrupts} interrupts in {COUNTED} s are too few to count by"
         );
         // Signals, such as those that end it, could enter it; packets must not.
         ensure!(

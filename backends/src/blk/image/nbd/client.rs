@@ -17,7 +17,6 @@ use nix::sys::socket::{Shutdown, shutdown};
 use ringside_rings::{read_segments, write_segments};
 use thiserror::Error;
 use tracing::{debug, info, warn};
-use vm_memory::VolatileSlice;
 
 use super::connect;
 use super::proto::{self, Export, Reply, chunk, command, errno};
@@ -25,7 +24,7 @@ use super::target::Target;
 use super::vectored;
 use crate::blk::image::ops::{Action, Op, Outcome, Wake};
 use crate::blk::mailbox::Mailbox;
-use crate::shell::{Chain as Causes, LogLimit};
+use crate::shell::{Chain as Causes, GuestSlice, LogLimit};
 
 /// Size of the buffers for what is sent and received.
 const BUFFER: usize = 128 << 10;
@@ -836,7 +835,7 @@ fn at_index(flights: &[Option<Flight>], index: u32) -> Result<&Flight, Broken> {
         .ok_or(NO_REQUEST)
 }
 
-fn zero(slice: &VolatileSlice<'_>) {
+fn zero(slice: &GuestSlice<'_>) {
     const ZEROES: [u8; 4096] = [0; 4096];
     let mut at = 0;
     while at < slice.len() {

@@ -27,11 +27,13 @@ use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use ringside_sandbox::{Profile, ThreadKind};
 use thiserror::Error;
 use tracing::{error, info};
 
 use super::ops::{Link, Op, Wake};
 use super::side::Side;
+use crate::shell::confined;
 use client::Client;
 use proto::Export;
 
@@ -118,6 +120,11 @@ impl Nbd {
             count: Arc::default(),
             full: !export.multi_conn(),
         })
+    }
+
+    /// Its threads connect to the server again when it was gone.
+    pub(in crate::blk) fn needs(&self, profile: &mut Profile) {
+        self.target.needs(profile);
     }
 
     /// Size in bytes.
@@ -218,7 +225,7 @@ impl Nbd {
         self.count.fetch_add(1, Ordering::Relaxed);
         let thread = thread::Builder::new()
             .name(format!("blk-nbd-{number}"))
-            .spawn(move || client.run())?;
+            .spawn(move || confined(ThreadKind::Server, || client.run()))?;
         self.connections.push(Connection {
             sender,
             wake,

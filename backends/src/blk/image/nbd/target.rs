@@ -3,7 +3,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io;
-use std::net::{TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, TcpStream, ToSocketAddrs};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use nix::sys::socket::{
     self, AddressFamily, SockFlag, SockType, UnixAddr, setsockopt, socket, sockopt,
 };
 use percent_encoding::percent_decode_str;
+use ringside_sandbox::{Profile, ThreadKind, calls};
 use thiserror::Error;
 use tracing::debug;
 
@@ -127,6 +128,30 @@ impl Target {
             _ => return Err(UriError::Scheme(whole())),
         };
         Ok(Self { server, export })
+    }
+
+    /// What it takes to connect again, and to talk.
+    pub(super) fn needs(&self, profile: &mut Profile) {
+        let server = ThreadKind::Server;
+        profile
+            .calls(calls::STREAMS)
+            .thread(server, &[calls::STREAMS]);
+        match &self.server {
+            Server::Unix(path) => profile
+                .connect(path)
+                .calls(calls::CONNECTING)
+                .thread(server, &[calls::CONNECTING]),
+            Server::Tcp { host, port } => {
+                profile
+                    .connect_tcp(*port)
+                    .calls(calls::TCP)
+                    .thread(server, &[calls::TCP]);
+                if host.parse::<IpAddr>().is_err() {
+                    profile.names().thread(server, &[calls::NAMES]);
+                }
+                profile
+            }
+        };
     }
 
     /// Connects. Reading and writing fail after `patience`, until the socket is made non-blocking.

@@ -7,26 +7,31 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use vm_memory::VolatileSlice;
+use vm_memory::bitmap::Bitmap;
+
+use crate::shell::GuestSlice;
 
 /// Most pieces that one system call takes (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
 
 /// Receives into guest memory, once. Returns how many bytes came.
-pub(super) fn receive(socket: &impl AsFd, into: &[VolatileSlice<'_>]) -> io::Result<usize> {
+pub(super) fn receive(socket: &impl AsFd, into: &[GuestSlice<'_>]) -> io::Result<usize> {
     let pieces: Vec<libc::iovec> = into.iter().take(MAX_PIECES).map(piece).collect();
     let count = i32::try_from(pieces.len()).map_err(io::Error::other)?;
     // SAFETY: each piece is memory that its slice keeps borrowed, and so mapped, until the call returns.
     let got = unsafe { libc::readv(socket.as_fd().as_raw_fd(), pieces.as_ptr(), count) };
-    usize::try_from(got).map_err(|_| io::Error::last_os_error())
+    let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
+    let mut left = got;
+    for slice in into {
+        let written = slice.len().min(left);
+        slice.bitmap().mark_dirty(0, written);
+        left = left.saturating_sub(written);
+    }
+    Ok(got)
 }
 
 /// Sends bytes, and guest memory behind them, once. Returns how many bytes went.
-pub(super) fn send(
-    socket: &impl AsFd,
-    first: &[u8],
-    from: &[VolatileSlice<'_>],
-) -> io::Result<usize> {
+pub(super) fn send(socket: &impl AsFd, first: &[u8], from: &[GuestSlice<'_>]) -> io::Result<usize> {
     let first = libc::iovec {
         iov_base: first.as_ptr().cast_mut().cast(),
         iov_len: first.len(),
@@ -41,7 +46,7 @@ pub(super) fn send(
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
-fn piece(slice: &VolatileSlice<'_>) -> libc::iovec {
+fn piece(slice: &GuestSlice<'_>) -> libc::iovec {
     libc::iovec {
         iov_base: slice.ptr_guard_mut().as_ptr().cast(),
         iov_len: slice.len(),

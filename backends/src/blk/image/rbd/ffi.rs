@@ -15,10 +15,9 @@ use std::sync::{Arc, OnceLock};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use thiserror::Error;
-use vm_memory::VolatileSlice;
 
 use crate::blk::image::ops::Op;
-use crate::shell::LogLimit;
+use crate::shell::{GuestSlice, LogLimit};
 
 /// Ceph's libraries cannot be used.
 #[derive(Debug, Error)]
@@ -494,6 +493,9 @@ impl Flight {
             ended,
         } = self;
         drop(pieces);
+        if matches!(request, Request::Read) {
+            op.mark_read();
+        }
         ended(image, op, request, result);
     }
 }
@@ -517,7 +519,7 @@ extern "C" fn on_change(_: *mut c_void) {
     }
 }
 
-fn piece(slice: &VolatileSlice<'_>) -> libc::iovec {
+fn piece(slice: &GuestSlice<'_>) -> libc::iovec {
     libc::iovec {
         iov_base: slice.ptr_guard_mut().as_ptr().cast(),
         iov_len: slice.len(),

@@ -22,6 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{SigSet, Signal};
+use ringside_sandbox::{Profile, calls};
 use thiserror::Error;
 use tracing::{info, warn};
 
@@ -156,6 +157,16 @@ impl fmt::Debug for Rbd {
 }
 
 impl Rbd {
+    /// Ceph's library has threads, files and connections of its own, in the host's network.
+    pub(in crate::blk) fn needs(&self, profile: &mut Profile) {
+        profile
+            .network()
+            .calls(calls::STORAGE)
+            .calls(calls::STREAMS)
+            .calls(calls::NAMES)
+            .calls(calls::CEPH);
+    }
+
     /// Connects to the cluster and opens the image. `patience`: how long connecting may take, how long to wait until no other
     /// client has the image open, and how long requests wait for daemons that do not answer.
     ///

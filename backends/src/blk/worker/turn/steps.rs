@@ -189,6 +189,9 @@ impl Turn<'_> {
         result: i32,
     ) -> Next {
         let Ok(bytes) = usize::try_from(result) else {
+            if job.stage == Stage::Transfer(Direction::Read) {
+                self.uring.read_failed(slot);
+            }
             return self.failed(slots, slot, job, result.saturating_neg());
         };
         match job.stage {

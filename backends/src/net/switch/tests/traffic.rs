@@ -1,5 +1,10 @@
 //! Who gets which frame, and in which form.
 
+use std::fs::File;
+use std::os::fd::OwnedFd;
+
+use nix::sys::eventfd::{EfdFlags, EventFd};
+
 use super::*;
 
 /// Guests 1, 2, … at a switch, each with buffers.
@@ -482,4 +487,42 @@ fn idle_it_sleeps() {
     let before = wakeups();
     std::thread::sleep(Duration::from_millis(200));
     assert_eq!(wakeups(), before);
+}
+
+/// The VMM of a port shares the open files of its descriptors, and can make them block whenever it likes.
+#[test]
+fn descriptors_that_block_hold_up_nobody() {
+    let blocking = || {
+        let event = EventFd::from_flags(EfdFlags::empty()).unwrap();
+        event.write(u64::MAX - 1).unwrap();
+        Some(File::from(OwnedFd::from(event)))
+    };
+    let (mut switch, [mut a, mut b]) = guests(["", ""], ALL);
+    let mut hostile = Port::add(&mut switch, 3, "", ALL);
+    // One for each frame that comes before the ring is broken.
+    hostile.post(2, 2048);
+    let (reader, writer) = std::io::pipe().unwrap();
+    let pipe = File::from(OwnedFd::from(writer));
+    for (call, break_it) in [(blocking(), false), (Some(pipe), false), (blocking(), true)] {
+        let mut vring = give_back(&hostile.sender, 0);
+        (vring.call, vring.err) = (call, blocking());
+        hostile.own(vring);
+        hostile.rx.want();
+        if break_it {
+            hostile.rx.corrupt_avail_index();
+        }
+        a.send(&plain(mac(3), mac(1), 60));
+        let frame = plain(mac(2), mac(1), 60);
+        a.send(&frame);
+        assert_eq!(b.receive(), with_buffers(frame, 1));
+        assert_eq!(hostile.rx.try_used().is_some(), !break_it);
+    }
+    // No kick comes from what is no eventfd, and its state is never asked.
+    let mut vring = give_back(&hostile.sender, 1);
+    vring.kick = Some(File::from(OwnedFd::from(reader)));
+    hostile.own(vring);
+    hostile.settle();
+    let frame = plain(mac(1), mac(2), 60);
+    b.send(&frame);
+    assert_eq!(a.receive(), with_buffers(frame, 1));
 }

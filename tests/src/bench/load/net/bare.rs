@@ -13,7 +13,7 @@ use super::super::error::LoadError;
 use super::super::lane::PATIENCE;
 use super::lane::Counts;
 use super::options::{Direction, TapArgs};
-use super::{BUFFER, HEADER_LEN, frame};
+use super::{BUFFER, GUEST, PEER, open_tap, packet};
 
 /// A TAP and the frame that is written to it.
 pub(super) struct Loop {
@@ -33,14 +33,7 @@ fn failed(doing: &'static str, errno: Errno) -> LoadError {
 
 impl Loop {
     pub(super) fn open(args: &TapArgs) -> Result<Self, LoadError> {
-        let refused =
-            |error: ringside_backends::net::TapError| LoadError::Option(error.to_string());
-        let (tap, queues) = Tap::open(&args.tap, 1).map_err(refused)?;
-        let header_len = u8::try_from(HEADER_LEN).unwrap_or(u8::MAX);
-        tap.set_header_len(header_len).map_err(refused)?;
-        let Some(queue) = queues.into_iter().next() else {
-            return Err(LoadError::Option("the TAP has no queue".into()));
-        };
+        let (tap, queue) = open_tap(&args.tap)?;
         let writes = match args.direction {
             Direction::Tx => true,
             Direction::Rx => false,
@@ -49,11 +42,10 @@ impl Loop {
                 return Err(LoadError::Option(text.into()));
             }
         };
-        let header = vec![0; header_len.into()];
         Ok(Self {
             _tap: tap,
             queue,
-            packet: [header, frame(args.frame)].concat(),
+            packet: packet(args.frame, GUEST, PEER),
             writes,
         })
     }

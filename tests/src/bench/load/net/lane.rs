@@ -12,8 +12,7 @@ use super::super::Phase;
 use super::super::connection::Started;
 use super::super::error::LoadError;
 use super::super::lane::{PATIENCE, SPINS};
-use super::options::Direction;
-use super::{BUFFER, HEADER_LEN};
+use super::HEADER_LEN;
 
 /// Most frames of one side between two looks at the other one.
 const BATCH: u32 = 64;
@@ -35,18 +34,30 @@ impl Counts {
     }
 }
 
-/// Where the buffer of a slot lies.
-pub(super) fn buffer(first: GuestAddress, slot: u16) -> GuestAddress {
-    let offset = u64::from(slot) * u64::from(BUFFER);
-    GuestAddress(first.0.saturating_add(offset))
+/// The buffers of a queue, one for each slot.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Buffers {
+    /// Where the first one lies; the others follow.
+    pub(super) first: GuestAddress,
+    /// Bytes of each.
+    pub(super) len: u32,
+}
+
+impl Buffers {
+    /// Where the buffer of a slot lies.
+    pub(super) fn of(self, slot: u16) -> GuestAddress {
+        let offset = u64::from(slot) * u64::from(self.len);
+        GuestAddress(self.first.0.saturating_add(offset))
+    }
 }
 
 /// One queue.
 pub(super) struct Side<'q> {
+    memory: &'q GuestMemoryMmap,
     ring: &'q mut DriverRing<u16>,
     kick: &'q EventFd,
     call: &'q EventFd,
-    buffers: GuestAddress,
+    buffers: Buffers,
     /// Slots in use: none if nothing goes this way.
     depth: u16,
     /// Bytes of a buffer, header included.
@@ -56,46 +67,54 @@ pub(super) struct Side<'q> {
 
 impl<'q> Side<'q> {
     pub(super) fn receive(
+        memory: &'q GuestMemoryMmap,
         queue: &'q mut Started,
-        buffers: GuestAddress,
+        buffers: Buffers,
         depth: u16,
-        direction: Direction,
     ) -> Self {
         Self {
+            memory,
             ring: &mut queue.ring,
             kick: &queue.kick,
             call: &queue.call,
             buffers,
-            depth: if direction.receives() { depth } else { 0 },
-            len: BUFFER,
+            depth,
+            len: buffers.len,
             transmits: false,
         }
     }
 
     pub(super) fn transmit(
+        memory: &'q GuestMemoryMmap,
         queue: &'q mut Started,
-        buffers: GuestAddress,
+        buffers: Buffers,
         depth: u16,
         frame: u32,
-        direction: Direction,
     ) -> Self {
         Self {
+            memory,
             ring: &mut queue.ring,
             kick: &queue.kick,
             call: &queue.call,
             buffers,
-            depth: if direction.sends() { depth } else { 0 },
+            depth,
             len: HEADER_LEN.saturating_add(frame),
             transmits: true,
         }
     }
 }
 
+/// Sends the frame of the first slot alone: so a switch learns where its sender is.
+pub(super) fn announce(side: Side<'_>) -> Result<(), LoadError> {
+    Turn::new(side, true)?.send_one()
+}
+
 /// How both queues are served.
 pub(super) struct Lane<'m> {
-    pub(super) memory: &'m GuestMemoryMmap,
     pub(super) interrupts: &'m Epoll,
     pub(super) polling: bool,
+    /// What is sent is what is received: by another card.
+    pub(super) forwards: bool,
     /// Frames to move in all, where they are counted.
     pub(super) left: Option<u64>,
 }
@@ -105,7 +124,7 @@ impl Lane<'_> {
     pub(super) fn run(&self, sides: [Side<'_>; 2], phase: &Phase) -> Result<Counts, LoadError> {
         let mut turns = Vec::new();
         for side in sides {
-            turns.push(Turn::new(side, self.memory, self.polling)?);
+            turns.push(Turn::new(side, self.polling)?);
         }
         let mut counts = Counts::default();
         let mut started = self.left.map(|_| Instant::now());
@@ -131,6 +150,7 @@ impl Lane<'_> {
                 counts = Counts::default();
             }
             let ended = match self.left {
+                Some(left) if self.forwards => counts.received >= left,
                 Some(left) => counts.frames() >= left,
                 None => phase.now() == Phase::END,
             };
@@ -198,15 +218,15 @@ struct Turn<'l> {
     session: DriverSession<'l, u16, GuestMemoryMmap>,
     kick: &'l EventFd,
     call: &'l EventFd,
-    buffers: GuestAddress,
+    buffers: Buffers,
     depth: u16,
     len: u32,
     transmits: bool,
 }
 
 impl<'l> Turn<'l> {
-    fn new(side: Side<'l>, memory: &'l GuestMemoryMmap, polling: bool) -> Result<Self, LoadError> {
-        let mut session = side.ring.session(memory)?;
+    fn new(side: Side<'l>, polling: bool) -> Result<Self, LoadError> {
+        let mut session = side.ring.session(side.memory)?;
         if polling {
             session.disable_interrupts()?;
         }
@@ -224,11 +244,25 @@ impl<'l> Turn<'l> {
     /// Makes the buffer of a slot available.
     #[inline]
     fn submit(&mut self, slot: u16) -> Result<(), LoadError> {
-        let segment = [Segment::new(buffer(self.buffers, slot), self.len)];
+        let segment = [Segment::new(self.buffers.of(slot), self.len)];
         if self.transmits {
             self.session.add(&segment, &[], slot)?;
         } else {
             self.session.add(&[], &segment, slot)?;
+        }
+        Ok(())
+    }
+
+    /// Sends the frame of the first slot, and waits until it was taken.
+    fn send_one(&mut self) -> Result<(), LoadError> {
+        self.submit(0)?;
+        self.publish(&mut Counts::default())?;
+        let start = Instant::now();
+        while self.session.poll_used()?.is_none() {
+            if start.elapsed() > PATIENCE {
+                return Err(stalled());
+            }
+            std::thread::yield_now();
         }
         Ok(())
     }

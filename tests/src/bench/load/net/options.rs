@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::error::LoadError;
 use super::super::options::{Completions, parse_seconds};
-use super::{BUFFER, HEADER_LEN};
+use super::{BUFFER, HEADER_LEN, LONGEST};
 
 /// Which way frames go, as the guest sees it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -53,11 +53,16 @@ pub struct NetArgs {
     pub socket_path: PathBuf,
 
     /// Which way frames go
-    #[arg(long, value_enum, default_value = "tx")]
+    #[arg(long, value_enum, default_value = "tx", conflicts_with = "to")]
     pub direction: Direction,
 
-    /// Bytes of each frame that is sent, from its Ethernet header on and without the checksum
-    #[arg(long, value_name = "BYTES", default_value_t = 64, value_parser = clap::value_parser!(u32).range(14..=i64::from(BUFFER - HEADER_LEN)))]
+    /// Socket of a second card: frames are sent into the first one and come out of this one, and those that arrive are counted
+    #[arg(long, value_name = "PATH")]
+    pub to: Option<PathBuf>,
+
+    /// Bytes of each frame that is sent, from its Ethernet header on and without the checksum; those of more than 1514 are TCP
+    /// segments that are left to the card to cut
+    #[arg(long, value_name = "BYTES", default_value_t = 64, value_parser = clap::value_parser!(u32).range(14..=i64::from(LONGEST)))]
     pub frame: u32,
 
     /// Entries of each virtqueue, all of them in use: a power of two
@@ -131,6 +136,12 @@ impl NetArgs {
         }
     }
 
+    /// Bytes of a buffer: that of a frame with its header, or more.
+    pub(super) fn buffer(&self) -> u32 {
+        let packet = self.frame.saturating_add(HEADER_LEN);
+        packet.next_multiple_of(BUFFER)
+    }
+
     /// The thread looks at the used rings all the time.
     pub(super) fn polling(&self) -> bool {
         self.completions == Completions::Polling
@@ -198,6 +209,34 @@ impl TapArgs {
 
     pub(super) fn warm_up(&self) -> Duration {
         Duration::from_secs_f64(self.warm_up)
+    }
+}
+
+/// Options of what joins a TAP to something else.
+#[derive(Debug, Clone, Args)]
+#[command(group(clap::ArgGroup::new("other").required(true).args(["socket_path", "to_tap"])))]
+pub struct JoinArgs {
+    /// The TAP interface; its offloads are set to what the other side takes
+    #[arg(long, value_name = "NAME")]
+    pub tap: String,
+
+    /// Unix socket of a vhost-user back-end, to whose card it is joined: what goes out of the interface is sent by the card
+    #[arg(long, value_name = "PATH")]
+    pub socket_path: Option<PathBuf>,
+
+    /// Another TAP interface to which it is joined, by a loop that copies
+    #[arg(long, value_name = "NAME")]
+    pub to_tap: Option<String>,
+
+    /// Processor for the thread
+    #[arg(long, value_name = "N")]
+    pub cpu: Option<usize>,
+}
+
+impl JoinArgs {
+    /// Puts the calling thread on its processor.
+    pub(super) fn pin(&self) -> Result<(), LoadError> {
+        pin(self.cpu)
     }
 }
 

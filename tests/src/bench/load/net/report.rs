@@ -17,6 +17,8 @@ pub(in crate::bench) struct NetReport {
     pub(in crate::bench) event_idx: bool,
     /// Queues were packed.
     pub(in crate::bench) packed: bool,
+    /// What was sent came back by a second card, and counts when it arrives.
+    pub(in crate::bench) forwarded: bool,
     /// Frames from the guest.
     pub(in crate::bench) sent: u64,
     /// Frames to the guest.
@@ -32,13 +34,19 @@ pub(in crate::bench) struct NetReport {
 }
 
 impl NetReport {
-    pub(super) fn new(frame: u32, features: u64, outcome: &Outcome<Counts>) -> Self {
+    pub(super) fn new(
+        frame: u32,
+        features: u64,
+        forwarded: bool,
+        outcome: &Outcome<Counts>,
+    ) -> Self {
         let sum = |of: fn(&Counts) -> u64| outcome.lanes.iter().map(of).sum::<u64>();
         let longest = outcome.lanes.iter().map(|counts| counts.elapsed).max();
         Self {
             frame,
             event_idx: features & EVENT_IDX != 0,
             packed: features & RING_PACKED != 0,
+            forwarded,
             sent: sum(|counts| counts.sent),
             received: sum(|counts| counts.received),
             seconds: longest.unwrap_or_default().as_secs_f64(),
@@ -48,9 +56,10 @@ impl NetReport {
         }
     }
 
-    /// Frames of both directions.
+    /// Frames of both directions, or those that arrived if they are the same ones.
     pub(in crate::bench) fn frames(&self) -> u64 {
-        self.sent.saturating_add(self.received)
+        let sent = if self.forwarded { 0 } else { self.sent };
+        sent.saturating_add(self.received)
     }
 
     /// Frames per second.

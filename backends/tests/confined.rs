@@ -1,0 +1,331 @@
+//! What somebody finds who has taken a back-end over: a process confines itself as the program does, with the same device, and
+//! then does what an intruder would. And what the kernel says about the programs themselves.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)] // a test
+
+mod frontend;
+#[path = "../sandbox/tests/intruder/mod.rs"]
+mod intruder;
+
+use std::env;
+use std::fs;
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::Command;
+use std::thread;
+
+use clap::Parser;
+use frontend::{Daemon, own_network, skip};
+use intruder::{Attempt, ENDED, REFUSED, SHELL, attempt, call, ends, fails, intrude, landlock};
+use io_uring::types::Fd;
+use io_uring::{IoUring, opcode};
+use nix::unistd::geteuid;
+use ringside_backends::blk::{Blk, BlkArgs};
+use ringside_backends::net::NetArgs;
+use ringside_backends::shell::{Device, Program, ShellArgs, confine};
+use ringside_sandbox::ThreadKind;
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+
+const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
+const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
+
+/// Besides, on the thread of a disk's queue.
+const ENDED_ON_QUEUES: &[(&str, Attempt)] = &[
+    ("have a ring of its own", || IoUring::new(4).map(drop)),
+    ("listen to front-ends", || {
+        call(libc::SYS_accept4, [0, 0, 0])
+    }),
+    ("remove a file", || {
+        call(libc::SYS_unlink, [SHELL.as_ptr().addr(), 0, 0])
+    }),
+    ("connect to a service", || {
+        UnixStream::connect("/run/ringside-intruder").map(drop)
+    }),
+];
+
+/// Besides, on the control thread of a disk, which makes rings: it goes past the filter, and Landlock is still there.
+const REFUSED_BY_LANDLOCK: &[(&str, Attempt)] = &[("open a file by io_uring", || {
+    let path = c"/etc/passwd";
+    let mut ring = IoUring::new(4)?;
+    let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path.as_ptr()).build();
+    // SAFETY: the path lives as long as the program.
+    unsafe { ring.submission().push(&open) }.unwrap();
+    ring.submit_and_wait(1)?;
+    let result = ring.completion().next().unwrap().result();
+    match result {
+        0.. => Ok(()),
+        errno => Err(io::Error::from_raw_os_error(-errno)),
+    }
+})];
+
+#[derive(Parser)]
+struct BlkCli {
+    #[command(flatten)]
+    blk: BlkArgs,
+    #[command(flatten)]
+    shell: ShellArgs,
+}
+
+#[derive(Parser)]
+struct NetCli {
+    #[command(flatten)]
+    net: NetArgs,
+    #[command(flatten)]
+    shell: ShellArgs,
+}
+
+fn confine_as(kind: &'static str, args: &ShellArgs, device: &impl Device) {
+    let program = Program {
+        name: "a back-end",
+        kind,
+        features: &[],
+        hangup: "",
+    };
+    confine(&program, args, |profile| device.needs(profile)).unwrap();
+}
+
+fn confine_profile(profile: &str) {
+    let socket = env::temp_dir().join("ringside-confined");
+    let args = ["x", "--socket-path", socket.to_str().unwrap()];
+    if profile == "net" {
+        let cli = NetCli::parse_from([&args[..], &["--link", "null"]].concat());
+        confine_as("net", &cli.shell, &cli.net.open().unwrap());
+    } else {
+        let mode = if profile == "blk" { "on" } else { "log" };
+        let disk = ["--null", "1M", "--sandbox", mode];
+        let cli = BlkCli::parse_from([&args[..], &disk].concat());
+        confine_as("block", &cli.shell, &Blk::new(cli.blk.open().unwrap()));
+    }
+}
+
+/// The other side of [`intruder::attempt`].
+#[test]
+fn intruder() {
+    let more = [ENDED_ON_QUEUES, REFUSED_BY_LANDLOCK].concat();
+    intrude(confine_profile, ThreadKind::Queue, &more);
+}
+
+#[test]
+fn who_takes_a_disk_over_gets_nowhere() {
+    for thread in ["control", "queue"] {
+        ends("blk", thread, ENDED);
+        fails("blk", thread, REFUSED);
+    }
+    ends("blk", "queue", ENDED_ON_QUEUES);
+    if landlock() {
+        fails("blk", "control", REFUSED_BY_LANDLOCK);
+    } else {
+        skip(
+            "who_takes_a_disk_over_gets_nowhere",
+            "this kernel has no Landlock",
+        );
+    }
+}
+
+#[test]
+fn who_takes_a_network_card_over_gets_nowhere() {
+    for thread in ["control", "queue"] {
+        ends("net", thread, ENDED);
+        fails("net", thread, REFUSED);
+    }
+    ends("net", "queue", ENDED_ON_QUEUES);
+}
+
+/// The value of a line of /proc/PID/task/TID/status.
+fn field(status: &str, name: &str) -> String {
+    let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap();
+    line.trim_start_matches(':').trim().to_owned()
+}
+
+/// CAP_SETPCAP, CAP_SYS_ADMIN and CAP_BPF, as bits of a set (linux/capability.h).
+const SETPCAP: u64 = 1 << 8;
+const SYS_ADMIN: u64 = 1 << 21;
+const BPF: u64 = 1 << 39;
+
+/// A set of capabilities.
+fn capabilities(status: &str, set: &str) -> u64 {
+    u64::from_str_radix(&field(status, set), 16).unwrap()
+}
+
+/// Checks what the kernel says about each thread of a program, and about all of it. `kept`: the capabilities that it keeps, if it
+/// has them.
+fn is_confined(daemon: &Daemon, kept: u64, test: &str) {
+    let own = capabilities(&fs::read_to_string("/proc/self/status").unwrap(), "CapEff");
+    let kept = kept & own;
+    let process = format!("/proc/{}", daemon.id());
+    let mut threads = 0;
+    for task in fs::read_dir(format!("{process}/task")).unwrap() {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let name = field(&status, "Name");
+        assert_eq!(field(&status, "NoNewPrivs"), "1", "{name}");
+        assert_eq!(field(&status, "Seccomp"), "2", "{name}");
+        let set = |set| capabilities(&status, set);
+        assert_eq!(["CapInh", "CapAmb"].map(set), [0; 2], "{name}");
+        assert_eq!(["CapPrm", "CapEff"].map(set), [kept; 2], "{name}");
+        if own & SETPCAP != 0 {
+            assert_eq!(set("CapBnd"), kept, "{name}");
+        }
+        threads += 1;
+    }
+    assert!(threads > 1);
+    let limits = fs::read_to_string(format!("{process}/limits")).unwrap();
+    let core = limits.lines().find(|l| l.starts_with("Max core file size"));
+    let core: Vec<&str> = core.unwrap().split_whitespace().collect();
+    assert_eq!(core[4..6], ["0", "0"]);
+    let namespaces = |of: &str| {
+        let namespace = |name| fs::read_link(Path::new(of).join("ns").join(name)).ok();
+        ["ipc", "uts", "net"].map(namespace)
+    };
+    if own & SYS_ADMIN != 0 {
+        let (own, other) = (namespaces("/proc/self"), namespaces(&process));
+        for (own, other) in own.into_iter().zip(other) {
+            assert!(own.is_some() && own != other, "{own:?}");
+        }
+    } else {
+        skip(test, "namespaces take CAP_SYS_ADMIN");
+    }
+}
+
+#[test]
+fn a_disk_is_confined_when_it_is_ready() {
+    let test = "a_disk_is_confined_when_it_is_ready";
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let path = image.path().to_str().unwrap();
+    let daemon = Daemon::start(BLK, &["--path", path, "--queues", "2"]);
+    is_confined(&daemon, 0, test);
+}
+
+#[test]
+fn a_network_card_is_confined_when_it_is_ready() {
+    let test = "a_network_card_is_confined_when_it_is_ready";
+    if own_network(test) {
+        let daemon = Daemon::start(NET, &["--tap", "vm0", "--queue-pairs", "2"]);
+        // For the guest's table of queues.
+        is_confined(&daemon, BPF, test);
+    }
+}
+
+#[test]
+fn what_is_only_to_be_logged_is_done() {
+    let status = attempt("blk-logged", "control", "load a program into the kernel");
+    // And fails there, for want of arguments or of the right.
+    assert!(matches!(status.code(), Some(1..)), "{status}");
+}
+
+#[test]
+fn a_program_can_be_left_as_it_is() {
+    let daemon = Daemon::start(BLK, &["--null", "1M", "--sandbox", "off"]);
+    let status = fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
+    assert_eq!(field(&status, "Seccomp"), "0");
+    assert!(daemon.log().contains("is not confined (--sandbox=off)"));
+}
+
+/// A kernel, or a container, that lets a program confine itself in nothing.
+fn hinder(command: &mut Command) {
+    let refused = [
+        libc::SYS_seccomp,
+        libc::SYS_landlock_create_ruleset,
+        libc::SYS_unshare,
+        libc::SYS_capset,
+    ];
+    let rules = refused.map(|number| (number, Vec::new())).into();
+    let denied = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    let arch = TargetArch::x86_64;
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, denied, arch).unwrap();
+    let filter: BpfProgram = filter.try_into().unwrap();
+    let apply = move || apply_filter(&filter).map_err(io::Error::other);
+    // SAFETY: it makes two system calls, and allocates only if they fail.
+    unsafe { command.pre_exec(apply) };
+}
+
+#[test]
+fn a_kernel_that_lacks_it_is_told_of() {
+    for (mode, starts) in [("on", true), ("strict", false)] {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new(BLK);
+        command.arg("--socket-path").arg(dir.path().join("s"));
+        command.args(["--null", "1M", "--sandbox", mode]);
+        hinder(&mut command);
+        let mut daemon = Daemon::spawn_command(&mut command, dir);
+        if starts {
+            daemon.wait_for_socket();
+            for lacks in [
+                "privileges cannot be dropped",
+                "the files that can be opened cannot be restricted",
+                "system calls cannot be restricted",
+            ] {
+                assert!(daemon.log().contains(lacks), "{}", daemon.log());
+            }
+        } else {
+            assert_eq!(daemon.wait().code(), Some(1));
+            assert!(daemon.log().contains("privileges cannot be dropped"));
+        }
+    }
+}
+
+/// Connects as another user, and asks for the status; gives what comes back until the connection ends.
+fn ask_as(user: usize, socket: std::path::PathBuf) -> String {
+    let asked = thread::spawn(move || {
+        // Of this thread alone: the C library's function would change all of them.
+        let same = usize::MAX;
+        call(libc::SYS_setresuid, [same, user, same]).unwrap();
+        let mut stream = UnixStream::connect(socket).unwrap();
+        // It may be closed by then.
+        let _ = stream.write_all(b"{\"command\":\"status\"}\n");
+        let _ = stream.shutdown(Shutdown::Write);
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer
+    });
+    asked.join().unwrap()
+}
+
+#[test]
+fn only_users_that_are_allowed_are_served() {
+    let test = "only_users_that_are_allowed_are_served";
+    if !geteuid().is_root() {
+        skip(test, "only root can become another user");
+        return;
+    }
+    let control = tempfile::tempdir().unwrap();
+    let socket = control.path().join("control");
+    let path = socket.to_str().unwrap();
+    let args = [
+        "--null",
+        "1M",
+        "--control-socket",
+        path,
+        "--allow-uid",
+        "65533",
+    ];
+    let daemon = Daemon::start(BLK, &args);
+    let open_to_all = |path: &Path, mode| {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open_to_all(control.path(), 0o755);
+    open_to_all(daemon.dir.path(), 0o755);
+    // Sockets are made for their owner, whatever peers are checked besides.
+    for socket in [&socket, &daemon.socket()] {
+        assert_eq!(
+            socket.metadata().unwrap().permissions().mode() & 0o777,
+            0o600
+        );
+        open_to_all(socket, 0o666);
+    }
+    let refused = ask_as(65534, socket.clone());
+    assert!(refused.contains("\"denied\""), "{refused}");
+    assert!(refused.contains("--allow-uid 65534"), "{refused}");
+    assert!(ask_as(65533, socket).contains("\"result\""));
+    assert_eq!(ask_as(65534, daemon.socket()), "");
+    daemon.wait_for_line("a connection of user 65534");
+}

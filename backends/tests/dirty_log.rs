@@ -1,0 +1,347 @@
+//! The dirty log: while it is on, the pages that a device writes are marked, and no others; the memory tells which they are.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // helpers of tests: a panic is how they fail
+
+mod frontend;
+
+use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+
+use frontend::{Daemon, FrontEnd, REGION, SECOND, Setup, own_network};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use proptest::prelude::*;
+use proptest::test_runner::TestRunner;
+use ringside_rings::Segment;
+use vhost::VhostBackend;
+use vm_memory::{Bytes, GuestAddress};
+
+const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
+const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
+
+const PAGE: u64 = 4096;
+const SET_LOG_BASE: u32 = 6;
+const SET_LOG_FD: u32 = 7;
+/// Size of the disk.
+const DISK: u64 = 4 << 20;
+/// Content of guest memory that nobody has written, and that no sector of the disk has.
+const UNTOUCHED: u8 = 0xaa;
+
+/// Guest memory at one time.
+struct Snapshot(Vec<u8>);
+
+impl Snapshot {
+    fn take(front: &FrontEnd) -> Self {
+        let mut all = front.guest.read(GuestAddress(0), REGION as usize);
+        all.extend(front.guest.read(GuestAddress(SECOND), REGION as usize));
+        Self(all)
+    }
+
+    /// Numbers of the guest's pages that differ.
+    fn changed(&self, now: &Self) -> BTreeSet<u64> {
+        let pages = self.0.chunks(PAGE as usize);
+        pages
+            .zip(now.0.chunks(PAGE as usize))
+            .zip(0..)
+            .filter(|((before, after), _)| before != after)
+            .map(|(_, page)| match page * PAGE < REGION {
+                true => page,
+                false => page + (SECOND - REGION) / PAGE,
+            })
+            .collect()
+    }
+}
+
+/// Numbers of the pages that are marked, which are cleared.
+fn marked(log: &File) -> BTreeSet<u64> {
+    let mut bits = vec![0; ((SECOND + REGION) / PAGE / 8) as usize];
+    log.read_exact_at(&mut bits, 0).unwrap();
+    log.write_all_at(&vec![0; bits.len()], 0).unwrap();
+    let bit = |page: &u64| bits[(page / 8) as usize] >> (page % 8) & 1 == 1;
+    (0..(SECOND + REGION) / PAGE).filter(bit).collect()
+}
+
+/// Stops all rings, so that the driver can prepare what the device does at once when they run again.
+fn stop(front: &mut FrontEnd) -> Vec<u32> {
+    (0..front.queues.len())
+        .map(|queue| front.messages.get_vring_base(queue).unwrap())
+        .collect()
+}
+
+/// Lets the rings run until `done`, and returns what then is marked and what has changed.
+fn run(
+    front: &mut FrontEnd,
+    bases: &[u32],
+    log: &File,
+    done: impl FnOnce(&mut FrontEnd),
+) -> (BTreeSet<u64>, BTreeSet<u64>) {
+    marked(log);
+    let before = Snapshot::take(front);
+    for (queue, &base) in bases.iter().enumerate() {
+        front.start(queue, base);
+    }
+    done(front);
+    stop(front);
+    let changed = before.changed(&Snapshot::take(front));
+    (marked(log), changed)
+}
+
+/// A request of a disk's driver.
+#[derive(Debug, Clone)]
+struct Request {
+    kind: u32,
+    sector: u64,
+    /// Bytes of data, in two pieces: at an odd place of a page, and in the other region.
+    len: u32,
+    cut: u32,
+    at: u64,
+}
+
+fn requests() -> impl Strategy<Value = Vec<Request>> {
+    // Read, write, flush, get the serial number; one that is unknown.
+    let kind = prop_oneof![4 => Just(0), 1 => Just(1), 1 => Just(4), 1 => Just(8), 1 => Just(99)];
+    let one = (
+        kind,
+        0..DISK / 512 + 8,
+        0..64_u32,
+        any::<u32>(),
+        0..3 * PAGE,
+    );
+    let one = one.prop_map(|(kind, sector, sectors, cut, at)| Request {
+        kind,
+        sector,
+        len: sectors * 512,
+        cut: cut % (sectors * 512 + 1),
+        at,
+    });
+    proptest::collection::vec(one, 1..12)
+}
+
+/// Room for each request's data in each region.
+const ROOM: u64 = 0x1_2000;
+
+fn submit(front: &mut FrontEnd, number: u64, request: &Request) {
+    let head = front.guest.alloc(16, 16);
+    let mut header = [0; 16];
+    header[..4].copy_from_slice(&request.kind.to_le_bytes());
+    header[8..].copy_from_slice(&request.sector.to_le_bytes());
+    front.guest.memory.write_slice(&header, head).unwrap();
+    let here = GuestAddress(REGION / 2 + number * ROOM + request.at);
+    let there = GuestAddress(SECOND + number * ROOM);
+    let status = GuestAddress(SECOND + (number + 1) * ROOM - 1);
+    let pieces = [(here, request.cut), (there, request.len - request.cut)];
+    if request.kind == 1 {
+        for (at, len) in pieces {
+            // Or what is read later looks as if nothing had been.
+            let data = vec![0x22; len as usize];
+            front.guest.memory.write_slice(&data, at).unwrap();
+        }
+    }
+    let data = pieces
+        .iter()
+        .filter(|(_, len)| *len > 0)
+        .map(|&(at, len)| Segment::new(at, len));
+    let mut readable = vec![Segment::new(head, 16)];
+    let mut writable = Vec::new();
+    match request.kind {
+        1 => readable.extend(data),
+        4 => {}
+        _ => writable.extend(data),
+    }
+    writable.push(Segment::new(status, 1));
+    let FrontEnd { queues, guest, .. } = front;
+    queues[0].submit(guest, &readable, &writable, number);
+}
+
+fn image() -> tempfile::NamedTempFile {
+    let mut file = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    file.write_all(&vec![0x11; DISK as usize]).unwrap();
+    file
+}
+
+/// Puts what no device writes where devices will write.
+fn wipe(front: &FrontEnd) {
+    let untouched = vec![UNTOUCHED; (REGION / 2) as usize];
+    for at in [REGION / 2, SECOND, SECOND + REGION / 2] {
+        let at = GuestAddress(at);
+        front.guest.memory.write_slice(&untouched, at).unwrap();
+    }
+}
+
+/// Requests of a driver, and whether each used ring is said to be logged.
+fn disk_marks(args: &[&str]) {
+    let image = image();
+    let path = ["--path", image.path().to_str().unwrap()];
+    let daemon = Daemon::start(BLK, &[&path, args].concat());
+    for packed in [false, true] {
+        let setup = Setup {
+            packed,
+            ..Setup::default()
+        };
+        let mut runner = TestRunner::new(ProptestConfig::with_cases(6));
+        let outcome = runner.run(&(requests(), any::<bool>()), |(requests, used_rings)| {
+            let mut front = FrontEnd::new(&daemon.socket(), setup);
+            front.begin_log(used_rings);
+            let log = front.log.as_ref().unwrap().0.try_clone().unwrap();
+            wipe(&front);
+            let bases = stop(&mut front);
+            for (number, request) in (0..).zip(&requests) {
+                submit(&mut front, number, request);
+            }
+            let (marked, changed) = run(&mut front, &bases, &log, |front| {
+                for _ in &requests {
+                    front.complete(0);
+                }
+            });
+            prop_assert!(!changed.is_empty());
+            prop_assert_eq!(marked, changed);
+            Ok(())
+        });
+        assert!(outcome.is_ok(), "packed: {packed}: {outcome:?}");
+    }
+    daemon.stop();
+}
+
+#[test]
+fn a_disk_marks_the_pages_that_it_writes() {
+    disk_marks(&[]);
+}
+
+#[test]
+fn a_disk_with_a_bounce_buffer_marks_the_pages_that_it_writes() {
+    disk_marks(&["--direct"]);
+}
+
+#[test]
+fn nothing_is_marked_once_the_log_is_off() {
+    let image = image();
+    let daemon = Daemon::start(BLK, &["--path", image.path().to_str().unwrap()]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    let read = Request {
+        kind: 0,
+        sector: 0,
+        len: 65536,
+        cut: 100,
+        at: 7,
+    };
+    for on in [true, false, true, false] {
+        let log = match on {
+            true => {
+                front.begin_log(true);
+                front.log.as_ref().unwrap().0.try_clone().unwrap()
+            }
+            false => front.end_log(),
+        };
+        wipe(&front);
+        let bases = stop(&mut front);
+        submit(&mut front, 0, &read);
+        let (marked, changed) = run(&mut front, &bases, &log, |front| {
+            front.complete(0);
+        });
+        assert!(changed.len() > 16);
+        assert_eq!(marked, if on { changed } else { BTreeSet::new() });
+        let base = front.messages.get_vring_base(0).unwrap();
+        front.start(0, base);
+    }
+    daemon.stop();
+}
+
+#[test]
+fn a_log_that_cannot_be_used_is_refused() {
+    let image = image();
+    let daemon = Daemon::start(BLK, &["--path", image.path().to_str().unwrap()]);
+    let connect = || FrontEnd::new(&daemon.socket(), Setup::default());
+    let log = File::from(memfd_create(c"log", MFdFlags::MFD_CLOEXEC).unwrap());
+    let len = (SECOND + REGION) / PAGE / 8;
+    log.set_len(len).unwrap();
+    // No bit for the last pages; behind the end of the file; at an odd place.
+    for (len, offset) in [(len - 1, 0), (len + 1, 0), (len, 4096), (len - 100, 100)] {
+        // It has an answer of its own, in which there is no way to say so.
+        let mut front = connect();
+        front.raw.send_with(SET_LOG_BASE, &[len, offset], &log);
+        assert!(front.raw.is_closed());
+    }
+    assert!(daemon.log().contains("the dirty log"), "{}", daemon.log());
+    let mut front = connect();
+    front.begin_log(true);
+    front.raw.send_with(SET_LOG_FD, &[], &log);
+    assert_eq!(front.raw.reply(), (SET_LOG_FD, 0));
+    // Used rings elsewhere are not: the ring stays stopped, which the front-end is told.
+    let layout = *front.queues[0].ring.layout();
+    let mut addresses = front.addresses(&layout);
+    addresses.log_addr = Some(layout.used_ring().0 + PAGE);
+    assert!(front.messages.set_vring_addr(0, &addresses).is_err());
+    daemon.stop();
+}
+
+#[test]
+fn a_log_that_is_cut_short_ends_the_connection() {
+    let image = image();
+    let daemon = Daemon::start(BLK, &["--path", image.path().to_str().unwrap()]);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    front.begin_log(true);
+    front.log.as_ref().unwrap().0.set_len(0).unwrap();
+    let flush = Request {
+        kind: 4,
+        sector: 0,
+        len: 0,
+        cut: 0,
+        at: 0,
+    };
+    submit(&mut front, 0, &flush);
+    assert!(front.raw.is_closed());
+    drop(front);
+    FrontEnd::new(&daemon.socket(), Setup::default());
+    daemon.stop();
+}
+
+#[test]
+fn a_network_device_marks_the_pages_that_it_writes() {
+    if !own_network("a_network_device_marks_the_pages_that_it_writes") {
+        return;
+    }
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 5];
+    let fixed = ["--mac", "52:54:00:00:00:05", "--tap-ip", "10.9.0.1/24"];
+    let daemon = Daemon::start(NET, &[&fixed[..], &["--tap", "ring0"]].concat());
+    for setup in Setup::default().formats() {
+        for used_rings in [false, true] {
+            let queues = 2;
+            let mut front = FrontEnd::new(&daemon.socket(), Setup { queues, ..setup });
+            front.begin_log(used_rings);
+            let log = front.log.as_ref().unwrap().0.try_clone().unwrap();
+            wipe(&front);
+            let bases = stop(&mut front);
+            // Buffers across pages, of which a small packet needs a part of the first only.
+            for number in 0..16 {
+                let at = GuestAddress(SECOND + number * 3 * PAGE + 100);
+                let FrontEnd { queues, guest, .. } = &mut front;
+                let room = Segment::new(at, 2 * PAGE as u32);
+                queues[0].submit(guest, &[], &[room], number);
+            }
+            // "Who has 10.9.0.1?", to which the host answers.
+            let mut packet = vec![0; 12];
+            packet.extend([0xff; 6]);
+            packet.extend(MAC);
+            packet.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+            packet.extend(MAC);
+            packet.extend([10, 9, 0, 2, 0, 0, 0, 0, 0, 0, 10, 9, 0, 1]);
+            let at = front.guest.alloc(packet.len() as u64, 64);
+            front.guest.memory.write_slice(&packet, at).unwrap();
+            let FrontEnd { queues, guest, .. } = &mut front;
+            queues[1].submit(guest, &[Segment::new(at, packet.len() as u32)], &[], 0);
+            let (marked, changed) = run(&mut front, &bases, &log, |front| {
+                front.complete(1);
+                front.complete(0);
+            });
+            // Both rings, and a buffer.
+            assert!(changed.len() >= 3, "{changed:?}");
+            assert_eq!(marked, changed, "packed: {}", setup.packed);
+        }
+    }
+    daemon.stop();
+}
