@@ -153,10 +153,6 @@ enum Action {
         #[arg(long)]
         no_tests: bool,
     },
-    /// Trace the native tests, and compare the system calls of confined programs with the lists that they are held to
-    ///
-    /// Needs strace, and root for most of the tests. Fails if a list has a call that no test needs and that it does not say to be rare.
-    Calls,
     /// Search for inputs that break what guests, peers and files reach, guided by the branches that they take
     ///
     /// Needs a C++ compiler, for libFuzzer. What is found beyond the inputs in tests/fuzz/inputs is kept under target/fuzz and
@@ -172,6 +168,10 @@ enum Action {
         #[arg(long)]
         sanitize: bool,
     },
+    /// Trace the native tests, and compare the system calls of confined programs with the lists that they are held to
+    ///
+    /// Needs strace, and root for most of the tests. Fails if a list has a call that no test needs and that it does not say to be rare.
+    Calls,
     /// Open a shell in the lab VM, or run one command where guests run
     Shell {
         #[command(flatten)]
@@ -239,12 +239,12 @@ fn run(action: Action) -> Result<ExitCode> {
             list,
         } => test(&common, &filters, list),
         Action::Check { no_tests } => check(no_tests),
-        Action::Calls => compare_calls(),
         Action::Fuzz {
             targets,
             seconds,
             sanitize,
         } => fuzz::run(&targets, seconds, sanitize).map(|()| ExitCode::SUCCESS),
+        Action::Calls => compare_calls(),
         Action::Shell { common, command } => shell(&common, &command),
         Action::Bench(Bench::Blk {
             yes,

@@ -12,8 +12,8 @@
 //!                harness             back-ends, guests, networks, counters: what tests are written with
 //!
 //! cargo lab bench ─── bench          back-ends beside others' on the machine itself, no guest
-//! cargo lab calls ─── calls          system calls of confined programs, beside their lists
 //! cargo lab fuzz ──── fuzz           the targets of `ringside-fuzz` under libFuzzer
+//! cargo lab calls ─── calls          system calls of confined programs, beside their lists
 //! ```
 #![deny(unsafe_code)]
 

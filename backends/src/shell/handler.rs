@@ -26,7 +26,6 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -932,7 +931,8 @@ fn kick_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, HandlerE
     let Some(file) = event_descriptor(index, fd)? else {
         return Ok(None);
     };
-    let pipe = file.metadata().is_ok_and(|m| m.file_type().is_fifo());
+    let pipe =
+        nix::sys::stat::fstat(&file).is_ok_and(|s| s.st_mode & libc::S_IFMT == libc::S_IFIFO);
     if pipe || (&file).write(&0_u64.to_ne_bytes()).is_ok() {
         Ok(Some(file))
     } else {

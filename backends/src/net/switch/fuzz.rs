@@ -1,5 +1,10 @@
 //! Frames in guest memory as a fuzzer makes them. It panics at what is wrong: it is for tests only.
-#![allow(missing_docs, clippy::unwrap_used, clippy::panic)]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing
+)]
 
 use ringside_rings::Segment;
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
@@ -45,19 +50,19 @@ pub fn frame(bytes: &[u8]) {
         skip: first.len(),
     };
     let mut beginning = Beginning::new();
-    let place = beginning.place(MAX_HEADER, MAX_HEADER + first.len());
-    place
-        .unwrap()
-        .copy_from_slice(&[&header[..], &[0; 2], first].concat());
-    let behind = len - first.len();
-    if beginning
-        .understand(MAX_HEADER, first.len(), behind, &vlans)
-        .is_err()
-    {
+    let Some(place) = beginning.place(MAX_HEADER, MAX_HEADER + first.len()) else {
+        return;
+    };
+    place[..10].copy_from_slice(header);
+    place[MAX_HEADER..].copy_from_slice(first);
+    let understood = beginning.understand(MAX_HEADER, first.len(), len - first.len(), &vlans);
+    if understood.is_err() {
         return;
     }
-    let beginning = &beginning;
-    let frame = Frame { beginning, rest };
+    let frame = Frame {
+        beginning: &beginning,
+        rest,
+    };
     let untagged = frame.len();
     assert!(untagged == len || untagged + 4 == len);
     let (_, _, _, _) = (
@@ -67,8 +72,8 @@ pub fn frame(bytes: &[u8]) {
         frame.header.needs(),
     );
     for (form, longer) in [(Form::Untagged, 0), (Form::Tagged, 4)] {
-        let mut room = [0; FRONT];
-        let packet = frame.packet(form, &mut room);
+        let mut front = [0; FRONT];
+        let packet = frame.packet(form, &mut front);
         for header_len in [10, MAX_HEADER] {
             assert_eq!(packet.len(header_len), header_len + untagged + longer);
             let mut out = vec![0; packet.len(header_len)];
