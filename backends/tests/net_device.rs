@@ -16,11 +16,13 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use frontend::{Daemon, FrontEnd, Setup, own_network, readable, without_rights};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::net::if_::if_nametoindex;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use ringside_backends::net::Tap;
 use ringside_rings::Segment;
 use vhost::VhostBackend;
@@ -469,6 +471,43 @@ fn a_passt_that_does_not_start_is_a_reason_to_end() {
         log.contains("not with --foreground --quiet --fd 0 --tcp-ports 8080:80 --no-such-option"),
         "{log}"
     );
+}
+
+/// The program is confined; it has its passt started by another.
+#[test]
+fn a_passt_that_was_killed_comes_back() {
+    let passt = fake_passt("echo $$ >> \"${0%/*}/pids\"; exec /bin/sleep 100");
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(NET);
+    command
+        .env("PATH", passt.path())
+        .arg("--socket-path")
+        .arg(dir.path().join("s"))
+        .args(["--link", "passt"]);
+    let daemon = Daemon::spawn_command(&mut command, dir);
+    daemon.wait_for_socket();
+    // The number of its process, once so many were started.
+    let started = |count: usize| {
+        let end = Instant::now() + Duration::from_secs(10);
+        loop {
+            let pids = std::fs::read_to_string(passt.path().join("pids")).unwrap_or_default();
+            if let Some(pid) = pids.split_inclusive('\n').nth(count - 1) {
+                break Pid::from_raw(pid.trim().parse().unwrap());
+            }
+            assert!(Instant::now() < end, "started: {pids}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+    };
+    kill(started(1), Signal::SIGKILL).unwrap();
+    daemon.wait_for_line("passt is back");
+    let second = started(2);
+    daemon.stop();
+    // It ends soon after the program.
+    let end = Instant::now() + Duration::from_secs(10);
+    while kill(second, None).is_ok() {
+        assert!(Instant::now() < end, "it is left");
+        std::thread::sleep(Duration::from_millis(10));
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Arg, Parser};
-use ringside_backends::net::{Net, NetArgs, Switch, SwitchArgs, SwitchError};
+use ringside_backends::net::{Net, NetArgs, Switch, SwitchArgs, SwitchError, start_passt};
 use ringside_backends::shell::{self, Program, ShellArgs};
 
 const PROGRAM: Program = Program {
@@ -89,6 +89,9 @@ fn open(cli: Cli) -> (Result<Served, SwitchError>, ShellArgs) {
 }
 
 fn main() -> ExitCode {
+    if let Some(code) = start_passt(std::env::args_os()) {
+        return code;
+    }
     shell::main_with(&PROGRAM, open, |program, served, shell| match served {
         Served::Card(card) => shell::run(program, *card, shell),
         Served::Switch(switch) => {

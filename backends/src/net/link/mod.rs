@@ -15,7 +15,7 @@
 //! | `tap` | TAP and macvtap interfaces |
 //! | `packet` | packet sockets on an interface |
 //! | `xdp` | AF_XDP sockets on an interface |
-//! | `passt` | user-mode networking |
+//! | `passt`, `starter` | user-mode networking, and who starts it |
 //! | `pcap` | a capture file behind any link |
 //! | `idle` | links for measurements: nothing, and a source |
 
@@ -24,6 +24,7 @@ mod packet;
 mod passt;
 mod pcap;
 mod spec;
+mod starter;
 mod tap;
 mod xdp;
 
@@ -41,6 +42,7 @@ pub(super) use pcap::MAX_SNAP;
 pub use pcap::PcapError;
 pub(super) use spec::{HostEnd, LinkOptions, Opened};
 pub use spec::{LinkSpec, LinkSpecError};
+pub use starter::serve as start_passt;
 pub(super) use tap::MAX_QUEUES;
 pub use tap::{Tap, TapError, TapQueue};
 pub use xdp::XdpError;

@@ -6,16 +6,15 @@
 //! ```
 //!
 //! passt knows no virtio-net header, so there are no offloads. A frame of which the socket took only a part is finished before
-//! the next one: its rest is kept here. When passt goes, it is connected to again, or started again if this program is not
-//! confined, at growing intervals; frames from the guest are dropped meanwhile.
+//! the next one: its rest is kept here. When passt goes, it is connected to or started again, at growing intervals; frames from the
+//! guest are dropped meanwhile.
 
 use std::ffi::OsString;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::process::{Child, Command};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -25,10 +24,10 @@ use nix::sys::socket::sockopt::SndBuf;
 use nix::sys::socket::{MsgFlags, recv, send, setsockopt};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
-use ringside_sandbox::confined;
 use thiserror::Error;
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
+use super::starter::{PROGRAM, Starter};
 use super::{Link, MAX_HEADER, Ready};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
@@ -45,8 +44,6 @@ const SOCKET_BUFFER: usize = 1 << 20;
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// How long a passt that is started may take to say something, in milliseconds.
 const START_LIMIT: u16 = 500;
-/// Name of the program.
-const PROGRAM: &str = "passt";
 
 /// There is no passt to be had.
 #[derive(Debug, Error)]
@@ -67,15 +64,12 @@ pub enum PasstError {
     /// It cannot be started.
     #[error("cannot start {PROGRAM}: install it, and have it in the PATH")]
     Start(#[source] io::Error),
-    /// This program has given up the right to start it.
-    #[error(
-        "a program that is confined cannot start {PROGRAM} again: start this one again, or have {PROGRAM} run by itself \
-         (--link passt:SOCKET), or use --sandbox=off"
-    )]
-    Confined,
     /// It ended at once.
     #[error("{PROGRAM} ended at once ({0}): it says why above")]
     Ended(std::process::ExitStatus),
+    /// The process that starts it is not there.
+    #[error("cannot have a process that starts {PROGRAM}")]
+    Starter(#[source] io::Error),
     /// The system refused something that every process needs.
     #[error("cannot make a socket or a timer for {PROGRAM}")]
     System(#[source] io::Error),
@@ -159,70 +153,51 @@ impl Forward {
 pub(super) enum Source {
     /// One listens on this socket.
     Listening(PathBuf),
-    /// This program starts it, with these arguments.
-    Started(Vec<OsString>),
+    /// This one starts it.
+    Started(Starter),
 }
 
 impl Source {
     /// A passt to be started, that forwards ports and tells the guest this MTU.
-    pub(super) fn started(forwards: &[Forward], arguments: &[String], mtu: Option<u16>) -> Self {
+    pub(super) fn started(
+        forwards: &[Forward],
+        arguments: &[String],
+        mtu: Option<u16>,
+    ) -> Result<Self, PasstError> {
         let mtu = mtu.map(|mtu| ["--mtu".into(), mtu.to_string().into()]);
         let all = mtu
             .into_iter()
             .flatten()
             .chain(forwards.iter().flat_map(|forward| forward.arguments()))
             .chain(arguments.iter().map(OsString::from));
-        Self::Started(all.collect())
+        let starter = Starter::new(&all.collect::<Vec<_>>()).map_err(PasstError::Starter)?;
+        Ok(Self::Started(starter))
     }
 
-    /// A connection to it, and its process if it is a child of this program.
+    /// A connection to it.
     fn connect(&self) -> Result<Connection, PasstError> {
-        let (stream, child) = match self {
+        let stream = match self {
             Self::Listening(path) => {
-                let stream = UnixStream::connect(path).map_err(|source| PasstError::Connect {
+                UnixStream::connect(path).map_err(|source| PasstError::Connect {
                     path: path.clone(),
                     source,
-                })?;
-                (stream, None)
+                })?
             }
-            Self::Started(_) if confined() => return Err(PasstError::Confined),
-            Self::Started(arguments) => {
-                let (ours, theirs) = UnixStream::pair().map_err(PasstError::System)?;
-                // It ends when our end of the socket closes, whatever ends this program.
-                let child = Command::new(PROGRAM)
-                    .args(["--foreground", "--quiet", "--fd", "0"])
-                    .args(arguments)
-                    .stdin(OwnedFd::from(theirs))
-                    .spawn()
-                    .map_err(PasstError::Start)?;
-                (ours, Some(child))
-            }
+            Self::Started(starter) => starter.start().map_err(PasstError::Start)?,
         };
-        let connection = Connection {
+        prepare(&stream).map_err(PasstError::System)?;
+        Ok(Connection {
             stream,
-            child,
             since: Instant::now(),
-        };
-        prepare(&connection.stream).map_err(PasstError::System)?;
-        Ok(connection)
+        })
     }
-}
 
-/// A connection to a passt.
-#[derive(Debug)]
-struct Connection {
-    stream: UnixStream,
-    child: Option<Child>,
-    since: Instant,
-}
-
-impl Connection {
     /// Waits until a passt that was just started says something, which it does at once, or does not like its arguments.
-    fn await_life(&mut self) -> Result<(), PasstError> {
-        let Some(child) = &mut self.child else {
+    fn await_life(&self, connection: &Connection) -> Result<(), PasstError> {
+        let Self::Started(starter) = self else {
             return Ok(());
         };
-        let mut fds = [PollFd::new(self.stream.as_fd(), PollFlags::POLLIN)];
+        let mut fds = [PollFd::new(connection.stream.as_fd(), PollFlags::POLLIN)];
         // If it is silent, it is taken as it is.
         let _ = poll(&mut fds, PollTimeout::from(START_LIMIT));
         let [fd] = fds;
@@ -230,24 +205,16 @@ impl Connection {
         if !happened.contains(PollFlags::POLLHUP) {
             return Ok(());
         }
-        child
-            .wait()
-            .map_err(PasstError::System)
-            .and_then(|status| Err(PasstError::Ended(status)))
+        let status = starter.wait().map_err(PasstError::Starter)?;
+        Err(PasstError::Ended(status))
     }
 }
 
-impl Drop for Connection {
-    fn drop(&mut self) {
-        // One that may signal nobody closes its socket, and that ends it.
-        if let Some(child) = &mut self.child
-            && !confined()
-        {
-            // It may have ended already.
-            let _ = child.kill();
-            let _ = child.wait();
-        }
-    }
+/// A connection to a passt.
+#[derive(Debug)]
+struct Connection {
+    stream: UnixStream,
+    since: Instant,
 }
 
 /// The link to a passt.
@@ -277,8 +244,8 @@ impl Passt {
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )
         .map_err(|errno| PasstError::System(errno.into()))?;
-        let mut connection = source.connect()?;
-        connection.await_life()?;
+        let connection = source.connect()?;
+        source.await_life(&connection)?;
         Ok(Self {
             source,
             connection: Some(connection),
@@ -339,7 +306,6 @@ impl Passt {
                 }
                 self.connection = Some(connection);
             }
-            Err(error @ PasstError::Confined) => error!("{error}"),
             Err(error) => {
                 debug!("passt is not back yet: {}", Causes(&error));
                 self.try_later();

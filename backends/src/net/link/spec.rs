@@ -176,10 +176,17 @@ impl LinkSpec {
             Self::Passt(Some(path)) => {
                 profile
                     .connect(path)
+                    .calls(calls::STREAMS)
                     .calls(calls::CONNECTING)
-                    .thread(ThreadKind::Queue, &[calls::CONNECTING]);
+                    .thread(ThreadKind::Queue, &[calls::STREAMS, calls::CONNECTING]);
             }
-            Self::Tap(_) | Self::Macvtap(_) | Self::Passt(None) => {}
+            // Another process starts it.
+            Self::Passt(None) => {
+                profile
+                    .calls(calls::STREAMS)
+                    .thread(ThreadKind::Queue, &[calls::STREAMS]);
+            }
+            Self::Tap(_) | Self::Macvtap(_) => {}
             Self::Null | Self::Generate(_) => {}
         }
     }
@@ -240,7 +247,7 @@ impl LinkSpec {
             Self::Passt(path) => {
                 let source = match path {
                     Some(path) => Source::Listening(path.clone()),
-                    None => Source::started(forwards, passt_arguments, host.mtu),
+                    None => Source::started(forwards, passt_arguments, host.mtu)?,
                 };
                 Opened {
                     name,
