@@ -9,6 +9,7 @@
 
 mod frontend;
 
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -20,6 +21,7 @@ use frontend::{Daemon, FrontEnd, Setup, readable};
 use ringside_control::client::call;
 use ringside_rings::Segment;
 use serde_json::{Value, json};
+use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
 use vm_memory::{Bytes, GuestAddress};
@@ -166,8 +168,13 @@ fn a_bad_peer_is_no_matter_of_the_others() {
     garbage.write_all(&[0xff; 100]).unwrap();
     exchange(&mut a, &mut b, 3);
     drop(garbage);
-    // Memory that is taken away while it is in use.
+    // Memory whose pages somebody else may keep to himself; and memory that is taken away while it is in use.
     let torn = switch.connect("bad");
+    let elsewhere = File::open("/proc/self/maps").unwrap();
+    let mut regions = torn.guest.regions();
+    regions[0].mmap_handle = elsewhere.as_raw_fd();
+    assert!(torn.messages.set_mem_table(&regions).is_err());
+    switch.daemon.wait_for_line("must be of a memfd");
     torn.guest.file.set_len(0).unwrap();
     send(&mut a, &frame(3, 1, 4));
     exchange(&mut a, &mut b, 5);

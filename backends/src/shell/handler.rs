@@ -57,7 +57,7 @@ use super::device::{Device, DeviceError, WorkerThread};
 use super::dirty::{DirtyLog, LogError, Memory};
 use super::inflight::{self, InflightError, Notes};
 use super::limit::LogLimit;
-use super::memory::{MAX_SHARED, MAX_SLOTS, MemoryError, MemoryTable};
+use super::memory::{MAX_SHARED, MAX_SLOTS, MemoryError, MemoryTable, check_file_system};
 use super::placement::{Placement, PlacementError};
 use super::vring::{Command, CommandSender, Vring, command_channel};
 
@@ -527,6 +527,14 @@ impl<D: Device> Handler<D> {
         } else {
             MAX_SLOTS
         }
+    }
+
+    /// Whether a file may be mapped that the front-end sends.
+    fn check(&self, file: &File) -> Result<(), HandlerError> {
+        if self.device.shares_process() {
+            check_file_system(file)?;
+        }
+        Ok(())
     }
 
     fn queue(&self, index: u32) -> Result<u16, HandlerError> {
@@ -1012,6 +1020,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> ProtocolResult<Option<Vec<u64>>> {
+        files.iter().try_for_each(|file| self.check(file))?;
         self.set_memory(MemoryTable::new(regions, files, self.memory_slots()))?;
         Ok(None)
     }
@@ -1137,6 +1146,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         fd: File,
         _postcopy_listening: Option<bool>,
     ) -> ProtocolResult<Option<u64>> {
+        self.check(&fd)?;
         self.set_memory(self.memory.with(region, fd, self.memory_slots()))?;
         Ok(None)
     }
@@ -1165,6 +1175,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
     }
 
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> ProtocolResult<()> {
+        self.check(&file)?;
         let dirty = Arc::new(DirtyLog::map(log, file).map_err(HandlerError::from)?);
         let logged = self.memory.logged(&dirty).map_err(HandlerError::from)?;
         debug!(

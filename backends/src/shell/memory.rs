@@ -7,6 +7,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use nix::sys::statfs::{FsType, HUGETLBFS_MAGIC, TMPFS_MAGIC, fstatfs};
 use ringside_sandbox::memory::exclude_from_dumps;
 use thiserror::Error;
 use tracing::debug;
@@ -73,6 +74,18 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// The pages of the file come from elsewhere.
+    #[error(
+        "memory that is shared with a program that serves several front-ends must be of a memfd, or of a file of tmpfs or \
+         hugetlbfs; that of this file is {kind:#x} (statfs(2))"
+    )]
+    FileSystem {
+        /// The kind of its file system.
+        kind: i64,
+    },
+    /// The file system cannot be examined.
+    #[error("cannot examine the file system of shared memory")]
+    StatFs(#[source] io::Error),
     /// The file cannot be mapped.
     #[error(
         "memory region at guest address {guest:#x}: cannot map its file for reading and writing"
@@ -287,6 +300,16 @@ fn map(region: &VhostUserMemoryRegion, file: File) -> Result<Mapped, MemoryError
         user,
         len,
     })
+}
+
+/// Refuses a file whose pages others may bring, or not (FUSE, file systems of a network): each access is one of a thread that
+/// serves other front-ends as well.
+pub(super) fn check_file_system(file: &File) -> Result<(), MemoryError> {
+    let found = fstatfs(file).map_err(|errno| MemoryError::StatFs(errno.into()))?;
+    match found.filesystem_type() {
+        TMPFS_MAGIC | HUGETLBFS_MAGIC => Ok(()),
+        FsType(kind) => Err(MemoryError::FileSystem { kind }),
+    }
 }
 
 /// Size of a page of memory in bytes.

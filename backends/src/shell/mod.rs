@@ -30,6 +30,7 @@
 //! | sends descriptors that are always ready in place of an eventfd | refuses them |
 //! | leaves with requests in flight | waits for their end before guest memory is unmapped |
 //! | truncates the file of guest memory | goes on with zeroes there, and ends the connection (`torn`) |
+//! | shares memory whose pages others bring, with a process that serves several | refuses it (`memory`) |
 //! | gives a dirty log that is too short for its guest | refuses it, or the memory that is too much for it (`dirty`) |
 //! | leaves notes about requests in flight that make no sense | does not start that ring; the others go on (`inflight`) |
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
