@@ -34,6 +34,10 @@ pub enum Command {
         /// By how much.
         size: Size,
     },
+    /// Holds the guest's processors.
+    Pause,
+    /// Lets them go on.
+    Resume,
     /// Ends the machine in order.
     PowerOff,
 }

@@ -24,7 +24,7 @@
 //! | [`vhost_user`] | the front-end of the vhost-user protocol: devices served by other processes |
 //! | [`vfio`] | functions of the host's PCI bus in the hands of the guest |
 //! | [`acpi`], [`boot`] | what the guest finds in its memory when it starts |
-//! | [`cpu`], [`vcpu`] | processors: their first state, their threads and exits |
+//! | [`cpu`], [`vcpu`], [`pause`] | processors: their first state, their threads and exits, what holds them |
 //! | [`confine`] | the rights that the process keeps |
 //! | [`machine`] | all of it put together |
 #![deny(unsafe_code)]
@@ -47,6 +47,7 @@ pub mod layout;
 pub mod machine;
 pub mod memory;
 pub mod memory_hotplug;
+pub mod pause;
 pub mod pci;
 pub mod terminal;
 #[cfg(test)]

@@ -44,6 +44,7 @@ use crate::kvm::{self, Vm};
 use crate::layout::{self, Range};
 use crate::memory::{self, GuestRam};
 use crate::memory_hotplug::{self, GrowingMemory, Growth, Plan};
+use crate::pause::{self, Gate};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
 use crate::vcpu::{self, Context, Vcpus};
@@ -228,6 +229,7 @@ struct Control {
     memory: Arc<GrowingMemory>,
     devices: Vec<DeviceConfig>,
     passthrough: Arc<Passthrough>,
+    gate: Gate,
     exit: ExitHandle,
 }
 
@@ -247,7 +249,13 @@ impl Service for Control {
             Command::Status => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),
                 "pid": std::process::id(),
-                "state": if self.exit.is_set() { "ending" } else { "running" },
+                "state": if self.exit.is_set() {
+                    "ending"
+                } else if self.gate.is_closed() {
+                    "paused"
+                } else {
+                    "running"
+                },
                 "cpus": self.cpus,
                 "memory": self.memory.total().0,
             })),
@@ -282,11 +290,21 @@ impl Service for Control {
                 })?;
                 Ok(json!({ "added": added.size, "memory": total.0 }))
             }
+            Command::Pause => paused(self.gate.pause()),
+            Command::Resume => paused(self.gate.resume()),
             Command::PowerOff => {
                 self.exit.end(ExitReason::Requested("the control socket"));
                 Ok(json!({}))
             }
         }
+    }
+}
+
+fn paused(result: Result<(), pause::Error>) -> Result<Value, ApiError> {
+    match result {
+        Ok(()) => Ok(json!({})),
+        Err(error @ pause::Error::HeldUp) => Err(ApiError::new(ErrorCode::Busy, &error)),
+        Err(error) => Err(ApiError::new(ErrorCode::Conflict, &error)),
     }
 }
 
@@ -362,6 +380,7 @@ impl Machine {
             memory: Arc::clone(&resources.memory),
             devices: config.devices.clone(),
             passthrough,
+            gate: Gate::default(),
             exit: resources.exit.clone(),
         };
         Ok(Self {
@@ -401,6 +420,7 @@ impl Machine {
             ports: Arc::clone(&resources.ports),
             mmio: Arc::clone(&resources.mmio),
             exit: resources.exit.clone(),
+            gate: control.gate.clone(),
         };
         let vcpus = Vcpus::start(processors, &context)?;
         events.run().map_err(Error::Events)?;

@@ -13,7 +13,6 @@ use std::cell::Cell;
 use std::fmt::Write as _;
 use std::io;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -28,6 +27,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::exit::{ExitHandle, ExitReason};
 use crate::kvm::Vm;
+use crate::pause::Gate;
 
 /// Why the processors cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -57,11 +57,13 @@ pub struct Context {
     pub mmio: Arc<Bus>,
     /// Ends the machine, and says that it has ended.
     pub exit: ExitHandle,
+    /// Holds the processors while the machine is paused.
+    pub gate: Gate,
 }
 
 /// The processors' threads. Stopped and joined when dropped.
 pub struct Vcpus {
-    threads: Vec<JoinHandle<()>>,
+    gate: Gate,
     exit: ExitHandle,
 }
 
@@ -69,8 +71,8 @@ impl Vcpus {
     /// Starts all processors.
     pub fn start(fds: Vec<VcpuFd>, context: &Context) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), on_kick).map_err(|e| Error::Signal(e.into()))?;
-        let mut vcpus = Self {
-            threads: Vec::new(),
+        let vcpus = Self {
+            gate: context.gate.clone(),
             exit: context.exit.clone(),
         };
         for (cpu, fd) in (0u8..).zip(fds) {
@@ -89,7 +91,7 @@ impl Vcpus {
                     ))),
                 })
                 .map_err(|source| Error::Thread { cpu, source })?;
-            vcpus.threads.push(thread);
+            vcpus.gate.add(thread);
         }
         Ok(vcpus)
     }
@@ -98,7 +100,7 @@ impl Vcpus {
     fn stop(&mut self) {
         // Whoever gave the true reason came first; this one only makes the threads leave.
         self.exit.end(ExitReason::Requested("the end of the VMM"));
-        for thread in self.threads.drain(..) {
+        for thread in self.gate.take() {
             // Once is enough for a thread in the guest. One that is blocked in a device's write to
             // a full pipe may need to be interrupted there, after it has got there.
             while !thread.is_finished() {
@@ -173,6 +175,10 @@ impl Vcpu {
     fn run(&mut self) {
         let _registered = Registered::new(self.fd.get_kvm_run());
         while !self.context.exit.is_set() {
+            if self.context.gate.is_closed() {
+                self.hold();
+                continue;
+            }
             let reason = match self.enter() {
                 After::Continue => continue,
                 After::Port => {
@@ -187,6 +193,15 @@ impl Vcpu {
                 }
             };
             self.context.exit.end(reason);
+        }
+    }
+
+    /// Stays out of the guest while the machine is paused.
+    fn hold(&mut self) {
+        self.context.gate.wait();
+        // Its watchdogs are not to take the pause for a hang. A guest that does not use this clock has none of it.
+        if let Err(error) = self.fd.kvmclock_ctrl() {
+            tracing::debug!(cpu = self.cpu, %error, "the guest is not told of the pause");
         }
     }
 
@@ -337,6 +352,7 @@ mod tests {
     use crate::cpu::{CpuTemplate, write_tables};
     use crate::layout;
     use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize};
+    use crate::pause;
     use crate::testing::has_kvm;
     use ringside_control::Size;
     use ringside_vfio::device::Mapping;
@@ -381,6 +397,7 @@ mod tests {
                 ports: Arc::default(),
                 mmio: Arc::default(),
                 exit: ExitHandle::new().unwrap(),
+                gate: Gate::default(),
             };
             Self {
                 context,
@@ -601,6 +618,39 @@ mod tests {
             drop(vcpus);
             assert!(start.elapsed() < Duration::from_secs(5));
         }
+    }
+
+    #[test]
+    fn processors_are_held_while_the_machine_is_paused() {
+        if !has_kvm("processors_are_held_while_the_machine_is_paused") {
+            return;
+        }
+        // mov ebx, 0x200000; inc dword [rbx]; jmp to that
+        let code = [0xbb, 0, 0, 0x20, 0, 0xff, 0x03, 0xeb, 0xfc];
+        let guest = Guest::new(&code);
+        let memory = guest.ram.memory().clone();
+        let count = || memory.read_obj::<u32>(GuestAddress(0x20_0000)).unwrap();
+        let runs = || {
+            let (before, start) = (count(), Instant::now());
+            while count() == before {
+                assert!(start.elapsed() < Duration::from_secs(20), "it does not run");
+            }
+        };
+        let gate = guest.context.gate.clone();
+        assert_eq!(gate.resume(), Err(pause::Error::Running));
+        let vcpus = Vcpus::start(guest.fds, &guest.context).unwrap();
+        for _ in 0..3 {
+            runs();
+            gate.pause().unwrap();
+            assert_eq!(gate.pause(), Err(pause::Error::Paused));
+            let held = count();
+            std::thread::sleep(Duration::from_millis(20));
+            assert_eq!(count(), held);
+            gate.resume().unwrap();
+        }
+        // One that is paused can be ended.
+        gate.pause().unwrap();
+        drop(vcpus);
     }
 
     #[test]

@@ -99,7 +99,7 @@ enum Request {
         #[arg(long, value_name = "SECONDS", default_value_t = 30)]
         timeout: u32,
     },
-    /// Disk: takes requests again, after `drain`.
+    /// Disk: takes requests again, after `drain`. VMM: lets the guest go on, after `pause`.
     Resume,
     /// Network: asks the guest to make itself known to the network.
     Announce,
@@ -171,6 +171,8 @@ enum Request {
         /// By how much, in multiples of 128M, such as 512M.
         size: String,
     },
+    /// VMM: holds the guest's processors. Its back-ends end what it has asked them for.
+    Pause,
     /// VMM: ends the machine, as a power cut would for the guest.
     PowerOff,
 }
@@ -231,6 +233,7 @@ impl Request {
                 ("device-remove", json!({ "id": id, "force": force }))
             }
             Self::MemoryAdd { size } => ("memory-add", json!({ "size": size })),
+            Self::Pause => ("pause", Value::Null),
             Self::PowerOff => ("power-off", Value::Null),
         }
     }

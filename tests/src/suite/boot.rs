@@ -1,9 +1,12 @@
 //! Guests that come up, and go.
 
+use std::thread;
+use std::time::Duration;
+
 use super::Test;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{Blk, Guest, Net, Vmm, disk_file};
+use crate::harness::{Blk, Control, Guest, Net, Vmm, disk_file};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -31,6 +34,11 @@ pub(super) const TESTS: &[Test] = &[
         name: "boot::ten_reboots_and_a_panic",
         seconds: 240,
         run: ten_reboots_and_a_panic,
+    },
+    Test {
+        name: "boot::paused_under_load",
+        seconds: 120,
+        run: paused_under_load,
     },
 ];
 
@@ -214,4 +222,41 @@ fn ten_reboots_and_a_panic(site: &Site) -> Result<()> {
     }
     blk.stop(site)?;
     net.stop(site)
+}
+
+/// A guest whose disk is busy is paused again and again: nothing happens to it meanwhile, and nothing is lost.
+fn paused_under_load(site: &Site) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 64 << 20)?;
+    let blk = Blk::on(&disk).queues(2).start(site)?;
+    let control = Control::new(site, "vm.sock");
+    let mut guest = Guest::on(Vmm::Ringside)
+        .cpus(2)
+        .device(&blk)
+        .arg("--api-socket")
+        .arg(&control.socket().display().to_string())
+        .boot(site)?;
+    guest.run_ok(
+        "(fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=16 --rw=randwrite --bs=4k \
+         --size=16M --verify=crc32c --verify_fatal=1 --do_verify=1 >/run/fio.log 2>&1; echo $? >/run/fio.status) &",
+    )?;
+    for _ in 0..5 {
+        thread::sleep(Duration::from_millis(500));
+        control.ask(&["pause"])?;
+        let state = control.ask_json(&["status"])?;
+        ensure!(
+            state.get("state").is_some_and(|state| state == "paused"),
+            "the machine is {state}"
+        );
+        thread::sleep(Duration::from_millis(500));
+        control.ask(&["resume"])?;
+    }
+    let done = guest.run_ok_within(
+        "until [ -s /run/fio.status ]; do sleep 0.2; done; cat /run/fio.status /run/fio.log",
+        Duration::from_secs(60),
+    )?;
+    ensure!(done.starts_with("0\n"), "fio found errors:\n{done}");
+    no_complaints(&mut guest)?;
+    let status = guest.shut_down()?;
+    ensure!(status.success(), "the VMM ended with {status}");
+    blk.stop(site)
 }

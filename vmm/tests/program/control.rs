@@ -54,8 +54,14 @@ fn a_machine_is_asked_and_ended() {
         text(&answer.stdout).replace(char::is_whitespace, ""),
         "{\"devices\":[]}"
     );
+    for (request, state) in [("pause", "state=paused"), ("resume", "state=running")] {
+        assert_eq!(status(&ask(&socket, &[request])), 0);
+        let shown = ask(&socket, &["status"]);
+        assert!(text(&shown.stdout).contains(state), "{shown:?}");
+    }
     for (request, message) in [
-        (&["device-remove", "nic"][..], "no device `nic`"),
+        (&["resume"][..], "the machine is not paused"),
+        (&["device-remove", "nic"], "no device `nic`"),
         (&["device-add", "nic"], "not a PCI address"),
         (&["memory-add", "much"], "`much` is not a size"),
         (&["memory-add", "64M"], "give a multiple of 128 MiB"),
