@@ -15,7 +15,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use frontend::{Daemon, FrontEnd, Setup, readable};
 use ringside_control::client::call;
@@ -46,10 +46,16 @@ fn port(dir: &std::path::Path, name: &str, number: u8) -> String {
 
 impl Switch {
     fn start(names: &[&str]) -> Self {
+        Self::start_with(names, |_| "")
+    }
+
+    /// With more options for some of the ports.
+    fn start_with(names: &[impl AsRef<str>], options: impl Fn(u8) -> &'static str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let mut command = Command::new(NET);
         for (number, name) in (1..).zip(names) {
-            command.arg("--port").arg(port(dir.path(), name, number));
+            let port = port(dir.path(), name.as_ref(), number);
+            command.arg("--port").arg(port + options(number));
         }
         command.arg("--control-socket").arg(dir.path().join("ctl"));
         let daemon = Daemon::spawn_command(&mut command, dir);
@@ -222,6 +228,71 @@ fn ports_are_added_and_removed_under_load() {
     switch.ask("quit", Value::Null).unwrap();
     let Switch { mut daemon } = switch;
     assert_eq!(daemon.wait().code(), Some(0));
+}
+
+/// 64 front-ends, most of which come, go, stop in the middle of a message and take their memory away, as it happens. Two others speak
+/// with each other all the time. Nothing of those that went is left.
+#[test]
+fn front_ends_come_and_go_as_they_like() {
+    let names: Vec<String> = (1..=64).map(|number| format!("p{number}")).collect();
+    let switch = Switch::start_with(&names, |number| if number > 2 { ",vlan=2" } else { "" });
+    let (mut a, mut b) = (switch.connect("p1"), switch.connect("p2"));
+    exchange(&mut a, &mut b, 0);
+    let held = || {
+        let threads = std::fs::read_dir(format!("/proc/{}/task", switch.daemon.id()));
+        (switch.daemon.descriptors(), threads.unwrap().count())
+    };
+    let before = held();
+    let end = Instant::now() + Duration::from_secs(2);
+    let come_and_go = |names: &[String]| {
+        let mut visits = 0;
+        for (step, name) in (0_usize..).zip(names.iter().cycle()) {
+            if Instant::now() > end {
+                break;
+            }
+            visits += 1;
+            if step % 4 == 0 {
+                let mut stalled = UnixStream::connect(switch.socket(name)).unwrap();
+                stalled.write_all(&[1, 0, 0]).unwrap();
+                continue;
+            }
+            let mut front = switch.connect(name);
+            send(&mut front, &frame(0xff, 3, step as u8));
+            match step % 4 {
+                1 => front.guest.file.set_len(0).unwrap(),
+                2 => drop(front.messages.get_vring_base(TX).unwrap()),
+                _ => {}
+            }
+        }
+        visits
+    };
+    let visits: usize = std::thread::scope(|scope| {
+        let others: Vec<_> = names[2..]
+            .chunks(16)
+            .map(|names| scope.spawn(move || come_and_go(names)))
+            .collect();
+        while others.iter().any(|other| !other.is_finished()) {
+            exchange(&mut a, &mut b, 1);
+            post(&mut a, 1);
+            post(&mut b, 1);
+        }
+        others.into_iter().map(|other| other.join().unwrap()).sum()
+    });
+    assert!(visits > 64, "{visits}");
+    for name in &names[2..] {
+        switch.wait_until_free(name);
+    }
+    // The thread that answered the last question ends in its own time.
+    let end = Instant::now() + Duration::from_secs(10);
+    while held() != before {
+        let now = held();
+        assert!(
+            Instant::now() < end,
+            "{now:?} in place of {before:?} descriptors and threads"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    exchange(&mut a, &mut b, 2);
 }
 
 #[test]

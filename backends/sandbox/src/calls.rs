@@ -396,6 +396,11 @@ pub const MACHINE: &[Call] = &[
 
 /// Assigned devices: VFIO and iommufd, whose requests share a letter.
 pub const VFIO: &[Call] = &[
+    only(
+        libc::SYS_prlimit64,
+        Only::Is(2, 0),
+        "the limit of locked memory, in a message; it sets none",
+    ),
     ioctls(b';', "VFIO, iommufd"),
     call(libc::SYS_readlink, "names of devices and groups"),
     call(libc::SYS_getdents64, "devices and groups"),
