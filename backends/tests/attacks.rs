@@ -11,18 +11,22 @@
 mod frontend;
 
 use std::fs::File;
-use std::io::{IoSlice, Read, Write};
+use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use frontend::request::{
+    ADD_MEM_REG, GET_CONFIG, GET_FEATURES, GET_VRING_BASE, NEED_REPLY, SET_FEATURES, SET_MEM_TABLE,
+    SET_OWNER, SET_VRING_ADDR, SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM,
+};
 use frontend::{
-    Daemon, FrontEnd, Guest, PATIENCE, REGION, Raw, SECOND, Setup, negotiate, own_network, readable,
+    Daemon, FrontEnd, Guest, PATIENCE, REGION, Raw, SECOND, Setup, negotiate, own_network,
+    readable, still_serves,
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 use ringside_rings::Segment;
 use vhost::VhostBackend;
@@ -40,22 +44,6 @@ const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
 const AVAIL: u16 = 1 << 7;
 const USED: u16 = 1 << 15;
-
-/// Requests of the protocol, by the numbers of its specification.
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_OWNER: u32 = 3;
-const SET_MEM_TABLE: u32 = 5;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_ADDR: u32 = 9;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const SET_VRING_ENABLE: u32 = 18;
-const GET_CONFIG: u32 = 24;
-const ADD_MEM_REG: u32 = 37;
-const NEED_REPLY: u32 = 0x8;
 
 /// A descriptor as an attacker writes it. Those of one chain are linked unless `flags` or `next` say otherwise.
 #[derive(Clone, Copy)]
@@ -640,7 +628,7 @@ impl Raws {
 
     /// Whether a message is obeyed, which is answered in any case.
     fn obeyed(&mut self, request: u32, payload: &[u8], fds: &[RawFd]) -> bool {
-        send(&self.raw, request, payload, fds);
+        self.raw.send_with_fds(request, payload, fds);
         let (answered, failed) = self.raw.reply();
         assert_eq!(answered, request);
         failed == 0
@@ -648,7 +636,7 @@ impl Raws {
 
     /// A message that is refused: by an answer, or by the end of the connection. Then there is another one.
     fn refused(&mut self, request: u32, payload: &[u8], fds: &[RawFd]) {
-        send(&self.raw, request, payload, fds);
+        self.raw.send_with_fds(request, payload, fds);
         self.is_refused();
     }
 
@@ -676,37 +664,8 @@ impl Raws {
 fn connect(daemon: &Daemon) -> Raw {
     let mut raw = Raw::connect(&daemon.socket());
     raw.send(SET_OWNER, 0, &[]);
-    raw.send(GET_FEATURES, 0, &[]);
-    let features = raw.reply().1;
-    raw.send(GET_PROTOCOL_FEATURES, 0, &[]);
-    let protocol = raw.reply().1;
-    raw.send_u64(SET_PROTOCOL_FEATURES, 0, protocol);
-    raw.send_u64(SET_FEATURES, NEED_REPLY, features);
-    assert_eq!(raw.reply(), (SET_FEATURES, 0));
+    raw.negotiate();
     raw
-}
-
-fn send(raw: &Raw, request: u32, payload: &[u8], fds: &[RawFd]) {
-    let mut message = Vec::new();
-    for word in [request, 1 | NEED_REPLY, payload.len() as u32] {
-        message.extend(word.to_ne_bytes());
-    }
-    message.extend(payload);
-    let control: &[ControlMessage<'_>] = match fds {
-        [] => &[],
-        fds => &[ControlMessage::ScmRights(fds)],
-    };
-    let parts = [IoSlice::new(&message)];
-    sendmsg::<()>(raw.0.as_raw_fd(), &parts, control, MsgFlags::empty(), None).unwrap();
-}
-
-fn still_serves(daemon: &Daemon) {
-    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    let (head, status) = (front.guest.alloc(16, 16), front.guest.alloc(1, 1));
-    front.guest.memory.write_obj(4_u64, head).unwrap();
-    let writable = [Segment::new(status, 1)];
-    front.queues[0].submit(&front.guest, &[Segment::new(head, 16)], &writable, 1);
-    assert_eq!(front.complete(0), (1, 1));
 }
 
 fn words(words: &[u64]) -> Vec<u8> {
@@ -756,7 +715,7 @@ fn messages_out_of_order() {
     let _ = raws.obeyed(SET_VRING_NUM, &pair(0, 64), &[]);
     assert!(!raws.obeyed(SET_VRING_NUM, &pair(9, 64), &[]));
     // The end of what has never begun.
-    send(&raws.raw, GET_VRING_BASE, &pair(0, 0), &[]);
+    raws.raw.send_with_fds(GET_VRING_BASE, &pair(0, 0), &[]);
     assert_eq!(raws.raw.reply().0, GET_VRING_BASE);
     raws.end();
     // Nothing negotiated at all.
@@ -856,7 +815,7 @@ fn descriptors_that_only_look_like_eventfds() {
         null.as_raw_fd(),
     ];
     for fd in kinds {
-        send(&front.raw, SET_VRING_KICK, &words(&[0]), &[fd]);
+        front.raw.send_with_fds(SET_VRING_KICK, &words(&[0]), &[fd]);
         let mut raw = Raw(front.raw.0.try_clone().unwrap());
         assert_eq!(raw.reply(), (SET_VRING_KICK, 1));
     }
@@ -947,7 +906,7 @@ fn connections_that_are_half_open() {
         let front = FrontEnd::new(&daemon.socket(), Setup::default());
         front.raw.0.shutdown(how).unwrap();
         if how == Shutdown::Read {
-            send(&front.raw, GET_FEATURES, &[], &[]);
+            front.raw.send_with_fds(GET_FEATURES, &[], &[]);
         }
         let mut raw = Raw(front.raw.0.try_clone().unwrap());
         assert!(how == Shutdown::Read || raw.is_closed());

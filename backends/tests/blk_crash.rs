@@ -94,18 +94,6 @@ fn requests_over_a_limit_survive_their_back_end() {
     survives(tracked(2, true), &["--limit", "iops=4000"]);
 }
 
-/// One flush, to see that all is in order.
-fn works(front: &mut FrontEnd, queue: usize) {
-    let head = front.guest.alloc(16, 16);
-    front.guest.memory.write_obj(4_u32, head).unwrap(); // VIRTIO_BLK_T_FLUSH
-    let status = front.guest.alloc(1, 1);
-    let writable = [Segment::new(status, 1)];
-    front.guest.memory.write_obj(0xee_u8, status).unwrap();
-    front.queues[queue].submit(&front.guest, &[Segment::new(head, 16)], &writable, 1);
-    assert_eq!(front.complete(queue), (1, 1));
-    assert_eq!(front.guest.memory.read_obj::<u8>(status).unwrap(), 0);
-}
-
 const NULL: [&str; 4] = ["--null", "1G", "--queues", "2"];
 
 #[test]
@@ -133,14 +121,14 @@ fn notes_that_make_no_sense_stop_one_queue_only() {
     for packed in [false, true] {
         let daemon = Daemon::start(BLK, &NULL);
         let mut front = FrontEnd::new(&daemon.socket(), tracked(2, packed));
-        works(&mut front, 0);
+        front.works(0);
         let (_, file) = front.inflight.as_ref().unwrap();
         file.write_all_at(&[7], 8).unwrap();
-        works(&mut front, 0);
+        front.works(0);
         front.messages.get_vring_base(0).unwrap();
         let refused = front.messages.set_vring_kick(0, &front.queues[0].kick);
         assert!(refused.is_err());
-        works(&mut front, 1);
+        front.works(1);
         daemon.wait_for_line("their version is unknown");
         daemon.stop();
     }
@@ -164,10 +152,10 @@ fn memory_for_notes_is_checked() {
     ] {
         assert!(front.messages.set_inflight_fd(&area, fd).is_err());
     }
-    works(&mut front, 0);
+    front.works(0);
     // There is nothing to answer with.
     assert!(front.messages.get_inflight_fd(&area(0, 0, 3, 64)).is_err());
-    works(&mut FrontEnd::new(&daemon.socket(), tracked(2, false)), 1);
+    FrontEnd::new(&daemon.socket(), tracked(2, false)).works(1);
 }
 
 /// A driver may choose a larger queue than its VMM asked memory for.
@@ -183,7 +171,7 @@ fn queues_may_be_larger_than_was_said() {
         let wanted = VhostUserInflight::new(0, 0, 1, setup.size / 4);
         let inflight = front.messages.get_inflight_fd(&wanted).unwrap();
         front.track(&inflight);
-        works(&mut front, 0);
+        front.works(0);
     }
     daemon.stop();
 }
@@ -197,14 +185,14 @@ fn notes_that_are_taken_away_cost_the_connection_only() {
     file.set_len(1 << 20).unwrap();
     let area = VhostUserInflight::new(1 << 20, 0, 1, 64);
     front.track(&(area, file.try_clone().unwrap()));
-    works(&mut front, 0);
+    front.works(0);
     file.set_len(0).unwrap();
     let (head, status) = (front.guest.alloc(16, 16), front.guest.alloc(1, 1));
     front.guest.memory.write_obj(4_u32, head).unwrap();
     let (readable, writable) = ([Segment::new(head, 16)], [Segment::new(status, 1)]);
     front.queues[0].submit(&front.guest, &readable, &writable, 1);
     assert!(front.raw.is_closed());
-    works(&mut FrontEnd::new(&daemon.socket(), tracked(2, true)), 1);
+    FrontEnd::new(&daemon.socket(), tracked(2, true)).works(1);
     daemon.stop();
 }
 
@@ -214,7 +202,7 @@ fn a_reset_ends_what_was_noted() {
     for packed in [false, true] {
         let daemon = Daemon::start(BLK, &NULL);
         let mut front = FrontEnd::new(&daemon.socket(), tracked(1, packed));
-        works(&mut front, 0);
+        front.works(0);
         front.messages.reset_device().unwrap();
         let layout = *front.queues[0].ring.layout();
         let len = (layout.end().0 - layout.desc_table().0) as usize;
@@ -229,7 +217,7 @@ fn a_reset_ends_what_was_noted() {
         );
         front.queues[0].ring = ring.unwrap();
         front.start(0, front.fresh());
-        works(&mut front, 0);
+        front.works(0);
         daemon.stop();
     }
 }

@@ -10,17 +10,22 @@
 mod frontend;
 
 use std::fs::File;
-use std::io::{IoSlice, Write};
-use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
+use std::io::Write;
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use frontend::{Daemon, FrontEnd, Guest, PATIENCE, REGION, Raw, SECOND, Setup, negotiate};
+use frontend::request::{
+    GET_FEATURES, GET_PROTOCOL_FEATURES, NEED_REPLY, SET_FEATURES, SET_MEM_TABLE,
+    SET_PROTOCOL_FEATURES, SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM,
+};
+use frontend::{
+    Daemon, FrontEnd, Guest, PATIENCE, REGION, Raw, SECOND, Setup, negotiate, still_serves,
+};
 use nix::sys::signal::Signal;
-use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use ringside_rings::Segment;
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -29,35 +34,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const NULL: [&str; 2] = ["--null", "1G"];
-
-/// Requests of the protocol, by the numbers of its specification.
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_MEM_TABLE: u32 = 5;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_KICK: u32 = 12;
-const GET_PROTOCOL_FEATURES: u32 = 15;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const SET_VRING_ENABLE: u32 = 18;
-const NEED_REPLY: u32 = 0x8;
-
-/// One flush, to see that all is in order.
-fn works(front: &mut FrontEnd) {
-    let head = front.guest.alloc(16, 16);
-    let mut header = [0; 16];
-    header[0] = 4; // VIRTIO_BLK_T_FLUSH
-    front.guest.memory.write_slice(&header, head).unwrap();
-    let status = front.guest.alloc(1, 1);
-    front.guest.memory.write_obj(0xee_u8, status).unwrap();
-    let writable = [Segment::new(status, 1)];
-    front.queues[0].submit(&front.guest, &[Segment::new(head, 16)], &writable, 1);
-    assert_eq!(front.complete(0), (1, 1));
-    assert_eq!(front.guest.memory.read_obj::<u8>(status).unwrap(), 0);
-}
-
-fn still_serves(daemon: &Daemon) {
-    works(&mut FrontEnd::new(&daemon.socket(), Setup::default()));
-}
 
 #[test]
 fn capabilities_are_printed_whatever_else_is_asked() {
@@ -139,7 +115,7 @@ fn both_end_signals_end_it_at_once_and_with_success() {
 fn front_ends_come_and_go() {
     let daemon = Daemon::start(BLK, &NULL);
     for _ in 0..20 {
-        works(&mut FrontEnd::new(&daemon.socket(), Setup::default()));
+        still_serves(&daemon);
     }
     daemon.assert_idle();
     daemon.stop();
@@ -198,7 +174,7 @@ fn an_inherited_socket_may_listen_or_be_connected() {
     let daemon = inherit(listener);
     daemon.wait_for_socket();
     for _ in 0..2 {
-        works(&mut FrontEnd::new(&path, Setup::default()));
+        FrontEnd::new(&path, Setup::default()).works(0);
     }
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.outcome().0, Some(0));
@@ -426,7 +402,7 @@ fn memory_that_is_taken_away_costs_the_connection_only() {
     for left in [REGION, 0] {
         for _ in 0..2 {
             let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-            works(&mut front);
+            front.works(0);
             front.guest.file.set_len(left).unwrap();
             let queue = &mut front.queues[0];
             if left > 0 {
@@ -456,7 +432,7 @@ fn bus_errors_of_other_origin_are_not_hidden() {
 fn a_ring_outside_memory_does_not_start() {
     let daemon = Daemon::start(BLK, &NULL);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    works(&mut front);
+    front.works(0);
     let mut addresses = front.addresses(front.queues[0].ring.layout());
     addresses.desc_table_addr = 0x1000;
     assert!(front.messages.set_vring_addr(0, &addresses).is_err());
@@ -465,41 +441,18 @@ fn a_ring_outside_memory_does_not_start() {
     assert!(front.messages.set_vring_addr(0, &addresses).is_err());
     let addresses = front.addresses(front.queues[0].ring.layout());
     front.messages.set_vring_addr(0, &addresses).unwrap();
-    works(&mut front);
+    front.works(0);
     daemon.stop();
-}
-
-/// Sends one message with descriptors on a socket of our own.
-fn send_with_fds(raw: &Raw, request: u32, payload: &[u8], fds: &[RawFd]) {
-    let mut message = Vec::new();
-    for word in [request, 1 | NEED_REPLY, payload.len() as u32] {
-        message.extend(word.to_ne_bytes());
-    }
-    message.extend(payload);
-    let control = [ControlMessage::ScmRights(fds)];
-    let parts = [IoSlice::new(&message)];
-    sendmsg::<()>(raw.0.as_raw_fd(), &parts, &control, MsgFlags::empty(), None).unwrap();
 }
 
 #[test]
 fn descriptors_of_the_wrong_kind_are_refused() {
     let daemon = Daemon::start(BLK, &NULL);
     let mut raw = Raw::connect(&daemon.socket());
-    raw.send(GET_FEATURES, 0, &[]);
-    let features = raw.reply().1;
-    raw.send(GET_PROTOCOL_FEATURES, 0, &[]);
-    let protocol = raw.reply().1;
-    raw.send_u64(SET_PROTOCOL_FEATURES, 0, protocol);
-    raw.send_u64(SET_FEATURES, NEED_REPLY, features);
-    assert_eq!(raw.reply(), (SET_FEATURES, 0));
+    raw.negotiate();
     let file = tempfile::tempfile().unwrap();
     // A file is always ready: a worker would spin on it.
-    send_with_fds(
-        &raw,
-        SET_VRING_KICK,
-        &0_u64.to_ne_bytes(),
-        &[file.as_raw_fd()],
-    );
+    raw.send_with_fds(SET_VRING_KICK, &0_u64.to_ne_bytes(), &[file.as_raw_fd()]);
     assert_eq!(raw.reply(), (SET_VRING_KICK, 1));
     // Memory that is a directory.
     let mut table = vec![1, 0, 0, 0, 0, 0, 0, 0];
@@ -507,11 +460,11 @@ fn descriptors_of_the_wrong_kind_are_refused() {
         table.extend(word.to_ne_bytes());
     }
     let directory = File::open("/").unwrap();
-    send_with_fds(&raw, SET_MEM_TABLE, &table, &[directory.as_raw_fd()]);
+    raw.send_with_fds(SET_MEM_TABLE, &table, &[directory.as_raw_fd()]);
     assert_eq!(raw.reply(), (SET_MEM_TABLE, 1));
     // Too many, where none or one belongs.
     let many = vec![file.as_raw_fd(); 20];
-    send_with_fds(&raw, SET_VRING_NUM, &[0; 8], &many);
+    raw.send_with_fds(SET_VRING_NUM, &[0; 8], &many);
     assert!(raw.is_closed());
     still_serves(&daemon);
     daemon.stop();
@@ -521,7 +474,7 @@ fn descriptors_of_the_wrong_kind_are_refused() {
 fn a_call_descriptor_that_blocks_does_not_hold_the_ring_back() {
     let daemon = Daemon::start(BLK, &NULL);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    works(&mut front);
+    front.works(0);
     // The largest value an eventfd can have: one more blocks the writer.
     let call = &front.queues[0].call;
     front.queues[0].settle();
@@ -579,12 +532,12 @@ fn kicks_through_a_pipe_work_and_its_end_is_no_storm() {
 fn a_ring_without_a_kick_descriptor_is_polled() {
     let daemon = Daemon::start(BLK, &NULL);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    works(&mut front);
+    front.works(0);
     // Bit 8: no descriptor is sent.
     front.raw.send_u64(SET_VRING_KICK, NEED_REPLY, 0x100);
     assert_eq!(front.raw.reply(), (SET_VRING_KICK, 0));
     for _ in 0..3 {
-        works(&mut front);
+        front.works(0);
     }
     assert_eq!(front.messages.get_vring_base(0).unwrap(), 4);
     daemon.assert_idle();
@@ -602,7 +555,7 @@ fn a_ring_that_is_set_up_anew_waits_for_its_kick_descriptor() {
         |front| front.messages.set_vring_base(0, 77).unwrap(),
     ];
     for restart in restarts {
-        works(&mut front);
+        front.works(0);
         let base = front.messages.get_vring_base(0).unwrap();
         front.start(0, base);
         restart(&mut front);
@@ -618,7 +571,7 @@ fn a_ring_that_is_set_up_anew_waits_for_its_kick_descriptor() {
         front.guest.memory.write_obj(avail, index).unwrap();
         front.start(0, base);
     }
-    works(&mut front);
+    front.works(0);
     assert!(!daemon.log().contains("WARN"), "{}", daemon.log());
     daemon.stop();
 }
@@ -627,7 +580,7 @@ fn a_ring_that_is_set_up_anew_waits_for_its_kick_descriptor() {
 fn a_reset_stops_all_rings_and_they_can_start_again() {
     let daemon = Daemon::start(BLK, &NULL);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    works(&mut front);
+    front.works(0);
     front.queues[0].settle();
     front.messages.reset_device().unwrap();
     let head = front.guest.alloc(16, 16);

@@ -11,8 +11,10 @@ mod frontend;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 
+use frontend::request::{SET_LOG_BASE, SET_LOG_FD};
 use frontend::{Daemon, FrontEnd, REGION, SECOND, Setup, own_network};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
@@ -25,8 +27,6 @@ const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
 
 const PAGE: u64 = 4096;
-const SET_LOG_BASE: u32 = 6;
-const SET_LOG_FD: u32 = 7;
 /// Size of the disk.
 const DISK: u64 = 4 << 20;
 /// Content of guest memory that nobody has written, and that no sector of the disk has.
@@ -263,13 +263,16 @@ fn a_log_that_cannot_be_used_is_refused() {
     for (len, offset) in [(len - 1, 0), (len + 1, 0), (len, 4096), (len - 100, 100)] {
         // It has an answer of its own, in which there is no way to say so.
         let mut front = connect();
-        front.raw.send_with(SET_LOG_BASE, &[len, offset], &log);
+        let payload = [u64::to_ne_bytes(len), u64::to_ne_bytes(offset)].concat();
+        front
+            .raw
+            .send_with_fds(SET_LOG_BASE, &payload, &[log.as_raw_fd()]);
         assert!(front.raw.is_closed());
     }
     assert!(daemon.log().contains("the dirty log"), "{}", daemon.log());
     let mut front = connect();
     front.begin_log(true);
-    front.raw.send_with(SET_LOG_FD, &[], &log);
+    front.raw.send_with_fds(SET_LOG_FD, &[], &[log.as_raw_fd()]);
     assert_eq!(front.raw.reply(), (SET_LOG_FD, 0));
     // Used rings elsewhere are not: the ring stays stopped, which the front-end is told.
     let layout = *front.queues[0].ring.layout();

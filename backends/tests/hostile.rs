@@ -16,6 +16,11 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use frontend::request::{
+    ADD_MEM_REG, GET_CONFIG, GET_FEATURES, GET_VRING_BASE, NEED_REPLY, REM_MEM_REG, RESET_DEVICE,
+    RESET_OWNER, SET_CONFIG, SET_FEATURES, SET_OWNER, SET_PROTOCOL_FEATURES, SET_VRING_ADDR,
+    SET_VRING_BASE, SET_VRING_CALL, SET_VRING_ENABLE, SET_VRING_ERR, SET_VRING_KICK, SET_VRING_NUM,
+};
 use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
@@ -26,26 +31,6 @@ const STEPS: usize = 600;
 /// Runs, each with other numbers.
 const SEEDS: u64 = 4;
 
-/// Requests of the protocol, by the numbers of its specification.
-const GET_FEATURES: u32 = 1;
-const SET_FEATURES: u32 = 2;
-const SET_OWNER: u32 = 3;
-const RESET_OWNER: u32 = 4;
-const SET_VRING_NUM: u32 = 8;
-const SET_VRING_ADDR: u32 = 9;
-const SET_VRING_BASE: u32 = 10;
-const GET_VRING_BASE: u32 = 11;
-const SET_VRING_KICK: u32 = 12;
-const SET_VRING_CALL: u32 = 13;
-const SET_VRING_ERR: u32 = 14;
-const SET_PROTOCOL_FEATURES: u32 = 16;
-const SET_VRING_ENABLE: u32 = 18;
-const GET_CONFIG: u32 = 24;
-const SET_CONFIG: u32 = 25;
-const RESET_DEVICE: u32 = 34;
-const ADD_MEM_REG: u32 = 37;
-const REM_MEM_REG: u32 = 38;
-const NEED_REPLY: u32 = 0x8;
 /// MQ, REPLY_ACK, CONFIG, RESET_DEVICE, CONFIGURE_MEM_SLOTS.
 const PROTOCOL: u64 = 1 | 1 << 3 | 1 << 9 | 1 << 13 | 1 << 15;
 /// VHOST_USER_F_PROTOCOL_FEATURES

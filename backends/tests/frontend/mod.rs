@@ -13,10 +13,11 @@
 )] // test support: a panic is how it fails
 
 pub mod disk;
+pub mod request;
 
 use std::fmt::Display;
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::os::unix::net::UnixStream;
@@ -29,7 +30,12 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{Pid, geteuid};
+use request::{
+    GET_FEATURES, GET_PROTOCOL_FEATURES, NEED_REPLY, SET_FEATURES, SET_LOG_BASE,
+    SET_PROTOCOL_FEATURES, SET_VRING_BASE,
+};
 use ringside_rings::{DriverLayout, DriverRing, Segment};
 use vhost::vhost_user::message::{
     VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
@@ -38,7 +44,6 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EventFd};
-use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// How long anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -639,6 +644,23 @@ impl FrontEnd {
     pub fn complete(&mut self, queue: usize) -> (u64, u32) {
         self.queues[queue].complete(&self.guest)
     }
+
+    /// Has a disk do one flush, to see that all is in order.
+    pub fn works(&mut self, queue: usize) {
+        let (head, status) = (self.guest.alloc(16, 16), self.guest.alloc(1, 1));
+        let flush = 4_u128.to_le(); // VIRTIO_BLK_T_FLUSH
+        self.guest.memory.write_obj(flush, head).unwrap();
+        self.guest.memory.write_obj(0xee_u8, status).unwrap();
+        let writable = [Segment::new(status, 1)];
+        self.queues[queue].submit(&self.guest, &[Segment::new(head, 16)], &writable, 1);
+        assert_eq!(self.complete(queue), (1, 1));
+        assert_eq!(self.guest.memory.read_obj::<u8>(status).unwrap(), 0);
+    }
+}
+
+/// A disk's back-end serves the next front-end.
+pub fn still_serves(daemon: &Daemon) {
+    FrontEnd::new(&daemon.socket(), Setup::default()).works(0);
 }
 
 /// A connection on which messages are written byte by byte.
@@ -667,8 +689,6 @@ impl Raw {
 
     /// SET_VRING_BASE, which the `vhost` crate has for split queues only, with REPLY_ACK negotiated.
     pub fn set_vring_base(&mut self, index: usize, base: u32) {
-        const SET_VRING_BASE: u32 = 10;
-        const NEED_REPLY: u32 = 1 << 3;
         let state = [(index as u32).to_ne_bytes(), base.to_ne_bytes()].concat();
         self.send(SET_VRING_BASE, NEED_REPLY, &state);
         assert_eq!(self.reply(), (SET_VRING_BASE, 0));
@@ -676,22 +696,37 @@ impl Raw {
 
     /// SET_LOG_BASE, whose reply the `vhost` crate does not take: the message itself.
     pub fn set_log_base(&mut self, len: u64, file: &File) {
-        const SET_LOG_BASE: u32 = 6;
-        self.send_with(SET_LOG_BASE, &[len, 0], file);
+        let payload = [len.to_ne_bytes(), [0; 8]].concat();
+        self.send_with_fds(SET_LOG_BASE, &payload, &[file.as_raw_fd()]);
         let mut reply = [0; 28];
         self.0.read_exact(&mut reply).unwrap();
         assert_eq!(reply[..12], [6, 0, 0, 0, 0x5, 0, 0, 0, 16, 0, 0, 0]);
     }
 
-    /// Sends a message with a descriptor, to be answered.
-    pub fn send_with(&mut self, request: u32, payload: &[u64], file: &File) {
-        const NEED_REPLY: u32 = 1 << 3;
+    /// Sends a message with descriptors, if any, that is to be answered.
+    pub fn send_with_fds(&self, request: u32, payload: &[u8], fds: &[RawFd]) {
         let mut message = Vec::new();
-        for word in [request, 1 | NEED_REPLY, payload.len() as u32 * 8] {
+        for word in [request, 1 | NEED_REPLY, payload.len() as u32] {
             message.extend(word.to_ne_bytes());
         }
-        message.extend(payload.iter().flat_map(|word| word.to_ne_bytes()));
-        self.0.send_with_fd(&message[..], file.as_raw_fd()).unwrap();
+        message.extend(payload);
+        let control: &[ControlMessage<'_>] = match fds {
+            [] => &[],
+            fds => &[ControlMessage::ScmRights(fds)],
+        };
+        let (fd, parts) = (self.0.as_raw_fd(), [IoSlice::new(&message)]);
+        sendmsg::<()>(fd, &parts, control, MsgFlags::empty(), None).unwrap();
+    }
+
+    /// Accepts all features that there are.
+    pub fn negotiate(&mut self) {
+        self.send(GET_FEATURES, 0, &[]);
+        let features = self.reply().1;
+        self.send(GET_PROTOCOL_FEATURES, 0, &[]);
+        let protocol = self.reply().1;
+        self.send_u64(SET_PROTOCOL_FEATURES, 0, protocol);
+        self.send_u64(SET_FEATURES, NEED_REPLY, features);
+        assert_eq!(self.reply(), (SET_FEATURES, 0));
     }
 
     /// The next reply: its request and its 64-bit payload.
