@@ -22,7 +22,7 @@ use thiserror::Error;
 use tracing::{debug, warn};
 use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions};
 
-use crate::shell::{GuestSlice, Memory, is_logged, mark_written};
+use crate::shell::{GuestSlice, Memory, is_logged, mark_pieces};
 
 /// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -443,12 +443,8 @@ impl Uring {
         let (Some(memory), Some(state)) = (&self.memory, self.slots.get(usize::from(slot))) else {
             return;
         };
-        let mut left = bytes;
-        for iovec in state.iovecs.get(state.next..).unwrap_or_default() {
-            let written = iovec.iov_len.min(left);
-            mark_written(memory, iovec.iov_base.cast(), written);
-            left = left.saturating_sub(written);
-        }
+        let pieces = state.iovecs.get(state.next..).unwrap_or_default();
+        mark_pieces(memory, pieces, 0, bytes);
     }
 
     /// Notes that `bytes` of a slot's memory are done.

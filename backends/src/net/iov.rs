@@ -15,7 +15,7 @@ use vm_memory::{
     Permissions, VolatileSlice,
 };
 
-use crate::shell::{Memory, is_logged, mark_written};
+use crate::shell::{Memory, is_logged, mark_pieces};
 
 /// Most pieces that one system call takes (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
@@ -241,22 +241,9 @@ impl IoList {
     #[inline]
     fn wrote(&self, offset: usize, len: usize, count: usize) {
         if self.logged {
-            self.mark(offset, len, count);
-        }
-    }
-
-    #[cold]
-    fn mark(&self, offset: usize, len: usize, count: usize) {
-        let (mut skip, mut left) = (offset, len);
-        for piece in self.live().iter().take(count) {
-            let gone = skip.min(piece.iov_len);
-            let written = left.min(piece.iov_len - gone);
-            if written > 0 {
-                let start = piece.iov_base.wrapping_byte_add(gone);
-                mark_written(&self.memory, start.cast(), written);
-            }
-            skip -= gone;
-            left -= written;
+            let live = self.live();
+            let pieces = live.get(..count).unwrap_or(live);
+            mark_pieces(&self.memory, pieces, offset, len);
         }
     }
 

@@ -8,7 +8,7 @@
 //!
 //! Guest memory carries the log as vm-memory's bitmap ([`PageLog`]): what is written through vm-memory is marked by it, be it a
 //! ring or a buffer. What the kernel or a library writes at an address is to be marked by whoever asked for it, once it is done
-//! ([`mark_written`]). Memory that is not logged costs each write a look at one word.
+//! ([`mark_slices`], [`mark_pieces`]). Memory that is not logged costs each write a look at one word.
 //!
 //! A ring is given memory that is logged, or memory that is not; both are one mapping.
 
@@ -259,9 +259,35 @@ pub(crate) fn is_logged(memory: &Memory) -> bool {
     memory.iter().any(|region| region.bitmap().dirty_at(0))
 }
 
+/// Marks the first `len` bytes of pieces of guest memory as written. For what others wrote, as [`mark_written`].
+pub(crate) fn mark_slices(slices: &[GuestSlice<'_>], len: usize) {
+    let mut left = len;
+    for slice in slices {
+        let written = slice.len().min(left);
+        slice.bitmap().mark_dirty(0, written);
+        left = left.saturating_sub(written);
+    }
+}
+
+/// The same for the `len` bytes behind the first `skip` of pieces as system calls have them.
+#[cold]
+pub(crate) fn mark_pieces(memory: &Memory, pieces: &[libc::iovec], skip: usize, len: usize) {
+    let (mut skip, mut left) = (skip, len);
+    for piece in pieces {
+        let gone = skip.min(piece.iov_len);
+        let written = left.min(piece.iov_len.saturating_sub(gone));
+        if written > 0 {
+            let start = piece.iov_base.wrapping_byte_add(gone);
+            mark_written(memory, start.cast(), written);
+        }
+        skip = skip.saturating_sub(gone);
+        left = left.saturating_sub(written);
+    }
+}
+
 /// Marks `len` bytes at `place` in this process as written, as far as they are in guest memory that is logged. For what others
 /// wrote: vm-memory marks what it writes.
-pub(crate) fn mark_written(memory: &Memory, place: *const u8, len: usize) {
+fn mark_written(memory: &Memory, place: *const u8, len: usize) {
     let found = memory.iter().find_map(|region| {
         let offset = place.addr().checked_sub(region.as_ptr().addr())?;
         (offset < region.size()).then_some((region, offset))

@@ -32,6 +32,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::Duration;
 
+use nix::sys::stat::fstat;
 use ringside_control::{ApiError, Chain, ErrorCode};
 use ringside_rings::{DeviceRing, RingConfig, RingError};
 use serde_json::{Value, json};
@@ -926,25 +927,28 @@ fn used_index(memory: &super::Memory, used_ring: GuestAddress) -> Option<u16> {
 
 /// Lets pass what events can come through: an eventfd, whose inode has no type, or a pipe.
 fn event_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, HandlerError> {
-    let Some(file) = fd else { return Ok(None) };
-    match nix::sys::stat::fstat(&file).map(|s| s.st_mode & libc::S_IFMT) {
-        Ok(0 | libc::S_IFIFO) => Ok(Some(file)),
-        _ => Err(HandlerError::EventDescriptor { index }),
-    }
+    descriptor(index, fd, |_, kind| matches!(kind, 0 | libc::S_IFIFO))
 }
 
 /// The same for what is waited on. Others than eventfds have inodes without a type, too: epoll and timer descriptors, which
 /// a front-end can have ready for ever at no cost of its own. Only to an eventfd can 0 be added.
 fn kick_descriptor(index: u8, fd: Option<File>) -> Result<Option<File>, HandlerError> {
-    let Some(file) = event_descriptor(index, fd)? else {
-        return Ok(None);
-    };
-    let pipe =
-        nix::sys::stat::fstat(&file).is_ok_and(|s| s.st_mode & libc::S_IFMT == libc::S_IFIFO);
-    if pipe || (&file).write(&0_u64.to_ne_bytes()).is_ok() {
-        Ok(Some(file))
-    } else {
-        Err(HandlerError::EventDescriptor { index })
+    descriptor(index, fd, |mut file, kind| match kind {
+        0 => file.write(&0_u64.to_ne_bytes()).is_ok(),
+        kind => kind == libc::S_IFIFO,
+    })
+}
+
+/// Lets pass a descriptor, if there is one, that suits, by the type of its inode.
+fn descriptor(
+    index: u8,
+    fd: Option<File>,
+    suits: impl Fn(&File, u32) -> bool,
+) -> Result<Option<File>, HandlerError> {
+    let Some(file) = fd else { return Ok(None) };
+    match fstat(&file).map(|stat| stat.st_mode & libc::S_IFMT) {
+        Ok(kind) if suits(&file, kind) => Ok(Some(file)),
+        _ => Err(HandlerError::EventDescriptor { index }),
     }
 }
 

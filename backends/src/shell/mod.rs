@@ -66,7 +66,7 @@ pub use control::Statistics;
 pub use counter::Counter;
 pub use daemon::{ShellError, main, main_with, run};
 pub use device::{Device, DeviceError, Drained, OpenError, WorkerThread, config_range};
-pub(crate) use dirty::{GuestSlice, is_logged, mark_written};
+pub(crate) use dirty::{GuestSlice, is_logged, mark_pieces, mark_slices};
 pub use dirty::{LogError, Memory, PageLog, PageSlice};
 pub use handler::HandlerError;
 pub use limit::LogLimit;

@@ -104,6 +104,14 @@ impl Header {
     fn is(self, request: FrontendReq) -> bool {
         self.request == u32::from(request)
     }
+
+    /// Refuses another size, and flags that this message cannot have.
+    fn check(self, size: u32) -> Result<(), ProtocolError> {
+        if self.size != size || self.flags & !FLAG_NEED_REPLY != VERSION {
+            return Err(ProtocolError::InvalidMessage);
+        }
+        Ok(())
+    }
 }
 
 impl<D: Device> Session<D> {
@@ -241,12 +249,7 @@ impl<D: Device> Session<D> {
     /// Serves a SET_VRING_ENABLE that the `vhost` crate would refuse. QEMU sends it for network devices between
     /// SET_PROTOCOL_FEATURES and SET_FEATURES, when VHOST_USER_F_PROTOCOL_FEATURES is offered but not yet accepted.
     fn enable_early(&mut self, header: Header) -> Result<(), ProtocolError> {
-        let mut message = [0; HEADER + 8];
-        if header.size != 8 || header.flags & !FLAG_NEED_REPLY != VERSION {
-            return Err(ProtocolError::InvalidMessage);
-        }
-        self.socket.read_exact(&mut message).map_err(socket_error)?;
-        let [.., a, b, c, d, e, f, g, h] = message;
+        let [a, b, c, d, e, f, g, h] = self.take_payload(header)?;
         let index = u32::from_ne_bytes([a, b, c, d]);
         let enable = match u32::from_ne_bytes([e, f, g, h]) {
             0 => false,
@@ -283,21 +286,23 @@ impl<D: Device> Session<D> {
 
     /// Serves a SEND_RARP, which the `vhost` crate does not know: the guest's address is in the first six bytes of its payload.
     fn send_rarp(&mut self, header: Header) -> Result<(), ProtocolError> {
-        let mut message = [0; HEADER + 8];
-        if header.size != 8 || header.flags & !FLAG_NEED_REPLY != VERSION {
-            return Err(ProtocolError::InvalidMessage);
-        }
-        self.socket.read_exact(&mut message).map_err(socket_error)?;
-        let [.., a, b, c, d, e, f, _, _] = message;
+        let [a, b, c, d, e, f, _, _] = self.take_payload(header)?;
         self.lock().send_rarp([a, b, c, d, e, f]);
         self.acknowledge(header, true)
     }
 
+    /// Takes a message with a payload of eight bytes.
+    fn take_payload(&mut self, header: Header) -> Result<[u8; 8], ProtocolError> {
+        header.check(8)?;
+        let mut message = [0; HEADER + 8];
+        self.socket.read_exact(&mut message).map_err(socket_error)?;
+        let [.., a, b, c, d, e, f, g, h] = message;
+        Ok([a, b, c, d, e, f, g, h])
+    }
+
     /// Takes a message that is a descriptor and nothing else.
     fn take_descriptor(&mut self, header: Header) -> Result<File, ProtocolError> {
-        if header.size != 0 || header.flags & !FLAG_NEED_REPLY != VERSION {
-            return Err(ProtocolError::InvalidMessage);
-        }
+        header.check(0)?;
         let mut message = [0; HEADER];
         let (count, file) = self
             .socket

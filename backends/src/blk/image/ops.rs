@@ -19,12 +19,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use ringside_rings::Segment;
 use tracing::error;
-use vm_memory::bitmap::Bitmap;
 use vm_memory::{GuestAddress, GuestMemory, Permissions};
 
 use super::rbd::{self, Image};
 use crate::blk::mailbox::Mailbox;
-use crate::shell::{GuestSlice, Memory, is_logged};
+use crate::shell::{GuestSlice, Memory, is_logged, mark_slices};
 
 /// What is to be done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,9 +127,7 @@ impl Op {
         if is_logged(&self.memory)
             && let Ok(slices) = self.slices(0, self.len)
         {
-            for slice in slices {
-                slice.bitmap().mark_dirty(0, slice.len());
-            }
+            mark_slices(&slices, usize::MAX);
         }
     }
 

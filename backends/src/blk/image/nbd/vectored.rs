@@ -7,9 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
-use vm_memory::bitmap::Bitmap;
-
-use crate::shell::GuestSlice;
+use crate::shell::{GuestSlice, mark_slices};
 
 /// Most pieces that one system call takes (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
@@ -21,12 +19,7 @@ pub(super) fn receive(socket: &impl AsFd, into: &[GuestSlice<'_>]) -> io::Result
     // SAFETY: each piece is memory that its slice keeps borrowed, and so mapped, until the call returns.
     let got = unsafe { libc::readv(socket.as_fd().as_raw_fd(), pieces.as_ptr(), count) };
     let got = usize::try_from(got).map_err(|_| io::Error::last_os_error())?;
-    let mut left = got;
-    for slice in into {
-        let written = slice.len().min(left);
-        slice.bitmap().mark_dirty(0, written);
-        left = left.saturating_sub(written);
-    }
+    mark_slices(into, got);
     Ok(got)
 }
 
