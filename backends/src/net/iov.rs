@@ -106,7 +106,8 @@ impl IoList {
         }
     }
 
-    fn live(&self) -> &[libc::iovec] {
+    /// All pieces.
+    pub(super) fn live(&self) -> &[libc::iovec] {
         self.pieces.get(self.start..).unwrap_or_default()
     }
 
@@ -192,9 +193,15 @@ impl IoList {
     /// Writes all pieces as one packet.
     pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let live = self.live();
-        let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
-        // SAFETY: each piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
-        let done = unsafe { libc::writev(fd.as_raw_fd(), live.as_ptr(), count) };
+        let fd = fd.as_raw_fd();
+        let done = if let [piece] = live {
+            // SAFETY: the piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
+            unsafe { libc::write(fd, piece.iov_base, piece.iov_len) }
+        } else {
+            let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
+            // SAFETY: as above, for each piece.
+            unsafe { libc::writev(fd, live.as_ptr(), count) }
+        };
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 
