@@ -353,25 +353,27 @@ impl GuestOutlet {
         room: &mut Room,
         now: u64,
     ) {
-        let mut frames = frames.peekable();
-        while let Some(frame) = frames.peek() {
-            let (spread, queue) = (self.spread, queue_of(self.spread, frame));
+        let mut frames = frames;
+        let mut next = frames.next();
+        let mut tagged = [0; FRONT];
+        while let Some(first) = &next {
+            let (spread, queue) = (self.spread, queue_of(self.spread, first));
             let filter = &self.settings.filter;
             let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
             let Some(ring) = ring.filter(|ring| ring.ring.runs()) else {
                 shared.counters.rx_starved.add(1);
-                frames.next();
+                next = frames.next();
                 continue;
             };
             let memory = Arc::clone(&ring.ring.vring.memory);
             let served = ring.open(&memory).and_then(|mut opened| {
-                while let Some(frame) = frames.next_if(|next| queue_of(spread, next) == queue) {
+                while let Some(frame) = next.take_if(|next| queue_of(spread, next) == queue) {
+                    next = frames.next();
                     let mut broken = None;
                     shared.finished(&frame, room, |part, form| {
                         if broken.is_some() {
                             return;
                         }
-                        let mut tagged = [0; FRONT];
                         let packet = part.packet(form, &mut tagged);
                         if !shared.admits(&packet, now) {
                             return;
@@ -432,8 +434,8 @@ impl PortShared {
         let Some(form) = self.policy.vlans.form(frame.vlan) else {
             return;
         };
-        let needs = frame.header.needs();
-        if needs.is_some_and(|needs| needs & !self.offloads() == 0) {
+        let taken = |needs| needs & !self.offloads() == 0;
+        if frame.header.is_plain() || frame.header.needs().is_some_and(taken) {
             send(frame, form);
             return;
         }
