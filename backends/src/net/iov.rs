@@ -211,9 +211,15 @@ impl IoList {
     /// Writes all pieces as one packet.
     pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let live = self.live();
-        let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
-        // SAFETY: each piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
-        let done = unsafe { libc::writev(fd.as_raw_fd(), live.as_ptr(), count) };
+        let done = if let [piece] = live {
+            // The kernel need not fetch a list.
+            // SAFETY: the piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
+            unsafe { libc::write(fd.as_raw_fd(), piece.iov_base, piece.iov_len) }
+        } else {
+            let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
+            // SAFETY: each piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
+            unsafe { libc::writev(fd.as_raw_fd(), live.as_ptr(), count) }
+        };
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 
