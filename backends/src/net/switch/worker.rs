@@ -739,7 +739,7 @@ impl Worker {
                 if let Some(place) = guest.rings.get_mut(usize::from(pair)) {
                     *place = Some(ring);
                 }
-                guest.count_pairs();
+                guest.choose_pairs();
             }
             return;
         }
@@ -788,7 +788,7 @@ impl Worker {
                 return None;
             };
             let ring = guest.rings.get_mut(pair)?.take()?;
-            guest.count_pairs();
+            guest.choose_pairs();
             return Some(ring.ring.vring);
         }
         let ingress = self.ingress.get_mut(at)?.as_mut()?;
