@@ -348,6 +348,12 @@ pub const FRAMES: &[Call] = &[
     call(libc::SYS_sendto, "frames, and a ring of AF_XDP"),
 ];
 
+/// A ring of io_uring that exists, and writes to what is open, no more.
+pub const BATCHES: &[Call] = &[call(
+    libc::SYS_io_uring_enter,
+    "many frames from guest memory",
+)];
+
 /// Asynchronous I/O, of a context that exists: it signals eventfds without waiting. It can read and write what is open, no more.
 pub const SIGNALS: &[Call] = &[
     call(libc::SYS_io_submit, "an interrupt"),
@@ -460,6 +466,7 @@ pub const GROUPS: &[(&str, &[Call])] = &[
     ("STORAGE", STORAGE),
     ("STREAMS", STREAMS),
     ("FRAMES", FRAMES),
+    ("BATCHES", BATCHES),
     ("SIGNALS", SIGNALS),
     ("PACKET", PACKET),
     ("BPF_MAPS", BPF_MAPS),

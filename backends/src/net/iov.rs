@@ -106,7 +106,8 @@ impl IoList {
         }
     }
 
-    fn live(&self) -> &[libc::iovec] {
+    /// All pieces.
+    pub(super) fn live(&self) -> &[libc::iovec] {
         self.pieces.get(self.start..).unwrap_or_default()
     }
 
@@ -211,14 +212,14 @@ impl IoList {
     /// Writes all pieces as one packet.
     pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let live = self.live();
+        let fd = fd.as_raw_fd();
         let done = if let [piece] = live {
-            // The kernel need not fetch a list.
             // SAFETY: the piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
-            unsafe { libc::write(fd.as_raw_fd(), piece.iov_base, piece.iov_len) }
+            unsafe { libc::write(fd, piece.iov_base, piece.iov_len) }
         } else {
             let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
-            // SAFETY: each piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
-            unsafe { libc::writev(fd.as_raw_fd(), live.as_ptr(), count) }
+            // SAFETY: as above, for each piece.
+            unsafe { libc::writev(fd, live.as_ptr(), count) }
         };
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }

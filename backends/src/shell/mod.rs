@@ -58,6 +58,7 @@ mod rate;
 mod session;
 mod socket;
 mod torn;
+mod uring;
 mod vring;
 
 pub use confine::confine;
@@ -79,4 +80,5 @@ pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;
+pub(crate) use uring::restricted;
 pub use vring::{Command, CommandSender, Commands, Vring, command_channel, signal};
