@@ -98,7 +98,7 @@ const PR_SET_VMA: u64 = 0x5356_4d41;
 /// What every thread of every program needs.
 pub const RUNTIME: &[Call] = &[
     call(libc::SYS_read, "eventfds, files"),
-    call(libc::SYS_write, "eventfds, logs, files"),
+    call(libc::SYS_write, "eventfds, logs, files, a frame"),
     call(libc::SYS_writev, "logs"),
     call(libc::SYS_close, "descriptors"),
     call(libc::SYS_fcntl, "duplicates, and flags of descriptors"),
