@@ -44,13 +44,14 @@ use std::time::Duration;
 use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use ringside_sandbox::{Profile, ThreadKind, narrow};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
-    Commands, Device, DeviceError, Drained, LogLimit, PollLimits, Statistics, WorkerThread,
-    config_range,
+    Commands, Device, DeviceError, Drained, LogLimit, PollLimits, StateError, Statistics,
+    WorkerThread, config_range, open_state, seal_state,
 };
 
 pub use args::{ArgsError, BlkArgs};
@@ -68,6 +69,19 @@ use request::{ID_LEN, Limits};
 use resize::ResizeError;
 use stats::{Clock, QueueStats};
 use worker::{Shared, Worker};
+
+/// Of the device, in its state.
+const KIND: &str = "block";
+/// Version of [`BlkState`].
+const STATE_VERSION: u32 = 1;
+
+/// What a driver has set: see [`Device::save`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BlkState {
+    /// `wce` (VIRTIO 1.3, 5.2.4).
+    writeback: bool,
+}
 
 /// Most data segments in a request: with header and status it fits a queue of 128, which is QEMU's default.
 const SEG_MAX: u16 = 126;
@@ -471,6 +485,17 @@ impl Device for Blk {
                 .map_err(|error| ApiError::new(ErrorCode::Failed, &error)),
             None => Ok(Box::new(|| Ok(()))),
         }
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let writeback = self.shared.writeback.load(Ordering::Relaxed);
+        seal_state(KIND, STATE_VERSION, &BlkState { writeback })
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let BlkState { writeback } = open_state(KIND, STATE_VERSION, state)?;
+        self.shared.writeback.store(writeback, Ordering::Relaxed);
+        Ok(())
     }
 
     fn reset(&mut self) {

@@ -20,10 +20,11 @@ use super::features::{control_queue, feature_name, guest_offloads, has, header_l
 use super::filter::Filter;
 use super::link::{AnyLink, Interface, Link};
 use super::settings::{Settings, Shared};
+use super::state;
 use super::worker::PairWorker;
 use crate::shell::{
-    Chain as Causes, Commands, Device, DeviceError, LogLimit, PollLimits, Statistics, WorkerThread,
-    confined,
+    Chain as Causes, Commands, Device, DeviceError, LogLimit, PollLimits, StateError, Statistics,
+    WorkerThread, confined,
 };
 
 /// The MTU of an Ethernet that nobody has configured.
@@ -322,6 +323,15 @@ impl Device for Net {
             settings.filter.link_up = up;
         });
         Ok(changed)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        state::save(&self.shared, self.interface.as_ref())
+    }
+
+    fn load(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let (pairs, link) = (self.config.pairs, self.interface.as_ref());
+        state::load(bytes, self.acked, pairs, &self.shared, link)
     }
 
     fn reset(&mut self) {

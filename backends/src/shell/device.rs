@@ -13,6 +13,7 @@ use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use super::control::Statistics;
+use super::state::StateError;
 use super::vring::Commands;
 
 /// A request of the front-end or the shell that a device cannot fulfil.
@@ -282,6 +283,20 @@ pub trait Device {
     fn announce(&mut self) -> Result<bool, ApiError> {
         unknown("announce")
     }
+
+    /// What its driver has set, and neither the front-end nor another device knows, for the device that takes its place
+    /// (VHOST_USER_SET_DEVICE_STATE_FD). All rings are stopped.
+    ///
+    /// # Errors
+    /// [`StateError`]
+    fn save(&self) -> Result<Vec<u8>, StateError>;
+
+    /// Goes on from what another one of its kind has saved. Its driver has accepted the same features, and all rings are
+    /// stopped. If it fails, nothing is changed.
+    ///
+    /// # Errors
+    /// [`StateError`]
+    fn load(&mut self, state: &[u8]) -> Result<(), StateError>;
 
     /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.
     fn reset(&mut self);

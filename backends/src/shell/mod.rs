@@ -57,6 +57,7 @@ mod ports;
 mod rate;
 mod session;
 mod socket;
+mod state;
 mod torn;
 mod vring;
 
@@ -79,4 +80,6 @@ pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;
+pub use state::StateError;
+pub(crate) use state::{open as open_state, seal as seal_state};
 pub use vring::{Command, CommandSender, Commands, Vring, command_channel, signal};

@@ -31,14 +31,15 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use nix::unistd::{Pid, geteuid};
+use nix::unistd::{Pid, geteuid, pipe};
 use request::{
     GET_FEATURES, GET_PROTOCOL_FEATURES, NEED_REPLY, SET_FEATURES, SET_LOG_BASE,
     SET_PROTOCOL_FEATURES, SET_VRING_BASE,
 };
 use ringside_rings::{DriverLayout, DriverRing, Segment};
 use vhost::vhost_user::message::{
-    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserHeaderFlag, VhostUserInflight,
+    VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -437,6 +438,7 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(protocol.contains(wanted), "{protocol:?}");
     let of_device = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RARP;
@@ -639,6 +641,37 @@ impl FrontEnd {
             let addresses = self.addresses(self.queues[index].ring.layout());
             self.messages.set_vring_addr(index, &addresses).unwrap();
         }
+    }
+
+    /// Has the device's state written to a pipe. `None`: it refuses.
+    pub fn save_state(&self) -> Option<Vec<u8>> {
+        let (reader, writer) = pipe().unwrap();
+        let (save, stopped) = (
+            VhostTransferStateDirection::SAVE,
+            VhostTransferStatePhase::STOPPED,
+        );
+        self.messages
+            .set_device_state_fd(save, stopped, writer)
+            .ok()?;
+        let mut state = Vec::new();
+        File::from(reader).read_to_end(&mut state).unwrap();
+        self.messages.check_device_state().unwrap();
+        Some(state)
+    }
+
+    /// Has the device go on from such a state. `false`: it refuses.
+    pub fn load_state(&self, state: &[u8]) -> bool {
+        let (reader, writer) = pipe().unwrap();
+        let (load, stopped) = (
+            VhostTransferStateDirection::LOAD,
+            VhostTransferStatePhase::STOPPED,
+        );
+        self.messages
+            .set_device_state_fd(load, stopped, reader)
+            .unwrap();
+        // One that is too long is not taken to its end.
+        let _ = File::from(writer).write_all(state);
+        self.messages.check_device_state().is_ok()
     }
 
     pub fn complete(&mut self, queue: usize) -> (u64, u32) {

@@ -274,6 +274,11 @@ pub(super) trait Interface: Debug + Send + Sync {
             Some(_) => Err(LinkError::NoSteering),
         }
     }
+
+    /// What [`set_steering`](Self::set_steering) said last.
+    fn steering(&self) -> Option<Rss> {
+        None
+    }
 }
 
 /// A link that takes the driver's choice from each call.

@@ -708,6 +708,10 @@ impl Interface for Tap {
         }
         Ok(self.steer(rss)?)
     }
+
+    fn steering(&self) -> Option<Rss> {
+        lock(&self.members).rss.clone()
+    }
 }
 
 fn check_name(name: &str) -> Result<(), TapError> {
