@@ -50,7 +50,7 @@ use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
-    Commands, Device, DeviceError, Drained, LogLimit, PollLimits, StateError, Statistics,
+    Commands, Device, DeviceError, Drained, LogLimit, Parts, PollLimits, StateError, Statistics,
     WorkerThread, config_range, open_state, seal_state,
 };
 
@@ -91,6 +91,8 @@ const SEG_MAX: u16 = 126;
 pub struct BlkConfig {
     /// The disk; `None` answers all requests at once and moves no data, to measure the rest.
     pub disk: Option<Disk>,
+    /// It is that of another program, whose place this one takes.
+    pub taken: bool,
     /// When it is locked.
     pub lock: Lock,
     /// What the driver is told.
@@ -131,6 +133,8 @@ pub struct Blk {
     path: Option<PathBuf>,
     source: Option<Source>,
     lock: Lock,
+    /// Its lock is another program's, too, and stays when this one ends.
+    taken: bool,
     /// By queue.
     stats: Vec<Arc<QueueStats>>,
     shared: Shared,
@@ -143,6 +147,7 @@ impl Blk {
     pub fn new(config: BlkConfig) -> Self {
         let BlkConfig {
             disk,
+            taken,
             lock,
             geometry,
             read_only,
@@ -247,6 +252,7 @@ impl Blk {
             limit: LogLimit::default(),
             source,
             lock,
+            taken,
         }
     }
 }
@@ -267,7 +273,7 @@ impl Blk {
 impl Drop for Blk {
     fn drop(&mut self) {
         // An image gives back its locks when it has written everything.
-        if let Some(Source::Raw(disk)) = &self.source {
+        if let (Some(Source::Raw(disk)), false) = (&self.source, self.taken) {
             disk::unlock(disk);
         }
     }
@@ -498,6 +504,59 @@ impl Device for Blk {
         Ok(())
     }
 
+    /// A raw disk is its open file, with its lock. Of images and zones, this program has tables in memory, and of servers
+    /// connections.
+    fn parts(&self) -> Result<Parts, ApiError> {
+        let descriptors = match (&self.source, &self.shared.zones) {
+            (None, _) => Vec::new(),
+            (Some(Source::Raw(file)), None) => {
+                let file = file.try_clone();
+                vec![
+                    file.map_err(|e| ApiError::new(ErrorCode::Failed, &e))?
+                        .into(),
+                ]
+            }
+            _ => {
+                let message = "only raw files and block devices without zones can go over to another program: end this one, and \
+                     start the other; the guest waits for it if its VMM reconnects";
+                return Err(ApiError::of(ErrorCode::Conflict, message));
+            }
+        };
+        Ok(Parts {
+            description: Value::Null,
+            descriptors,
+        })
+    }
+
+    fn settings(&self) -> Value {
+        let (capacity, limits) = (self.geometry.capacity, self.shared.throttle.limits());
+        json!({ "capacity": capacity, "limits": limits.to_json() })
+    }
+
+    fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
+        #[derive(Deserialize)]
+        struct Settings {
+            capacity: u64,
+            limits: BTreeMap<String, Size>,
+        }
+        let Settings { capacity, limits } =
+            Settings::deserialize(settings).map_err(StateError::Content)?;
+        let ours = self.geometry.capacity;
+        if capacity != ours {
+            let why = format!("that disk has {capacity} bytes, and this one {ours}");
+            return Err(StateError::Misfit(why));
+        }
+        let limits = RateLimits::default()
+            .with(&limits)
+            .map_err(|error| StateError::Misfit(error.to_string()))?;
+        self.shared.throttle.set(limits);
+        Ok(())
+    }
+
+    fn thaw(&mut self) {
+        self.taken = false;
+    }
+
     fn reset(&mut self) {
         let Self {
             geometry: _,
@@ -507,6 +566,7 @@ impl Device for Blk {
             path: _,
             source: _,
             lock: _,
+            taken: _,
             stats: _,
             shared,
             limit: _,

@@ -37,6 +37,8 @@ pub(super) struct Settings {
     pub(super) filter: Filter,
     /// Queue pairs in use.
     pub(super) pairs: Pairs,
+    /// Another program has the link as well: queues stay attached to it, or detached, as they are.
+    pub(super) frozen: bool,
     /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
     pub(super) announce: bool,
     /// The offloads with which the driver takes packets, as bits of the features, since it has changed its mind about them.
@@ -55,6 +57,7 @@ impl Settings {
         Self {
             filter,
             pairs: Pairs::Enabled,
+            frozen: false,
             announce: false,
             offloads: None,
             rarp: Default::default(),

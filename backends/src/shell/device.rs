@@ -13,6 +13,7 @@ use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use super::control::Statistics;
+use super::handover::Parts;
 use super::state::StateError;
 use super::vring::Commands;
 
@@ -297,6 +298,38 @@ pub trait Device {
     /// # Errors
     /// [`StateError`]
     fn load(&mut self, state: &[u8]) -> Result<(), StateError>;
+
+    /// What it is made of, for a program that is to take the place of this one while its driver goes on: that opens the
+    /// same device by it.
+    ///
+    /// # Errors
+    /// Why it cannot be had by another program.
+    fn parts(&self) -> Result<Parts, ApiError> {
+        let message =
+            "this device cannot go over to another program: end this one, and start the other";
+        Err(ApiError::of(ErrorCode::Conflict, message))
+    }
+
+    /// What users have changed about it since it was opened.
+    fn settings(&self) -> Value {
+        Value::Null
+    }
+
+    /// Goes by what users had changed about the device whose place it takes. The state of that was loaded before.
+    ///
+    /// # Errors
+    /// It is not the same device.
+    fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
+        let _ = settings;
+        Ok(())
+    }
+
+    /// It is about to go over to another program. Its rings are stopped afterwards, and nothing else may change of what both
+    /// have in common. Then either this program ends, without another word, or there is [`thaw`](Self::thaw).
+    fn freeze(&mut self) {}
+
+    /// What both programs have in common is this one's alone: it goes on after all, or it has taken the place of the other.
+    fn thaw(&mut self) {}
 
     /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.
     fn reset(&mut self);

@@ -24,6 +24,8 @@
 //! While the dirty log is on, a ring has memory that marks what is written to it (`dirty`): its own areas too, and also if only
 //! its VHOST_VRING_F_LOG is set, or only VHOST_F_LOG_ALL, as there are front-ends that set nothing else.
 
+mod handed;
+
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -62,6 +64,8 @@ use super::memory::{MAX_SHARED, MAX_SLOTS, MemoryError, MemoryTable, check_file_
 use super::placement::{Placement, PlacementError};
 use super::state::{StateError, Transfers};
 use super::vring::{Command, CommandSender, Vring, command_channel};
+
+pub(super) use handed::Kicks;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, the one virtio feature bit that is vhost-user's own.
 pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -340,8 +344,9 @@ impl<D: Device> Handler<D> {
                 self.tell_workers(|| Command::Resume)?;
                 json!({})
             }
-            // The end is for the caller to bring about; counters clients read without asking this thread.
-            Request::Quit | Request::Stats | Request::Metrics => json!({}),
+            // The end is for the caller to bring about; counters clients read without asking this thread; another program
+            // is met by whoever has the sockets.
+            Request::Quit | Request::Stats | Request::Metrics | Request::HandOver(_) => json!({}),
         };
         Ok(Reply::Done(value))
     }

@@ -46,6 +46,7 @@ mod dirty;
 #[doc(hidden)]
 pub mod fuzz;
 mod handler;
+mod handover;
 mod inflight;
 mod limit;
 mod log;
@@ -70,6 +71,8 @@ pub use device::{Device, DeviceError, Drained, OpenError, WorkerThread, config_r
 pub(crate) use dirty::{GuestSlice, is_logged, mark_pieces, mark_slices};
 pub use dirty::{LogError, Memory, PageLog, PageSlice};
 pub use handler::HandlerError;
+pub(crate) use handover::same;
+pub use handover::{Parts, TakeOverError, TalkError};
 pub use limit::LogLimit;
 pub use memory::MemoryError;
 pub use options::{LogFormat, OnOff, Program, ShellArgs};

@@ -142,6 +142,35 @@ impl Daemon {
         self.wait_for_socket();
     }
 
+    /// Has another one take its place while it runs, with a log of its own. The old one has to end with success.
+    pub fn upgrade(&mut self, program: &str, args: &[&str]) {
+        let successor = self.successor(program, args);
+        let old = std::mem::replace(&mut self.child, successor);
+        let mut old = Self {
+            child: old,
+            // Not its own any more.
+            dir: tempfile::tempdir().unwrap(),
+        };
+        self.wait_for_socket();
+        File::create(old.dir.path().join("log")).unwrap();
+        assert_eq!(old.wait().code(), Some(0));
+        assert!(self.log().contains("took over"), "{}", self.log());
+        assert!(self.socket().exists());
+    }
+
+    /// Starts one that is to take its place.
+    pub fn successor(&self, program: &str, args: &[&str]) -> Child {
+        // What writes to the old file goes on doing so.
+        let path = self.dir.path().join("log");
+        std::fs::remove_file(&path).unwrap();
+        let log = File::create(path).unwrap();
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(self.socket()).args(args);
+        command.arg("--take-over").arg(self.dir.path().join("ctl"));
+        command.stdin(Stdio::null()).stderr(log);
+        command.env_remove("RINGSIDE_LOG").spawn().unwrap()
+    }
+
     pub fn wait_for_socket(&self) {
         self.wait_for_line("ready");
     }
@@ -153,6 +182,18 @@ impl Daemon {
             assert!(start.elapsed() < PATIENCE, "no `{text}`: {}", self.log());
             sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Starts `program --socket-path … --control-socket … args` and waits until it listens.
+    pub fn start_controlled(program: &str, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(dir.path().join("s"));
+        command.arg("--control-socket").arg(dir.path().join("ctl"));
+        command.stdin(Stdio::null());
+        let daemon = Self::spawn_command(command.args(args), dir);
+        daemon.wait_for_socket();
+        daemon
     }
 
     pub fn socket(&self) -> PathBuf {
