@@ -13,6 +13,7 @@ use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -280,6 +281,26 @@ fn what_cannot_go_over_says_so() {
         daemon.log()
     );
     daemon.stop();
+}
+
+#[test]
+fn a_switch_says_that_it_cannot_go_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let [port, control] = ["port", "ctl"].map(|name| dir.path().join(name));
+    let port = format!("socket={}", port.display());
+    let mut command = Command::new(NET);
+    command
+        .args(["--port", &port, "--control-socket"])
+        .arg(&control);
+    let daemon = Daemon::spawn_command(&mut command, dir);
+    daemon.wait_for_socket();
+    let asked = client::call(&control, "hand-over", &json!({ "version": 1 }));
+    let refused = asked.unwrap().unwrap_err();
+    assert!(
+        refused.message.contains("several ports"),
+        "{}",
+        refused.message
+    );
 }
 
 /// A program that has no front-end is replaced as well, and one that was drained is not.

@@ -232,3 +232,129 @@ pub(super) fn load(
     });
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::net::filter::Filter;
+    use crate::net::link::LinkError;
+    use serde_json::{Value, json};
+    use std::sync::Mutex;
+    use virtio_bindings::virtio_net::VIRTIO_NET_F_GUEST_CSUM;
+
+    const PAIRS: u16 = 2;
+    const FEATURES: u64 =
+        1 << VIRTIO_NET_F_CTRL_VLAN | 1 << VIRTIO_NET_F_RSS | 1 << VIRTIO_NET_F_GUEST_CSUM;
+
+    /// A link with several queues that remembers what it was told.
+    #[derive(Debug, Default)]
+    struct Told(Mutex<(Option<Rss>, u32)>);
+
+    impl Interface for Told {
+        fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
+            Ok(())
+        }
+        fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
+            self.0.lock().unwrap().1 = offloads;
+            Ok(())
+        }
+        fn set_steering(&self, rss: Option<Rss>) -> Result<(), LinkError> {
+            self.0.lock().unwrap().0 = rss;
+            Ok(())
+        }
+        fn steering(&self) -> Option<Rss> {
+            self.0.lock().unwrap().0.clone()
+        }
+    }
+
+    fn device() -> (Shared, Told) {
+        let filter = Filter::new(MacAddress::new([2, 0, 0, 0, 0, 1]), true);
+        let shared = Shared::new(Settings::new(filter, PAIRS), PAIRS).unwrap();
+        (shared, Told::default())
+    }
+
+    fn load_into((shared, told): &(Shared, Told), state: &[u8]) -> Result<(), StateError> {
+        load(state, FEATURES, PAIRS, shared, told)
+    }
+
+    fn save_of((shared, told): &(Shared, Told)) -> Vec<u8> {
+        save(shared, told).unwrap()
+    }
+
+    /// One in which nothing is as it is at first.
+    fn full() -> Value {
+        json!({
+            "mac": [2, 0, 0, 0, 0, 7],
+            "modes": [false, true, true, true, true, true],
+            "unicast": null,
+            "multicast": [[1, 0, 0, 0, 0, 1]],
+            "vlans": [0, 4095],
+            "pairs": { "first": 2 },
+            "announce": true,
+            "hash-types": HASH_TYPES,
+            "hash-key": [1, 2, 3],
+            "rss": { "table": [0, 1], "unclassified": 1, "max-tx": 2 },
+            "coalescing": [[1, 2], [3, 4], [5, 6], [7, 8]],
+            "offloads": 0,
+        })
+    }
+
+    #[test]
+    fn all_of_it_comes_over() {
+        let (from, to) = (device(), device());
+        let before = save_of(&from);
+        let state = seal_state(KIND, VERSION, &full()).unwrap();
+        load_into(&from, &state).unwrap();
+        let saved = save_of(&from);
+        let found: Value = open_state(KIND, VERSION, &saved).unwrap();
+        assert_eq!(found, full());
+        load_into(&to, &saved).unwrap();
+        assert_eq!(save_of(&to), saved);
+        assert_eq!(to.1.0.lock().unwrap().1, 0);
+        let settings = to.0.get();
+        assert_eq!(settings.pairs, Pairs::First(2));
+        assert!(!settings.filter.passes(&[0xff; 18]));
+        load_into(&to, &before).unwrap();
+        assert_eq!(save_of(&to), before);
+    }
+
+    #[test]
+    fn what_no_driver_could_have_set_is_refused() {
+        let device = device();
+        let before = save_of(&device);
+        let many = vec![[2, 0, 0, 0, 0, 1]; TABLE_SIZE + 1];
+        for (place, wrong) in [
+            ("/mac/0", json!(1)),
+            ("/mac", json!([0, 0, 0, 0, 0, 0])),
+            ("/mac", json!([2, 0])),
+            ("/modes", json!([true])),
+            ("/unicast", json!(many)),
+            ("/vlans", Value::Null),
+            ("/vlans/0", json!(4096)),
+            ("/pairs", json!({ "first": 0 })),
+            ("/pairs", json!({ "first": 3 })),
+            ("/pairs", json!("none")),
+            ("/hash-types", json!(u32::MAX)),
+            ("/hash-key", json!(vec![1; MAX_KEY + 1])),
+            ("/rss/table", json!([0, 1, 0])),
+            ("/rss/table", json!([])),
+            ("/rss/table", json!([0, 2])),
+            ("/rss/table", json!(vec![0; 2 * MAX_TABLE])),
+            ("/rss/unclassified", json!(2)),
+            ("/rss/max-tx", json!(0)),
+            ("/rss/max-tx", json!(3)),
+            ("/coalescing", json!([[1, 2]])),
+            ("/offloads", json!(1_u64 << 63)),
+        ] {
+            let mut state = full();
+            *state.pointer_mut(place).unwrap() = wrong;
+            let state = seal_state(KIND, VERSION, &state).unwrap();
+            assert!(load_into(&device, &state).is_err(), "{place}");
+            assert_eq!(save_of(&device), before, "{place}");
+        }
+        let mut more = full();
+        more["more"] = json!(1);
+        let more = seal_state(KIND, VERSION, &more).unwrap();
+        assert!(load_into(&device, &more).is_err());
+    }
+}
