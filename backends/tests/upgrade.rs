@@ -23,6 +23,7 @@ use ringside_control::client;
 use ringside_rings::Segment;
 use serde_json::{Value, json};
 use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
 use vm_memory::{Bytes, GuestAddress};
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
@@ -137,6 +138,58 @@ fn the_image_stays_locked() {
     served.daemon.stop();
     // And is free then.
     Daemon::start(BLK, &args).stop();
+}
+
+/// What a front-end has set up beside its rings goes over, too: the dirty log, its socket for our requests, and what users have
+/// changed.
+#[test]
+fn all_of_the_connection_goes_over() {
+    let mut served = Served::new();
+    let path = served.image.path().to_str().unwrap().to_owned();
+    let args = ["--path", path.as_str(), "--queues", "2"];
+    let control = served.daemon.dir.path().join("ctl");
+    let call = |command, arguments| {
+        client::call(&control, command, &arguments)
+            .unwrap()
+            .unwrap()
+    };
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    served
+        .front
+        .messages
+        .set_backend_request_fd(&theirs)
+        .unwrap();
+    drop(theirs);
+    call("limits", json!({ "iops": 5000 }));
+    served.front.begin_log(true);
+    served.daemon.upgrade(BLK, &args);
+    let marked = |log: &File| {
+        let mut bits = vec![0; log.metadata().unwrap().len() as usize];
+        log.read_exact_at(&mut bits, 0).unwrap();
+        bits.iter().map(|byte| byte.count_ones()).sum::<u32>()
+    };
+    let before = marked(&served.front.log.as_ref().unwrap().0);
+    // The next status lies in a page that nobody has written.
+    served.front.guest.alloc(4096, 4096);
+    served.works();
+    let log = served.front.end_log();
+    let after = marked(&log);
+    assert!(after > before, "{before} pages, then {after}");
+    served.daemon.upgrade(BLK, &args);
+    served.works();
+    assert_eq!(marked(&log), after);
+    assert_eq!(call("limits", Value::Null)["iops"], 5000);
+    let status = call("status", Value::Null);
+    assert_eq!(status["front-end"], "connected");
+    assert_eq!(status["inflight-tracking"], true);
+    call("resize", json!({ "size": 2 * SIZE }));
+    // VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no payload.
+    let mut message = [0; 12];
+    ours.read_exact(&mut message).unwrap();
+    assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    served.daemon.upgrade(BLK, &args);
+    served.daemon.stop();
 }
 
 #[test]

@@ -49,12 +49,17 @@ impl<D: Device> Handler<D> {
 
     /// What the device is made of, if it can go over to another process as it is now.
     pub(in crate::shell) fn parts(&self) -> Result<Parts, ApiError> {
+        self.check_runs()?;
+        self.device.parts()
+    }
+
+    fn check_runs(&self) -> Result<(), ApiError> {
         if self.paused {
             let message =
-                "the device is drained, and its place is taken when it runs: `resume` it before";
+                "the device is drained, and goes over only when it is not: `resume` it before";
             return Err(ApiError::of(ErrorCode::Conflict, message));
         }
-        self.device.parts()
+        Ok(())
     }
 
     /// Stops all rings, and says all that there is to be said about them. `connection` is that of the front-end, if there is
@@ -63,6 +68,7 @@ impl<D: Device> Handler<D> {
         &mut self,
         connection: Option<&UnixStream>,
     ) -> Result<(State, Descriptors), ApiError> {
+        self.check_runs()?;
         let stopped = now();
         self.device.freeze();
         let running: Vec<u16> = self.running().collect();
