@@ -134,7 +134,7 @@ pub trait Device {
     fn features(&self) -> u64;
 
     /// The vhost-user protocol features that the device needs beyond those of the shell (REPLY_ACK, MQ,
-    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE, LOG_SHMFD).
+    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE, LOG_SHMFD, DEVICE_STATE).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::empty()
     }

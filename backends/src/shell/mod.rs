@@ -16,6 +16,8 @@
 //! A program with several ports (`ports`) has a control thread for each of them, so that a front-end that hangs holds up
 //! nobody else.
 //!
+//! With --take-over it begins where another program of the same device is, which then ends (`handover`).
+//!
 //! A ring that runs belongs to its worker. Whatever is to change about it (memory, addresses, call
 //! eventfd, enabled or not), the shell stops the ring, changes it and starts it again.
 //!
@@ -33,6 +35,7 @@
 //! | shares memory whose pages others bring, with a process that serves several | refuses it (`memory`) |
 //! | gives a dirty log that is too short for its guest | refuses it, or the memory that is too much for it (`dirty`) |
 //! | leaves notes about requests in flight that make no sense | does not start that ring; the others go on (`inflight`) |
+//! | gives a descriptor for the device's state that is full, or never ends | has a thread wait for it, for five seconds, and refuses (`state`) |
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
