@@ -427,6 +427,7 @@ fn an_image_in_use_is_left_alone() {
 
 fn open(path: &Path) -> Result<blk::Disk, blk::DiskError> {
     blk::Disk::open(&DiskOptions {
+        taken: None,
         path: path.to_owned(),
         read_only: false,
         direct: false,

@@ -51,6 +51,16 @@ pub trait Service: Send + Sync + 'static {
     /// Why it is not granted.
     fn call(&self, command: Self::Command) -> Result<Value, ApiError>;
 
+    /// The same for a request that takes more than its answer: until this returns, `client`'s connection is spoken on by nobody
+    /// else, and the client has sent nothing more before it was sent something.
+    ///
+    /// # Errors
+    /// Why it is not granted.
+    fn call_with(&self, command: Self::Command, client: &UnixStream) -> Result<Value, ApiError> {
+        let _ = client;
+        self.call(command)
+    }
+
     /// The page of metrics, if there is one.
     fn metrics(&self) -> Option<String> {
         None
@@ -60,7 +70,7 @@ pub trait Service: Send + Sync + 'static {
 /// The control socket; gone when dropped, after requests under way have been answered, or could have been.
 #[derive(Debug)]
 pub struct ControlSocket {
-    _file: SocketFile,
+    file: Option<SocketFile>,
     answering: Arc<Answering>,
 }
 
@@ -109,6 +119,27 @@ impl BoundSocket {
         })
     }
 
+    /// The socket at `path` that another process listened on.
+    ///
+    /// # Errors
+    /// Its file is not there any more.
+    pub fn adopt(path: &Path, listener: UnixListener, peers: Peers) -> io::Result<Self> {
+        let file = SocketFile::adopt(path)?;
+        Ok(Self {
+            file,
+            listener,
+            peers,
+        })
+    }
+
+    /// Its socket, for a process that listens there afterwards.
+    ///
+    /// # Errors
+    /// There are too many descriptors.
+    pub fn listener(&self) -> io::Result<UnixListener> {
+        self.listener.try_clone()
+    }
+
     /// Has requests carried out from now on.
     ///
     /// # Errors
@@ -126,7 +157,7 @@ impl BoundSocket {
             .spawn(move || accept(&listener, &peers, &service, &shared))
             .map_err(Error::Thread)?;
         Ok(ControlSocket {
-            _file: file,
+            file: Some(file),
             answering,
         })
     }
@@ -139,6 +170,13 @@ impl ControlSocket {
     /// [`Error`]
     pub fn start<S: Service>(path: &Path, peers: Peers, service: Arc<S>) -> Result<Self, Error> {
         BoundSocket::bind(path, peers)?.start(service)
+    }
+
+    /// Ends it in this process: another one has its socket, and keeps its file.
+    pub fn leave(mut self) {
+        if let Some(file) = self.file.take() {
+            file.leave();
+        }
     }
 }
 
@@ -238,7 +276,7 @@ fn serve<S: Service>(
         }
         if !line.trim_ascii().is_empty() {
             answering.count(1);
-            let written = write(stream, &respond(&line, service));
+            let written = write(stream, &respond(&line, service, stream));
             answering.count(-1);
             written?;
         }
@@ -285,7 +323,7 @@ fn page<S: Service>(wish: Wish, service: &S) -> String {
 }
 
 /// The answer to one line.
-fn respond<S: Service>(line: &[u8], service: &S) -> Value {
+fn respond<S: Service>(line: &[u8], service: &S, client: &UnixStream) -> Value {
     let request: Value = match serde_json::from_slice(line) {
         Ok(request) => request,
         Err(error) => return answer(None, Err(bad_request(format!("this is not JSON: {error}")))),
@@ -297,7 +335,7 @@ fn respond<S: Service>(line: &[u8], service: &S) -> Value {
     let command = serde_json::from_value::<S::Command>(Value::Object(request));
     let result = command.map_err(bad_request).and_then(|command| {
         tracing::debug!(?command, "control socket");
-        service.call(command)
+        service.call_with(command, client)
     });
     answer(id, result)
 }

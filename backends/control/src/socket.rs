@@ -81,6 +81,23 @@ impl SocketFile {
         };
         Ok((file, listener))
     }
+
+    /// The file at `path` of a socket that another process listened on, and this one does now.
+    ///
+    /// # Errors
+    /// It is not there any more.
+    pub fn adopt(path: &Path) -> io::Result<Self> {
+        let meta = fs::symlink_metadata(path)?;
+        Ok(Self {
+            path: path.to_owned(),
+            identity: (meta.dev(), meta.ino()),
+        })
+    }
+
+    /// Leaves the file to another process that listens on the socket.
+    pub fn leave(self) {
+        std::mem::forget(self);
+    }
 }
 
 impl Drop for SocketFile {

@@ -198,6 +198,12 @@ pub const SOCKETS: &[Call] = &[
     ioctl(libc::FIONBIO, "sockets that do not block"),
 ];
 
+/// A connection that another program had.
+pub const TAKING_OVER: &[Call] = &[
+    call(libc::SYS_socketpair, "what was negotiated on it"),
+    call(libc::SYS_dup3, "the connection, in place of that"),
+];
+
 /// Files that are open, their names, and memory that peers share.
 pub const FILES: &[Call] = &[
     rare(call(libc::SYS_fstat, "memory that a front-end shares")),
@@ -455,6 +461,7 @@ pub const GROUPS: &[(&str, &[Call])] = &[
     ("RUNTIME", RUNTIME),
     ("EVENTS", EVENTS),
     ("SOCKETS", SOCKETS),
+    ("TAKING_OVER", TAKING_OVER),
     ("FILES", FILES),
     ("OPENING", OPENING),
     ("LISTENING", LISTENING),

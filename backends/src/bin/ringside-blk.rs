@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use ringside_backends::blk::{Blk, BlkArgs};
+use ringside_backends::blk::{ArgsError, Blk, BlkArgs};
 use ringside_backends::shell::{self, Program, ShellArgs};
 
 const PROGRAM: Program = Program {
@@ -23,6 +23,11 @@ const EXAMPLES: &str = "Examples:
       --path disk.qcow2
     ringside-blk --socket-path /run/vm1-disk.sock --path nbd://server/disk
     ringside-blk --socket-path /run/vm1-disk.sock --path rbd:rbd/disk:id=vm1
+
+  Upgrade it under a running guest, which notices nothing but a pause:
+    ringside-blk --socket-path /run/vm1-disk.sock --path disk.img \\
+      --control-socket /run/vm1-disk.ctl ...
+    ringside-blk (the same) --take-over /run/vm1-disk.ctl
 
   Attach it to ringside-vmm:
     ringside-vmm --kernel vmlinuz --blk socket=/run/vm1-disk.sock ...
@@ -58,6 +63,9 @@ struct Cli {
 
 fn main() -> ExitCode {
     shell::main(&PROGRAM, |cli: Cli| {
-        (cli.blk.open().map(Blk::new), cli.shell)
+        let Cli { blk, mut shell } = cli;
+        let parts = shell.meet_predecessor(&PROGRAM).map_err(ArgsError::from);
+        let opened = parts.and_then(|parts| blk.open_as(parts));
+        (opened.map(Blk::new), shell)
     })
 }

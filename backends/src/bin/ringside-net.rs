@@ -3,7 +3,9 @@
 use std::process::ExitCode;
 
 use clap::{Arg, Parser};
-use ringside_backends::net::{Net, NetArgs, Switch, SwitchArgs, SwitchError, start_passt};
+use ringside_backends::net::{
+    ArgsError, Net, NetArgs, Switch, SwitchArgs, SwitchError, start_passt,
+};
 use ringside_backends::shell::{self, Program, ShellArgs};
 
 const PROGRAM: Program = Program {
@@ -31,6 +33,11 @@ const EXAMPLES: &str = "Examples:
     ringside-net --port socket=/run/vm1.sock,vlan=7 \\
       --port socket=/run/vm2.sock,vlan=7 --uplink tap:up0,vlan=7
 
+  Upgrade it under a running guest, which notices nothing but a pause:
+    ringside-net --socket-path /run/vm1-net.sock --tap vm1 \\
+      --control-socket /run/vm1-net.ctl ...
+    ringside-net (the same) --take-over /run/vm1-net.ctl
+
   Attach it to ringside-vmm:
     ringside-vmm --kernel vmlinuz --net socket=/run/vm1-net.sock ...
 
@@ -54,7 +61,7 @@ const EXAMPLES: &str = "Examples:
 ///
 /// With --port it serves several virtual machines and is the switch between them.
 #[derive(Parser)]
-#[command(mut_arg("socket_path", unless_a_switch), mut_arg("tap", |tap| unless_a_switch(tap)))]
+#[command(mut_arg("take_over", |arg| arg.conflicts_with("port")), mut_arg("socket_path", unless_a_switch), mut_arg("tap", |tap| unless_a_switch(tap)))]
 #[command(name = PROGRAM.name, version, after_help = PROGRAM.after_help(), after_long_help = format!("{EXAMPLES}\n{}", PROGRAM.after_help()))]
 struct Cli {
     #[command(flatten)]
@@ -79,13 +86,20 @@ enum Served {
 }
 
 fn open(cli: Cli) -> (Result<Served, SwitchError>, ShellArgs) {
-    let served = if cli.switch.port.is_empty() {
-        let card = cli.net.open().map_err(SwitchError::from);
+    let Cli {
+        net,
+        switch,
+        mut shell,
+    } = cli;
+    let served = if switch.port.is_empty() {
+        let parts = shell.meet_predecessor(&PROGRAM).map_err(ArgsError::from);
+        let card = parts.and_then(|parts| net.open_as(parts));
         card.map(|card| Served::Card(Box::new(card)))
+            .map_err(SwitchError::from)
     } else {
-        Ok(Served::Switch(Box::new((cli.net, cli.switch))))
+        Ok(Served::Switch(Box::new((net, switch))))
     };
-    (served, cli.shell)
+    (served, shell)
 }
 
 fn main() -> ExitCode {

@@ -1,6 +1,7 @@
 //! The options of `ringside-blk`, and the checks that need no front-end.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -11,7 +12,7 @@ use super::config::Geometry;
 use super::disk::{Disk, DiskError, DiskOptions, Format, Lock, Ranges};
 use super::request::{ID_LEN, SECTOR};
 use super::{BlkConfig, RateLimits, SEG_MAX};
-use crate::shell::{OnOff, OpenError};
+use crate::shell::{OnOff, OpenError, Parts, TakeOverError};
 
 /// How long a disk may stay locked by a program that is ending.
 pub(super) const LOCK_WAIT: Duration = Duration::from_secs(1);
@@ -228,6 +229,9 @@ pub enum ArgsError {
     /// Neither a file nor a size was given.
     #[error("no disk: give --path or --null")]
     NoDisk,
+    /// The place of another program cannot be taken.
+    #[error("cannot take over")]
+    TakeOver(#[from] TakeOverError),
     /// A size that no disk can have.
     #[error(
         "--null {size}: a disk has at least one block of {block} bytes, and a whole number of them"
@@ -255,7 +259,7 @@ pub enum ArgsError {
 
 impl OpenError for ArgsError {
     fn is_usage(&self) -> bool {
-        !matches!(self, Self::Disk(_))
+        !matches!(self, Self::Disk(_) | Self::TakeOver(_))
     }
 }
 
@@ -265,11 +269,22 @@ impl BlkArgs {
     /// # Errors
     /// [`ArgsError`]
     pub fn open(&self) -> Result<BlkConfig, ArgsError> {
+        self.open_as(None)
+    }
+
+    /// The same with what the disk of another program is made of, whose place this one takes.
+    ///
+    /// # Errors
+    /// [`ArgsError`]
+    pub fn open_as(&self, parts: Option<Parts>) -> Result<BlkConfig, ArgsError> {
+        let taken = parts.is_some();
+        let file = parts.and_then(|parts| parts.descriptors.into_iter().next());
         if !self.queue_size.is_power_of_two() {
             return Err(ArgsError::QueueSize(self.queue_size));
         }
         let disk = match (&self.path, self.null) {
             (Some(path), _) => Some(Disk::open(&DiskOptions {
+                taken: file.map(|file| Arc::new(file.into())),
                 path: path.clone(),
                 read_only: self.read_only,
                 direct: self.direct,
@@ -335,6 +350,7 @@ impl BlkArgs {
                 max_secure_erase: keep(self.secure_erase, ranges.max_secure_erase),
             },
             disk,
+            taken,
             lock: self.lock,
             read_only: self.read_only,
             writeback: self.cache == Cache::Writeback,

@@ -134,6 +134,14 @@ pub enum DiskError {
         /// The path.
         path: PathBuf,
     },
+    /// Another program has it open in another way than this one would.
+    #[error(
+        "disk {path} is another file now, or the other program has it open in another way: give both the same options"
+    )]
+    OtherwiseOpen {
+        /// The path.
+        path: PathBuf,
+    },
     /// The image's format says no.
     #[error(transparent)]
     Qcow2(#[from] Box<Qcow2Error>),
@@ -189,6 +197,8 @@ pub enum Lock {
 /// How to open a disk.
 #[derive(Debug, Clone)]
 pub struct DiskOptions {
+    /// The file as another program has it open, and locked, if this one takes its place.
+    pub taken: Option<Arc<File>>,
     /// Where it is.
     pub path: PathBuf,
     /// Open it for reading only.
@@ -393,7 +403,10 @@ impl Disk {
             let target = target.map_err(RbdError::from).map_err(Box::new)?;
             return Self::of_cluster(options, &target);
         }
-        let file = Arc::new(open_locked(options)?);
+        let file = match &options.taken {
+            Some(file) => adopt(options, file)?,
+            None => Arc::new(open_locked(options)?),
+        };
         let meta = file.metadata().map_err(|source| DiskError::Open {
             path: path.clone(),
             source,
@@ -599,6 +612,30 @@ pub(super) fn open_locked(options: &DiskOptions) -> Result<File, DiskError> {
     Ok(file)
 }
 
+/// Goes on with the file of another program, whose lock belongs to it, if it is what these options open.
+fn adopt(options: &DiskOptions, file: &Arc<File>) -> Result<Arc<File>, DiskError> {
+    let path = || options.path.clone();
+    let failed = |source| DiskError::Open {
+        path: path(),
+        source,
+    };
+    let (here, there) = (
+        fs::metadata(&options.path).map_err(failed)?,
+        file.metadata().map_err(failed)?,
+    );
+    let flags = fcntl(file, FcntlArg::F_GETFL).map_err(|errno| failed(errno.into()))?;
+    let access = match options.read_only {
+        true => libc::O_RDONLY,
+        false => libc::O_RDWR,
+    };
+    let same_file = (here.dev(), here.ino()) == (there.dev(), there.ino());
+    let direct = flags & libc::O_DIRECT != 0;
+    if !same_file || flags & libc::O_ACCMODE != access || direct != options.direct {
+        return Err(DiskError::OtherwiseOpen { path: path() });
+    }
+    Ok(Arc::clone(file))
+}
+
 fn open(options: &DiskOptions) -> Result<File, DiskError> {
     let path = options.path.clone();
     let mut flags = libc::O_CLOEXEC;
@@ -797,6 +834,7 @@ mod tests {
 
     fn options(path: &Path) -> DiskOptions {
         DiskOptions {
+            taken: None,
             path: path.to_owned(),
             read_only: false,
             direct: false,

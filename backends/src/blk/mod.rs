@@ -44,13 +44,14 @@ use std::time::Duration;
 use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, ErrorCode, Metrics, Size};
 use ringside_sandbox::{Profile, ThreadKind, narrow};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
-    Commands, Device, DeviceError, Drained, LogLimit, PollLimits, Statistics, WorkerThread,
-    config_range,
+    Commands, Device, DeviceError, Drained, LogLimit, Parts, PollLimits, StateError, Statistics,
+    WorkerThread, config_range, open_state, seal_state,
 };
 
 pub use args::{ArgsError, BlkArgs};
@@ -69,6 +70,19 @@ use resize::ResizeError;
 use stats::{Clock, QueueStats};
 use worker::{Shared, Worker};
 
+/// Of the device, in its state.
+const KIND: &str = "block";
+/// Version of [`BlkState`].
+const STATE_VERSION: u32 = 1;
+
+/// What a driver has set: see [`Device::save`].
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct BlkState {
+    /// `wce` (VIRTIO 1.3, 5.2.4).
+    writeback: bool,
+}
+
 /// Most data segments in a request: with header and status it fits a queue of 128, which is QEMU's default.
 const SEG_MAX: u16 = 126;
 
@@ -77,6 +91,8 @@ const SEG_MAX: u16 = 126;
 pub struct BlkConfig {
     /// The disk; `None` answers all requests at once and moves no data, to measure the rest.
     pub disk: Option<Disk>,
+    /// It is that of another program, whose place this one takes.
+    pub taken: bool,
     /// When it is locked.
     pub lock: Lock,
     /// What the driver is told.
@@ -117,6 +133,8 @@ pub struct Blk {
     path: Option<PathBuf>,
     source: Option<Source>,
     lock: Lock,
+    /// Its lock is another program's, too, and stays when this one ends.
+    taken: bool,
     /// By queue.
     stats: Vec<Arc<QueueStats>>,
     shared: Shared,
@@ -129,6 +147,7 @@ impl Blk {
     pub fn new(config: BlkConfig) -> Self {
         let BlkConfig {
             disk,
+            taken,
             lock,
             geometry,
             read_only,
@@ -233,6 +252,7 @@ impl Blk {
             limit: LogLimit::default(),
             source,
             lock,
+            taken,
         }
     }
 }
@@ -253,7 +273,7 @@ impl Blk {
 impl Drop for Blk {
     fn drop(&mut self) {
         // An image gives back its locks when it has written everything.
-        if let Some(Source::Raw(disk)) = &self.source {
+        if let (Some(Source::Raw(disk)), false) = (&self.source, self.taken) {
             disk::unlock(disk);
         }
     }
@@ -473,6 +493,70 @@ impl Device for Blk {
         }
     }
 
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        let writeback = self.shared.writeback.load(Ordering::Relaxed);
+        seal_state(KIND, STATE_VERSION, &BlkState { writeback })
+    }
+
+    fn load(&mut self, state: &[u8]) -> Result<(), StateError> {
+        let BlkState { writeback } = open_state(KIND, STATE_VERSION, state)?;
+        self.shared.writeback.store(writeback, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// A raw disk is its open file, with its lock. Of images and zones, this program has tables in memory, and of servers
+    /// connections.
+    fn parts(&self) -> Result<Parts, ApiError> {
+        let descriptors = match (&self.source, &self.shared.zones) {
+            (None, _) => Vec::new(),
+            (Some(Source::Raw(file)), None) => {
+                let file = file.try_clone();
+                vec![
+                    file.map_err(|e| ApiError::new(ErrorCode::Failed, &e))?
+                        .into(),
+                ]
+            }
+            _ => {
+                let message = "only raw files and block devices without zones can go over to another program: end this one, and \
+                     start the other; the guest waits for it if its VMM reconnects";
+                return Err(ApiError::of(ErrorCode::Conflict, message));
+            }
+        };
+        Ok(Parts {
+            description: Value::Null,
+            descriptors,
+        })
+    }
+
+    fn settings(&self) -> Value {
+        let (capacity, limits) = (self.geometry.capacity, self.shared.throttle.limits());
+        json!({ "capacity": capacity, "limits": limits.to_json() })
+    }
+
+    fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
+        #[derive(Deserialize)]
+        struct Settings {
+            capacity: u64,
+            limits: BTreeMap<String, Size>,
+        }
+        let Settings { capacity, limits } =
+            Settings::deserialize(settings).map_err(StateError::Content)?;
+        let ours = self.geometry.capacity;
+        if capacity != ours {
+            let why = format!("that disk has {capacity} bytes, and this one {ours}");
+            return Err(StateError::Misfit(why));
+        }
+        let limits = RateLimits::default()
+            .with(&limits)
+            .map_err(|error| StateError::Misfit(error.to_string()))?;
+        self.shared.throttle.set(limits);
+        Ok(())
+    }
+
+    fn thaw(&mut self) {
+        self.taken = false;
+    }
+
     fn reset(&mut self) {
         let Self {
             geometry: _,
@@ -482,6 +566,7 @@ impl Device for Blk {
             path: _,
             source: _,
             lock: _,
+            taken: _,
             stats: _,
             shared,
             limit: _,

@@ -6,9 +6,11 @@ use std::net::Ipv4Addr;
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use serde::Deserialize;
 use thiserror::Error;
 use tracing::info;
 
@@ -17,10 +19,10 @@ use super::device::Net;
 use super::features::{Extras, Offloads, offered};
 use super::hash::HASH_TYPES;
 use super::link::{
-    Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP, Opened,
-    Tap,
+    AnyLink, Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP,
+    Opened, Tap,
 };
-use crate::shell::{Chain as Causes, OnOff, OpenError, PollLimits};
+use crate::shell::{Chain as Causes, OnOff, OpenError, Parts, PollLimits, TakeOverError, same};
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -242,6 +244,9 @@ pub enum ArgsError {
     /// A setting for passt, and this program starts none.
     #[error("{0} is for a passt that this program starts: --link passt, not {1}")]
     NoPasst(&'static str, LinkSpec),
+    /// The place of another program cannot be taken.
+    #[error("cannot take over")]
+    TakeOver(#[from] TakeOverError),
     /// The link cannot be had.
     #[error(transparent)]
     Link(#[from] LinkError),
@@ -253,6 +258,7 @@ pub enum ArgsError {
 impl OpenError for ArgsError {
     fn is_usage(&self) -> bool {
         match self {
+            Self::TakeOver(_) => false,
             Self::Offload(_)
             | Self::SameFd(_)
             | Self::TooManyFds(_)
@@ -326,6 +332,64 @@ impl NetArgs {
         Ok(Opened::tap(tap, queues, mac, offloads, self.host_end())?)
     }
 
+    /// Goes on with the link of another program, if it is what these options ask for.
+    fn adopt_link(&self, parts: Parts, candidates: &[u32]) -> Result<Opened, ArgsError> {
+        #[derive(Deserialize)]
+        struct Description {
+            link: String,
+            mac: [u8; 6],
+            offloads: u32,
+        }
+        let Parts {
+            description,
+            descriptors,
+        } = parts;
+        let Description {
+            link,
+            mac,
+            offloads,
+        } = Description::deserialize(&description).map_err(TakeOverError::Description)?;
+        let mac = MacAddress::new(mac);
+        same("the address", &mac, &self.mac.unwrap_or(mac))?;
+        let spec = match (&self.tap, &self.link) {
+            (Some(name), _) => Some(LinkSpec::Tap(name.clone())),
+            (None, given) => given.clone(),
+        };
+        if let Some(spec) = &spec
+            // A name with a pattern was chosen by the kernel.
+            && !spec.to_string().contains('%')
+        {
+            same("the link", &link, &spec.to_string())?;
+        }
+        match spec {
+            Some(spec @ (LinkSpec::Null | LinkSpec::Generate(_))) => {
+                Ok(spec.open(LinkOptions {
+                    queues: self.queue_pairs.unwrap_or(1),
+                    mac: Some(mac),
+                    offloads: candidates,
+                    host: self.host_end(),
+                    forwards: &[],
+                    passt_arguments: &[],
+                })?)
+            }
+            spec => {
+                let count = descriptors.len();
+                let ours = usize::from(self.queue_pairs.unwrap_or(1));
+                if spec.is_some() {
+                    same("a number of queue pairs of", &count, &ours)?;
+                }
+                let (tap, queues) = Tap::adopt(descriptors).map_err(LinkError::from)?;
+                Ok(Opened {
+                    name: link,
+                    interface: Arc::new(tap),
+                    queues: queues.into_iter().map(AnyLink::Tap).collect(),
+                    offloads,
+                    mac,
+                })
+            }
+        }
+    }
+
     fn open_link(&self, offloads: &[u32]) -> Result<Opened, ArgsError> {
         let link = match (&self.tap, &self.link) {
             (Some(name), _) => LinkSpec::Tap(name.clone()),
@@ -371,7 +435,20 @@ impl NetArgs {
     /// # Errors
     /// [`ArgsError`]
     pub fn open(&self) -> Result<Net, ArgsError> {
-        let opened = self.open_link(&self.offloads()?.candidates())?;
+        self.open_as(None)
+    }
+
+    /// The same with what the device of another program is made of, whose place this one takes.
+    ///
+    /// # Errors
+    /// [`ArgsError`]
+    pub fn open_as(&self, parts: Option<Parts>) -> Result<Net, ArgsError> {
+        let candidates = self.offloads()?.candidates();
+        let taken = parts.is_some();
+        let opened = match parts {
+            Some(parts) => self.adopt_link(parts, &candidates)?,
+            None => self.open_link(&candidates)?,
+        };
         let Opened {
             name,
             interface,
@@ -410,6 +487,7 @@ impl NetArgs {
         let poll = self.poll_limits();
         Net::new(config, features, &name, interface, queues)
             .map(|net| net.spinning(poll))
+            .map(|net| if taken { net.taken() } else { net })
             .map_err(ArgsError::System)
     }
 }

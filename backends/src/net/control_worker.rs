@@ -346,11 +346,11 @@ impl Target {
                 return Ok(Some(both.to_le_bytes()));
             }
             ControlCommand::GuestOffloads(offloads) => {
-                return self
-                    .interface
+                self.interface
                     .set_offloads(tun_offloads(offloads))
-                    .map(|()| None)
-                    .map_err(|error| Causes(&error).to_string());
+                    .map_err(|error| Causes(&error).to_string())?;
+                self.shared
+                    .change(|settings| settings.offloads = Some(offloads))
             }
         };
         if self.shared.wait(version) {

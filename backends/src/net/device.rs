@@ -6,8 +6,9 @@ use std::thread;
 
 use ringside_control::{ApiError, ErrorCode};
 use ringside_sandbox::{Profile, ThreadKind, calls};
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
@@ -20,10 +21,11 @@ use super::features::{control_queue, feature_name, guest_offloads, has, header_l
 use super::filter::Filter;
 use super::link::{AnyLink, Interface, Link};
 use super::settings::{Settings, Shared};
+use super::state;
 use super::worker::PairWorker;
 use crate::shell::{
-    Chain as Causes, Commands, Device, DeviceError, LogLimit, PollLimits, Statistics, WorkerThread,
-    confined,
+    Chain as Causes, Commands, Device, DeviceError, LogLimit, Parts, PollLimits, StateError,
+    Statistics, WorkerThread, confined,
 };
 
 /// The MTU of an Ethernet that nobody has configured.
@@ -39,6 +41,8 @@ pub struct Net {
     interface: Arc<dyn Interface>,
     /// By queue pair; taken by its worker.
     queues: Vec<Option<AnyLink>>,
+    /// Nothing else hears what passes them.
+    plain: bool,
     counters: Vec<Arc<Counters>>,
     shared: Arc<Shared>,
     poll: PollLimits,
@@ -61,6 +65,9 @@ impl Net {
         Ok(Self {
             shared: Arc::new(Shared::new(settings, config.pairs)?),
             counters: queues.iter().map(|_| Arc::default()).collect(),
+            plain: !queues
+                .iter()
+                .any(|queue| matches!(queue, AnyLink::Other(_))),
             queues: queues.into_iter().map(Some).collect(),
             config,
             features,
@@ -70,6 +77,12 @@ impl Net {
             poll: PollLimits::default(),
             log: LogLimit::default(),
         })
+    }
+
+    /// It takes the place of another program's, which has its link as well.
+    pub(super) fn taken(self) -> Self {
+        self.shared.change(|settings| settings.frozen = true);
+        self
     }
 
     /// Lets the threads of its queue pairs spin before they sleep.
@@ -114,6 +127,7 @@ impl Net {
             filter.link_up = settings.filter.link_up;
             *settings = Settings {
                 rarp: settings.rarp,
+                frozen: settings.frozen,
                 ..Settings::new(filter, self.config.pairs)
             };
         });
@@ -324,6 +338,78 @@ impl Device for Net {
         Ok(changed)
     }
 
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        state::save(&self.shared, self.interface.as_ref())
+    }
+
+    fn load(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let (pairs, link) = (self.config.pairs, self.interface.as_ref());
+        state::load(bytes, self.acked, pairs, &self.shared, link)
+    }
+
+    fn parts(&self) -> Result<Parts, ApiError> {
+        let failed = |error: io::Error| ApiError::new(ErrorCode::Failed, &error);
+        let found = match self.plain {
+            true => self.interface.parts().map_err(failed)?,
+            false => None,
+        };
+        let Some(descriptors) = found else {
+            let message = "only TAP and macvtap interfaces without a capture file can go over to another program: end this \
+                 one, and start the other; the guest waits for it if its VMM reconnects";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
+        let description = json!({
+            "link": self.name,
+            "mac": self.config.mac.octets(),
+            "offloads": tun_offloads(guest_offloads(self.features)),
+        });
+        Ok(Parts {
+            description,
+            descriptors,
+        })
+    }
+
+    fn settings(&self) -> Value {
+        let link_up = self.shared.get().filter.link_up;
+        json!({ "link-up": link_up, "order": self.interface.order() })
+    }
+
+    fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
+        #[derive(Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        struct HostSettings {
+            link_up: bool,
+            order: Vec<u16>,
+        }
+        let HostSettings { link_up, order } =
+            HostSettings::deserialize(settings).map_err(StateError::Content)?;
+        self.interface
+            .adopt_order(order)
+            .map_err(|error| StateError::Misfit(Causes(&error).to_string()))?;
+        self.shared
+            .change(|settings| settings.filter.link_up = link_up);
+        Ok(())
+    }
+
+    fn freeze(&mut self) {
+        let frozen = self.shared.change(|settings| settings.frozen = true);
+        if !self.shared.wait(frozen) {
+            warn!("a queue pair takes no notice; packets that wait in the link may be lost");
+        }
+    }
+
+    fn thaw(&mut self) {
+        let driver = self.shared.get().offloads;
+        let offloads = driver.unwrap_or(guest_offloads(self.acked));
+        if let Err(error) = self.interface.set_offloads(tun_offloads(offloads)) {
+            error!(
+                "packets will not fit the driver's choice: {}",
+                Causes(&error)
+            );
+        }
+        self.shared.change(|settings| settings.frozen = false);
+    }
+
     fn reset(&mut self) {
         let Self {
             config: _,
@@ -332,6 +418,7 @@ impl Device for Net {
             name: _,
             interface: _,
             queues: _,
+            plain: _,
             counters: _,
             shared: _,
             poll: _,

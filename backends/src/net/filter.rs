@@ -57,6 +57,12 @@ impl VlanSet {
         }
     }
 
+    /// Those that pass.
+    pub(super) fn listed(&self) -> impl Iterator<Item = u16> + '_ {
+        let all = (0..).zip(self.0.iter());
+        all.filter_map(|(vlan, pass)| pass.then_some(vlan))
+    }
+
     fn holds(&self, vlan: u16) -> bool {
         self.0.get(usize::from(vlan)).copied().unwrap_or(false)
     }

@@ -71,6 +71,25 @@ impl Toeplitz {
         Self(tables.collect())
     }
 
+    /// The key, as much of it as counts, without zeroes at its end.
+    pub(super) fn key(&self) -> Vec<u8> {
+        // What a byte's highest bit adds is the window that begins with that byte; what the lowest bit of the last one adds
+        // ends with the last bit that counts.
+        let entry = |table: &[u32; 256], value: usize| table.get(value).copied().unwrap_or(0);
+        let first = self
+            .0
+            .iter()
+            .map(|table| entry(table, 0x80).to_be_bytes()[0]);
+        let rest = self.0.last().map_or(0, |table| entry(table, 1)) << 1;
+        let mut key: Vec<u8> = first.chain(rest.to_be_bytes()).collect();
+        key.truncate(
+            key.iter()
+                .rposition(|&byte| byte != 0)
+                .map_or(0, |last| last + 1),
+        );
+        key
+    }
+
     /// The look-up tables, one for each byte of the input.
     pub(super) fn tables(&self) -> &[[u32; 256]] {
         &self.0
@@ -380,6 +399,16 @@ mod tests {
 
     fn is_v4(vector: &vectors::Vector) -> bool {
         vector.0.0.contains('.')
+    }
+
+    #[test]
+    fn a_key_is_found_again() {
+        let key: Vec<u8> = (1..=40).collect();
+        for len in [0, 1, 36, 39, 40] {
+            let toeplitz = Toeplitz::new(&key[..len]);
+            assert_eq!(toeplitz.key(), key[..len]);
+            assert!(Toeplitz::new(&toeplitz.key()) == toeplitz);
+        }
     }
 
     #[test]

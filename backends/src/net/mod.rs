@@ -23,6 +23,7 @@
 //! | `iov` | scatter/gather lists in guest memory |
 //! | `features`, `config` | what is offered, configuration space |
 //! | `control`, `filter`, `settings` | commands, which packets pass, and how workers learn of it |
+//! | `state` | what goes with a guest that moves |
 //! | `tx`, `rx`, `ring` | the data path |
 //! | `hash`, `steering` | hashes of packets, and receive-side scaling |
 //! | `coalesce` | interrupts that are held back |
@@ -51,6 +52,7 @@ mod rarp;
 mod ring;
 mod rx;
 mod settings;
+mod state;
 mod steering;
 mod switch;
 #[cfg(test)]

@@ -37,8 +37,12 @@ pub(super) struct Settings {
     pub(super) filter: Filter,
     /// Queue pairs in use.
     pub(super) pairs: Pairs,
+    /// Another program has the link as well: queues stay attached to it, or detached, as they are.
+    pub(super) frozen: bool,
     /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
     pub(super) announce: bool,
+    /// The offloads with which the driver takes packets, as bits of the features, since it has changed its mind about them.
+    pub(super) offloads: Option<u64>,
     /// The address that the back-end is to make known to the network, and how often it was asked to.
     pub(super) rarp: (MacAddress, u32),
     /// What is hashed, for a driver that wants reports.
@@ -53,7 +57,9 @@ impl Settings {
         Self {
             filter,
             pairs: Pairs::Enabled,
+            frozen: false,
             announce: false,
+            offloads: None,
             rarp: Default::default(),
             hashing: Arc::new(Hashing::off()),
             coalescing: vec![Coalescing::default(); usize::from(pairs) * 2].into(),

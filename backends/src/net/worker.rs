@@ -319,6 +319,9 @@ impl<L: Link> PairWorker<L> {
     /// the pairs in use only. The first queue stays: an interface without any would lose its settings.
     fn attach(&mut self) {
         let attached = self.pair == 0 || self.in_use();
+        if self.settings.frozen {
+            return;
+        }
         if attached != self.link.attached() {
             if let Err(error) = self.link.set_attached(attached)
                 && let Some(held_back) = self.log.check()

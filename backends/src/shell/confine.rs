@@ -35,8 +35,11 @@ pub fn confine(
             profile.remove(path);
         }
     }
-    if let Some(path) = &args.control_socket {
+    if let Some(path) = args.control_path() {
         profile.remove(path);
+    }
+    if args.take_over.is_some() {
+        profile.calls(calls::TAKING_OVER);
     }
     needs(&mut profile);
     profile.enter(args.sandbox)

@@ -12,6 +12,7 @@
 //! ```
 
 use std::collections::BTreeMap;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -23,8 +24,10 @@ use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, Chain, ErrorCode, Metrics, Service, Size};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
+use tracing::{info, warn};
 
 use super::device::Drained;
+use super::handover::{Descriptors, Handing, Offer, State, VERSION};
 use super::options::Program;
 
 /// How long a drain may take unless the client says otherwise.
@@ -59,6 +62,16 @@ pub(super) enum Request {
     Announce,
     /// Plugs the network's cable in, or pulls it out.
     Link(Link),
+    /// Lets another program take the place of this one, which speaks to it on this connection (`handover`).
+    HandOver(HandOver),
+}
+
+/// Arguments of [`Request::HandOver`].
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HandOver {
+    /// Of what follows.
+    pub(super) version: u32,
 }
 
 /// Arguments of [`Request::Link`].
@@ -121,11 +134,24 @@ pub(super) enum Reply {
     },
 }
 
-/// A request on its way to the control thread.
+/// Where an answer goes.
+type Answer<T> = Sender<Result<T, ApiError>>;
+
+/// What is asked of the control thread.
 #[derive(Debug)]
-struct Envelope {
-    request: Request,
-    answer: Sender<Result<Reply, ApiError>>,
+pub(super) enum Asked {
+    /// What a client asks for.
+    Request {
+        request: Request,
+        answer: Answer<Reply>,
+    },
+    /// What a program begins with that is to take the place of this one.
+    Offer(Answer<(Offer, Descriptors)>),
+    /// What it goes on from. Its rings are stopped until it is told that they are another program's, or not.
+    HandOver {
+        answer: Answer<(State, Descriptors)>,
+        taken: Receiver<()>,
+    },
 }
 
 /// The clients' side.
@@ -133,15 +159,17 @@ pub(super) struct Clients {
     program: Program,
     statistics: Arc<dyn Statistics>,
     connected: Arc<AtomicBool>,
-    requests: Sender<Envelope>,
+    requests: Sender<Asked>,
     waker: Waker,
     /// A client waits for the end of a drain.
     draining: AtomicBool,
+    /// A client is about to take the place of this program.
+    handing_over: AtomicBool,
 }
 
 /// The control thread's side: what the clients have asked for.
 #[derive(Debug)]
-pub(super) struct Requests(Receiver<Envelope>);
+pub(super) struct Requests(Receiver<Asked>);
 
 /// Both sides. `token` comes up in `registry`'s poll when there is something for the control thread.
 pub(super) fn channel(
@@ -159,27 +187,15 @@ pub(super) fn channel(
         requests,
         waker: Waker::new(registry, token)?,
         draining: AtomicBool::new(false),
+        handing_over: AtomicBool::new(false),
     };
     Ok((clients, Requests(receiver)))
 }
 
 impl Requests {
-    /// Answers all that wait. Returns whether one of them asked for the end.
-    pub(super) fn serve(
-        &self,
-        mut answer: impl FnMut(&Request) -> Result<Reply, ApiError>,
-    ) -> bool {
-        let mut end = false;
-        while let Ok(Envelope {
-            request,
-            answer: to,
-        }) = self.0.try_recv()
-        {
-            end |= request == Request::Quit;
-            // The client's thread waits for it.
-            let _ = to.send(answer(&request));
-        }
-        end
+    /// The next one, if one waits. The client's thread waits for the answer.
+    pub(super) fn next(&self) -> Option<Asked> {
+        self.0.try_recv().ok()
     }
 }
 
@@ -202,17 +218,53 @@ impl Drop for One<'_> {
 impl Clients {
     /// Has the control thread answer.
     pub(super) fn ask(&self, request: Request) -> Result<Reply, ApiError> {
+        self.put(|answer| Asked::Request { request, answer })
+    }
+
+    fn put<T>(&self, asked: impl FnOnce(Answer<T>) -> Asked) -> Result<T, ApiError> {
         let ending = || {
             let message = format!("{} is ending", self.program.name);
             ApiError::of(ErrorCode::Busy, message)
         };
         let (answer, answered) = mpsc::channel();
-        let envelope = Envelope { request, answer };
-        self.requests.send(envelope).map_err(|_| ending())?;
+        self.requests.send(asked(answer)).map_err(|_| ending())?;
         self.waker
             .wake()
             .map_err(|e| ApiError::new(ErrorCode::Failed, &e))?;
         answered.recv().map_err(|_| ending())?
+    }
+
+    /// Has the program at the other end of `client` take the place of this one.
+    fn hand_over(
+        &self,
+        HandOver { version }: HandOver,
+        client: &UnixStream,
+    ) -> Result<Value, ApiError> {
+        if version != VERSION {
+            let message =
+                format!("this program hands over by version {VERSION}, and not {version}");
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        }
+        let Some(_one) = One::begin(&self.handing_over) else {
+            let message = "another program is about to take the place of this one";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
+        let handing = Handing::new(client);
+        let (offer, parts) = self.put(Asked::Offer)?;
+        handing.offer(offer, &parts)?;
+        drop(parts);
+        // Told nothing, the control thread goes on as if nothing had been.
+        let (tell, taken) = mpsc::channel();
+        let (state, descriptors) = self.put(|answer| Asked::HandOver { answer, taken })?;
+        handing.hand_over(state, &descriptors)?;
+        // It waits for this.
+        let _ = tell.send(());
+        let pause = handing.pause();
+        match pause {
+            Some(pause) => info!("another process has taken over; the guest waited {pause} µs"),
+            None => info!("another process has taken over"),
+        }
+        Ok(json!({ "pause-us": pause }))
     }
 
     fn drain(&self, request: Request, timeout: Duration) -> Result<Value, ApiError> {
@@ -327,6 +379,19 @@ impl Service for Clients {
                 Reply::Drain { .. } => Ok(Value::Null),
             },
         }
+    }
+
+    fn call_with(&self, request: Request, client: &UnixStream) -> Result<Value, ApiError> {
+        let Request::HandOver(arguments) = request else {
+            return self.call(request);
+        };
+        let handed = self.hand_over(arguments, client);
+        // What comes next is a request, whenever it comes.
+        let _ = client.set_read_timeout(None);
+        if let Err(error) = &handed {
+            warn!("no other program takes over: {}", error.message);
+        }
+        handed
     }
 
     fn metrics(&self) -> Option<String> {

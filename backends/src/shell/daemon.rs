@@ -2,7 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,16 +14,17 @@ use mio::{Events, Interest, Poll, Token};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use ringside_control::{BoundSocket, Chain, Peers, server};
+use ringside_control::{ApiError, BoundSocket, Chain, ErrorCode, Peers, server};
 use ringside_sandbox::SandboxError;
 use thiserror::Error;
-use tracing::{debug, error, info};
+use tracing::{debug, error, info, warn};
 use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
 
 use super::confine::confine;
-use super::control::{self, Clients, Requests};
+use super::control::{self, Asked, Clients, Request, Requests};
 use super::device::{Device, OpenError};
 use super::handler::{Handler, HandlerError};
+use super::handover::{Descriptors, Meeting, Offer, Predecessor, TakeOverError};
 use super::limit::LogLimit;
 use super::log;
 use super::options::{Program, ShellArgs};
@@ -91,6 +92,9 @@ pub enum ShellError {
     /// The device cannot be served any more.
     #[error("the device failed")]
     Device(#[from] HandlerError),
+    /// The place of another program cannot be taken.
+    #[error("cannot take over")]
+    TakeOver(#[from] TakeOverError),
     /// The only front-end there will be ended by an error.
     #[error("the front-end's connection failed")]
     Session(#[from] SessionError),
@@ -116,33 +120,79 @@ extern "C" fn on_wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 /// [`ShellError`]: what failed, for the user.
 pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(), ShellError> {
     let signals = prepare(args)?;
-    let endpoint = match (&args.socket_path, args.fd) {
-        (Some(path), _) if args.client => Endpoint::Connecting(path.clone()),
-        (Some(path), _) => socket::listen(path)?,
-        (None, Some(fd)) => socket::inherit(fd)?,
-        (None, None) => return Err(ShellError::NoSocket),
+    let predecessor = args.predecessor.as_deref();
+    let mut endpoint = match (predecessor, &args.socket_path, args.fd) {
+        (Some(predecessor), ..) => predecessor.endpoint(args)?,
+        (None, Some(path), _) if args.client => Endpoint::Connecting(path.clone()),
+        (None, Some(path), _) => socket::listen(path)?,
+        (None, None, Some(fd)) => socket::inherit(fd)?,
+        (None, None, None) => return Err(ShellError::NoSocket),
     };
-    let control = bind_control(args)?;
+    let mut control = match predecessor {
+        Some(_) => None,
+        None => bind_control(args)?,
+    };
     let peers = args.peers();
     // Nobody has been read from, and the device's threads take it over.
     confine(program, args, |profile| device.needs(profile))?;
     let handler = Arc::new(Mutex::new(Handler::new(device, &args.placement())?));
-    let mut daemon = Daemon::new(Some(signals), &handler, args.exit_on_disconnect, peers)?;
+    let mut daemon = Daemon::new(
+        Some(signals),
+        &handler,
+        args.exit_on_disconnect,
+        peers.clone(),
+    )?;
+    if let Some(predecessor) = predecessor {
+        daemon.take_over(predecessor)?;
+        control = adopt_files(predecessor, &mut endpoint, args, peers.clone());
+    }
     // To the end: what was asked before is answered.
-    let _control = control
+    let control = control
         .map(|socket| {
+            daemon.hands_over(program, &endpoint, args, &socket)?;
             let clients = daemon.clients(program)?;
             Ok::<_, ShellError>(socket.start(Arc::new(clients))?)
         })
         .transpose()?;
     let served = daemon.serve(program.name, endpoint);
+    let handed_over = daemon.handed_over;
     drop(daemon);
+    if handed_over {
+        if let Some(control) = control {
+            control.leave();
+        }
+        // What the device's end would undo is the other program's now.
+        std::mem::forget(handler);
+        return served;
+    }
     end(&handler, served)
+}
+
+/// The files of the sockets of a program that has gone, and its control socket. The guest is served in any case.
+fn adopt_files(
+    predecessor: &Predecessor,
+    endpoint: &mut Endpoint,
+    args: &ShellArgs,
+    peers: Peers,
+) -> Option<BoundSocket> {
+    if let Some(path) = &args.socket_path
+        && let Err(error) = endpoint.adopt_file(path)
+    {
+        warn!("the file of the socket {} is gone: {error}", path.display());
+    }
+    let path = args.control_path()?;
+    match predecessor.control(path, peers) {
+        Ok(socket) => Some(socket),
+        Err(error) => {
+            warn!("goes on without a control socket: {}", Chain(&error));
+            None
+        }
+    }
 }
 
 /// The control socket, if there is to be one.
 pub(super) fn bind_control(args: &ShellArgs) -> Result<Option<BoundSocket>, ShellError> {
-    let path = args.control_socket.as_deref();
+    let path = args.control_path();
     let bind = |path| BoundSocket::bind(path, args.peers());
     Ok(path.map(bind).transpose()?)
 }
@@ -215,6 +265,15 @@ enum End {
     Signal,
 }
 
+/// What another program needs to be where this one is.
+struct Sockets {
+    /// Of device.
+    kind: &'static str,
+    meeting: Meeting,
+    listener: Option<UnixListener>,
+    control: UnixListener,
+}
+
 /// Serves the front-ends of one endpoint, one after the other.
 pub(super) struct Daemon<'h, D: Device> {
     poll: Poll,
@@ -229,6 +288,14 @@ pub(super) struct Daemon<'h, D: Device> {
     peers: Peers,
     /// For connections, which anybody who may connect can make as often as he likes.
     log: LogLimit,
+    /// For a program that takes the place of this one.
+    sockets: Option<Sockets>,
+    /// That of the present front-end.
+    connection: Option<UnixStream>,
+    /// The front-end of a program whose place this one has taken, until it is served.
+    taken: Option<Session<D>>,
+    /// The device is another program's.
+    handed_over: bool,
 }
 
 impl<'h, D: Device> Daemon<'h, D> {
@@ -259,7 +326,110 @@ impl<'h, D: Device> Daemon<'h, D> {
             exit_on_disconnect,
             peers,
             log: LogLimit::new(CONNECTIONS, LOG_INTERVAL),
+            sockets: None,
+            connection: None,
+            taken: None,
+            handed_over: false,
         })
+    }
+
+    /// Goes on where another program is now, which ends.
+    fn take_over(&mut self, predecessor: &Predecessor) -> Result<(), ShellError> {
+        predecessor.check(&self.lock())?;
+        self.taken = predecessor.replace(self.handler)?;
+        Ok(())
+    }
+
+    /// Lets other programs take the place of this one, by these sockets.
+    fn hands_over(
+        &mut self,
+        program: &Program,
+        endpoint: &Endpoint,
+        args: &ShellArgs,
+        control: &BoundSocket,
+    ) -> Result<(), ShellError> {
+        let failed = system("duplicate a socket");
+        let path = args.socket_path.clone();
+        let (meeting, listener) = match (endpoint, path) {
+            (Endpoint::Connecting(path), _) => (Meeting::Connecting(path.clone()), None),
+            (Endpoint::Listening(listener), Some(path)) => {
+                let listener = listener.socket.try_clone().map_err(&failed)?;
+                (Meeting::Listening(path), Some(listener))
+            }
+            // By a number, which the other program does not have.
+            _ => return Ok(()),
+        };
+        let control = control.listener().map_err(&failed)?;
+        self.sockets = Some(Sockets {
+            kind: program.kind,
+            meeting,
+            listener,
+            control,
+        });
+        Ok(())
+    }
+
+    fn offer(&self) -> Result<(Offer, Descriptors), ApiError> {
+        let Some(sockets) = &self.sockets else {
+            let message =
+                "this program was given its socket by number (--fd), and cannot pass it on";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
+        let failed = |error: io::Error| ApiError::new(ErrorCode::Failed, &error);
+        let handler = self.lock();
+        let offered = handler.offered();
+        let parts = handler.parts()?;
+        let mut descriptors = Descriptors::default();
+        let listener = sockets.listener.as_ref().map(UnixListener::try_clone);
+        let listener = listener.transpose().map_err(failed)?;
+        let offer = Offer {
+            kind: sockets.kind.to_owned(),
+            pid: std::process::id(),
+            features: offered.features,
+            protocol_features: offered.protocol_features,
+            queues: offered.queues,
+            max_queue_size: offered.max_queue_size,
+            meeting: sockets.meeting.clone(),
+            listener: listener.map(|listener| descriptors.add(listener)),
+            control: Some(descriptors.add(sockets.control.try_clone().map_err(failed)?)),
+            description: parts.description,
+            parts: parts
+                .descriptors
+                .into_iter()
+                .map(|part| descriptors.add(part))
+                .collect(),
+        };
+        Ok((offer, descriptors))
+    }
+
+    /// Answers clients. `Ok(true)`: all is to end.
+    fn answer(&mut self) -> Result<bool, ShellError> {
+        let mut end = false;
+        while let Some(asked) = self.requests.as_ref().and_then(Requests::next) {
+            // Whoever asks waits for it.
+            match asked {
+                Asked::Request { request, answer } => {
+                    end |= request == Request::Quit;
+                    let _ = answer.send(self.lock().control(&request));
+                }
+                Asked::Offer(answer) => {
+                    let _ = answer.send(self.offer());
+                }
+                Asked::HandOver { answer, taken } => {
+                    let frozen = self.lock().freeze(self.connection.as_ref());
+                    let frozen = answer.send(frozen).is_ok();
+                    if frozen && taken.recv().is_ok() {
+                        self.handed_over = true;
+                        return Ok(true);
+                    }
+                    self.lock().thaw()?;
+                }
+            }
+        }
+        if end {
+            info!("ending on request");
+        }
+        Ok(end)
     }
 
     /// What clients ask through.
@@ -286,14 +456,10 @@ impl<'h, D: Device> Daemon<'h, D> {
             Err(e) => return Err(system("wait for events")(e)),
         }
         let came = |token| self.events.iter().any(|e| e.token() == token);
-        if came(CONTROL)
-            && let Some(requests) = &self.requests
-            && requests.serve(|request| self.lock().control(request))
-        {
-            info!("ending on request");
+        let (asked, came) = (came(CONTROL), came(SIGNALS));
+        if asked && self.answer()? {
             return Ok(true);
         }
-        let came = came(SIGNALS);
         let handler = self.handler;
         Ok(match &mut self.signals {
             Some(signals) if came => ends(signals, || {
@@ -316,7 +482,11 @@ impl<'h, D: Device> Daemon<'h, D> {
             }
             Endpoint::Listening(listener) => {
                 info!("{name} ready");
-                self.listen(&listener)
+                let served = self.listen(&listener);
+                if self.handed_over {
+                    listener.leave();
+                }
+                served
             }
             Endpoint::Connecting(path) => {
                 info!("{name} connecting to {}", path.display());
@@ -331,6 +501,9 @@ impl<'h, D: Device> Daemon<'h, D> {
             .registry()
             .register(&mut SourceFd(&fd), LISTENER, Interest::READABLE)
             .map_err(system("wait for connections"))?;
+        if self.serve_taken()? {
+            return Ok(());
+        }
         loop {
             match listener.socket.accept() {
                 Ok((stream, _)) => {
@@ -358,6 +531,9 @@ impl<'h, D: Device> Daemon<'h, D> {
 
     fn connect(&mut self, path: &Path) -> Result<(), ShellError> {
         let mut said = false;
+        if self.serve_taken()? {
+            return Ok(());
+        }
         loop {
             match UnixStream::connect(path) {
                 Ok(stream) => {
@@ -392,12 +568,27 @@ impl<'h, D: Device> Daemon<'h, D> {
             let held_back = Some(held_back).filter(|&count| count > 0);
             info!(held_back, "front-end connected");
         }
-        match self.session(stream)? {
+        let end = self.session(stream)?;
+        self.ended(end, said.is_some())
+    }
+
+    /// Serves the front-end of the program whose place this one has taken, if it has one. `Ok(true)`: the program is to end.
+    fn serve_taken(&mut self) -> Result<bool, ShellError> {
+        let Some(session) = self.taken.take() else {
+            return Ok(false);
+        };
+        let end = self.serve_session(Ok(session))?;
+        self.ended(end, true)
+    }
+
+    /// Says what became of a front-end. `Ok(true)`: the program is to end.
+    fn ended(&self, end: End, said: bool) -> Result<bool, ShellError> {
+        match end {
             End::Signal => Ok(true),
             End::Left(result) => {
                 match result {
                     Err(e) if self.exit_on_disconnect => return Err(e.into()),
-                    _ if said.is_none() => {}
+                    _ if !said => {}
                     Ok(()) => info!("front-end disconnected"),
                     Err(e) => error!("front-end disconnected: {}", Chain(&e)),
                 }
@@ -408,16 +599,30 @@ impl<'h, D: Device> Daemon<'h, D> {
 
     fn session(&mut self, stream: UnixStream) -> Result<End, ShellError> {
         self.lock().begin_session();
-        let result = self.messages(stream);
-        self.lock().end_session()?;
+        let session = Session::new(stream, self.handler);
+        self.serve_session(session)
+    }
+
+    fn serve_session(
+        &mut self,
+        session: Result<Session<D>, SessionError>,
+    ) -> Result<End, ShellError> {
+        let result = match session {
+            Ok(session) => self.messages(session),
+            Err(e) => Ok(End::Left(Err(e))),
+        };
+        self.connection = None;
+        if !self.handed_over {
+            self.lock().end_session()?;
+        }
         result
     }
 
-    fn messages(&mut self, stream: UnixStream) -> Result<End, ShellError> {
-        let mut session = match Session::new(stream, self.handler) {
-            Ok(session) => session,
-            Err(e) => return Ok(End::Left(Err(e))),
-        };
+    fn messages(&mut self, mut session: Session<D>) -> Result<End, ShellError> {
+        match session.socket().try_clone() {
+            Ok(connection) => self.connection = Some(connection),
+            Err(e) => return Ok(End::Left(Err(SessionError::Socket(e)))),
+        }
         let fd = session.as_raw_fd();
         self.poll
             .registry()

@@ -13,6 +13,8 @@ use thiserror::Error;
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use super::control::Statistics;
+use super::handover::Parts;
+use super::state::StateError;
 use super::vring::Commands;
 
 /// A request of the front-end or the shell that a device cannot fulfil.
@@ -132,7 +134,7 @@ pub trait Device {
     fn features(&self) -> u64;
 
     /// The vhost-user protocol features that the device needs beyond those of the shell (REPLY_ACK, MQ,
-    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE, LOG_SHMFD).
+    /// CONFIG, CONFIGURE_MEM_SLOTS, RESET_DEVICE, LOG_SHMFD, DEVICE_STATE).
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::empty()
     }
@@ -282,6 +284,52 @@ pub trait Device {
     fn announce(&mut self) -> Result<bool, ApiError> {
         unknown("announce")
     }
+
+    /// What its driver has set, and neither the front-end nor another device knows, for the device that takes its place
+    /// (VHOST_USER_SET_DEVICE_STATE_FD). All rings are stopped.
+    ///
+    /// # Errors
+    /// [`StateError`]
+    fn save(&self) -> Result<Vec<u8>, StateError>;
+
+    /// Goes on from what another one of its kind has saved. Its driver has accepted the same features, and all rings are
+    /// stopped. If it fails, nothing is changed.
+    ///
+    /// # Errors
+    /// [`StateError`]
+    fn load(&mut self, state: &[u8]) -> Result<(), StateError>;
+
+    /// What it is made of, for a program that is to take the place of this one while its driver goes on: that opens the
+    /// same device by it.
+    ///
+    /// # Errors
+    /// Why it cannot be had by another program.
+    fn parts(&self) -> Result<Parts, ApiError> {
+        let message =
+            "this device cannot go over to another program: end this one, and start the other";
+        Err(ApiError::of(ErrorCode::Conflict, message))
+    }
+
+    /// What users have changed about it since it was opened.
+    fn settings(&self) -> Value {
+        Value::Null
+    }
+
+    /// Goes by what users had changed about the device whose place it takes. The state of that was loaded before.
+    ///
+    /// # Errors
+    /// It is not the same device.
+    fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
+        let _ = settings;
+        Ok(())
+    }
+
+    /// It is about to go over to another program. Its rings are stopped afterwards, and nothing else may change of what both
+    /// have in common. Then either this program ends, without another word, or there is [`thaw`](Self::thaw).
+    fn freeze(&mut self) {}
+
+    /// What both programs have in common is this one's alone: it goes on after all, or it has taken the place of the other.
+    fn thaw(&mut self) {}
 
     /// Back to the state before the first front-end: forget what a driver set. All rings are stopped.
     fn reset(&mut self);

@@ -108,6 +108,13 @@ impl DirtyLog {
         Ok(Self { guarded, bits })
     }
 
+    /// Its length in bytes, its offset in its file, and that.
+    pub(super) fn described(&self) -> Option<(u64, u64, &File)> {
+        let offset = self.bits.file_offset()?;
+        let len = u64::try_from(self.bits.size()).ok()?;
+        Some((len, offset.start(), offset.file()))
+    }
+
     /// Some of it was taken away by the front-end.
     pub(super) fn torn(&self) -> bool {
         self.guarded.torn()

@@ -24,6 +24,8 @@
 //! While the dirty log is on, a ring has memory that marks what is written to it (`dirty`): its own areas too, and also if only
 //! its VHOST_VRING_F_LOG is set, or only VHOST_F_LOG_ALL, as there are front-ends that set nothing else.
 
+mod handed;
+
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::unix::net::UnixStream;
@@ -60,7 +62,10 @@ use super::inflight::{self, InflightError, Notes};
 use super::limit::LogLimit;
 use super::memory::{MAX_SHARED, MAX_SLOTS, MemoryError, MemoryTable, check_file_system};
 use super::placement::{Placement, PlacementError};
+use super::state::{StateError, Transfers};
 use super::vring::{Command, CommandSender, Vring, command_channel};
+
+pub(super) use handed::Kicks;
 
 /// VHOST_USER_F_PROTOCOL_FEATURES, the one virtio feature bit that is vhost-user's own.
 pub(super) const PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -156,6 +161,9 @@ pub enum HandlerError {
     /// The device refuses.
     #[error(transparent)]
     Device(#[from] DeviceError),
+    /// The device's state cannot be moved.
+    #[error(transparent)]
+    State(#[from] StateError),
     /// A worker cannot run where it is to.
     #[error(transparent)]
     Placement(#[from] PlacementError),
@@ -247,6 +255,8 @@ pub(super) struct Handler<D> {
     /// With VHOST_USER_F_PROTOCOL_FEATURES.
     acked_features: u64,
     acked_protocol: u64,
+    /// Of the device's state.
+    transfers: Transfers,
     /// Where the front-end takes requests of ours (VHOST_USER_SET_BACKEND_REQ_FD).
     requests: Option<UnixStream>,
     /// A front-end is connected.
@@ -289,6 +299,7 @@ impl<D: Device> Handler<D> {
             notes: None,
             acked_features: 0,
             acked_protocol: 0,
+            transfers: Transfers::default(),
             requests: None,
             connected: Arc::default(),
             in_use: false,
@@ -333,8 +344,9 @@ impl<D: Device> Handler<D> {
                 self.tell_workers(|| Command::Resume)?;
                 json!({})
             }
-            // The end is for the caller to bring about; counters clients read without asking this thread.
-            Request::Quit | Request::Stats | Request::Metrics => json!({}),
+            // The end is for the caller to bring about; counters clients read without asking this thread; another program
+            // is met by whoever has the sockets.
+            Request::Quit | Request::Stats | Request::Metrics | Request::HandOver(_) => json!({}),
         };
         Ok(Reply::Done(value))
     }
@@ -496,6 +508,7 @@ impl<D: Device> Handler<D> {
         self.notes = None;
         self.acked_features = 0;
         self.acked_protocol = 0;
+        self.transfers.forget();
         self.requests = None;
         self.device.reset();
         Ok(())
@@ -884,6 +897,14 @@ impl<D: Device> Handler<D> {
         self.device.max_queue_size().min(MAX_QUEUE_SIZE)
     }
 
+    /// The `vhost` crate tells the front-end that it failed, and nobody else why.
+    fn transfer_failed(&self, error: HandlerError) -> ProtocolError {
+        if let Some(held_back) = self.log.check() {
+            warn!(held_back, "device state: {}", Chain(&error));
+        }
+        error.into()
+    }
+
     fn protocol_features(&self) -> VhostUserProtocolFeatures {
         VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -892,6 +913,7 @@ impl<D: Device> Handler<D> {
             | VhostUserProtocolFeatures::RESET_DEVICE
             | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::LOG_SHMFD
+            | VhostUserProtocolFeatures::DEVICE_STATE
             | self.device.protocol_features()
     }
 }
@@ -1192,6 +1214,45 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
         })?)
     }
 
+    /// The device is as it is at this moment: its rings are stopped. Its transfer takes as long as it takes, and the
+    /// front-end asks by CHECK_DEVICE_STATE what came of it.
+    fn set_device_state_fd(
+        &mut self,
+        direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        fd: File,
+    ) -> ProtocolResult<Option<File>> {
+        let begin = || -> Result<(), HandlerError> {
+            if self.running().next().is_some() {
+                return Err(StateError::Running.into());
+            }
+            match direction {
+                VhostTransferStateDirection::SAVE => {
+                    self.transfers.save(fd, self.device.save()?)?;
+                }
+                VhostTransferStateDirection::LOAD => self.transfers.load(fd)?,
+            }
+            Ok(())
+        };
+        begin().map_err(|error| self.transfer_failed(error))?;
+        Ok(None)
+    }
+
+    fn check_device_state(&mut self) -> ProtocolResult<()> {
+        let mut check = || -> Result<(), HandlerError> {
+            let Some(state) = self.transfers.check()? else {
+                return Ok(());
+            };
+            if self.running().next().is_some() {
+                return Err(StateError::Running.into());
+            }
+            Ok(self.device.load(&state)?)
+        };
+        check().map_err(|error| self.transfer_failed(error))?;
+        debug!("the device's state was moved");
+        Ok(())
+    }
+
     // The rest belongs to protocol features that are not offered.
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> ProtocolResult<()> {
@@ -1200,19 +1261,6 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
 
     fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> ProtocolResult<File> {
         Err(HandlerError::NotOffered("SHARED_OBJECT").into())
-    }
-
-    fn set_device_state_fd(
-        &mut self,
-        _direction: VhostTransferStateDirection,
-        _phase: VhostTransferStatePhase,
-        _fd: File,
-    ) -> ProtocolResult<Option<File>> {
-        Err(HandlerError::NotOffered("DEVICE_STATE").into())
-    }
-
-    fn check_device_state(&mut self) -> ProtocolResult<()> {
-        Err(HandlerError::NotOffered("DEVICE_STATE").into())
     }
 
     fn get_shmem_config(&mut self) -> ProtocolResult<VhostUserShMemConfig> {

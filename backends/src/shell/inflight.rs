@@ -172,6 +172,14 @@ impl Notes {
         }
     }
 
+    /// The memory, as a front-end describes it, and its file.
+    pub(super) fn described(&self) -> Option<(VhostUserInflight, &File)> {
+        let offset = self.region.file_offset()?;
+        let len = u64::try_from(self.region.size()).ok()?;
+        let area = VhostUserInflight::new(len, offset.start(), self.queues, self.size);
+        Some((area, offset.file()))
+    }
+
     /// Some of it was taken away by the front-end, or lost by the host.
     pub(super) fn torn(&self) -> bool {
         self.guarded.torn()

@@ -201,6 +201,16 @@ impl MemoryTable {
         Ok(Self { mapped, memory })
     }
 
+    /// All regions, as a front-end describes them, and their files.
+    pub(super) fn described(&self) -> impl Iterator<Item = (VhostUserMemoryRegion, &File)> {
+        self.mapped.iter().filter_map(|mapped| {
+            let offset = mapped.mapping.region.file_offset()?;
+            let (guest, len, user) = (mapped.guest, mapped.len, mapped.user);
+            let region = VhostUserMemoryRegion::new(guest, len, user, offset.start());
+            Some((region, offset.file()))
+        })
+    }
+
     /// Some of it was taken away by the front-end, or lost by the host.
     pub(super) fn torn(&self) -> bool {
         self.mapped

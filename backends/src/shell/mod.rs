@@ -16,6 +16,8 @@
 //! A program with several ports (`ports`) has a control thread for each of them, so that a front-end that hangs holds up
 //! nobody else.
 //!
+//! With --take-over it begins where another program of the same device is, which then ends (`handover`).
+//!
 //! A ring that runs belongs to its worker. Whatever is to change about it (memory, addresses, call
 //! eventfd, enabled or not), the shell stops the ring, changes it and starts it again.
 //!
@@ -33,6 +35,7 @@
 //! | shares memory whose pages others bring, with a process that serves several | refuses it (`memory`) |
 //! | gives a dirty log that is too short for its guest | refuses it, or the memory that is too much for it (`dirty`) |
 //! | leaves notes about requests in flight that make no sense | does not start that ring; the others go on (`inflight`) |
+//! | gives a descriptor for the device's state that is full, or never ends | has a thread wait for it, for five seconds, and refuses (`state`) |
 //! | sends an eventfd that blocks | wakes the worker by a signal when it wants the ring back |
 //! | does any of this without end | logs a few lines in ten seconds ([`LogLimit`]) |
 
@@ -46,6 +49,7 @@ mod dirty;
 #[doc(hidden)]
 pub mod fuzz;
 mod handler;
+mod handover;
 mod inflight;
 mod limit;
 mod log;
@@ -57,6 +61,7 @@ mod ports;
 mod rate;
 mod session;
 mod socket;
+mod state;
 mod torn;
 mod uring;
 mod vring;
@@ -70,6 +75,8 @@ pub use device::{Device, DeviceError, Drained, OpenError, WorkerThread, config_r
 pub(crate) use dirty::{GuestSlice, is_logged, mark_pieces, mark_slices};
 pub use dirty::{LogError, Memory, PageLog, PageSlice};
 pub use handler::HandlerError;
+pub(crate) use handover::same;
+pub use handover::{Parts, TakeOverError, TalkError};
 pub use limit::LogLimit;
 pub use memory::MemoryError;
 pub use options::{LogFormat, OnOff, Program, ShellArgs};
@@ -80,5 +87,7 @@ pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;
 pub use session::SessionError;
 pub use socket::SocketError;
+pub use state::StateError;
+pub(crate) use state::{open as open_state, seal as seal_state};
 pub(crate) use uring::restricted;
 pub use vring::{Command, CommandSender, Commands, Vring, command_channel, signal};

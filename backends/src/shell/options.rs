@@ -4,13 +4,15 @@
 use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::fd::RawFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use ringside_control::Peers;
 use ringside_sandbox::Mode;
 use serde::Serialize;
 
+use super::handover::{Parts, Predecessor, TakeOverError, same};
 use super::log;
 use super::placement::{Placement, parse_cpus};
 
@@ -119,6 +121,19 @@ pub struct ShellArgs {
     #[arg(long, value_name = "PATH")]
     pub control_socket: Option<PathBuf>,
 
+    /// Take the place of the program whose control socket this is, while its guest goes on
+    ///
+    /// For an upgrade: start the new program with the options of the old one, and this. It gets from the old one the sockets, the
+    /// front-end's connection, and what the disk or network card is made of; the guest waits for some milliseconds, and loses
+    /// nothing. Then the old one ends, with success. If the new one cannot take over, it says why, and the old one goes on. Its
+    /// own control socket is the same.
+    #[arg(long, value_name = "CONTROL_SOCKET", conflicts_with = "fd")]
+    pub take_over: Option<PathBuf>,
+
+    /// The program that it is.
+    #[arg(skip)]
+    pub(super) predecessor: Option<Arc<Predecessor>>,
+
     /// Let this user connect, too, by number; can be given several times. Root and this program's own user always may
     ///
     /// Also to the control socket. The sockets are made with mode 0600: give the user a right to write to the file, for
@@ -171,6 +186,32 @@ impl ShellArgs {
     /// Whose connections are taken.
     pub(super) fn peers(&self) -> Peers {
         Peers::allowing(&self.allow_uid)
+    }
+
+    /// Where clients are met, if they are.
+    pub(super) fn control_path(&self) -> Option<&Path> {
+        let path = self.control_socket.as_ref().or(self.take_over.as_ref());
+        path.map(PathBuf::as_path)
+    }
+
+    /// Meets the program whose place is to be taken, if one is. Returns what its device is made of, by which the same one is
+    /// to be opened.
+    ///
+    /// # Errors
+    /// [`TakeOverError`]
+    pub fn meet_predecessor(&mut self, program: &Program) -> Result<Option<Parts>, TakeOverError> {
+        let Some(path) = &self.take_over else {
+            return Ok(None);
+        };
+        same(
+            "a control socket",
+            path,
+            self.control_socket.as_ref().unwrap_or(path),
+        )?;
+        let predecessor = Predecessor::meet(path, program, &self.peers())?;
+        let parts = predecessor.parts()?;
+        self.predecessor = Some(Arc::new(predecessor));
+        Ok(Some(parts))
     }
 
     /// Where workers are to run.

@@ -163,6 +163,8 @@ enum PortsRequest {
     PortAnnounce(Name),
     /// Which addresses were found behind which port.
     Addresses,
+    /// Another program wants to take the place of this one.
+    HandOver(Value),
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -562,6 +564,10 @@ impl<H: Hub> Service for Ports<H> {
             }
             PortsRequest::PortAnnounce(Name { port }) => self.ask(&port, Request::Announce),
             PortsRequest::Addresses => lock(&self.hub).addresses(),
+            PortsRequest::HandOver(_) => {
+                let message = "a program of several ports cannot go over to another one: end this one, and start the other";
+                Err(ApiError::of(ErrorCode::Conflict, message))
+            }
         }
     }
 

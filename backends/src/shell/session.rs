@@ -19,7 +19,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::device::Device;
 use super::handler::{Handler, HandlerError};
-use super::socket::is_unix_stream;
+use super::socket::{is_unix_stream, replace};
 
 /// Length of a message header: request, flags, size of the payload.
 const HEADER: usize = 12;
@@ -119,19 +119,58 @@ impl<D: Device> Session<D> {
         socket: UnixStream,
         handler: &Arc<Mutex<Handler<D>>>,
     ) -> Result<Self, SessionError> {
-        // Messages are begun only when one waits, so blocking reads are short; time-outs bound them.
-        let prepare = || {
-            socket.set_nonblocking(false)?;
-            socket.set_read_timeout(Some(PATIENCE))?;
-            socket.set_write_timeout(Some(PATIENCE))?;
-            socket.try_clone()
-        };
-        let stream = prepare().map_err(SessionError::Socket)?;
+        prepare(&socket).map_err(SessionError::Socket)?;
+        let stream = socket.try_clone().map_err(SessionError::Socket)?;
         Ok(Self {
             socket,
             messages: BackendReqHandler::from_stream(stream, Arc::clone(handler)),
             handler: Arc::clone(handler),
         })
+    }
+
+    /// Goes on with a connection on which these features were accepted. The `vhost` crate keeps what was negotiated to itself,
+    /// and learns it from messages only: they come from here, on a socket that is then replaced.
+    pub(super) fn resume(
+        socket: UnixStream,
+        handler: &Arc<Mutex<Handler<D>>>,
+        features: u64,
+        protocol_features: u64,
+    ) -> Result<Self, SessionError> {
+        let (mut front_end, stream) = UnixStream::pair().map_err(SessionError::Socket)?;
+        prepare(&stream).map_err(SessionError::Socket)?;
+        prepare(&socket).map_err(SessionError::Socket)?;
+        let mut messages = BackendReqHandler::from_stream(stream, Arc::clone(handler));
+        for (request, payload) in [
+            (FrontendReq::GET_FEATURES, None),
+            (FrontendReq::SET_FEATURES, Some(features)),
+            (FrontendReq::SET_PROTOCOL_FEATURES, Some(protocol_features)),
+        ] {
+            let payload = payload.map(u64::to_ne_bytes);
+            let payload = payload.as_ref().map_or(&[][..], |payload| payload);
+            let size = u32::try_from(payload.len()).unwrap_or(0);
+            let words = [u32::from(request), VERSION, size].map(u32::to_ne_bytes);
+            let message = [words.as_flattened(), payload].concat();
+            front_end
+                .write_all(&message)
+                .map_err(SessionError::Socket)?;
+            messages
+                .handle_request()
+                .map_err(|error| SessionError::Protocol {
+                    request: format!("{request:?}"),
+                    error,
+                })?;
+        }
+        replace(messages.as_raw_fd(), &socket).map_err(SessionError::Socket)?;
+        Ok(Self {
+            socket,
+            messages,
+            handler: Arc::clone(handler),
+        })
+    }
+
+    /// Its connection.
+    pub(super) fn socket(&self) -> &UnixStream {
+        &self.socket
     }
 
     /// Serves one message, if one waits.
@@ -341,6 +380,13 @@ impl<D: Device> AsRawFd for Session<D> {
     fn as_raw_fd(&self) -> RawFd {
         self.socket.as_raw_fd()
     }
+}
+
+/// Messages are begun only when one waits, so blocking reads are short; time-outs bound them.
+fn prepare(socket: &UnixStream) -> io::Result<()> {
+    socket.set_nonblocking(false)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.set_write_timeout(Some(PATIENCE))
 }
 
 fn socket_error(error: io::Error) -> ProtocolError {

@@ -3,14 +3,16 @@
 #![allow(unsafe_code)] // An inherited descriptor becomes an owned one: nothing but the user vouches for it.
 
 use std::io;
+use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{FcntlArg, fcntl};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::socket::{
     AddressFamily, SockType, SockaddrLike, SockaddrStorage, getsockname, getsockopt, sockopt,
 };
+use nix::unistd::dup3;
 use ringside_control::{ListenError, SocketFile};
 use thiserror::Error;
 
@@ -59,7 +61,31 @@ pub(super) enum Endpoint {
 #[derive(Debug)]
 pub(super) struct Listener {
     pub(super) socket: UnixListener,
-    _file: Option<SocketFile>,
+    file: Option<SocketFile>,
+}
+
+impl Listener {
+    /// Leaves the file to another process that has the socket.
+    pub(super) fn leave(self) {
+        if let Some(file) = self.file {
+            file.leave();
+        }
+    }
+}
+
+impl Endpoint {
+    /// A listening socket that another process has, and whose file is still that one's.
+    pub(super) fn adopt(socket: UnixListener) -> Self {
+        Self::Listening(Listener { socket, file: None })
+    }
+
+    /// The file of the socket is this process's from now on.
+    pub(super) fn adopt_file(&mut self, path: &Path) -> io::Result<()> {
+        if let Self::Listening(listener) = self {
+            listener.file = Some(SocketFile::adopt(path)?);
+        }
+        Ok(())
+    }
 }
 
 /// Listens on `path` with mode 0600, in place of a socket that nobody serves any more.
@@ -68,7 +94,7 @@ pub(super) fn listen(path: &Path) -> Result<Endpoint, SocketError> {
     socket.set_nonblocking(true).map_err(SocketError::Prepare)?;
     Ok(Endpoint::Listening(Listener {
         socket,
-        _file: Some(file),
+        file: Some(file),
     }))
 }
 
@@ -77,6 +103,14 @@ pub(super) fn is_unix_stream(socket: &OwnedFd) -> bool {
     getsockopt(socket, sockopt::SockType).is_ok_and(|t| t == SockType::Stream)
         && getsockname::<SockaddrStorage>(socket.as_raw_fd())
             .is_ok_and(|name| name.family() == Some(AddressFamily::Unix))
+}
+
+/// Puts a socket in the place of another, whose number keeps its owner.
+pub(super) fn replace(number: RawFd, socket: &UnixStream) -> io::Result<()> {
+    // SAFETY: the caller lends its owner's number; what it stands for is exchanged at once, and never closed here.
+    let mut place = ManuallyDrop::new(unsafe { OwnedFd::from_raw_fd(number) });
+    dup3(socket, &mut place, OFlag::O_CLOEXEC)?;
+    Ok(())
 }
 
 /// Takes over an inherited socket, listening or connected.
@@ -95,10 +129,7 @@ pub(super) fn inherit(fd: RawFd) -> Result<Endpoint, SocketError> {
     if getsockopt(&socket.as_fd(), sockopt::AcceptConn).unwrap_or(false) {
         let socket = UnixListener::from(socket);
         socket.set_nonblocking(true).map_err(SocketError::Prepare)?;
-        return Ok(Endpoint::Listening(Listener {
-            socket,
-            _file: None,
-        }));
+        return Ok(Endpoint::Listening(Listener { socket, file: None }));
     }
     let stream = UnixStream::from(socket);
     if stream.peer_addr().is_err() {

@@ -31,14 +31,15 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
-use nix::unistd::{Pid, geteuid};
+use nix::unistd::{Pid, geteuid, pipe};
 use request::{
     GET_FEATURES, GET_PROTOCOL_FEATURES, NEED_REPLY, SET_FEATURES, SET_LOG_BASE,
     SET_PROTOCOL_FEATURES, SET_VRING_BASE,
 };
 use ringside_rings::{DriverLayout, DriverRing, Segment};
 use vhost::vhost_user::message::{
-    VhostUserHeaderFlag, VhostUserInflight, VhostUserProtocolFeatures,
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserHeaderFlag, VhostUserInflight,
+    VhostUserProtocolFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -141,6 +142,35 @@ impl Daemon {
         self.wait_for_socket();
     }
 
+    /// Has another one take its place while it runs, with a log of its own. The old one has to end with success.
+    pub fn upgrade(&mut self, program: &str, args: &[&str]) {
+        let successor = self.successor(program, args);
+        let old = std::mem::replace(&mut self.child, successor);
+        let mut old = Self {
+            child: old,
+            // Not its own any more.
+            dir: tempfile::tempdir().unwrap(),
+        };
+        self.wait_for_socket();
+        File::create(old.dir.path().join("log")).unwrap();
+        assert_eq!(old.wait().code(), Some(0));
+        assert!(self.log().contains("took over"), "{}", self.log());
+        assert!(self.socket().exists());
+    }
+
+    /// Starts one that is to take its place.
+    pub fn successor(&self, program: &str, args: &[&str]) -> Child {
+        // What writes to the old file goes on doing so.
+        let path = self.dir.path().join("log");
+        std::fs::remove_file(&path).unwrap();
+        let log = File::create(path).unwrap();
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(self.socket()).args(args);
+        command.arg("--take-over").arg(self.dir.path().join("ctl"));
+        command.stdin(Stdio::null()).stderr(log);
+        command.env_remove("RINGSIDE_LOG").spawn().unwrap()
+    }
+
     pub fn wait_for_socket(&self) {
         self.wait_for_line("ready");
     }
@@ -152,6 +182,18 @@ impl Daemon {
             assert!(start.elapsed() < PATIENCE, "no `{text}`: {}", self.log());
             sleep(Duration::from_millis(2));
         }
+    }
+
+    /// Starts `program --socket-path … --control-socket … args` and waits until it listens.
+    pub fn start_controlled(program: &str, args: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(dir.path().join("s"));
+        command.arg("--control-socket").arg(dir.path().join("ctl"));
+        command.stdin(Stdio::null());
+        let daemon = Self::spawn_command(command.args(args), dir);
+        daemon.wait_for_socket();
+        daemon
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -437,6 +479,7 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
         | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::DEVICE_STATE
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(protocol.contains(wanted), "{protocol:?}");
     let of_device = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RARP;
@@ -639,6 +682,37 @@ impl FrontEnd {
             let addresses = self.addresses(self.queues[index].ring.layout());
             self.messages.set_vring_addr(index, &addresses).unwrap();
         }
+    }
+
+    /// Has the device's state written to a pipe. `None`: it refuses.
+    pub fn save_state(&self) -> Option<Vec<u8>> {
+        let (reader, writer) = pipe().unwrap();
+        let (save, stopped) = (
+            VhostTransferStateDirection::SAVE,
+            VhostTransferStatePhase::STOPPED,
+        );
+        self.messages
+            .set_device_state_fd(save, stopped, writer)
+            .ok()?;
+        let mut state = Vec::new();
+        File::from(reader).read_to_end(&mut state).unwrap();
+        self.messages.check_device_state().unwrap();
+        Some(state)
+    }
+
+    /// Has the device go on from such a state. `false`: it refuses.
+    pub fn load_state(&self, state: &[u8]) -> bool {
+        let (reader, writer) = pipe().unwrap();
+        let (load, stopped) = (
+            VhostTransferStateDirection::LOAD,
+            VhostTransferStatePhase::STOPPED,
+        );
+        self.messages
+            .set_device_state_fd(load, stopped, reader)
+            .unwrap();
+        // One that is too long is not taken to its end.
+        let _ = File::from(writer).write_all(state);
+        self.messages.check_device_state().is_ok()
     }
 
     pub fn complete(&mut self, queue: usize) -> (u64, u32) {

@@ -14,6 +14,7 @@ mod net;
 mod net_features;
 mod net_switch;
 mod others;
+mod upgrade;
 mod vfio;
 mod zoned;
 
@@ -55,6 +56,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         blk::TESTS,
         blk_control::TESTS,
         crash::TESTS,
+        upgrade::TESTS,
         formats::TESTS,
         bench::TESTS,
         bench_net::TESTS,

@@ -452,6 +452,7 @@ impl Chain<'_> {
         }
         let target = path.parent().unwrap_or(Path::new("")).join(&backing);
         let file = disk::open_locked(&DiskOptions {
+            taken: None,
             path: target.clone(),
             read_only: true,
             ..self.options.clone()

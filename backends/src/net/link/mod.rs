@@ -31,6 +31,7 @@ mod xdp;
 
 use std::fmt::Debug;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use epoll::Events;
 use ringside_sandbox::Profile;
@@ -307,6 +308,34 @@ pub(super) trait Interface: Debug + Send + Sync {
             Some(_) => Err(LinkError::NoSteering),
         }
     }
+
+    /// The descriptors by which another program has the same link, one for each queue, or none if it opens it anew. `None`: no
+    /// other program can have it at the same time.
+    ///
+    /// # Errors
+    /// What the system said.
+    fn parts(&self) -> io::Result<Option<Vec<OwnedFd>>> {
+        Ok(None)
+    }
+
+    /// The queues that are attached, as the kernel numbers them.
+    fn order(&self) -> Vec<u16> {
+        Vec::new()
+    }
+
+    /// They are attached, in this order, as another program has left them.
+    ///
+    /// # Errors
+    /// What the link said.
+    fn adopt_order(&self, order: Vec<u16>) -> Result<(), LinkError> {
+        let _ = order;
+        Ok(())
+    }
+
+    /// What [`set_steering`](Self::set_steering) said last.
+    fn steering(&self) -> Option<Rss> {
+        None
+    }
 }
 
 /// A link that takes the driver's choice from each call.
@@ -324,5 +353,10 @@ impl Interface for Fixed {
 
     fn needs(&self, profile: &mut Profile) {
         self.0.needs(profile);
+    }
+
+    fn parts(&self) -> io::Result<Option<Vec<OwnedFd>>> {
+        let own = matches!(self.0, LinkSpec::Null | LinkSpec::Generate(_));
+        Ok(own.then(Vec::new))
     }
 }

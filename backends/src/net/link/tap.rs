@@ -189,10 +189,9 @@ fn multi_queue_word(queues: u16) -> &'static str {
 /// `readv` and `writev`, with a virtio-net header before it.
 #[derive(Debug)]
 pub struct TapQueue {
-    fd: OwnedFd,
+    fd: Arc<OwnedFd>,
     /// It can be attached to and detached from the interface (IFF_MULTI_QUEUE).
     switchable: bool,
-    attached: bool,
     /// Its number among the queues of the interface that are ours.
     number: u16,
     members: Arc<Mutex<Members>>,
@@ -242,13 +241,12 @@ fn lock(members: &Mutex<Members>) -> MutexGuard<'_, Members> {
 }
 
 impl TapQueue {
-    /// An attached queue, behind `before` others.
+    /// A queue that is opened behind `before` others.
     fn new(fd: OwnedFd, switchable: bool, before: usize, members: &Arc<Mutex<Members>>) -> Self {
         Self {
             batch: Batch::new().map(Box::new),
-            fd,
+            fd: Arc::new(fd),
             switchable,
-            attached: true,
             number: u16::try_from(before).unwrap_or(u16::MAX),
             members: Arc::clone(members),
             lost: false,
@@ -258,7 +256,11 @@ impl TapQueue {
     /// Wraps a non-blocking descriptor with a packet for each read and write. It is always attached.
     #[cfg(test)]
     pub(in crate::net) fn from_packet_fd(fd: OwnedFd) -> Self {
-        Self::new(fd, false, 0, &Arc::default())
+        let members = Members {
+            order: vec![0],
+            ..Members::default()
+        };
+        Self::new(fd, false, 0, &Arc::new(Mutex::new(members)))
     }
 }
 
@@ -269,7 +271,7 @@ impl Link for TapQueue {
 
     fn ready(&mut self, events: Events) -> Ready {
         // A queue that is detached is in error as well.
-        if events.contains(Events::EPOLLERR) && self.attached && !self.lost {
+        if events.contains(Events::EPOLLERR) && !self.lost && self.attached() {
             self.lost = true;
             error!(
                 "the interface was deleted: no packet passes any more; start this program again"
@@ -315,12 +317,12 @@ impl Link for TapQueue {
     }
 
     fn attached(&self) -> bool {
-        self.attached
+        lock(&self.members).order.contains(&self.number)
     }
 
     /// The queue of an interface that has only one stays attached.
     fn set_attached(&mut self, attached: bool) -> io::Result<()> {
-        if !self.switchable || self.attached == attached {
+        if !self.switchable || self.attached() == attached {
             return Ok(());
         }
         let flag = if attached {
@@ -330,7 +332,6 @@ impl Link for TapQueue {
         };
         let mut members = lock(&self.members);
         ioctls::set_queue(self.fd.as_fd(), flag)?;
-        self.attached = attached;
         members.moved(self.number, attached);
         members.steer()
     }
@@ -353,6 +354,10 @@ pub struct Tap {
     name: String,
     /// A second descriptor of the first queue, which is never detached: requests on a detached queue fail.
     control: OwnedFd,
+    /// Of all queues.
+    queues: Vec<Arc<OwnedFd>>,
+    /// Another program has it open, whose place this one takes.
+    taken: bool,
     members: Arc<Mutex<Members>>,
 }
 
@@ -503,6 +508,29 @@ impl Tap {
         Self::with_queues(name, opened)
     }
 
+    /// Goes on with all queues of another program, which has them open until it ends. Nothing of the interface is changed.
+    ///
+    /// # Errors
+    /// [`TapError::NotATap`]
+    pub fn adopt(fds: Vec<OwnedFd>) -> Result<(Self, Vec<TapQueue>), TapError> {
+        let members = Arc::default();
+        let switchable = fds.len() > 1;
+        // The first one is never detached.
+        let name = match fds.first() {
+            Some(first) => ioctls::get_interface(first.as_fd())
+                .map(|(name, _)| name)
+                .map_err(|errno| TapError::NotATap {
+                    fd: first.as_raw_fd(),
+                    source: errno.into(),
+                })?,
+            None => String::new(),
+        };
+        let opened = (0..).zip(fds);
+        let opened = opened.map(|(number, fd)| TapQueue::new(fd, switchable, number, &members));
+        let (tap, queues) = Self::with_queues(name, opened.collect())?;
+        Ok((Self { taken: true, ..tap }, queues))
+    }
+
     fn with_queues(name: String, queues: Vec<TapQueue>) -> Result<(Self, Vec<TapQueue>), TapError> {
         let none = || io::Error::new(io::ErrorKind::InvalidInput, "no queue was given");
         let control = match queues.first() {
@@ -515,6 +543,8 @@ impl Tap {
                 let tap = Self {
                     name,
                     control,
+                    queues: queues.iter().map(|queue| Arc::clone(&queue.fd)).collect(),
+                    taken: false,
                     members: members.unwrap_or_default(),
                 };
                 lock(&tap.members).order = queues.iter().map(|queue| queue.number).collect();
@@ -535,6 +565,10 @@ impl Tap {
     fn prepare_steering(&self) -> Result<(), TapError> {
         let load = || -> io::Result<Steering> {
             let steering = Steering::load()?;
+            if self.taken {
+                // That of the other program is in place.
+                return Ok(steering);
+            }
             // Does this kernel take it?
             ioctls::set_steering(self.control.as_fd(), Some(steering.program()))?;
             ioctls::set_steering(self.control.as_fd(), None)?;
@@ -725,6 +759,30 @@ impl Interface for Tap {
             return Err(LinkError::NoSteering);
         }
         Ok(self.steer(rss)?)
+    }
+
+    fn steering(&self) -> Option<Rss> {
+        lock(&self.members).rss.clone()
+    }
+
+    fn parts(&self) -> io::Result<Option<Vec<OwnedFd>>> {
+        let queues = self.queues.iter().map(|queue| queue.try_clone());
+        queues.collect::<io::Result<_>>().map(Some)
+    }
+
+    fn order(&self) -> Vec<u16> {
+        lock(&self.members).order.clone()
+    }
+
+    fn adopt_order(&self, order: Vec<u16>) -> Result<(), LinkError> {
+        let mut members = lock(&self.members);
+        members.order = order;
+        let steered = members.steer();
+        Ok(steered.map_err(|source| TapError::Request {
+            name: self.name.clone(),
+            what: "steering packets to queues",
+            source,
+        })?)
     }
 }
 

@@ -19,11 +19,12 @@ use super::super::features::{control_queue, feature_name, guest_offloads, has, t
 use super::super::filter::Filter;
 use super::super::link::Interface;
 use super::super::settings::{Settings, Shared};
+use super::super::state;
 use super::counters::AllPorts;
 use super::policy::PortId;
 use super::shared::PortShared;
 use super::worker::{Behind, Inbox, Order};
-use crate::shell::{Commands, Device, DeviceError, Statistics, WorkerThread, confined};
+use crate::shell::{Commands, Device, DeviceError, StateError, Statistics, WorkerThread, confined};
 
 /// The worker that serves a port's queue pairs: the switch's thread.
 const SWITCH: usize = 0;
@@ -245,6 +246,15 @@ impl Device for SwitchPort {
         }
         self.settings.change(|settings| settings.announce = true);
         Ok(true)
+    }
+
+    fn save(&self) -> Result<Vec<u8>, StateError> {
+        state::save(&self.settings, self.shared.as_ref())
+    }
+
+    fn load(&mut self, bytes: &[u8]) -> Result<(), StateError> {
+        let (pairs, port) = (self.config.pairs, self.shared.as_ref());
+        state::load(bytes, self.acked, pairs, &self.settings, port)
     }
 
     fn reset(&mut self) {

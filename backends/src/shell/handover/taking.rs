@@ -1,0 +1,269 @@
+//! The program that takes the place of another.
+
+use std::fmt::Debug;
+use std::io;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ringside_control::{BoundSocket, Chain, PeerError, Peers};
+use serde_json::json;
+use thiserror::Error;
+use tracing::info;
+
+use super::talk::{Descriptors, Talk, TalkError, VERSION};
+use super::{DRAIN, Meeting, Message, Offer, PREPARE, Parts, STEP, State, now};
+use crate::shell::device::Device;
+use crate::shell::handler::{Handler, HandlerError, Kicks};
+use crate::shell::options::{Program, ShellArgs};
+use crate::shell::session::{Session, SessionError};
+use crate::shell::socket::Endpoint;
+use crate::shell::state::StateError;
+
+/// A program cannot take the place of another, which goes on.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TakeOverError {
+    /// There is none.
+    #[error(
+        "cannot connect to {path}: give --take-over the control socket of the program whose place this one is to take"
+    )]
+    Connect {
+        /// The control socket.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody else listens there.
+    #[error("the control socket is that of another user's program")]
+    Peer(#[from] PeerError),
+    /// The conversation failed.
+    #[error("the other program's place cannot be taken")]
+    Talk(#[from] TalkError),
+    /// It serves another device.
+    #[error(
+        "the other program has {what} {theirs}, and this one {ours}: start both with the same options"
+    )]
+    Different {
+        /// What differs.
+        what: &'static str,
+        /// That of the other program.
+        theirs: String,
+        /// That of this one.
+        ours: String,
+    },
+    /// What a driver reads would change.
+    #[error(
+        "byte {at} of the configuration space differs from what the other program's driver has read: start both with the same options"
+    )]
+    Config {
+        /// The first byte that differs.
+        at: usize,
+    },
+    /// A file of a socket.
+    #[error("the socket's file {path} is not there any more")]
+    SocketFile {
+        /// Its path.
+        path: PathBuf,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The connection of a front-end cannot be gone on with.
+    #[error("the front-end's connection cannot be gone on with")]
+    Session(#[from] SessionError),
+    /// Something that holds for the connection cannot be had here.
+    #[error("the connection's rings cannot be gone on with")]
+    Handler(#[from] HandlerError),
+    /// What a front-end has said cannot be obeyed here.
+    #[error("what the front-end has said cannot be obeyed here")]
+    Refused(#[source] io::Error),
+    /// The state of the device.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// What the device is made of.
+    #[error("what the other program says about its device cannot be read")]
+    Description(#[source] serde_json::Error),
+}
+
+/// Refuses what is not the same.
+pub(crate) fn same<T: PartialEq + Debug>(
+    what: &'static str,
+    theirs: &T,
+    ours: &T,
+) -> Result<(), TakeOverError> {
+    if theirs == ours {
+        return Ok(());
+    }
+    Err(TakeOverError::Different {
+        what,
+        theirs: format!("{theirs:?}"),
+        ours: format!("{ours:?}"),
+    })
+}
+
+/// The program whose place is to be taken, from the first word to the last.
+#[derive(Debug)]
+pub(in crate::shell) struct Predecessor {
+    stream: UnixStream,
+    offer: Offer,
+    /// Not taken yet.
+    descriptors: Mutex<Descriptors>,
+}
+
+impl Predecessor {
+    /// Connects to the control socket at `path`, and hears what there is.
+    pub(in crate::shell) fn meet(
+        path: &Path,
+        program: &Program,
+        peers: &Peers,
+    ) -> Result<Self, TakeOverError> {
+        use std::io::Write;
+        let connect = |source| TakeOverError::Connect {
+            path: path.to_owned(),
+            source,
+        };
+        let mut stream = UnixStream::connect(path).map_err(connect)?;
+        peers.check(&stream)?;
+        let arguments = json!({ "version": VERSION });
+        let request = json!({ "command": "hand-over", "arguments": arguments });
+        stream
+            .write_all(format!("{request}\n").as_bytes())
+            .map_err(connect)?;
+        let (message, descriptors) = Talk(&stream).receive(STEP)?;
+        let Message::Offer(offer) = message else {
+            return Err(TalkError::Order.into());
+        };
+        same("a device of kind", &offer.kind, &program.kind.to_owned())?;
+        Ok(Self {
+            stream,
+            offer: *offer,
+            descriptors: Mutex::new(descriptors),
+        })
+    }
+
+    fn descriptors(&self) -> MutexGuard<'_, Descriptors> {
+        self.descriptors
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What its device is made of.
+    pub(in crate::shell) fn parts(&self) -> Result<Parts, TakeOverError> {
+        let mut all = self.descriptors();
+        let taken = self.offer.parts.iter().map(|&number| all.take(number));
+        Ok(Parts {
+            description: self.offer.description.clone(),
+            descriptors: taken.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// How its front-ends are met. It keeps the file of its socket until it has gone.
+    pub(in crate::shell) fn endpoint(&self, args: &ShellArgs) -> Result<Endpoint, TakeOverError> {
+        let path = args.socket_path.clone().unwrap_or_default();
+        let ours = match args.client {
+            true => Meeting::Connecting(path),
+            false => Meeting::Listening(path),
+        };
+        same("a front-end's socket", &self.offer.meeting, &ours)?;
+        match (ours, self.offer.listener) {
+            (Meeting::Connecting(path), _) => Ok(Endpoint::Connecting(path)),
+            (Meeting::Listening(_), Some(listener)) => {
+                let socket = UnixListener::from(self.descriptors().take(listener)?);
+                Ok(Endpoint::adopt(socket))
+            }
+            (Meeting::Listening(_), None) => Err(TalkError::Order.into()),
+        }
+    }
+
+    /// Its control socket, once it is gone.
+    pub(in crate::shell) fn control(
+        &self,
+        path: &Path,
+        peers: Peers,
+    ) -> Result<BoundSocket, TakeOverError> {
+        let listener = self.offer.control.ok_or(TalkError::Order)?;
+        let listener = UnixListener::from(self.descriptors().take(listener)?);
+        BoundSocket::adopt(path, listener, peers).map_err(|source| TakeOverError::SocketFile {
+            path: path.to_owned(),
+            source,
+        })
+    }
+
+    /// Refuses a device that its driver would find to be another one.
+    pub(in crate::shell) fn check<D: Device>(
+        &self,
+        handler: &Handler<D>,
+    ) -> Result<(), TakeOverError> {
+        let hex = |features: u64| format!("{features:#x}");
+        let ours = handler.offered();
+        let theirs = &self.offer;
+        same("features", &hex(theirs.features), &hex(ours.features))?;
+        let (a, b) = (theirs.protocol_features, ours.protocol_features);
+        same("protocol features", &hex(a), &hex(b))?;
+        same("a number of queues of", &theirs.queues, &ours.queues)?;
+        let (a, b) = (theirs.max_queue_size, ours.max_queue_size);
+        same("a queue size of up to", &a, &b)
+    }
+
+    /// Takes its place: returns the connection that goes on, if a front-end is connected. The rings run.
+    pub(in crate::shell) fn replace<D: Device>(
+        &self,
+        handler: &Arc<Mutex<Handler<D>>>,
+    ) -> Result<Option<Session<D>>, TakeOverError> {
+        let talk = Talk(&self.stream);
+        let none = Descriptors::default();
+        talk.send(&Message::Ready, &none, STEP)?;
+        let (message, mut descriptors) = talk.receive(DRAIN)?;
+        let Message::State(state) = message else {
+            return Err(TalkError::Order.into());
+        };
+        let (session, rest) = match self.put_in_place(&state, &mut descriptors, handler) {
+            Ok(placed) => placed,
+            Err(error) => {
+                let why = Message::Refused(Chain(&error).to_string());
+                // It hears that from the end of the connection as well.
+                let _ = talk.send(&why, &none, STEP);
+                return Err(error);
+            }
+        };
+        talk.send(&Message::Taken, &none, STEP)?;
+        match talk.receive(PREPARE)?.0 {
+            Message::Go => {}
+            _ => return Err(TalkError::Order.into()),
+        }
+        lock(handler).go_on(rest)?;
+        let pause = now().saturating_sub(state.stopped) / 1000;
+        info!("took over from process {} in {pause} µs", self.offer.pid);
+        // Only for its log.
+        let _ = talk.send(&Message::Done(pause), &none, STEP);
+        Ok(session)
+    }
+
+    fn put_in_place<D: Device>(
+        &self,
+        state: &State,
+        descriptors: &mut Descriptors,
+        handler: &Arc<Mutex<Handler<D>>>,
+    ) -> Result<Placed<D>, TakeOverError> {
+        let session = match &state.connection {
+            Some(connection) => {
+                let socket = UnixStream::from(descriptors.take(connection.socket)?);
+                let (features, protocol) = (connection.features, connection.protocol_features);
+                Some(Session::resume(socket, handler, features, protocol)?)
+            }
+            None => None,
+        };
+        let kicks = lock(handler).adopt(state, descriptors)?;
+        Ok((session, kicks))
+    }
+}
+
+/// A session, if there is one, and what starts its rings.
+type Placed<D> = (Option<Session<D>>, Kicks);
+
+fn lock<D>(handler: &Mutex<Handler<D>>) -> MutexGuard<'_, Handler<D>> {
+    // Only this thread ever locks it.
+    handler.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,543 @@
+//! Upgrades in place: programs take each other's place under a driver that does not stop, and nothing is lost or done twice.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)] // helpers of tests: a panic is how they fail
+
+mod frontend;
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::UdpSocket;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use frontend::disk::Disk;
+use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network};
+use ringside_control::client;
+use ringside_rings::Segment;
+use serde_json::{Value, json};
+use vhost::VhostBackend;
+use vhost::vhost_user::VhostUserFrontend;
+use vm_memory::{Bytes, GuestAddress};
+
+const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
+const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
+const SIZE: usize = 4 << 20;
+/// How often the program is replaced, in each way.
+const UPGRADES: usize = 50;
+
+/// What is on the disk is known all the time, each read is compared with it, and a request that came back twice would be
+/// none that the driver has.
+fn disk_goes_on(setup: Setup, more: &[&str]) {
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(SIZE as u64).unwrap();
+    let path = image.path().to_str().unwrap();
+    let args = [&["--path", path, "--queues", "4"], more].concat();
+    let mut daemon = Daemon::start_controlled(BLK, &args);
+    let front = FrontEnd::new(&daemon.socket(), setup);
+    let mut disk = Disk::new(front, vec![0; SIZE]);
+    for _ in 0..UPGRADES {
+        disk.load(40, true);
+        daemon.upgrade(BLK, &args);
+    }
+    disk.exercise(40, true);
+    disk.verify();
+    disk.flush();
+    let mut found = vec![0; SIZE];
+    let file = File::open(image.path()).unwrap();
+    file.read_exact_at(&mut found, 0).unwrap();
+    assert!(found == disk.model, "the file is not what the driver wrote");
+    // The connection is one with which more can be done.
+    disk.front.messages.get_vring_base(0).unwrap();
+    daemon.stop();
+}
+
+fn queues(packed: bool, tracked: bool) -> Setup {
+    Setup {
+        queues: 4,
+        packed,
+        tracked,
+        ..Setup::default()
+    }
+}
+
+#[test]
+fn a_disk_with_split_queues_goes_on() {
+    disk_goes_on(queues(false, false), &[]);
+}
+
+#[test]
+fn a_disk_with_packed_queues_goes_on() {
+    disk_goes_on(queues(true, true), &[]);
+}
+
+#[test]
+fn a_disk_in_order_with_limits_goes_on() {
+    let setup = Setup {
+        in_order: true,
+        slots: true,
+        ..queues(false, true)
+    };
+    disk_goes_on(setup, &["--in-order", "on", "--limit", "iops=4000"]);
+}
+
+/// A disk whose options a test chooses.
+struct Served {
+    daemon: Daemon,
+    front: FrontEnd,
+    image: tempfile::NamedTempFile,
+}
+
+impl Served {
+    fn new() -> Self {
+        let image = tempfile::NamedTempFile::new().unwrap();
+        image.as_file().set_len(SIZE as u64).unwrap();
+        let path = image.path().to_str().unwrap();
+        let daemon = Daemon::start_controlled(BLK, &["--path", path, "--queues", "2"]);
+        let front = FrontEnd::new(&daemon.socket(), two_queues(true));
+        Self {
+            daemon,
+            front,
+            image,
+        }
+    }
+
+    fn works(&mut self) {
+        self.front.works(0);
+        self.front.works(1);
+    }
+}
+
+fn two_queues(tracked: bool) -> Setup {
+    Setup {
+        queues: 2,
+        tracked,
+        ..Setup::default()
+    }
+}
+
+/// The lock of the image is never free: it goes over with the file.
+#[test]
+fn the_image_stays_locked() {
+    let mut served = Served::new();
+    let path = served.image.path().to_str().unwrap().to_owned();
+    let args = ["--path", path.as_str(), "--queues", "2"];
+    for _ in 0..3 {
+        let (status, log) = Daemon::spawn(BLK, &args).outcome();
+        assert_eq!(status, Some(1));
+        assert!(log.contains("is in use by another program"), "{log}");
+        served.daemon.upgrade(BLK, &args);
+        served.works();
+    }
+    served.daemon.stop();
+    // And is free then.
+    Daemon::start(BLK, &args).stop();
+}
+
+/// What a front-end has set up beside its rings goes over, too: the dirty log, its socket for our requests, and what users have
+/// changed.
+#[test]
+fn all_of_the_connection_goes_over() {
+    let mut served = Served::new();
+    let path = served.image.path().to_str().unwrap().to_owned();
+    let args = ["--path", path.as_str(), "--queues", "2"];
+    let control = served.daemon.dir.path().join("ctl");
+    let call = |command, arguments| {
+        client::call(&control, command, &arguments)
+            .unwrap()
+            .unwrap()
+    };
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    served
+        .front
+        .messages
+        .set_backend_request_fd(&theirs)
+        .unwrap();
+    drop(theirs);
+    call("limits", json!({ "iops": 5000 }));
+    served.front.begin_log(true);
+    served.daemon.upgrade(BLK, &args);
+    let marked = |log: &File| {
+        let mut bits = vec![0; log.metadata().unwrap().len() as usize];
+        log.read_exact_at(&mut bits, 0).unwrap();
+        bits.iter().map(|byte| byte.count_ones()).sum::<u32>()
+    };
+    let before = marked(&served.front.log.as_ref().unwrap().0);
+    // The next status lies in a page that nobody has written.
+    served.front.guest.alloc(4096, 4096);
+    served.works();
+    let log = served.front.end_log();
+    let after = marked(&log);
+    assert!(after > before, "{before} pages, then {after}");
+    served.daemon.upgrade(BLK, &args);
+    served.works();
+    assert_eq!(marked(&log), after);
+    assert_eq!(call("limits", Value::Null)["iops"], 5000);
+    let status = call("status", Value::Null);
+    assert_eq!(status["front-end"], "connected");
+    assert_eq!(status["inflight-tracking"], true);
+    call("resize", json!({ "size": 2 * SIZE }));
+    // VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no payload.
+    let mut message = [0; 12];
+    ours.read_exact(&mut message).unwrap();
+    assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
+    served.daemon.upgrade(BLK, &args);
+    served.daemon.stop();
+}
+
+#[test]
+fn another_device_is_refused_and_the_old_program_goes_on() {
+    let mut served = Served::new();
+    let path = served.image.path().to_str().unwrap().to_owned();
+    let path = ["--path", path.as_str()];
+    let other = tempfile::NamedTempFile::new().unwrap();
+    other.as_file().set_len(SIZE as u64).unwrap();
+    let other = ["--path", other.path().to_str().unwrap()];
+    for (program, args, why) in [
+        (
+            BLK,
+            [&path[..], &["--queues", "4"]].concat(),
+            "number of queues",
+        ),
+        (
+            BLK,
+            [&path[..], &["--queues", "2", "--packed", "off"]].concat(),
+            "features",
+        ),
+        (
+            BLK,
+            [&path[..], &["--queues", "2", "--queue-size", "128"]].concat(),
+            "queue size",
+        ),
+        (
+            BLK,
+            [&path[..], &["--queues", "2", "--block-size", "4096"]].concat(),
+            "configuration space",
+        ),
+        (
+            BLK,
+            [&path[..], &["--queues", "2", "--direct"]].concat(),
+            "open in another way",
+        ),
+        (
+            BLK,
+            [&other[..], &["--queues", "2"]].concat(),
+            "another file",
+        ),
+        (NET, vec!["--link", "null"], "kind"),
+    ] {
+        let mut child = served.daemon.successor(program, &args);
+        assert_eq!(child.wait().unwrap().code(), Some(1), "{args:?}");
+        let log = served.daemon.log();
+        assert!(log.contains(why), "{why}: {log}");
+        served.works();
+    }
+    served.daemon.stop();
+}
+
+/// A message of an upgrade: see `shell/handover/talk.rs`.
+fn message(body: &str) -> Vec<u8> {
+    let mut message = b"RINGHAND".to_vec();
+    let len = body.len() as u32;
+    for word in [1, len, 0, crc32fast::hash(body.as_bytes())] {
+        message.extend(word.to_le_bytes());
+    }
+    message.extend(body.as_bytes());
+    message
+}
+
+/// Takes the next one, without its descriptors.
+fn take(stream: &mut UnixStream) -> String {
+    let mut header = [0; 24];
+    stream.read_exact(&mut header).unwrap();
+    let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()) as usize;
+    assert_eq!(
+        &header[..8],
+        b"RINGHAND",
+        "{}",
+        String::from_utf8_lossy(&header)
+    );
+    let mut body = vec![0; word(12)];
+    stream.read_exact(&mut body).unwrap();
+    stream.read_exact(&mut vec![0; word(16)]).unwrap();
+    String::from_utf8(body).unwrap()
+}
+
+#[test]
+fn a_program_that_dies_in_the_middle_changes_nothing() {
+    let mut served = Served::new();
+    let control = served.daemon.dir.path().join("ctl");
+    let before = served.daemon.descriptors();
+    for (last, words) in [
+        (1, &[][..]),
+        (2, &["\"ready\""]),
+        (2, &["\"go\""]),
+        (2, &["{}"]),
+        (3, &["\"ready\"", "{\"refused\":\"no\"}"]),
+        (3, &["\"ready\"", "\"ready\""]),
+    ] {
+        let mut stream = UnixStream::connect(&control).unwrap();
+        let request = json!({"command": "hand-over", "arguments": {"version": 1}});
+        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+        assert!(take(&mut stream).starts_with("{\"offer\""));
+        for (number, word) in (2..).zip(words) {
+            stream.write_all(&message(word)).unwrap();
+            if number < last || *word == "\"ready\"" && number == 2 {
+                assert!(take(&mut stream).starts_with("{\"state\""));
+            }
+        }
+        drop(stream);
+        served.works();
+    }
+    // Another version, and while one is about to take over.
+    let ask = |version| client::call(&control, "hand-over", &json!({ "version": version }));
+    let refused = ask(2).unwrap().unwrap_err();
+    assert!(refused.message.contains("version 1"), "{}", refused.message);
+    let mut stream = UnixStream::connect(&control).unwrap();
+    let request = json!({"command": "hand-over", "arguments": {"version": 1}});
+    stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+    take(&mut stream);
+    assert!(
+        ask(1)
+            .unwrap()
+            .unwrap_err()
+            .message
+            .contains("another program")
+    );
+    drop(stream);
+    served.works();
+    client::call(&control, "status", &Value::Null)
+        .unwrap()
+        .unwrap();
+    assert!(served.daemon.descriptors() <= before + 2);
+    served.daemon.stop();
+}
+
+#[test]
+fn what_cannot_go_over_says_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let capture = dir.path().join("capture");
+    let capture = capture.to_str().unwrap();
+    let daemon = Daemon::start_controlled(NET, &["--link", "null", "--pcap", capture]);
+    let mut child = daemon.successor(NET, &["--link", "null"]);
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert!(
+        daemon.log().contains("without a capture file"),
+        "{}",
+        daemon.log()
+    );
+    daemon.stop();
+}
+
+#[test]
+fn a_switch_says_that_it_cannot_go_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let [port, control] = ["port", "ctl"].map(|name| dir.path().join(name));
+    let port = format!("socket={}", port.display());
+    let mut command = Command::new(NET);
+    command
+        .args(["--port", &port, "--control-socket"])
+        .arg(&control);
+    let daemon = Daemon::spawn_command(&mut command, dir);
+    daemon.wait_for_socket();
+    let asked = client::call(&control, "hand-over", &json!({ "version": 1 }));
+    let refused = asked.unwrap().unwrap_err();
+    assert!(
+        refused.message.contains("several ports"),
+        "{}",
+        refused.message
+    );
+}
+
+/// A program that has no front-end is replaced as well, and one that was drained is not.
+#[test]
+fn an_idle_program_is_replaced() {
+    let args = ["--null", "1G", "--queues", "2"];
+    let mut daemon = Daemon::start_controlled(BLK, &args);
+    let control = daemon.dir.path().join("ctl");
+    let call = |command: &str| client::call(&control, command, &Value::Null).unwrap();
+    for _ in 0..3 {
+        daemon.upgrade(BLK, &args);
+        FrontEnd::new(&daemon.socket(), two_queues(true)).works(1);
+    }
+    call("drain").unwrap();
+    let mut child = daemon.successor(BLK, &args);
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert!(daemon.log().contains("drained"), "{}", daemon.log());
+    call("resume").unwrap();
+    daemon.upgrade(BLK, &args);
+    daemon.stop();
+}
+
+const HEADER: usize = 12;
+const GUEST: [u8; 4] = [10, 9, 0, 2];
+const HOST: [u8; 4] = [10, 9, 0, 1];
+const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 5];
+const PORT: u16 = 4000;
+/// Frames of each direction at each upgrade: less than wait in a TAP interface.
+const FRAMES: u32 = 100;
+
+/// A datagram from the guest with a number in it.
+fn datagram(number: u32) -> Vec<u8> {
+    let mut ip = vec![0x45, 0, 0, 32, 0, 0, 0, 0, 64, 17, 0, 0];
+    ip.extend(GUEST);
+    ip.extend(HOST);
+    let sum: u32 = ip
+        .chunks(2)
+        .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]))
+        .sum();
+    let sum = !((sum & 0xffff) + (sum >> 16)) as u16;
+    ip[10..12].copy_from_slice(&sum.to_be_bytes());
+    let mut packet = vec![0; HEADER];
+    packet.extend([0xff; 6]);
+    packet.extend(MAC);
+    packet.extend([8, 0]);
+    packet.extend(ip);
+    for half in [5000, PORT, 12, 0] {
+        packet.extend(half.to_be_bytes());
+    }
+    packet.extend(number.to_be_bytes());
+    packet
+}
+
+/// The number in a frame, if it is a datagram of the host's.
+fn number(packet: &[u8]) -> Option<u32> {
+    let frame = packet.get(HEADER..)?;
+    let is_ours = frame.get(12..14)? == [8, 0] && frame.get(36..38)? == PORT.to_be_bytes();
+    let number = frame.get(42..46)?.try_into().ok()?;
+    is_ours.then(|| u32::from_be_bytes(number))
+}
+
+/// Frames go both ways all the time. All come, once, and in order.
+fn frames_go_on(setup: Setup, upgrades: usize, pairs: u16) {
+    let count = pairs.to_string();
+    let args = [
+        "--tap",
+        "ring0",
+        "--tap-ip",
+        "10.9.0.1/24",
+        "--mac",
+        "52:54:00:00:00:05",
+        "--queue-pairs",
+        &count,
+    ];
+    let mut daemon = Daemon::start_controlled(NET, &args);
+    let setup = Setup {
+        queues: usize::from(pairs) * 2 + 1,
+        size: 256,
+        ..setup
+    };
+    let mut front = FrontEnd::new(&daemon.socket(), setup);
+    let control = usize::from(pairs) * 2;
+    if pairs > 1 {
+        // VIRTIO_NET_CTRL_MQ_VQ_PAIRS_SET (VIRTIO 1.3, 5.1.6.5.5).
+        let [low, high] = pairs.to_le_bytes();
+        let at = front.guest.alloc(5, 64);
+        front
+            .guest
+            .memory
+            .write_slice(&[4, 0, low, high], at)
+            .unwrap();
+        let ack = [Segment::new(GuestAddress(at.0 + 4), 1)];
+        let FrontEnd { queues, guest, .. } = &mut front;
+        queues[control].submit(guest, &[Segment::new(at, 4)], &ack, 0);
+        front.complete(control);
+        assert_eq!(front.guest.read(GuestAddress(at.0 + 4), 1), [0]);
+    }
+    for pair in 0..usize::from(pairs) {
+        for _ in 0..128 {
+            let buffer = front.guest.alloc(2048, 64);
+            let FrontEnd { queues, guest, .. } = &mut front;
+            queues[2 * pair].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
+        }
+    }
+    let socket = UdpSocket::bind(("10.9.0.1", PORT)).unwrap();
+    socket.set_broadcast(true).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(10)))
+        .unwrap();
+    let transmit: Vec<_> = (0..FRAMES).map(|_| front.guest.alloc(64, 64)).collect();
+    let (mut sent, mut expected) = (0, 0);
+    for _ in 0..upgrades {
+        let sender = socket.try_clone().unwrap();
+        let host = thread::spawn(move || {
+            for number in expected..expected + FRAMES {
+                let to = ("10.9.0.255", PORT);
+                sender.send_to(&number.to_be_bytes(), to).unwrap();
+                thread::sleep(Duration::from_micros(100));
+            }
+        });
+        for (number, at) in (sent..).zip(&transmit) {
+            let packet = datagram(number);
+            front.guest.memory.write_slice(&packet, *at).unwrap();
+            let segment = Segment::new(*at, packet.len() as u32);
+            let FrontEnd { queues, guest, .. } = &mut front;
+            queues[1].submit(guest, &[segment], &[], number.into());
+        }
+        daemon.upgrade(NET, &args);
+        host.join().unwrap();
+        for number in sent..sent + FRAMES {
+            assert_eq!(front.complete(1), (number.into(), 0));
+        }
+        let mut payload = [0; 4];
+        let mut wanted = sent..sent + FRAMES;
+        while !wanted.is_empty() {
+            let (len, from) = socket.recv_from(&mut payload).unwrap();
+            // Its own broadcasts are not for it.
+            if from.ip() == std::net::Ipv4Addr::from(GUEST) {
+                assert_eq!((len, Some(u32::from_be_bytes(payload))), (4, wanted.next()));
+            }
+        }
+        sent += FRAMES;
+        // One flow has one queue, but the kernel may choose another one for it.
+        let (start, mut found) = (Instant::now(), Vec::new());
+        while found.len() < FRAMES as usize {
+            let done = (0..usize::from(pairs)).find_map(|pair| {
+                let FrontEnd { queues, guest, .. } = &mut front;
+                let mut session = queues[2 * pair].ring.session(&guest.memory).unwrap();
+                let (buffer, len) = session.poll_used().unwrap()?;
+                Some((pair, buffer, len))
+            });
+            let Some((pair, buffer, len)) = done else {
+                assert!(start.elapsed() < PATIENCE, "{} came", found.len());
+                thread::sleep(Duration::from_millis(1));
+                continue;
+            };
+            let packet = front.guest.read(GuestAddress(buffer), len as usize);
+            found.extend(number(&packet));
+            let segment = [Segment::new(GuestAddress(buffer), 2048)];
+            let FrontEnd { queues, guest, .. } = &mut front;
+            queues[2 * pair].submit(guest, &[], &segment, buffer);
+        }
+        if pairs > 1 {
+            found.sort_unstable();
+        }
+        assert!(found.into_iter().eq(expected..expected + FRAMES));
+        expected += FRAMES;
+    }
+    assert!(!daemon.log().contains("ERROR"), "{}", daemon.log());
+    daemon.stop();
+}
+
+#[test]
+fn a_network_card_goes_on() {
+    if own_network("a_network_card_goes_on") {
+        for setup in Setup::default().formats() {
+            frames_go_on(setup, UPGRADES / 4, 1);
+        }
+    }
+}
+
+#[test]
+fn a_network_card_with_two_queue_pairs_goes_on() {
+    if own_network("a_network_card_with_two_queue_pairs_goes_on") {
+        frames_go_on(Setup::default(), UPGRADES / 4, 2);
+    }
+}

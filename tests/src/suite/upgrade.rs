@@ -1,0 +1,126 @@
+//! Back-ends whose place is taken by others under load: the guest sees nothing but a pause.
+
+use std::thread::sleep;
+use std::time::Duration;
+
+use super::Test;
+use crate::ensure;
+use crate::error::{LabError, Result};
+use crate::harness::{BackEnd, Blk, Control, Guest, Net, Vmm, disk_file, iperf3_server};
+use crate::site::Site;
+
+pub(super) const TESTS: &[Test] = &[Test {
+    name: "upgrade::disk_and_card_go_on",
+    seconds: 120,
+    run: disk_and_card_go_on,
+}];
+
+/// How often each is upgraded.
+const UPGRADES: usize = 10;
+const QUEUES: u16 = 2;
+/// How long an upgrade may take on plain hardware.
+const LIMIT: Duration = Duration::from_secs(10);
+const MIB: u64 = 1 << 20;
+
+/// Takes the place of a back-end. Returns the new one, and the pause in microseconds.
+fn upgrade(
+    site: &Site,
+    mut old: BackEnd,
+    start: impl FnOnce(&BackEnd) -> Result<BackEnd>,
+) -> Result<(BackEnd, u64)> {
+    let mut new = start(&old)?;
+    let status = old.daemon().wait(site.limit(LIMIT))?;
+    ensure!(
+        status.success(),
+        "the one whose place was taken ended with {status}"
+    );
+    let log = new.daemon().log_path().to_owned();
+    let text = || std::fs::read_to_string(&log).unwrap_or_default();
+    let ready = || text().contains(" ready");
+    new.daemon()
+        .wait_until("it has taken over", site.limit(LIMIT), ready)?;
+    let text = text();
+    let pause = text
+        .split_once("took over from process ")
+        .and_then(|(_, rest)| rest.split_whitespace().nth(2)?.parse().ok());
+    match pause {
+        Some(pause) => Ok((new, pause)),
+        None => Err(LabError::Ended {
+            what: "it does not say that it has taken over".into(),
+            output: text,
+        }),
+    }
+}
+
+fn disk_and_card_go_on(site: &Site) -> Result<()> {
+    let option = |option: &str, name: &str| {
+        let socket = Control::new(site, name).socket().display().to_string();
+        format!("--{option}={socket}")
+    };
+    let blk = |disk| {
+        let blk = Blk::on(disk).queues(QUEUES);
+        blk.arg(&option("control-socket", "blk.ctl"))
+    };
+    let net = || {
+        let net = Net::tap("tap0").queue_pairs(QUEUES);
+        net.arg(&option("control-socket", "net.ctl"))
+    };
+    let image = disk_file(site, "disk.img", 64 * MIB)?;
+    let mut disk = blk(image.clone()).start(site)?;
+    let mut card = net().address("10.77.0.1/24").start(site)?;
+    let _server = iperf3_server(site, None)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .cpus(QUEUES.into())
+        .device(&disk)
+        .device(&card)
+        .boot(site)?;
+    guest.network_up("10.77.0.2/24")?;
+    // What was written is read again and compared. Each answer to a ping comes, however late.
+    guest.run_ok(
+        "(while [ ! -e /run/enough ]; do \
+         fio --name=load --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=8 --numjobs=2 \
+         --size=4M --offset_increment=16M --verify=crc32c --verify_backlog=16 --verify_fatal=1 --randrepeat=0 --eta=never \
+         >/run/fio.log 2>&1 || { touch /run/failed; break; }; done; touch /run/done) </dev/null >/dev/null 2>&1 & \
+         (while [ ! -e /run/enough ]; do iperf3 -c 10.77.0.1 -t 2 -P 2 --bidir || touch /run/broken; done; touch /run/through) \
+         </dev/null >/run/iperf.log 2>&1 & \
+         (ping -i 0.2 -W 60 10.77.0.1 & echo $! >/run/ping.pid; wait) </dev/null >/run/ping.log 2>&1 &",
+    )?;
+    let (mut of_disk, mut of_card) = (Vec::new(), Vec::new());
+    for _ in 0..UPGRADES {
+        sleep(Duration::from_millis(300));
+        let pause;
+        (disk, pause) = upgrade(site, disk, |old| {
+            let blk = blk(image.clone()).arg(&option("take-over", "blk.ctl"));
+            blk.in_place_of(old).start(site)
+        })?;
+        of_disk.push(pause);
+        let pause;
+        (card, pause) = upgrade(site, card, |old| {
+            let net = net().arg(&option("take-over", "net.ctl"));
+            net.in_place_of(old).start(site)
+        })?;
+        of_card.push(pause);
+    }
+    println!("pauses of the disk: {of_disk:?} µs");
+    println!("pauses of the card: {of_card:?} µs");
+    guest.run_ok_within(
+        "touch /run/enough; while [ ! -e /run/done ] || [ ! -e /run/through ]; do sleep 0.1; done; \
+         [ ! -e /run/failed ] || { cat /run/fio.log; exit 1; }; [ ! -e /run/broken ] || { tail -n 40 /run/iperf.log; exit 1; }",
+        Duration::from_secs(30),
+    )?;
+    let pings =
+        guest.run_ok("sleep 1; kill -INT $(cat /run/ping.pid); sleep 1; cat /run/ping.log")?;
+    ensure!(
+        pings.contains(" 0% packet loss"),
+        "packets were lost:\n{pings}"
+    );
+    let errors = guest.run_ok("dmesg | grep -ci -e 'i/o error' -e 'blk_update_request' || true")?;
+    ensure!(
+        errors.trim() == "0",
+        "the guest saw errors:\n{}",
+        guest.run_ok("dmesg | tail -20")?
+    );
+    guest.shut_down()?;
+    disk.stop(site)?;
+    card.stop(site)
+}
