@@ -34,6 +34,14 @@ pub enum Command {
         /// By how much.
         size: Size,
     },
+    /// Writes all that the machine is into the folder of `--snapshots`.
+    Snapshot {
+        /// The file's name there.
+        name: String,
+        /// The machine ends when it is written.
+        #[serde(default)]
+        stop: bool,
+    },
     /// Holds the guest's processors.
     Pause,
     /// Lets them go on.
@@ -67,6 +75,12 @@ mod tests {
         assert_eq!(command(line), removal(false));
         let line = r#"{"command":"device-remove","arguments":{"id":"a","force":true}}"#;
         assert_eq!(command(line), removal(true));
+        let line = r#"{"command":"snapshot","arguments":{"name":"a"}}"#;
+        let snapshot = Command::Snapshot {
+            name: "a".into(),
+            stop: false,
+        };
+        assert_eq!(command(line), Ok(snapshot));
         assert_eq!(command(r#"{"command":"power-off"}"#), Ok(Command::PowerOff));
         let size = Size(512 << 20);
         for text in [r#""512M""#, "536870912"] {

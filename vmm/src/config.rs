@@ -39,8 +39,15 @@ const MAX_QUEUES: u16 = 256;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// An option that every guest needs is absent.
-    #[error("no kernel given: use --kernel FILE, or `kernel = \"FILE\"` in the configuration file")]
+    #[error(
+        "no kernel given: use --kernel FILE, or `kernel = \"FILE\"` in the configuration file, or --restore FILE"
+    )]
     NoKernel,
+    /// Functions of the host are not in a snapshot.
+    #[error(
+        "--restore: a snapshot has no functions of the host: leave --vfio out, and plug them in when the guest runs (device-add)"
+    )]
+    RestoreVfio,
     /// No processors, or too many.
     #[error("a guest cannot have {0} CPUs: give --cpus a number from 1 to {MAX_CPUS}")]
     Cpus(u32),
@@ -162,6 +169,17 @@ pub struct Cli {
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
 
+    /// Where `ringside-ctl snapshot NAME` puts snapshots of the machine: a folder that is there. A snapshot is a file with all of
+    /// the guest's memory and state; its disks are not in it. Keep it as you keep the guest's secrets.
+    #[arg(long, value_name = "FOLDER")]
+    pub snapshots: Option<PathBuf>,
+
+    /// Goes on with the guest of a snapshot in place of booting one: give the other options as they were given to the VMM that
+    /// made it, and disks with the content they had then. Sockets, and what serves them, may be others; --kernel, --initramfs
+    /// and --cmdline have no effect.
+    #[arg(long, value_name = "FILE")]
+    pub restore: Option<PathBuf>,
+
     /// Empty slots for functions that are plugged in later [default: 2 with --api-socket, else none].
     #[arg(long, value_name = "N")]
     pub hotplug_ports: Option<u8>,
@@ -239,6 +257,7 @@ pub struct FileOptions {
     vfio: Vec<TextOr<VfioOptions>>,
     vfio_interface: Option<VfioInterface>,
     api_socket: Option<PathBuf>,
+    snapshots: Option<PathBuf>,
     hotplug_ports: Option<u8>,
     allow_uid: Vec<u32>,
     sandbox: Option<Mode>,
@@ -486,13 +505,25 @@ impl fmt::Display for Mac {
     }
 }
 
+/// Where the guest comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It boots.
+    Boot {
+        /// The kernel's file.
+        kernel: PathBuf,
+        /// The initial RAM disk's file.
+        initramfs: Option<PathBuf>,
+    },
+    /// It goes on from a snapshot, in this file.
+    Snapshot(PathBuf),
+}
+
 /// What to run, complete and checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The kernel's file.
-    pub kernel: PathBuf,
-    /// The initial RAM disk's file.
-    pub initramfs: Option<PathBuf>,
+    /// Where the guest comes from.
+    pub origin: Origin,
     /// The kernel's command line.
     pub cmdline: String,
     /// Number of processors, 1 to [`MAX_CPUS`].
@@ -510,6 +541,8 @@ pub struct Config {
     pub vfio_interface: VfioInterface,
     /// Where the control socket is to listen.
     pub api_socket: Option<PathBuf>,
+    /// Where snapshots go, if there are to be any.
+    pub snapshots: Option<PathBuf>,
     /// Number of empty slots, at most [`MAX_HOTPLUG_PORTS`].
     pub hotplug_ports: u8,
     /// Users who may use the control socket, besides root and this one.
@@ -577,6 +610,8 @@ impl Config {
             vfio,
             vfio_interface,
             api_socket,
+            snapshots,
+            restore,
             hotplug_ports,
             allow_uid,
             sandbox,
@@ -632,9 +667,16 @@ impl Config {
                 .parse()
                 .map_err(Error::File)?,
         };
+        let origin = match restore {
+            Some(_) if !vfio.is_empty() => return Err(Error::RestoreVfio),
+            Some(snapshot) => Origin::Snapshot(snapshot),
+            None => Origin::Boot {
+                kernel: kernel.or(file.kernel).ok_or(Error::NoKernel)?,
+                initramfs: initramfs.or(file.initramfs),
+            },
+        };
         Ok(Self {
-            kernel: kernel.or(file.kernel).ok_or(Error::NoKernel)?,
-            initramfs: initramfs.or(file.initramfs),
+            origin,
             cmdline: cmdline
                 .or(file.cmdline)
                 .unwrap_or_else(|| "console=ttyS0".to_owned()),
@@ -645,6 +687,7 @@ impl Config {
             vfio,
             vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
             api_socket,
+            snapshots: snapshots.or(file.snapshots),
             hotplug_ports,
             allow_uid: file.allow_uid.into_iter().chain(allow_uid).collect(),
             sandbox: sandbox.or(file.sandbox).unwrap_or_default(),
@@ -1045,7 +1088,11 @@ mod tests {
             socket = "/fs"
         "#;
         let config = config(&["--cpus=4", "--memory=prefault=on", "--blk=/b"], file).unwrap();
-        assert_eq!(config.kernel, PathBuf::from("from-file"));
+        let boot = |kernel: &str| Origin::Boot {
+            kernel: kernel.into(),
+            initramfs: None,
+        };
+        assert_eq!(config.origin, boot("from-file"));
         assert_eq!(config.cpus, 4);
         assert_eq!(config.memory.size, Size(1 << 30));
         assert_eq!(config.memory_max, Size(3 << 30));
@@ -1090,6 +1137,19 @@ mod tests {
             ports(&["--kernel=k", "--hotplug-ports=65"], ""),
             Err(Error::HotplugPorts(65))
         );
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_place_of_a_kernel() {
+        let snapshots = config(&["--restore=/s/a", "--snapshots=/s"], "kernel='k'").unwrap();
+        assert_eq!(snapshots.origin, Origin::Snapshot("/s/a".into()));
+        assert_eq!(snapshots.snapshots, Some("/s".into()));
+        assert_eq!(
+            config(&["--restore=/s/a", "--vfio=01:10.0"], ""),
+            Err(Error::RestoreVfio)
+        );
+        let file = config(&["--kernel=k"], "snapshots='/s'").unwrap();
+        assert_eq!(file.snapshots, Some("/s".into()));
     }
 
     #[test]

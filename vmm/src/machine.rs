@@ -11,9 +11,9 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, mpsc};
+use std::time::Instant;
 
-use kvm_ioctls::VcpuFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -27,7 +27,7 @@ use crate::acpi;
 use crate::api::Command;
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
-use crate::config::{Config, DeviceConfig};
+use crate::config::{Config, DeviceConfig, Origin};
 use crate::confine::confine;
 use crate::console::{self, Console};
 use crate::cpu::{self, CpuTemplate};
@@ -37,6 +37,7 @@ use crate::devices::pvpanic::PvPanic;
 use crate::devices::reset::ResetControl;
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, Serial, SerialInput};
+use crate::devices::{Platform, PlatformState};
 use crate::event_loop::{EventLoop, LoopHandle, Next};
 use crate::exit::{ExitHandle, ExitReason};
 use crate::irq::{self, GsiRouter};
@@ -47,10 +48,12 @@ use crate::memory_hotplug::{self, GrowingMemory, Growth, Plan};
 use crate::pause::{self, Gate};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
-use crate::vcpu::{self, Context, Vcpus};
+use crate::snapshot::cpu::{ChipState, CpuState};
+use crate::snapshot::{self, Incoming, Outgoing};
+use crate::vcpu::{self, Context, SharedVcpu, Vcpus};
 use crate::vfio::{self, Passthrough};
 use crate::vhost_user::{self, VhostUserDevice};
-use crate::virtio::{self, VirtioPci};
+use crate::virtio::{self, VirtioDevice, VirtioPci};
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -126,9 +129,15 @@ pub enum Error {
     /// The rights that the process gives up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// The serial port of a guest that was elsewhere.
+    #[error("the serial port cannot take over the snapshot's state")]
+    Serial(#[source] io::Error),
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] console::Error),
+    /// What the guest was elsewhere.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
 }
 
 /// What devices are built from. Cheap to clone; all of it is shared.
@@ -217,10 +226,12 @@ fn lost_thread(what: &str) -> ExitReason {
 /// A machine that is ready to run, but for its console and the platform's devices.
 struct Machine {
     // Dropped in this order.
-    processors: Vec<VcpuFd>,
+    processors: Vec<SharedVcpu>,
     resources: Resources,
     pci: SharedRoot,
     control: Control,
+    /// What the guest was elsewhere.
+    before: Option<snapshot::State>,
 }
 
 /// Carries out what the control socket is asked for.
@@ -231,6 +242,108 @@ struct Control {
     passthrough: Arc<Passthrough>,
     gate: Gate,
     exit: ExitHandle,
+    snapshots: Option<PathBuf>,
+    whole: Whole,
+    /// Held by whoever changes the machine: one at a time.
+    changing: Mutex<()>,
+}
+
+impl Control {
+    /// Writes a snapshot while the processors stand still.
+    fn snapshot(&self, name: &str, stop: bool) -> Result<Value, ApiError> {
+        let failed = |error: snapshot::Error| {
+            use snapshot::Error::{Exists, Name, Unsaved};
+            let code = match &error {
+                Name(_) => ErrorCode::BadRequest,
+                Exists(_) | Unsaved { .. } => ErrorCode::Conflict,
+                _ => ErrorCode::Failed,
+            };
+            ApiError::new(code, &error)
+        };
+        let conflict = |message: &str| Err(ApiError::of(ErrorCode::Conflict, message));
+        let Some(folder) = &self.snapshots else {
+            return conflict("the VMM was started without --snapshots FOLDER");
+        };
+        if !self.passthrough.list().is_empty() {
+            return conflict(
+                "the guest has functions of the host, which cannot be part of a snapshot: remove them first (device-remove); with net_failover the guest's traffic goes on over another card",
+            );
+        }
+        let out = Outgoing::create(folder, name).map_err(failed)?;
+        let path = out.path().to_owned();
+        let was_running = match self.gate.pause() {
+            Ok(()) => true,
+            Err(pause::Error::Paused) => false,
+            Err(error) => return Err(ApiError::new(ErrorCode::Busy, &error)),
+        };
+        let start = Instant::now();
+        let written = self.whole.save().and_then(|(description, state)| {
+            let memory = self.memory.current();
+            out.write(&description, &memory, &state)
+        });
+        if stop && written.is_ok() {
+            self.exit.end(ExitReason::Requested("the control socket"));
+        } else {
+            host::resume(&self.whole.pci);
+            if was_running && let Err(error) = self.gate.resume() {
+                tracing::debug!(%error, "somebody else has resumed the machine");
+            }
+        }
+        let memory = written.map_err(failed)?;
+        Ok(json!({
+            "file": path,
+            "memory": memory,
+            "milliseconds": u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }))
+    }
+}
+
+/// All of a machine that a snapshot is made of.
+struct Whole {
+    processors: Vec<SharedVcpu>,
+    vm: Arc<Vm>,
+    template: CpuTemplate,
+    memory: Arc<GrowingMemory>,
+    options: snapshot::Machine,
+    devices: Vec<snapshot::DeviceDescription>,
+    pci: SharedRoot,
+    /// Once they are there.
+    platform: OnceLock<Platform>,
+}
+
+impl Whole {
+    /// What it is and does. The processors are out of the guest; the devices are stopped afterwards.
+    fn save(&self) -> Result<(snapshot::Description, snapshot::State), snapshot::Error> {
+        // Before the processors: the last interrupts are for them.
+        let functions = host::suspend(&self.pci)?;
+        let mut cpus = Vec::with_capacity(self.processors.len());
+        for (cpu, vcpu) in (0u8..).zip(&self.processors) {
+            let vcpu = host::lock(vcpu);
+            cpus.push(CpuState::save(self.vm.kvm(), &vcpu, cpu)?);
+        }
+        let platform = self.platform.get().map(Platform::state);
+        let state = snapshot::State {
+            cpus,
+            chips: ChipState::save(self.vm.fd())?,
+            platform: platform.ok_or_else(|| snapshot::Error::Unsaved {
+                device: "of the platform".into(),
+                why: "the machine is being started: ask again".into(),
+            })?,
+            functions,
+        };
+        let description = snapshot::Description {
+            program: concat!("ringside-vmm ", env!("CARGO_PKG_VERSION")).into(),
+            cpus: self.options.cpus,
+            memory: self.options.memory,
+            memory_max: self.options.memory_max,
+            pieces: self.memory.pieces(),
+            ports: self.options.ports,
+            devices: self.devices.clone(),
+            cpuid: self.template.entries().to_vec(),
+            tsc_deadline: self.template.has_tsc_deadline(),
+        };
+        Ok((description, state))
+    }
 }
 
 impl Service for Control {
@@ -245,7 +358,16 @@ impl Service for Control {
             };
             ApiError::new(code, &error)
         };
+        let changing = match command {
+            Command::Status | Command::DeviceList | Command::PowerOff => None,
+            _ => Some(self.changing.try_lock()),
+        };
+        if let Some(Err(TryLockError::WouldBlock)) = changing {
+            let message = "another request is being carried out: wait for its end";
+            return Err(ApiError::of(ErrorCode::Busy, message));
+        }
         match command {
+            Command::Snapshot { name, stop } => self.snapshot(&name, stop),
             Command::Status => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),
                 "pid": std::process::id(),
@@ -319,7 +441,22 @@ impl Machine {
                 max,
             });
         }
-        let template = CpuTemplate::new(vm.kvm(), cpus)?;
+        let options = snapshot::Machine {
+            cpus,
+            memory: config.memory.size.0,
+            memory_max: config.memory_max.0,
+            ports: config.vfio.len() + usize::from(config.hotplug_ports),
+            devices: config.devices.iter().map(|d| d.device_type.0).collect(),
+        };
+        let incoming = match &config.origin {
+            Origin::Boot { .. } => None,
+            Origin::Snapshot(path) => Some(Incoming::open(path)?),
+        };
+        let mut template = CpuTemplate::new(vm.kvm(), cpus)?;
+        if let Some(Incoming { description, .. }) = &incoming {
+            description.check(&options)?;
+            template = template.shown_before(&description.cpuid, description.tsc_deadline)?;
+        }
         let ram = GuestRam::new(config.memory)?;
         vm.add_ram(ram.memory())?;
         let memory = ram.memory();
@@ -332,14 +469,20 @@ impl Machine {
             pci_mmio64,
             memory_devices: plan.devices(),
         };
-        let rsdp = acpi::write(memory, &platform)?;
-        let images = Images {
-            kernel: &config.kernel,
-            initramfs: config.initramfs.as_deref(),
-            cmdline: &config.cmdline,
+        let entry = match &config.origin {
+            Origin::Boot { kernel, initramfs } => {
+                let rsdp = acpi::write(memory, &platform)?;
+                let images = Images {
+                    kernel,
+                    initramfs: initramfs.as_deref(),
+                    cmdline: &config.cmdline,
+                };
+                let entry = boot::load(memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
+                cpu::write_tables(memory, &entry)?;
+                Some(entry)
+            }
+            Origin::Snapshot(_) => None,
         };
-        let entry = boot::load(memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
-        cpu::write_tables(memory, &entry)?;
 
         let router = Arc::new(GsiRouter::new(Arc::clone(vm.fd()))?);
         let resources = Resources {
@@ -352,6 +495,17 @@ impl Machine {
             exit,
             pci_mmio64,
         };
+        // Before the devices are there, which would have to hear of it piece by piece.
+        let (wanted, before) = match incoming {
+            Some(incoming) => {
+                for size in &incoming.description.pieces {
+                    resources.memory.grow(*size)?;
+                }
+                let wanted = incoming.description.devices.clone();
+                (wanted, Some(incoming.read(&resources.memory.current())?))
+            }
+            None => (Vec::new(), None),
+        };
         let pci = Arc::new(Mutex::new(PciRoot::new(
             Arc::clone(&resources.mmio),
             windows(&resources),
@@ -362,7 +516,7 @@ impl Machine {
             passthrough.add_cold(device)?;
         }
         passthrough.add_ports(config.hotplug_ports)?;
-        add_pci_devices(&resources, &config.devices, &pci)?;
+        let devices = add_pci_devices(&resources, &config.devices, &wanted, &pci)?;
         let mut processors = Vec::new();
         for cpu in 0..cpus {
             let fd = vm
@@ -372,8 +526,20 @@ impl Machine {
                     cpu,
                     source: e.into(),
                 })?;
-            template.prepare(&fd, cpu, (cpu == 0).then_some(&entry))?;
-            processors.push(fd);
+            template.prepare(&fd, cpu, entry.as_ref().filter(|_| cpu == 0))?;
+            processors.push(Arc::new(Mutex::new(fd)));
+        }
+        if let Some(state) = &before {
+            // Controllers first: processors and devices interrupt through them.
+            state.chips.restore(vm.fd()).map_err(snapshot::Error::Cpu)?;
+            if state.cpus.len() != processors.len() {
+                return Err(snapshot::Error::Damaged.into());
+            }
+            for ((cpu, vcpu), state) in (0u8..).zip(&processors).zip(&state.cpus) {
+                let restored = state.restore(&host::lock(vcpu), cpu);
+                restored.map_err(snapshot::Error::Cpu)?;
+            }
+            host::restore(&pci, &state.functions)?;
         }
         let control = Control {
             cpus,
@@ -382,12 +548,25 @@ impl Machine {
             passthrough,
             gate: Gate::default(),
             exit: resources.exit.clone(),
+            snapshots: config.snapshots.clone(),
+            whole: Whole {
+                processors: processors.clone(),
+                vm,
+                template,
+                memory: Arc::clone(&resources.memory),
+                options,
+                devices,
+                pci: Arc::clone(&pci),
+                platform: OnceLock::new(),
+            },
+            changing: Mutex::default(),
         };
         Ok(Self {
             processors,
             resources,
             pci,
             control,
+            before,
         })
     }
 
@@ -403,6 +582,7 @@ impl Machine {
             resources,
             pci,
             control,
+            before,
         } = self;
         // Held to the end, control socket or not: it has what answers when the host wants a function back.
         let control = Arc::new(control);
@@ -413,7 +593,10 @@ impl Machine {
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.
         let (mut console, output) = Console::open(&config.serial, &resources.exit)?;
-        let input = add_platform_devices(&resources, output, Some(ports))?;
+        let restored = before.as_ref().map(|state| &state.platform);
+        let (platform, input) = add_platform_devices(&resources, output, ports, restored)?;
+        // Nobody else sets it.
+        let _ = control.whole.platform.set(platform);
         console.start(input, resources.exit.clone())?;
         let context = Context {
             vm: Arc::clone(&resources.vm),
@@ -422,6 +605,10 @@ impl Machine {
             exit: resources.exit.clone(),
             gate: control.gate.clone(),
         };
+        if let Some(state) = &before {
+            let clock = state.chips.start_clock(resources.vm.fd());
+            clock.map_err(snapshot::Error::Cpu)?;
+        }
         let vcpus = Vcpus::start(processors, &context)?;
         events.run().map_err(Error::Events)?;
         drop(vcpus);
@@ -511,13 +698,16 @@ fn windows(resources: &Resources) -> Windows {
     }
 }
 
-/// Puts the devices that back-ends serve on the PCI bus, and the bus into the address space.
+/// Puts the devices that back-ends serve on the PCI bus, and the bus into the address space. `before` are those of the machine
+/// that the guest was in, if it was in one. Returns what they are.
 fn add_pci_devices(
     resources: &Resources,
     devices: &[DeviceConfig],
+    before: &[snapshot::DeviceDescription],
     root: &SharedRoot,
-) -> Result<(), Error> {
-    for device in devices {
+) -> Result<Vec<snapshot::DeviceDescription>, Error> {
+    let mut descriptions = Vec::with_capacity(devices.len());
+    for (index, device) in devices.iter().enumerate() {
         let socket = device.socket.clone();
         let memory = resources.memory.current();
         let device = VhostUserDevice::connect(
@@ -528,9 +718,18 @@ fn add_pci_devices(
         )?;
         let listener = device.memory_listener();
         resources.memory.register(&listener, &memory)?;
+        let mut description = snapshot::DeviceDescription {
+            device_type: device.device_type(),
+            features: device.features(),
+            queues: device.queue_sizes(),
+        };
+        if let Some(before) = before.get(index) {
+            description = before.served_by(description, &socket)?;
+        }
         let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
-        let function = VirtioPci::new(Box::new(device), router, vm)
+        let function = VirtioPci::offering(description.features, Box::new(device), router, vm)
             .map_err(|source| Error::Virtio { socket, source })?;
+        descriptions.push(description);
         root.lock()
             .unwrap_or_else(PoisonError::into_inner)
             .add(Arc::new(Mutex::new(function)))?;
@@ -539,15 +738,16 @@ fn add_pci_devices(
     resources
         .mmio
         .insert(layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
-    Ok(())
+    Ok(descriptions)
 }
 
-/// Puts the platform's fixed devices on the buses. `pci` answers the PCI configuration ports.
+/// Puts the platform's fixed devices on the buses; `before` is their state. `pci` answers the PCI configuration ports.
 fn add_platform_devices(
     resources: &Resources,
     output: serial::Output,
-    pci: Option<SharedDevice>,
-) -> Result<SerialInput, Error> {
+    pci: Arc<Mutex<ConfigPorts>>,
+    before: Option<&PlatformState>,
+) -> Result<(Platform, SerialInput), Error> {
     let Resources {
         memory,
         ports,
@@ -557,14 +757,27 @@ fn add_platform_devices(
     } = resources;
     let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Events)?;
     router.register_irqfd(&irq, layout::SERIAL_IRQ)?;
-    let (com1, input) = Serial::new(irq, output);
+    let (serial, input) = match before {
+        None => Serial::new(irq, output),
+        Some(state) => Serial::restored(irq, output, &state.serial).map_err(Error::Serial)?,
+    };
+    let platform = Platform {
+        serial,
+        rtc: Arc::new(Mutex::new(Rtc::new())),
+        pm: Arc::new(Mutex::new(AcpiPm::new(exit.clone()))),
+        reset: Arc::new(Mutex::new(ResetControl::new(
+            exit.clone(),
+            Some(Arc::clone(&pci) as SharedDevice),
+        ))),
+        pci,
+    };
+    if before.is_some_and(|state| !platform.restore(state)) {
+        return Err(snapshot::Error::Damaged.into());
+    }
+    let (com1, rtc) = (Arc::clone(&platform.serial), Arc::clone(&platform.rtc));
     ports.insert(layout::SERIAL_PORT, serial::SIZE, com1)?;
-    ports.insert(
-        layout::RTC_PORT,
-        rtc::SIZE,
-        Arc::new(Mutex::new(Rtc::new())),
-    )?;
-    let pm = Arc::new(Mutex::new(AcpiPm::new(exit.clone())));
+    ports.insert(layout::RTC_PORT, rtc::SIZE, rtc)?;
+    let pm = Arc::clone(&platform.pm);
     ports.insert(layout::ACPI_PM_PORT, acpi_pm::SIZE, pm)?;
     let keyboard = Arc::new(Mutex::new(I8042::new(exit.clone())));
     ports.insert(layout::I8042_COMMAND_PORT, 1, keyboard)?;
@@ -574,7 +787,7 @@ fn add_platform_devices(
     }
     let pvpanic = Arc::new(Mutex::new(PvPanic::new(exit.clone())));
     ports.insert(layout::PVPANIC_PORT, 1, pvpanic)?;
-    let reset = Arc::new(Mutex::new(ResetControl::new(exit.clone(), pci)));
+    let reset = Arc::clone(&platform.reset);
     ports.insert(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE, reset)?;
-    Ok(input)
+    Ok((platform, input))
 }

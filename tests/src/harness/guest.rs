@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -171,6 +171,15 @@ impl<'a> GuestBuilder<'a> {
             }
         }
         Ok(guest)
+    }
+
+    /// Starts ringside-vmm for a guest that goes on from the snapshot in this file, with the same devices.
+    ///
+    /// # Errors
+    /// Fails if the VMM cannot be started; that it ends is seen by the first command.
+    pub fn restore(self, site: &Site, snapshot: &Path) -> Result<Guest> {
+        let path = snapshot.display().to_string();
+        self.arg("--restore").arg(&path).start(site)
     }
 
     fn start(self, site: &Site) -> Result<Guest> {
@@ -634,6 +643,14 @@ impl Guest {
     #[must_use]
     pub fn vmm_log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits for the end of the VMM, which somebody else has asked for, and gives its exit status.
+    ///
+    /// # Errors
+    /// Fails if it does not end in time.
+    pub fn ended(mut self) -> Result<ExitStatus> {
+        self.wait()
     }
 
     fn wait(&mut self) -> Result<ExitStatus> {

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,8 +13,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, recv};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
+use nix::unistd::pipe2;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserHeaderFlag, VhostUserInflight,
+};
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -36,6 +42,14 @@ pub(crate) const P_CONFIG: u64 = VhostUserProtocolFeatures::CONFIG.bits();
 
 /// Protocol feature: requests under way are noted in memory that outlives the back-end.
 pub(crate) const P_INFLIGHT: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
+
+/// Protocol feature: the back-end tells, and takes over, what it keeps besides the queues.
+pub(crate) const P_DEVICE_STATE: u64 = VhostUserProtocolFeatures::DEVICE_STATE.bits();
+
+/// Bytes of a back-end's state at most.
+const STATE_LIMIT: usize = 16 << 20;
+/// How long a back-end may take for the next bytes of it.
+const STATE_PATIENCE: u16 = 10_000;
 
 /// The number of SET_VRING_BASE, and the version in the flags of each message (vhost-user, "Header").
 const SET_VRING_BASE: u32 = 10;
@@ -134,6 +148,10 @@ pub trait Link: Send {
     fn enable_ring(&mut self, index: usize, enable: bool) -> Result<(), LinkError>;
     /// GET_VRING_BASE, which stops the ring after what is under way. Returns where it is to go on.
     fn stop_ring(&mut self, index: usize) -> Result<u32, LinkError>;
+    /// SET_DEVICE_STATE_FD to save, CHECK_DEVICE_STATE. All rings are stopped.
+    fn save_state(&mut self) -> Result<Vec<u8>, LinkError>;
+    /// SET_DEVICE_STATE_FD to load, CHECK_DEVICE_STATE. No ring was started.
+    fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError>;
 }
 
 /// A back-end at the other end of a Unix socket.
@@ -154,6 +172,24 @@ impl SocketLink {
         })
     }
 
+    /// Two ends of a pipe: to read from, and to write to.
+    fn state_pipe(&self) -> Result<(OwnedFd, OwnedFd), LinkError> {
+        let ends = pipe2(OFlag::O_CLOEXEC).map_err(|error| broken(error.into()));
+        step("SET_DEVICE_STATE_FD", ends)
+    }
+
+    /// Hands the back-end its end; gives ours, or the one that the back-end prefers.
+    fn transfer(
+        &self,
+        direction: VhostTransferStateDirection,
+        theirs: OwnedFd,
+        ours: OwnedFd,
+    ) -> Result<File, LinkError> {
+        let phase = VhostTransferStatePhase::STOPPED;
+        let set = self.frontend.set_device_state_fd(direction, phase, theirs);
+        Ok(step("SET_DEVICE_STATE_FD", set)?.unwrap_or_else(|| ours.into()))
+    }
+
     /// SET_VRING_BASE, of which `vhost` knows the lower half.
     fn set_base(&self, index: usize, base: u32) -> vhost::Result<()> {
         if let Ok(base) = u16::try_from(base) {
@@ -165,7 +201,6 @@ impl SocketLink {
         } else {
             PROTOCOL_VERSION
         };
-        let broken = |error| vhost::Error::VhostUserProtocol(ProtocolError::SocketError(error));
         let message = bytes([SET_VRING_BASE, flags, 8, index, base]);
         (&self.socket).write_all(&message).map_err(broken)?;
         if !self.acknowledges {
@@ -179,6 +214,44 @@ impl SocketLink {
             Some(_) => Err(ProtocolError::BackendInternalError.into()),
             None => Err(ProtocolError::InvalidMessage.into()),
         }
+    }
+}
+
+fn broken(error: io::Error) -> vhost::Error {
+    vhost::Error::VhostUserProtocol(ProtocolError::SocketError(error))
+}
+
+/// Reads up to the end, however slowly it comes, but no more and no longer than there can be.
+fn read_state(source: &mut File) -> io::Result<Vec<u8>> {
+    let mut state = Vec::new();
+    let mut part = [0; 4096];
+    loop {
+        await_state(source, PollFlags::POLLIN)?;
+        let count = source.read(&mut part)?;
+        if count == 0 {
+            return Ok(state);
+        }
+        state.extend_from_slice(part.get(..count).unwrap_or_default());
+        if state.len() > STATE_LIMIT {
+            return Err(io::Error::other("the state has no end"));
+        }
+    }
+}
+
+fn write_state(sink: &mut File, state: &[u8]) -> io::Result<()> {
+    // A pipe that can be written to has room for so many (pipe(7), PIPE_BUF).
+    for part in state.chunks(4096) {
+        await_state(sink, PollFlags::POLLOUT)?;
+        sink.write_all(part)?;
+    }
+    Ok(())
+}
+
+fn await_state(file: &File, what: PollFlags) -> io::Result<()> {
+    let mut fds = [PollFd::new(file.as_fd(), what)];
+    match poll(&mut fds, STATE_PATIENCE)? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 
@@ -298,6 +371,25 @@ impl Link for SocketLink {
 
     fn stop_ring(&mut self, index: usize) -> Result<u32, LinkError> {
         step("GET_VRING_BASE", self.frontend.get_vring_base(index))
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>, LinkError> {
+        let (ours, theirs) = self.state_pipe()?;
+        let mut source = self.transfer(VhostTransferStateDirection::SAVE, theirs, ours)?;
+        let read = read_state(&mut source).map_err(broken);
+        let state = step("SET_DEVICE_STATE_FD", read)?;
+        step("CHECK_DEVICE_STATE", self.frontend.check_device_state())?;
+        Ok(state)
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
+        let (theirs, ours) = self.state_pipe()?;
+        let mut sink = self.transfer(VhostTransferStateDirection::LOAD, theirs, ours)?;
+        let written = write_state(&mut sink, state).map_err(broken);
+        // Its end says that this is all.
+        drop(sink);
+        step("SET_DEVICE_STATE_FD", written)?;
+        step("CHECK_DEVICE_STATE", self.frontend.check_device_state())
     }
 }
 

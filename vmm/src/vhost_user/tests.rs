@@ -182,6 +182,14 @@ impl Link for FakeLink {
         self.told("GET_VRING_BASE", format!("stop {index}"))?;
         Ok(0x1234_8765)
     }
+    fn save_state(&mut self) -> Result<Vec<u8>, LinkError> {
+        self.told("SET_DEVICE_STATE_FD", "save".into())?;
+        Ok(b"kept".to_vec())
+    }
+    fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
+        let text = String::from_utf8_lossy(state);
+        self.told("SET_DEVICE_STATE_FD", format!("load {text}"))
+    }
 }
 
 impl Dial for FakeLink {

@@ -1,0 +1,131 @@
+//! Guests of ringside-vmm that go on elsewhere.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use super::Test;
+use crate::command;
+use crate::ensure;
+use crate::error::{Doing, Result};
+use crate::harness::{BackEnd, Blk, Control, Guest, GuestBuilder, Net, Vmm, disk_file};
+use crate::site::Site;
+
+pub(super) const TESTS: &[Test] = &[Test {
+    name: "snapshot::a_guest_goes_on_from_a_file",
+    seconds: 180,
+    run: a_guest_goes_on_from_a_file,
+}];
+
+/// What a guest does until it is told to stop: it writes to its disk, and reads all of it back.
+const LOAD: &str = "(while [ ! -e /run/stop ]; do fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio \
+     --iodepth=8 --rw=randwrite --bsrange=4k-64k --size=4M --verify=crc32c --verify_fatal=1 --do_verify=1 \
+     || { touch /run/fio.failed; break; }; echo x >>/run/rounds; done >/run/fio.log 2>&1; touch /run/fio.ended) \
+     </dev/null >/dev/null 2>&1 & \
+     while [ ! -e /run/rounds ]; do sleep 0.2; done";
+/// Has it do so twice more, and come to an end.
+const FINISH: &str = "before=$(wc -l </run/rounds); \
+     while [ $(wc -l </run/rounds) -lt $((before + 2)) ]; do [ ! -e /run/fio.ended ] || break; sleep 0.2; done; \
+     touch /run/stop; while [ ! -e /run/fio.ended ]; do sleep 0.2; done; \
+     if [ -e /run/fio.failed ]; then cat /run/fio.log; exit 1; fi";
+/// What tells this boot of the guest from another.
+const BOOT: &str = "cat /proc/sys/kernel/random/boot_id";
+/// How long its load may take to end.
+const FINISH_LIMIT: Duration = Duration::from_secs(60);
+
+/// A card whose TAP is a port of the bridge.
+fn card(site: &Site, tap: &str) -> Result<BackEnd> {
+    let net = Net::tap(tap).start(site)?;
+    command::run_line(&format!("ip link set {tap} master br0"))?;
+    Ok(net)
+}
+
+fn guest<'a>(disk: &'a BackEnd, card: &'a BackEnd, control: &Control) -> GuestBuilder<'a> {
+    Guest::on(Vmm::Ringside)
+        .cpus(2)
+        .memory("384M")
+        .device(disk)
+        .device(card)
+        .arg("--api-socket")
+        .arg(&control.socket().display().to_string())
+}
+
+/// A snapshot of a guest whose disk is busy, which goes on; another one with which it ends; and the guest of that one, with other
+/// back-ends, goes on where it was.
+fn a_guest_goes_on_from_a_file(site: &Site) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 64 << 20)?;
+    for line in [
+        "ip link add br0 type bridge",
+        "ip address add 10.77.0.1/24 dev br0",
+        "ip link set br0 up",
+    ] {
+        command::run_line(line)?;
+    }
+    let folder = site.scratch.join("snapshots");
+    fs::create_dir(&folder).doing(|| format!("create {}", folder.display()))?;
+
+    let (blk, net) = (Blk::on(&disk).start(site)?, card(site, "tap0")?);
+    let control = Control::new(site, "before.sock");
+    let mut before = guest(&blk, &net, &control)
+        .arg("--snapshots")
+        .arg(&folder.display().to_string())
+        .boot(site)?;
+    before.network_up("10.77.0.2/24")?;
+    before.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
+    let boot = before.run_ok(BOOT)?;
+    before.run_ok(
+        "echo marker >/run/marker; echo marker | dd of=/dev/vdb bs=512 seek=100000 conv=sync 2>/dev/null; sync",
+    )?;
+    before.run_ok(LOAD)?;
+    for words in [
+        &["snapshot", "first"][..],
+        &["snapshot", "second", "--stop"],
+    ] {
+        let told = control.ask_json(words)?;
+        println!("{}: {told}", words.join(" "));
+        if words.len() == 2 {
+            before.run_ok("before=$(wc -l </run/rounds); until [ $(wc -l </run/rounds) -gt $before ]; do sleep 0.2; done; [ ! -e /run/fio.failed ]")?;
+        }
+    }
+    let status = before.ended()?;
+    ensure!(status.success(), "the VMM ended with {status}");
+    blk.stop(site)?;
+    net.stop(site)?;
+
+    let (blk, net) = (Blk::on(&disk).start(site)?, card(site, "tap1")?);
+    let control = Control::new(site, "after.sock");
+    let mut after = guest(&blk, &net, &control).restore(site, &folder.join("second"))?;
+    same_guest(&mut after, &boot)?;
+    let status = after.shut_down()?;
+    ensure!(status.success(), "the VMM ended with {status}");
+    blk.stop(site)?;
+    net.stop(site)?;
+    on_disk(&disk)
+}
+
+/// It is the guest of that boot; what it was about comes to an end without a fault; it reaches the network.
+fn same_guest(guest: &mut Guest, boot: &str) -> Result<()> {
+    let now = guest.run_ok(BOOT)?;
+    ensure!(now == boot, "boot {boot} has become boot {now}");
+    let marker = guest.run_ok("cat /run/marker")?;
+    ensure!(marker.trim() == "marker", "in memory is {marker}");
+    guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
+    guest.run_ok_within(FINISH, FINISH_LIMIT)?;
+    guest.run_ok(
+        "dd if=/dev/vdb bs=512 skip=100000 count=1 iflag=direct 2>/dev/null | grep marker",
+    )?;
+    let errors =
+        guest.run_ok("dmesg | grep -iE 'I/O error|virtio.*(broken|error)|lockup|stall' || true")?;
+    ensure!(errors.is_empty(), "the guest's kernel says: {errors}");
+    Ok(())
+}
+
+fn on_disk(disk: &Path) -> Result<()> {
+    let bytes = fs::read(disk).doing(|| format!("read {}", disk.display()))?;
+    let at = 100_000 * 512;
+    ensure!(
+        bytes.get(at..at + 6) == Some(b"marker"),
+        "the marker is not on the disk"
+    );
+    Ok(())
+}
