@@ -4,6 +4,7 @@ use ringside_control::Size;
 use serde::Deserialize;
 
 use crate::config::VfioOptions;
+use crate::snapshot::transport::Address;
 
 /// What can be asked for.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -41,6 +42,11 @@ pub enum Command {
         /// The machine ends when it is written.
         #[serde(default)]
         stop: bool,
+    },
+    /// Moves the guest to another VMM while it runs.
+    Migrate {
+        /// Where that one waits, one of `--migrate-to`.
+        to: Address,
     },
     /// Holds the guest's processors.
     Pause,
@@ -81,6 +87,9 @@ mod tests {
             stop: false,
         };
         assert_eq!(command(line), Ok(snapshot));
+        let line = r#"{"command":"migrate","arguments":{"to":"unix:/a"}}"#;
+        let to = Address::Unix("/a".into());
+        assert_eq!(command(line), Ok(Command::Migrate { to }));
         assert_eq!(command(r#"{"command":"power-off"}"#), Ok(Command::PowerOff));
         let size = Size(512 << 20);
         for text in [r#""512M""#, "536870912"] {

@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use crate::layout;
 use crate::memory::{self, PageSize};
+use crate::snapshot::transport::Address;
 
 /// Most processors a guest can have: 8-bit local APIC IDs, of which 255 means all of them.
 pub const MAX_CPUS: u32 = 254;
@@ -45,7 +46,7 @@ pub enum Error {
     NoKernel,
     /// Functions of the host are not in a snapshot.
     #[error(
-        "--restore: a snapshot has no functions of the host: leave --vfio out, and plug them in when the guest runs (device-add)"
+        "a guest brings no functions of the host along: leave --vfio out, and plug them in when it runs (device-add)"
     )]
     RestoreVfio,
     /// No processors, or too many.
@@ -180,6 +181,18 @@ pub struct Cli {
     #[arg(long, value_name = "FILE")]
     pub restore: Option<PathBuf>,
 
+    /// Where `ringside-ctl migrate` may move the running guest to: unix:PATH, or tcp:ADDRESS:PORT by number; repeat for more. A
+    /// VMM waits there with --incoming. Nothing is encrypted or authenticated but by the socket's file: use TCP over a network
+    /// that you trust, or a tunnel to a Unix socket.
+    #[arg(long, value_name = "ADDRESS")]
+    pub migrate_to: Vec<Address>,
+
+    /// Waits at unix:PATH or tcp:ADDRESS:PORT for a guest that another VMM moves here, in place of booting one: give the other
+    /// options as they were given there, and the same disks. Sockets, and what serves them, may be others; --kernel,
+    /// --initramfs and --cmdline have no effect.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "restore")]
+    pub incoming: Option<Address>,
+
     /// Empty slots for functions that are plugged in later [default: 2 with --api-socket, else none].
     #[arg(long, value_name = "N")]
     pub hotplug_ports: Option<u8>,
@@ -258,6 +271,7 @@ pub struct FileOptions {
     vfio_interface: Option<VfioInterface>,
     api_socket: Option<PathBuf>,
     snapshots: Option<PathBuf>,
+    migrate_to: Vec<Address>,
     hotplug_ports: Option<u8>,
     allow_uid: Vec<u32>,
     sandbox: Option<Mode>,
@@ -517,6 +531,8 @@ pub enum Origin {
     },
     /// It goes on from a snapshot, in this file.
     Snapshot(PathBuf),
+    /// It comes here from another VMM.
+    Incoming(Address),
 }
 
 /// What to run, complete and checked.
@@ -543,6 +559,8 @@ pub struct Config {
     pub api_socket: Option<PathBuf>,
     /// Where snapshots go, if there are to be any.
     pub snapshots: Option<PathBuf>,
+    /// Where the guest may move to.
+    pub migrate_to: Vec<Address>,
     /// Number of empty slots, at most [`MAX_HOTPLUG_PORTS`].
     pub hotplug_ports: u8,
     /// Users who may use the control socket, besides root and this one.
@@ -612,6 +630,8 @@ impl Config {
             api_socket,
             snapshots,
             restore,
+            migrate_to,
+            incoming,
             hotplug_ports,
             allow_uid,
             sandbox,
@@ -667,10 +687,11 @@ impl Config {
                 .parse()
                 .map_err(Error::File)?,
         };
-        let origin = match restore {
-            Some(_) if !vfio.is_empty() => return Err(Error::RestoreVfio),
-            Some(snapshot) => Origin::Snapshot(snapshot),
-            None => Origin::Boot {
+        let origin = match (restore, incoming) {
+            (Some(_), _) | (_, Some(_)) if !vfio.is_empty() => return Err(Error::RestoreVfio),
+            (Some(snapshot), _) => Origin::Snapshot(snapshot),
+            (None, Some(address)) => Origin::Incoming(address),
+            (None, None) => Origin::Boot {
                 kernel: kernel.or(file.kernel).ok_or(Error::NoKernel)?,
                 initramfs: initramfs.or(file.initramfs),
             },
@@ -688,6 +709,7 @@ impl Config {
             vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
             api_socket,
             snapshots: snapshots.or(file.snapshots),
+            migrate_to: file.migrate_to.into_iter().chain(migrate_to).collect(),
             hotplug_ports,
             allow_uid: file.allow_uid.into_iter().chain(allow_uid).collect(),
             sandbox: sandbox.or(file.sandbox).unwrap_or_default(),

@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, mpsc};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
@@ -48,8 +48,11 @@ use crate::memory_hotplug::{self, GrowingMemory, Growth, Plan};
 use crate::pause::{self, Gate};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
+use crate::snapshot::Error::{Declined, Log};
 use crate::snapshot::cpu::{ChipState, CpuState};
-use crate::snapshot::{self, Incoming, Outgoing};
+use crate::snapshot::dirty::DirtyLog;
+use crate::snapshot::transport::{self, Address, Connection, Listener};
+use crate::snapshot::{self, Departure, Incoming, Outgoing};
 use crate::vcpu::{self, Context, SharedVcpu, Vcpus};
 use crate::vfio::{self, Passthrough};
 use crate::vhost_user::{self, VhostUserDevice};
@@ -167,9 +170,19 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
     let exit = ExitHandle::new().map_err(Error::Events)?;
     let mut events = event_loop(&exit)?;
     let peers = Peers::allowing(&config.allow_uid);
+    let listener = match &config.origin {
+        Origin::Incoming(address) => {
+            let listener = Listener::bind(address).map_err(|source| snapshot::Error::Listen {
+                address: address.clone(),
+                source,
+            });
+            Some(listener?)
+        }
+        _ => None,
+    };
     // The threads to come take it over.
     confine(config)?;
-    let built = build(config, events.handle(), &exit)?;
+    let built = build(config, listener, events.handle(), &exit)?;
     events.run().map_err(Error::Events)?;
     if let Some(reason) = exit.reason() {
         // The builder may still wait for something. It owns nothing that outlives the process.
@@ -194,6 +207,7 @@ fn raise_file_limit() {
 /// Builds the machine in a thread, which stops the control thread's loop when it is done.
 fn build(
     config: &Config,
+    listener: Option<Listener>,
     events: LoopHandle,
     exit: &ExitHandle,
 ) -> Result<mpsc::Receiver<Result<Machine, Error>>, Error> {
@@ -210,7 +224,7 @@ fn build(
     let builder = move || {
         let _stop = Stop(events.clone());
         // Nobody takes it if the end came first.
-        let _ = send.send(Machine::new(&config, events, exit));
+        let _ = send.send(Machine::new(&config, listener, events, exit));
     };
     std::thread::Builder::new()
         .name("builder".into())
@@ -232,6 +246,8 @@ struct Machine {
     control: Control,
     /// What the guest was elsewhere.
     before: Option<snapshot::State>,
+    /// Who has it still.
+    connection: Option<Connection>,
 }
 
 /// Carries out what the control socket is asked for.
@@ -243,6 +259,7 @@ struct Control {
     gate: Gate,
     exit: ExitHandle,
     snapshots: Option<PathBuf>,
+    migrate_to: Vec<Address>,
     whole: Whole,
     /// Held by whoever changes the machine: one at a time.
     changing: Mutex<()>,
@@ -251,50 +268,149 @@ struct Control {
 impl Control {
     /// Writes a snapshot while the processors stand still.
     fn snapshot(&self, name: &str, stop: bool) -> Result<Value, ApiError> {
-        let failed = |error: snapshot::Error| {
-            use snapshot::Error::{Exists, Name, Unsaved};
-            let code = match &error {
-                Name(_) => ErrorCode::BadRequest,
-                Exists(_) | Unsaved { .. } => ErrorCode::Conflict,
-                _ => ErrorCode::Failed,
-            };
-            ApiError::new(code, &error)
-        };
-        let conflict = |message: &str| Err(ApiError::of(ErrorCode::Conflict, message));
         let Some(folder) = &self.snapshots else {
-            return conflict("the VMM was started without --snapshots FOLDER");
+            let message = "the VMM was started without --snapshots FOLDER";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
         };
-        if !self.passthrough.list().is_empty() {
-            return conflict(
-                "the guest has functions of the host, which cannot be part of a snapshot: remove them first (device-remove); with net_failover the guest's traffic goes on over another card",
-            );
-        }
-        let out = Outgoing::create(folder, name).map_err(failed)?;
+        self.is_movable()?;
+        let out = Outgoing::create(folder, name).map_err(moving_failed)?;
         let path = out.path().to_owned();
-        let was_running = match self.gate.pause() {
-            Ok(()) => true,
-            Err(pause::Error::Paused) => false,
-            Err(error) => return Err(ApiError::new(ErrorCode::Busy, &error)),
-        };
+        let was_running = self.hold()?;
         let start = Instant::now();
-        let written = self.whole.save().and_then(|(description, state)| {
+        let written = self.whole.state().and_then(|state| {
             let memory = self.memory.current();
-            out.write(&description, &memory, &state)
+            out.write(&self.whole.description(), &memory, &state)
         });
         if stop && written.is_ok() {
             self.exit.end(ExitReason::Requested("the control socket"));
         } else {
-            host::resume(&self.whole.pci);
-            if was_running && let Err(error) = self.gate.resume() {
-                tracing::debug!(%error, "somebody else has resumed the machine");
-            }
+            self.go_on(was_running);
         }
-        let memory = written.map_err(failed)?;
+        let memory = written.map_err(moving_failed)?;
         Ok(json!({
             "file": path,
             "memory": memory,
             "milliseconds": u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX),
         }))
+    }
+}
+
+/// Why a guest is not saved, or not moved.
+fn moving_failed(error: snapshot::Error) -> ApiError {
+    use snapshot::Error::{Exists, Name, Unsaved};
+    let code = match &error {
+        Name(_) => ErrorCode::BadRequest,
+        Exists(_) | Unsaved { .. } => ErrorCode::Conflict,
+        _ => ErrorCode::Failed,
+    };
+    ApiError::new(code, &error)
+}
+
+impl Control {
+    /// Functions of the host stay where they are.
+    fn is_movable(&self) -> Result<(), ApiError> {
+        if self.passthrough.list().is_empty() {
+            return Ok(());
+        }
+        let message = "the guest has functions of the host, which stay with it: remove them first (device-remove); with net_failover the guest's traffic goes on over another card";
+        Err(ApiError::of(ErrorCode::Conflict, message))
+    }
+
+    /// Gets the processors out of the guest. Returns whether they were in it.
+    fn hold(&self) -> Result<bool, ApiError> {
+        match self.gate.pause() {
+            Ok(()) => Ok(true),
+            Err(pause::Error::Paused) => Ok(false),
+            Err(error) => Err(ApiError::new(ErrorCode::Busy, &error)),
+        }
+    }
+
+    /// Undoes [`Control::hold`], and what was done to devices since.
+    fn go_on(&self, was_running: bool) {
+        host::resume(&self.whole.pci);
+        if was_running && let Err(error) = self.gate.resume() {
+            tracing::debug!(%error, "the machine was not paused any more");
+        }
+    }
+
+    /// Moves the guest to another VMM.
+    fn migrate(&self, to: &Address) -> Result<Value, ApiError> {
+        if !self.migrate_to.contains(to) {
+            let message = format!("the VMM was started without --migrate-to {to}");
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        }
+        self.is_movable()?;
+        let start = Instant::now();
+        let memory = self.memory.current();
+        let log = Arc::new(DirtyLog::new(&memory).map_err(Log).map_err(moving_failed)?);
+        let connection = Connection::connect(to).map_err(|source| snapshot::Error::Connect {
+            address: to.clone(),
+            source,
+        });
+        let connection = connection.map_err(moving_failed)?;
+        let moved = self
+            .track(Some(&log))
+            .and_then(|()| Departure::new(connection, &self.whole.description(), memory, log))
+            .and_then(|mut departure| {
+                departure.send_ahead(&self.whole.vm)?;
+                Ok(departure)
+            });
+        let departure = match moved {
+            Ok(departure) => departure,
+            Err(error) => {
+                self.stay();
+                return Err(moving_failed(error));
+            }
+        };
+        let rounds = departure.rounds;
+        let was_running = self.hold().inspect_err(|_| self.stay())?;
+        let stands_still = Instant::now();
+        let ready = self.whole.state().and_then(|state| {
+            let (mut connection, sent) = departure.send_rest(&self.whole.vm, &state)?;
+            connection.hear(transport::READY).map_err(Declined)?;
+            // From here on it is the other one's.
+            connection.say(transport::GO).map_err(Declined)?;
+            Ok((connection, sent))
+        });
+        let (mut connection, sent) = match ready {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.stay();
+                self.go_on(was_running);
+                return Err(moving_failed(error));
+            }
+        };
+        if let Err(error) = connection.hear(transport::RUNNING) {
+            return Err(moving_failed(snapshot::Error::Doubt(error)));
+        }
+        let downtime = stands_still.elapsed();
+        self.exit.end(ExitReason::Requested("its migration"));
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Ok(json!({
+            "to": to.to_string(),
+            "memory": sent,
+            "rounds": rounds,
+            "milliseconds": milliseconds(start.elapsed()),
+            "downtime-milliseconds": milliseconds(downtime),
+        }))
+    }
+
+    /// Has processors and devices note which pages they write, or no longer.
+    fn track(&self, log: Option<&Arc<DirtyLog>>) -> Result<(), snapshot::Error> {
+        let whole = &self.whole;
+        whole.vm.log_dirty(log.is_some())?;
+        host::track(&whole.pci, log)
+    }
+
+    /// The guest does not move after all: nothing is noted any more.
+    fn stay(&self) {
+        if let Err(error) = self.track(None) {
+            // It costs time, and nothing else.
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "pages are noted still"
+            );
+        }
     }
 }
 
@@ -312,8 +428,8 @@ struct Whole {
 }
 
 impl Whole {
-    /// What it is and does. The processors are out of the guest; the devices are stopped afterwards.
-    fn save(&self) -> Result<(snapshot::Description, snapshot::State), snapshot::Error> {
+    /// What it does. The processors are out of the guest; the devices are stopped afterwards.
+    fn state(&self) -> Result<snapshot::State, snapshot::Error> {
         // Before the processors: the last interrupts are for them.
         let functions = host::suspend(&self.pci)?;
         let mut cpus = Vec::with_capacity(self.processors.len());
@@ -322,7 +438,7 @@ impl Whole {
             cpus.push(CpuState::save(self.vm.kvm(), &vcpu, cpu)?);
         }
         let platform = self.platform.get().map(Platform::state);
-        let state = snapshot::State {
+        Ok(snapshot::State {
             cpus,
             chips: ChipState::save(self.vm.fd())?,
             platform: platform.ok_or_else(|| snapshot::Error::Unsaved {
@@ -330,8 +446,12 @@ impl Whole {
                 why: "the machine is being started: ask again".into(),
             })?,
             functions,
-        };
-        let description = snapshot::Description {
+        })
+    }
+
+    /// What it is.
+    fn description(&self) -> snapshot::Description {
+        snapshot::Description {
             program: concat!("ringside-vmm ", env!("CARGO_PKG_VERSION")).into(),
             cpus: self.options.cpus,
             memory: self.options.memory,
@@ -341,8 +461,7 @@ impl Whole {
             devices: self.devices.clone(),
             cpuid: self.template.entries().to_vec(),
             tsc_deadline: self.template.has_tsc_deadline(),
-        };
-        Ok((description, state))
+        }
     }
 }
 
@@ -367,6 +486,7 @@ impl Service for Control {
             return Err(ApiError::of(ErrorCode::Busy, message));
         }
         match command {
+            Command::Migrate { to } => self.migrate(&to),
             Command::Snapshot { name, stop } => self.snapshot(&name, stop),
             Command::Status => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),
@@ -413,7 +533,11 @@ impl Service for Control {
                 Ok(json!({ "added": added.size, "memory": total.0 }))
             }
             Command::Pause => paused(self.gate.pause()),
-            Command::Resume => paused(self.gate.resume()),
+            Command::Resume => {
+                // Those of a guest that was to move.
+                host::resume(&self.whole.pci);
+                paused(self.gate.resume())
+            }
             Command::PowerOff => {
                 self.exit.end(ExitReason::Requested("the control socket"));
                 Ok(json!({}))
@@ -431,7 +555,12 @@ fn paused(result: Result<(), pause::Error>) -> Result<Value, ApiError> {
 }
 
 impl Machine {
-    fn new(config: &Config, events: LoopHandle, exit: ExitHandle) -> Result<Self, Error> {
+    fn new(
+        config: &Config,
+        listener: Option<Listener>,
+        events: LoopHandle,
+        exit: ExitHandle,
+    ) -> Result<Self, Error> {
         let vm = Arc::new(Vm::new()?);
         let max = vm.kvm().get_max_vcpus();
         let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
@@ -448,9 +577,21 @@ impl Machine {
             ports: config.vfio.len() + usize::from(config.hotplug_ports),
             devices: config.devices.iter().map(|d| d.device_type.0).collect(),
         };
-        let incoming = match &config.origin {
+        let mut connection = None;
+        let mut incoming = match &config.origin {
             Origin::Boot { .. } => None,
             Origin::Snapshot(path) => Some(Incoming::open(path)?),
+            Origin::Incoming(address) => {
+                let failed = |source| snapshot::Error::Listen {
+                    address: address.clone(),
+                    source,
+                };
+                let accepted = listener.map(|listener| listener.accept()).transpose();
+                let accepted = accepted.map_err(failed)?;
+                let copy = accepted.as_ref().map(Connection::try_clone).transpose();
+                connection = copy.map_err(failed)?;
+                accepted.map(Incoming::over).transpose()?
+            }
         };
         let mut template = CpuTemplate::new(vm.kvm(), cpus)?;
         if let Some(Incoming { description, .. }) = &incoming {
@@ -481,7 +622,7 @@ impl Machine {
                 cpu::write_tables(memory, &entry)?;
                 Some(entry)
             }
-            Origin::Snapshot(_) => None,
+            Origin::Snapshot(_) | Origin::Incoming(_) => None,
         };
 
         let router = Arc::new(GsiRouter::new(Arc::clone(vm.fd()))?);
@@ -496,16 +637,13 @@ impl Machine {
             pci_mmio64,
         };
         // Before the devices are there, which would have to hear of it piece by piece.
-        let (wanted, before) = match incoming {
-            Some(incoming) => {
-                for size in &incoming.description.pieces {
-                    resources.memory.grow(*size)?;
-                }
-                let wanted = incoming.description.devices.clone();
-                (wanted, Some(incoming.read(&resources.memory.current())?))
+        let mut wanted = Vec::new();
+        if let Some(Incoming { description, .. }) = &incoming {
+            for size in &description.pieces {
+                resources.memory.grow(*size)?;
             }
-            None => (Vec::new(), None),
-        };
+            wanted.clone_from(&description.devices);
+        }
         let pci = Arc::new(Mutex::new(PciRoot::new(
             Arc::clone(&resources.mmio),
             windows(&resources),
@@ -529,6 +667,10 @@ impl Machine {
             template.prepare(&fd, cpu, entry.as_ref().filter(|_| cpu == 0))?;
             processors.push(Arc::new(Mutex::new(fd)));
         }
+        // Last: a guest that comes while it runs stands still from here on.
+        let memory = resources.memory.current();
+        let before = incoming.as_mut().map(|incoming| incoming.read(&memory));
+        let before = before.transpose()?;
         if let Some(state) = &before {
             // Controllers first: processors and devices interrupt through them.
             state.chips.restore(vm.fd()).map_err(snapshot::Error::Cpu)?;
@@ -549,6 +691,7 @@ impl Machine {
             gate: Gate::default(),
             exit: resources.exit.clone(),
             snapshots: config.snapshots.clone(),
+            migrate_to: config.migrate_to.clone(),
             whole: Whole {
                 processors: processors.clone(),
                 vm,
@@ -567,6 +710,7 @@ impl Machine {
             pci,
             control,
             before,
+            connection,
         })
     }
 
@@ -583,6 +727,7 @@ impl Machine {
             pci,
             control,
             before,
+            connection,
         } = self;
         // Held to the end, control socket or not: it has what answers when the host wants a function back.
         let control = Arc::new(control);
@@ -605,7 +750,15 @@ impl Machine {
             exit: resources.exit.clone(),
             gate: control.gate.clone(),
         };
+        if let Some(mut connection) = connection {
+            let kept = connection
+                .say(transport::READY)
+                .and_then(|()| connection.hear(transport::GO))
+                .and_then(|()| connection.say(transport::RUNNING));
+            kept.map_err(snapshot::Error::Kept)?;
+        }
         if let Some(state) = &before {
+            host::resume(&pci);
             let clock = state.chips.start_clock(resources.vm.fd());
             clock.map_err(snapshot::Error::Cpu)?;
         }

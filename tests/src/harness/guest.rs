@@ -152,14 +152,18 @@ impl<'a> GuestBuilder<'a> {
         Ok(guest)
     }
 
-    /// Starts QEMU for a guest that comes from another one, with the same devices, at the socket of this name.
+    /// Starts the VMM for a guest that comes from another one, with the same devices, at the socket of this name.
     ///
     /// # Errors
-    /// Fails, with what QEMU says, if it ends before it listens.
+    /// Fails, with what it says, if it ends before it listens.
     pub fn await_migration(self, site: &Site, socket: &str) -> Result<Guest> {
         let limit = site.limit(self.boot_limit);
+        let option = match self.vmm {
+            Vmm::Ringside => "--incoming",
+            Vmm::Qemu10 | Vmm::Qemu11 => "-incoming",
+        };
         let mut guest = self
-            .arg("-incoming")
+            .arg(option)
             .arg(&format!("unix:{socket}"))
             .start(site)?;
         let path = site.scratch.join(socket);
@@ -167,7 +171,7 @@ impl<'a> GuestBuilder<'a> {
         while !is_socket(&path) {
             let ended = wait_for(&mut guest.child, Duration::from_millis(20))?;
             if ended.is_some() || start.elapsed() > limit {
-                return Err(guest.failed("QEMU does not listen for the guest".into()));
+                return Err(guest.failed("the VMM does not listen for the guest".into()));
             }
         }
         Ok(guest)

@@ -4,6 +4,8 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use serde_json::Value;
+
 use super::Test;
 use crate::command;
 use crate::ensure;
@@ -11,11 +13,18 @@ use crate::error::{Doing, Result};
 use crate::harness::{BackEnd, Blk, Control, Guest, GuestBuilder, Net, Vmm, disk_file};
 use crate::site::Site;
 
-pub(super) const TESTS: &[Test] = &[Test {
-    name: "snapshot::a_guest_goes_on_from_a_file",
-    seconds: 180,
-    run: a_guest_goes_on_from_a_file,
-}];
+pub(super) const TESTS: &[Test] = &[
+    Test {
+        name: "snapshot::a_guest_goes_on_from_a_file",
+        seconds: 180,
+        run: a_guest_goes_on_from_a_file,
+    },
+    Test {
+        name: "snapshot::a_guest_moves_while_it_runs",
+        seconds: 180,
+        run: a_guest_moves_while_it_runs,
+    },
+];
 
 /// What a guest does until it is told to stop: it writes to its disk, and reads all of it back.
 const LOAD: &str = "(while [ ! -e /run/stop ]; do fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio \
@@ -32,6 +41,17 @@ const FINISH: &str = "before=$(wc -l </run/rounds); \
 const BOOT: &str = "cat /proc/sys/kernel/random/boot_id";
 /// How long its load may take to end.
 const FINISH_LIMIT: Duration = Duration::from_secs(60);
+
+fn bridge() -> Result<()> {
+    for line in [
+        "ip link add br0 type bridge",
+        "ip address add 10.77.0.1/24 dev br0",
+        "ip link set br0 up",
+    ] {
+        command::run_line(line)?;
+    }
+    Ok(())
+}
 
 /// A card whose TAP is a port of the bridge.
 fn card(site: &Site, tap: &str) -> Result<BackEnd> {
@@ -54,13 +74,7 @@ fn guest<'a>(disk: &'a BackEnd, card: &'a BackEnd, control: &Control) -> GuestBu
 /// back-ends, goes on where it was.
 fn a_guest_goes_on_from_a_file(site: &Site) -> Result<()> {
     let disk = disk_file(site, "disk.img", 64 << 20)?;
-    for line in [
-        "ip link add br0 type bridge",
-        "ip address add 10.77.0.1/24 dev br0",
-        "ip link set br0 up",
-    ] {
-        command::run_line(line)?;
-    }
+    bridge()?;
     let folder = site.scratch.join("snapshots");
     fs::create_dir(&folder).doing(|| format!("create {}", folder.display()))?;
 
@@ -70,13 +84,7 @@ fn a_guest_goes_on_from_a_file(site: &Site) -> Result<()> {
         .arg("--snapshots")
         .arg(&folder.display().to_string())
         .boot(site)?;
-    before.network_up("10.77.0.2/24")?;
-    before.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
-    let boot = before.run_ok(BOOT)?;
-    before.run_ok(
-        "echo marker >/run/marker; echo marker | dd of=/dev/vdb bs=512 seek=100000 conv=sync 2>/dev/null; sync",
-    )?;
-    before.run_ok(LOAD)?;
+    let boot = load(&mut before)?;
     for words in [
         &["snapshot", "first"][..],
         &["snapshot", "second", "--stop"],
@@ -101,6 +109,67 @@ fn a_guest_goes_on_from_a_file(site: &Site) -> Result<()> {
     blk.stop(site)?;
     net.stop(site)?;
     on_disk(&disk)
+}
+
+/// Two VMMs, with back-ends of their own: the disks' share a file, the cards' a bridge. One that does not fit is refused, and
+/// the guest stays; then it moves while its disk is busy.
+fn a_guest_moves_while_it_runs(site: &Site) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 64 << 20)?;
+    bridge()?;
+    let start = || Blk::on(&disk).arg("--lock=running").start(site);
+    let (blk, net) = (start()?, card(site, "tap0")?);
+    let (blk_there, net_there) = (start()?, card(site, "tap1")?);
+    let control = Control::new(site, "source.sock");
+    let mut source = guest(&blk, &net, &control)
+        .arg("--migrate-to=unix:move.sock")
+        .boot(site)?;
+    let boot = load(&mut source)?;
+
+    let there = Control::new(site, "target.sock");
+    let unlike = guest(&blk_there, &net_there, &there)
+        .memory("256M")
+        .await_migration(site, "move.sock")?;
+    let refused = control.ask(&["migrate", "unix:move.sock"]);
+    ensure!(
+        refused.is_err(),
+        "a machine with less memory took the guest"
+    );
+    let status = unlike.ended()?;
+    ensure!(status.code() == Some(1), "the VMM ended with {status}");
+    source.run_ok(&format!("[ ! -e /run/fio.failed ] && {BOOT}"))?;
+
+    let mut target = guest(&blk_there, &net_there, &there).await_migration(site, "move.sock")?;
+    let told = control.ask_json(&["migrate", "unix:move.sock"])?;
+    let number = |name: &str| told.get(name).and_then(Value::as_u64).unwrap_or(0);
+    println!(
+        "the guest moved in {} ms, of which it stood still for {} ms; {} MiB were sent, in {} rounds",
+        number("milliseconds"),
+        number("downtime-milliseconds"),
+        number("memory") >> 20,
+        number("rounds"),
+    );
+    let status = source.ended()?;
+    ensure!(status.success(), "the VMM ended with {status}");
+    blk.stop(site)?;
+    net.stop(site)?;
+    same_guest(&mut target, &boot)?;
+    let status = target.shut_down()?;
+    ensure!(status.success(), "the VMM ended with {status}");
+    blk_there.stop(site)?;
+    net_there.stop(site)?;
+    on_disk(&disk)
+}
+
+/// Starts what a guest is about, and gives what tells its boot.
+fn load(guest: &mut Guest) -> Result<String> {
+    guest.network_up("10.77.0.2/24")?;
+    guest.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
+    let boot = guest.run_ok(BOOT)?;
+    guest.run_ok(
+        "echo marker >/run/marker; echo marker | dd of=/dev/vdb bs=512 seek=100000 conv=sync 2>/dev/null; sync",
+    )?;
+    guest.run_ok(LOAD)?;
+    Ok(boot)
 }
 
 /// It is the guest of that boot; what it was about comes to an end without a fault; it reaches the network.

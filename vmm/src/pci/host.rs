@@ -25,7 +25,7 @@ use super::port::{self, Forwarded, RootPort};
 use super::{FunctionState, InterruptRouting, PciFunction};
 use crate::bus::{Bus, BusDevice};
 use crate::layout::{FIRST_PCI_GSI, PCI_GSIS, Range};
-use crate::snapshot;
+use crate::snapshot::{self, dirty::DirtyLog};
 
 /// Why a function cannot be plugged in.
 #[derive(Debug, thiserror::Error)]
@@ -568,7 +568,22 @@ pub fn resume(root: &SharedRoot) {
     }
 }
 
-/// Has all functions go on where those of another process were suspended.
+/// Has all functions note in `log` which pages they write; without one, no longer.
+///
+/// # Errors
+/// [`snapshot::Error::Unsaved`]
+pub fn track(root: &SharedRoot, log: Option<&Arc<DirtyLog>>) -> Result<(), snapshot::Error> {
+    let functions = lock(root).functions();
+    functions.into_iter().try_for_each(|(_, device, function)| {
+        let tracked = lock(&function).track(log);
+        tracked.map_err(|error| snapshot::Error::Unsaved {
+            device,
+            why: Chain(&*error).to_string(),
+        })
+    })
+}
+
+/// Has all functions take over the state of those of another process, and be suspended as they were.
 ///
 /// # Errors
 /// [`snapshot::Error::Device`]

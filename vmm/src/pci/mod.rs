@@ -18,11 +18,13 @@ pub mod msix;
 pub mod port;
 
 use std::error::Error;
+use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
 use self::msix::MsixState;
 use self::port::PortState;
+use crate::snapshot::dirty::DirtyLog;
 use crate::virtio::Suspended;
 use crate::virtio::common::Negotiation;
 
@@ -105,7 +107,13 @@ pub trait PciFunction: Send {
     /// Goes on after [`PciFunction::suspend`], whether or not that was possible.
     fn resume(&mut self) {}
 
-    /// Goes on where the same function elsewhere was suspended.
+    /// From now on notes in `log` which pages of guest memory it writes; without one, no longer.
+    fn track(&mut self, log: Option<&Arc<DirtyLog>>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let _ = log;
+        Ok(())
+    }
+
+    /// Takes over the state of the same function elsewhere, and is suspended as that one.
     fn restore(&mut self, state: &FunctionState) -> Result<(), Box<dyn Error + Send + Sync>> {
         if self.config_mut().restore(&state.config) {
             Ok(())

@@ -6,6 +6,7 @@ use std::os::unix::fs::FileExt;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use super::Error;
+use super::dirty::{self, Pages};
 use super::stream::{Kind, MEMORY_CHUNK, Reader, Writer};
 
 /// Bytes in a page.
@@ -59,6 +60,37 @@ fn runs(chunk: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
         Some((u64::try_from(start).ok()?, run))
     };
     std::iter::from_fn(pages)
+}
+
+/// Writes these pages, empty or not; returns how many bytes that are.
+///
+/// # Errors
+/// [`Error::Memory`], [`Error::Write`]
+pub fn write_pages<W: Write>(
+    memory: &GuestMemoryMmap,
+    pages: &Pages,
+    out: &mut Writer<W>,
+) -> Result<u64, Error> {
+    let mut buffer = vec![0; MEMORY_CHUNK];
+    let most = length(&buffer) / dirty::PAGE;
+    let mut written = 0u64;
+    for (start, count) in pages.runs(most) {
+        let size = usize::try_from(count * dirty::PAGE).unwrap_or(usize::MAX);
+        let run = buffer.get_mut(..size).unwrap_or_default();
+        // A back-end can note anything: what is no memory is nothing to send.
+        let Some(region) = memory.find_region(GuestAddress(start)) else {
+            continue;
+        };
+        let run = match usize::try_from(region.last_addr().0.saturating_sub(start)) {
+            Ok(last) if last < size => run.get_mut(..=last).unwrap_or_default(),
+            _ => run,
+        };
+        let read = memory.read_slice(run, GuestAddress(start));
+        read.map_err(|error| Error::Memory(std::io::Error::other(error)))?;
+        out.section(Kind::Memory, &[&start.to_le_bytes(), run])?;
+        written = written.saturating_add(length(run));
+    }
+    Ok(written)
 }
 
 /// Takes sections of memory up to one of another kind, which is returned.

@@ -2,6 +2,8 @@
 //!
 //! | module | concern |
 //! | --- | --- |
+//! | [`dirty`] | which pages are written while a guest moves |
+//! | [`transport`] | the connection over which it does |
 //! | [`stream`] | the format: sections with lengths and checksums |
 //! | [`memory`] | guest memory in it |
 //! | [`cpu`] | the state of processors, and of what KVM keeps for the machine |
@@ -12,16 +14,22 @@
 //! read the description: is it such a machine? ─▶ memory ─▶ devices connect ─▶ state: processors, controllers, PCI functions
 //! ```
 //!
+//! A guest that moves while it runs ([`Departure`]) takes the same way over a connection: memory comes several times, all of it
+//! first and then what was written meanwhile, until so little is left that the guest can stand still for it.
+//!
 //! What a snapshot says is not believed: a machine is built from the options as ever, and takes over only what a guest could
 //! have written to its registers itself.
 
 pub mod cpu;
+pub mod dirty;
 pub mod memory;
 pub mod stream;
+pub mod transport;
 
 use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
 use ringside_control::Size;
@@ -30,9 +38,12 @@ use serde::{Deserialize, Serialize};
 use vm_memory::GuestMemoryMmap;
 
 use self::cpu::{ChipState, CpuState};
+use self::dirty::{DirtyLog, Pages};
 use self::stream::{Kind, Reader, Writer};
+use self::transport::{Address, Connection};
 use crate::config::DeviceType;
 use crate::devices::PlatformState;
+use crate::kvm::{self, Vm};
 use crate::pci::FunctionState;
 
 /// Why there is no snapshot, or no machine made of one.
@@ -158,6 +169,41 @@ pub enum Error {
         /// What is wrong.
         why: String,
     },
+    /// The other VMM cannot be reached.
+    #[error("cannot connect to {address}: does a ringside-vmm wait there (--incoming)?")]
+    Connect {
+        /// Where it should be.
+        address: Address,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no place for a guest to come to.
+    #[error("cannot wait for a guest at {address}")]
+    Listen {
+        /// Where it should come.
+        address: Address,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The other VMM does not want it.
+    #[error("the other VMM does not take the guest, which stays here: its log says why")]
+    Declined(#[source] io::Error),
+    /// Nobody knows where the guest is.
+    #[error(
+        "the other VMM was told to run the guest, and has not said that it does: the guest is paused here; if it does not run there, `resume` it, else `power-off`"
+    )]
+    Doubt(#[source] io::Error),
+    /// It was given up.
+    #[error("the VMM that has the guest keeps it")]
+    Kept(#[source] io::Error),
+    /// No memory to note what is written.
+    #[error("cannot note which pages are written")]
+    Log(#[source] io::Error),
+    /// What is written cannot be noted.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
     /// Processors.
     #[error(transparent)]
     Cpu(#[from] cpu::Error),
@@ -324,6 +370,85 @@ fn section<W: Write>(
     out.section(kind, &[&json])
 }
 
+/// A guest that is on its way to another VMM.
+pub struct Departure {
+    out: Writer<Connection>,
+    memory: GuestMemoryMmap,
+    log: Arc<DirtyLog>,
+    /// Bytes of memory sent so far.
+    pub sent: u64,
+    /// How often memory was gone through.
+    pub rounds: u32,
+}
+
+/// So many pages are sent while the guest stands still.
+const REST: u64 = 1024;
+/// A guest that writes faster than it can be sent stands still after so many rounds.
+const MOST_ROUNDS: u32 = 30;
+
+impl Departure {
+    /// Says what machine it is.
+    ///
+    /// # Errors
+    /// [`Error::Write`]
+    pub fn new(
+        connection: Connection,
+        description: &Description,
+        memory: GuestMemoryMmap,
+        log: Arc<DirtyLog>,
+    ) -> Result<Self, Error> {
+        let mut out = Writer::new(connection)?;
+        section(&mut out, Kind::Description, description)?;
+        Ok(Self {
+            out,
+            memory,
+            log,
+            sent: 0,
+            rounds: 0,
+        })
+    }
+
+    /// Sends memory while the guest runs, until little is left or that does not come about. What is written is being noted.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn send_ahead(&mut self, vm: &Vm) -> Result<(), Error> {
+        self.sent = memory::write(&self.memory, &mut self.out)?;
+        self.rounds = 1;
+        let mut pages = self.written(vm)?;
+        while pages.count() > REST && self.rounds < MOST_ROUNDS {
+            self.send(&pages)?;
+            pages = self.written(vm)?;
+        }
+        self.send(&pages)
+    }
+
+    /// Sends the rest, and what the machine does, when nothing writes any more. Gives back the connection, for the last words.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn send_rest(mut self, vm: &Vm, state: &State) -> Result<(Connection, u64), Error> {
+        let pages = self.written(vm)?;
+        self.send(&pages)?;
+        section(&mut self.out, Kind::State, state)?;
+        Ok((self.out.finish()?, self.sent))
+    }
+
+    fn written(&self, vm: &Vm) -> Result<Pages, Error> {
+        let mut pages = Pages::none_of(&self.memory);
+        vm.take_dirty(&mut pages)?;
+        self.log.take(&mut pages);
+        Ok(pages)
+    }
+
+    fn send(&mut self, pages: &Pages) -> Result<(), Error> {
+        let sent = memory::write_pages(&self.memory, pages, &mut self.out)?;
+        self.sent = self.sent.saturating_add(sent);
+        self.rounds = self.rounds.saturating_add(1);
+        Ok(())
+    }
+}
+
 /// A snapshot that is being read.
 pub struct Incoming<R> {
     input: Reader<R>,
@@ -331,7 +456,10 @@ pub struct Incoming<R> {
     pub description: Description,
 }
 
-impl Incoming<BufReader<File>> {
+/// A snapshot in a file, or a guest that comes from another VMM.
+pub type Source = Box<dyn Read + Send>;
+
+impl Incoming<Source> {
     /// Opens a file, and reads what machine it is.
     ///
     /// # Errors
@@ -341,7 +469,15 @@ impl Incoming<BufReader<File>> {
             path: path.to_owned(),
             source,
         })?;
-        Self::new(BufReader::with_capacity(BUFFER, file))
+        Self::new(Box::new(BufReader::with_capacity(BUFFER, file)))
+    }
+
+    /// Reads from another VMM, which says nothing more before it is answered.
+    ///
+    /// # Errors
+    /// As [`Incoming::new`]
+    pub fn over(connection: Connection) -> Result<Self, Error> {
+        Self::new(Box::new(BufReader::with_capacity(BUFFER, connection)))
     }
 }
 
@@ -361,7 +497,7 @@ impl<R: Read> Incoming<R> {
     ///
     /// # Errors
     /// [`Error`]: it is damaged or cut short
-    pub fn read(mut self, memory: &GuestMemoryMmap) -> Result<State, Error> {
+    pub fn read(&mut self, memory: &GuestMemoryMmap) -> Result<State, Error> {
         let (kind, body) = memory::read(memory, &mut self.input)?;
         let state = parse(kind, Kind::State, "its state", &body)?;
         match self.input.section()? {

@@ -19,15 +19,16 @@ use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAd
 use nix::unistd::pipe2;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
-    VhostUserHeaderFlag, VhostUserInflight,
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserVringAddrFlags,
 };
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::exit::ExitHandle;
+use crate::snapshot::dirty::DirtyLog;
 
 /// Feature bit 30: there are protocol features (vhost-user, "Feature negotiation").
 pub(crate) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -45,6 +46,11 @@ pub(crate) const P_INFLIGHT: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bit
 
 /// Protocol feature: the back-end tells, and takes over, what it keeps besides the queues.
 pub(crate) const P_DEVICE_STATE: u64 = VhostUserProtocolFeatures::DEVICE_STATE.bits();
+
+/// Feature bit 26: which pages the back-end writes is noted (vhost-user, "Migration").
+pub(crate) const F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+/// Protocol feature: where it notes them is shared with it by a descriptor.
+pub(crate) const P_LOG: u64 = VhostUserProtocolFeatures::LOG_SHMFD.bits();
 
 /// Bytes of a back-end's state at most.
 const STATE_LIMIT: usize = 16 << 20;
@@ -96,6 +102,8 @@ pub struct Ring {
     pub available: u64,
     /// Address of the used ring, or of the device's event suppression structure.
     pub used: u64,
+    /// The same in the guest, for a ring whose writes are noted.
+    pub log: Option<u64>,
 }
 
 /// A queue's eventfds.
@@ -138,6 +146,10 @@ pub trait Link: Send {
     fn set_features(&mut self, features: u64) -> Result<(), LinkError>;
     /// SET_MEM_TABLE. The back-end has the memory when this returns.
     fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError>;
+    /// SET_LOG_BASE, by descriptor.
+    fn set_log(&mut self, log: &DirtyLog) -> Result<(), LinkError>;
+    /// SET_VRING_ADDR of a ring that runs: what has changed of it is whether its writes are noted.
+    fn set_ring_log(&mut self, ring: &Ring) -> Result<(), LinkError>;
     /// GET_INFLIGHT_FD, for so many queues of that size.
     fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError>;
     /// SET_INFLIGHT_FD.
@@ -214,6 +226,19 @@ impl SocketLink {
             Some(_) => Err(ProtocolError::BackendInternalError.into()),
             None => Err(ProtocolError::InvalidMessage.into()),
         }
+    }
+}
+
+fn addresses(ring: &Ring) -> VringConfigData {
+    let flags = ring.log.map(|_| VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+    VringConfigData {
+        queue_max_size: ring.size,
+        queue_size: ring.size,
+        flags: flags.map_or(0, |flags| flags.bits()),
+        desc_table_addr: ring.descriptors,
+        used_ring_addr: ring.used,
+        avail_ring_addr: ring.available,
+        log_addr: ring.log,
     }
 }
 
@@ -330,6 +355,20 @@ impl Link for SocketLink {
         Ok(())
     }
 
+    fn set_log(&mut self, log: &DirtyLog) -> Result<(), LinkError> {
+        let region = log.file().map(|file| VhostUserDirtyLogRegion {
+            mmap_size: log.size(),
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        });
+        step("SET_LOG_BASE", self.frontend.set_log_base(0, region))
+    }
+
+    fn set_ring_log(&mut self, ring: &Ring) -> Result<(), LinkError> {
+        let set = self.frontend.set_vring_addr(ring.index, &addresses(ring));
+        step("SET_VRING_ADDR", set)
+    }
+
     fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError> {
         let wanted = VhostUserInflight::new(0, 0, queues, size);
         let (area, file) = step("GET_INFLIGHT_FD", self.frontend.get_inflight_fd(&wanted))?;
@@ -345,18 +384,9 @@ impl Link for SocketLink {
     fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError> {
         let f = &self.frontend;
         let index = ring.index;
-        let addresses = VringConfigData {
-            queue_max_size: ring.size,
-            queue_size: ring.size,
-            flags: 0,
-            desc_table_addr: ring.descriptors,
-            used_ring_addr: ring.used,
-            avail_ring_addr: ring.available,
-            log_addr: None,
-        };
         step("SET_VRING_NUM", f.set_vring_num(index, ring.size))?;
         step("SET_VRING_BASE", self.set_base(index, ring.base))?;
-        step("SET_VRING_ADDR", f.set_vring_addr(index, &addresses))?;
+        step("SET_VRING_ADDR", f.set_vring_addr(index, &addresses(ring)))?;
         step("SET_VRING_CALL", f.set_vring_call(index, events.call))?;
         step("SET_VRING_ERR", f.set_vring_err(index, events.error))?;
         step("SET_VRING_KICK", f.set_vring_kick(index, events.kick))

@@ -50,7 +50,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::channel::Channel;
 use self::link::{
-    Guard, Inflight, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed,
+    F_LOG_ALL, Guard, Inflight, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed,
 };
 use self::offer::{ConfigSource, Offer};
 use crate::config::{DeviceConfig, DeviceType};
@@ -58,6 +58,7 @@ use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::exit::ExitHandle;
 use crate::memory_hotplug::MemoryListener;
 use crate::pci::msix::new_event;
+use crate::snapshot::dirty::DirtyLog;
 use crate::virtio::bits::F_RING_PACKED;
 use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, Suspended, VirtioDevice};
 
@@ -162,7 +163,7 @@ enum MoveError {
     #[error("its back-end at {socket} is gone, or does not stop: wait until there is one again")]
     Gone { socket: PathBuf },
     /// The back-end refused something.
-    #[error("the back-end at {socket} refuses to {action} its state")]
+    #[error("the back-end at {socket} refuses to {action} its state, or what it writes")]
     Refused {
         socket: PathBuf,
         action: &'static str,
@@ -177,6 +178,11 @@ enum MoveError {
         "the back-end at {socket} cannot take over the state of the one before (DEVICE_STATE): use one of the same kind and version"
     )]
     Stateless { socket: PathBuf },
+    /// What it writes would be lost.
+    #[error(
+        "the back-end at {socket} cannot tell which pages it writes (VHOST_F_LOG_ALL), so the guest cannot move while it runs: take a snapshot"
+    )]
+    Blind { socket: PathBuf },
     /// Queues that ran must have a place to go on.
     #[error("queue {index} ran, but nothing says where it goes on")]
     Base { index: u16 },
@@ -302,6 +308,8 @@ struct State {
     running: Option<Running>,
     /// Where the queues that were stopped last are to go on, by index.
     bases: Vec<(usize, u32)>,
+    /// Where back-ends note which pages they write.
+    log: Option<Arc<DirtyLog>>,
     /// Counts connections, so that news of an old one is told from news of this one.
     epoch: u64,
     /// Since when there is this connection.
@@ -634,7 +642,12 @@ impl Shared {
                 ring.base = used_index(&state.memory, &active.queue).into();
             }
         }
-        let features = self.offer.backend_choice(running.features);
+        let log = state.log.clone();
+        for (active, ring) in &mut running.queues {
+            ring.log = log.as_ref().map(|_| active.queue.used);
+        }
+        let noted = if log.is_some() { F_LOG_ALL } else { 0 };
+        let features = self.offer.backend_choice(running.features | noted);
         let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
         let talk = |link: &mut dyn Link| {
             link.set_features(features)?;
@@ -646,6 +659,9 @@ impl Shared {
                 link.set_inflight(running.inflight.insert(inflight))?;
             }
             link.set_memory(&state.memory)?;
+            if let Some(log) = &log {
+                link.set_log(log)?;
+            }
             if let Some(kept) = running.kept.take() {
                 link.load_state(&kept)?;
             }
@@ -791,6 +807,42 @@ impl Shared {
             suspended.back_end = Some(self.moved(state, "tell", told)?);
         }
         Ok(suspended)
+    }
+
+    /// Has the back-end note which pages it writes, or no longer.
+    fn track(
+        self: &Arc<Self>,
+        state: &mut State,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> Result<(), MoveError> {
+        if log.is_some() && !self.offer.logs() {
+            let socket = self.wanted.socket.clone();
+            return Err(MoveError::Blind { socket });
+        }
+        state.log = log.cloned();
+        let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
+            return Ok(());
+        };
+        for (active, ring) in &mut running.queues {
+            ring.log = log.map(|_| active.queue.used);
+        }
+        if running.suspended || running.on != Some(state.epoch) {
+            // The next start says so.
+            return Ok(());
+        }
+        let noted = if log.is_some() { F_LOG_ALL } else { 0 };
+        let features = self.offer.backend_choice(running.features | noted);
+        let rings = &running.queues;
+        let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| {
+            if let Some(log) = log {
+                link.set_log(log)?;
+            }
+            link.set_features(features)?;
+            rings
+                .iter()
+                .try_for_each(|(_, ring)| link.set_ring_log(ring))
+        });
+        self.moved(state, "note", told)
     }
 
     /// What came of a conversation about the back-end's state.
@@ -986,6 +1038,7 @@ fn ring(
         descriptors,
         available,
         used,
+        log: None,
     })
 }
 
@@ -1105,12 +1158,21 @@ impl VirtioDevice for VhostUserDevice {
         }
         state.running = Some(Running {
             stopped: true,
+            suspended: true,
             // The guest has used them: it is to look at them, and the back-end, too.
             handed_over: true,
             kept: suspended.back_end.clone(),
             ..shared.run(activation.features, queues)?
         });
-        Ok(shared.start(&mut state)?)
+        Ok(())
+    }
+
+    fn track(
+        &mut self,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let mut state = self.shared.state();
+        Ok(self.shared.track(&mut state, log)?)
     }
 
     fn reset(&mut self) {

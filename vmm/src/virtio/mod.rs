@@ -21,7 +21,7 @@ pub mod pci;
 
 use std::error::Error;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
@@ -29,6 +29,7 @@ use vmm_sys_util::eventfd::EventFd;
 pub use pci::VirtioPci;
 
 use crate::complaints::Complaints;
+use crate::snapshot::dirty::DirtyLog;
 
 /// A queue as the driver set it up. Addresses are guest-physical and not checked.
 #[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
@@ -86,7 +87,7 @@ pub trait VirtioDevice: Send {
     /// The size limit of each queue.
     fn queue_sizes(&self) -> Vec<u16>;
     /// How the device tells the driver about changes, and that it cannot go on.
-    fn notifier(&self) -> std::sync::Arc<Notifier>;
+    fn notifier(&self) -> Arc<Notifier>;
     /// Reads device configuration; bytes that do not exist read as zero.
     fn read_config(&mut self, offset: u64, data: &mut [u8]);
     /// Writes device configuration.
@@ -105,7 +106,13 @@ pub trait VirtioDevice: Send {
     /// Goes on after [`VirtioDevice::suspend`], whether or not that was possible.
     fn resume(&mut self) {}
 
-    /// Goes on where a device elsewhere was suspended; without an activation that one did not run.
+    /// From now on notes in `log` which pages it writes; without one, no longer.
+    fn track(&mut self, log: Option<&Arc<DirtyLog>>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let _ = log;
+        Err("a device of this kind cannot be moved".into())
+    }
+
+    /// Takes over the state of a device elsewhere, and is suspended as that one; without an activation that one did not run.
     fn restore(
         &mut self,
         activation: Option<Activation>,

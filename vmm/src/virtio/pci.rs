@@ -27,6 +27,7 @@ use crate::pci::bits::{CAP_VENDOR, COMMAND, COMMAND_BUS_MASTER, CONFIG_SIZE};
 use crate::pci::config::{self, BarKind, ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, new_event};
 use crate::pci::{FunctionKind, FunctionState, InterruptRouting, PciFunction, VirtioState};
+use crate::snapshot::dirty::DirtyLog;
 
 const BAR: usize = 0;
 const BAR_SIZE: u64 = 0x1_0000;
@@ -388,6 +389,13 @@ impl PciFunction for VirtioPci {
 
     fn resume(&mut self) {
         self.device.resume();
+    }
+
+    fn track(
+        &mut self,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        self.device.track(log)
     }
 
     fn restore(&mut self, state: &FunctionState) -> Result<(), Box<dyn StdError + Send + Sync>> {
