@@ -26,8 +26,9 @@ pub mod memory;
 pub mod stream;
 pub mod transport;
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -522,9 +523,23 @@ fn parse<T: DeserializeOwned>(
 /// Bytes that are read and written at a time: a section of memory and its head.
 const BUFFER: usize = 256 << 10;
 
+/// The name of a snapshot that is not complete. Nothing is left of it unless it gets another one.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        match std::fs::remove_file(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, path = %self.0.display(), "a part of a snapshot is left");
+            }
+            _ => {}
+        }
+    }
+}
+
 /// A file of a folder of snapshots. Until it is complete it has another name.
 pub struct Outgoing {
-    partial: PathBuf,
+    partial: Partial,
     path: PathBuf,
     out: BufWriter<File>,
 }
@@ -542,9 +557,12 @@ impl Outgoing {
         if path.exists() {
             return Err(Error::Exists(name.to_owned()));
         }
-        let partial = folder.join(format!(".{name}.partial"));
-        let file = File::create(&partial).map_err(|source| Error::Create {
-            path: partial.clone(),
+        let partial = Partial(folder.join(format!(".{name}.partial")));
+        // The guest's memory is in it.
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(&partial.0).map_err(|source| Error::Create {
+            path: partial.0.clone(),
             source,
         })?;
         let out = BufWriter::with_capacity(BUFFER, file);
@@ -559,7 +577,7 @@ impl Outgoing {
     /// Writes it, durably, and gives it its name. Returns how many bytes of memory were not empty.
     ///
     /// # Errors
-    /// As [`write`]; then nothing is left of it.
+    /// As [`write()`]; then nothing is left of it.
     pub fn write(
         self,
         description: &Description,
@@ -567,16 +585,10 @@ impl Outgoing {
         state: &State,
     ) -> Result<u64, Error> {
         let Self { partial, path, out } = self;
-        let written = write(out, description, memory, state).and_then(|(written, out)| {
-            let file = out.into_inner().map_err(|e| Error::Write(e.into_error()))?;
-            file.sync_all().map_err(Error::Write)?;
-            std::fs::rename(&partial, &path).map_err(Error::Write)?;
-            Ok(written)
-        });
-        if written.is_err() {
-            // It says more that it failed than that something is left.
-            let _ = std::fs::remove_file(&partial);
-        }
-        written
+        let (written, out) = write(out, description, memory, state)?;
+        let file = out.into_inner().map_err(|e| Error::Write(e.into_error()))?;
+        file.sync_all().map_err(Error::Write)?;
+        std::fs::rename(&partial.0, &path).map_err(Error::Write)?;
+        Ok(written)
     }
 }

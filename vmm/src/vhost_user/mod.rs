@@ -1135,7 +1135,11 @@ impl VirtioDevice for VhostUserDevice {
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let shared = &self.shared;
         let mut state = shared.state();
-        if state.config != suspended.config {
+        let fixed = matches!(shared.offer.config, ConfigSource::Fixed(_));
+        if fixed && state.config.len() == suspended.config.len() {
+            // Nobody else has it: a card's address, say.
+            state.config.clone_from(&suspended.config);
+        } else if state.config != suspended.config {
             // Another size of the disk, say.
             shared.notifier.config_changed();
         }
