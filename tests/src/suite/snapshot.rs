@@ -42,9 +42,10 @@ const BOOT: &str = "cat /proc/sys/kernel/random/boot_id";
 /// How long its load may take to end.
 const FINISH_LIMIT: Duration = Duration::from_secs(60);
 
+/// A bridge with an address of its own, which stays when its ports come and go: the guest has it in its neighbour table.
 fn bridge() -> Result<()> {
     for line in [
-        "ip link add br0 type bridge",
+        "ip link add br0 address 52:54:00:77:00:01 type bridge",
         "ip address add 10.77.0.1/24 dev br0",
         "ip link set br0 up",
     ] {
@@ -53,9 +54,9 @@ fn bridge() -> Result<()> {
     Ok(())
 }
 
-/// A card whose TAP is a port of the bridge.
+/// A card whose TAP is a port of the bridge. The guest keeps the address that it has found.
 fn card(site: &Site, tap: &str) -> Result<BackEnd> {
-    let net = Net::tap(tap).start(site)?;
+    let net = Net::tap(tap).arg("--mac=52:54:00:77:00:02").start(site)?;
     command::run_line(&format!("ip link set {tap} master br0"))?;
     Ok(net)
 }
