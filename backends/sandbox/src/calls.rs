@@ -392,6 +392,7 @@ pub const BPF_MAPS: &[Call] = &[
 /// A virtual machine: its processors, its memory, its interrupts.
 pub const MACHINE: &[Call] = &[
     rare(call(libc::SYS_socketpair, "requests of a back-end")),
+    rare(call(libc::SYS_pipe2, "the state of a back-end")),
     rare(call(libc::SYS_sysinfo, "how much memory the host has")),
     ioctls(0xae, "KVM"),
     call(
@@ -404,6 +405,12 @@ pub const MACHINE: &[Call] = &[
     rare(ioctl(libc::TCSETS, "the terminal")),
     rare(ioctl(libc::TCSETSW, "the terminal")),
     rare(ioctl(libc::TCSETSF, "the terminal")),
+];
+
+/// Writing the state of a virtual machine into a file that gets its name when it is complete.
+pub const SNAPSHOTS: &[Call] = &[
+    rare(call(libc::SYS_fsync, "what is to be durable")),
+    rare(call(libc::SYS_rename, "its name")),
 ];
 
 /// Assigned devices: VFIO and iommufd, whose requests share a letter.
