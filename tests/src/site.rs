@@ -38,7 +38,7 @@ pub struct Effort {
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub kills: u32,
     /// How long `soak::` keeps its guests busy
-    #[arg(long = "soak-seconds", default_value_t = 30, value_name = "N", value_parser = clap::value_parser!(u32).range(10..=604_800))]
+    #[arg(long = "soak-seconds", default_value_t = 30, value_name = "N", value_parser = clap::value_parser!(u32).range(10..=72_000))]
     pub soak_seconds: u32,
 }
 

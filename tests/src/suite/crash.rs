@@ -184,7 +184,7 @@ fn card_survives_kills(site: &Site, vmm: Vmm) -> Result<()> {
     guest.network_up("10.77.0.2/24")?;
     guest.run_ok(&format!(
         "ping -c 2 -W 5 {HOST} && \
-         (iperf3 --client {HOST} --time 100000 --parallel 2 >/run/iperf.log 2>&1 & echo $! >/run/iperf.pid) </dev/null"
+         (iperf3 --client {HOST} --time 80000 --parallel 2 >/run/iperf.log 2>&1 & echo $! >/run/iperf.pid) </dev/null"
     ))?;
     flows(site)?;
     let mut pauses = Vec::new();

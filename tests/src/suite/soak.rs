@@ -237,7 +237,7 @@ fn busy(guest: &mut Guest, number: usize) -> Result<()> {
     let traffic = match number % 2 {
         1 => "iperf3 --server --daemon".to_owned(),
         _ => format!(
-            "(sleep 2; iperf3 --client 10.77.0.{partner} --time 1000000 --bitrate 20M --bidir >/run/iperf.log 2>&1) \
+            "(sleep 2; iperf3 --client 10.77.0.{partner} --time 80000 --bitrate 20M --bidir >/run/iperf.log 2>&1) \
              </dev/null >/dev/null 2>&1 & \
              ping -i 0.2 10.77.0.{partner} >/run/ping.log 2>&1 </dev/null &"
         ),
