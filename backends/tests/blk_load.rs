@@ -13,6 +13,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use frontend::{Daemon, EVENT_IDX, FrontEnd, Guest, PATIENCE, Queue, SECOND, Setup};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
 use ringside_rings::{DriverLayout, DriverRing, Segment};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
@@ -499,4 +501,37 @@ fn a_request_may_use_all_of_guest_memory() {
     assert!(disk[64 * 512..64 * 512 + BLOCK as usize] == data);
     drop(front);
     daemon.stop();
+}
+
+/// The queues of 16 guests, 64 of them, on two processors: each is served, and holds what was written.
+#[test]
+fn many_guests_share_two_processors() {
+    const GUESTS: usize = 16;
+    const QUEUES: usize = 4;
+    let mut two = CpuSet::new();
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    for cpu in (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu).unwrap()) {
+        if (0..cpu).filter(|cpu| two.is_set(*cpu).unwrap()).count() < 2 {
+            two.set(cpu).unwrap();
+        }
+    }
+    // Of this thread, and so of all that it starts.
+    sched_setaffinity(Pid::from_raw(0), &two).unwrap();
+    thread::scope(|scope| {
+        for _ in 0..GUESTS {
+            scope.spawn(|| {
+                let image = image();
+                let daemon = serve(&image, &["--queues", "4"]);
+                let setup = Setup {
+                    queues: QUEUES,
+                    size: 128,
+                    ..Setup::default()
+                };
+                let mut front = FrontEnd::new(&daemon.socket(), setup);
+                hammer(&mut front, 200, false, 0);
+                drop(front);
+                daemon.stop();
+            });
+        }
+    });
 }

@@ -183,6 +183,56 @@ fn an_interface_that_is_down_is_named_as_the_reason() {
     daemon.stop();
 }
 
+/// A guest that takes nothing while more comes for it than its TAP holds gets what the TAP held, and all that comes afterwards.
+#[test]
+fn a_full_tap_holds_nothing_up() {
+    if !own_network("a_full_tap_holds_nothing_up") {
+        return;
+    }
+    let daemon = serve(&["--tap", "ring0"]);
+    let mut front = connect(&daemon, 2);
+    let guest = std::net::Ipv4Addr::from(GUEST_IP);
+    let neighbour = format!("neigh add {guest} lladdr {MAC_TEXT} dev ring0");
+    let status = Command::new("ip")
+        .args(neighbour.split_whitespace())
+        .status();
+    assert!(status.unwrap().success());
+    let socket = std::net::UdpSocket::bind("0.0.0.0:0").unwrap();
+    socket.set_nonblocking(true).unwrap();
+    let dropped = || -> u64 {
+        let path = "/proc/thread-self/net/dev";
+        let table = std::fs::read_to_string(path).unwrap();
+        let line = table.lines().find(|line| line.contains("ring0:")).unwrap();
+        let counters = line.split_once(':').unwrap().1;
+        counters
+            .split_whitespace()
+            .nth(11)
+            .unwrap()
+            .parse()
+            .unwrap()
+    };
+    let start = Instant::now();
+    while dropped() < 1000 {
+        assert!(start.elapsed() < frontend::PATIENCE, "the TAP is not full");
+        for _ in 0..100 {
+            // It may be refused, once all of the socket's memory is in the TAP's queue.
+            let _ = socket.send_to(&[0; 1000], (guest, 9));
+        }
+    }
+    daemon.assert_idle();
+    // The other direction works all the time.
+    send(&mut front, TX, &arp_request());
+    let mut received = 0;
+    while received < 100 {
+        post(&mut front, 32);
+        for _ in 0..32 {
+            front.complete(RX);
+            received += 1;
+        }
+    }
+    daemon.stop();
+}
+
 #[test]
 fn one_front_end_after_the_other_is_served() {
     if !own_network("one_front_end_after_the_other_is_served") {

@@ -192,6 +192,33 @@ fn a_bad_peer_is_no_matter_of_the_others() {
     exchange(&mut a, &mut b, 7);
 }
 
+/// Frames for a guest that takes none are dropped and counted; others go on meanwhile, and so does it when it takes some again.
+#[test]
+fn a_slow_peer_is_no_matter_of_the_others() {
+    let switch = Switch::start(&["a", "b", "slow"]);
+    let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
+    let mut slow = switch.connect("slow");
+    for round in 0..50 {
+        for _ in 0..4 {
+            send(&mut a, &frame(3, 1, round));
+        }
+        exchange(&mut a, &mut b, round);
+        post(&mut a, 1);
+        post(&mut b, 1);
+    }
+    let stats = switch.ask("stats", Value::Null).unwrap();
+    let ports = stats["ports"].as_array().unwrap();
+    let port = ports.iter().find(|port| port["name"] == "slow").unwrap();
+    assert_eq!(port["rx-starved"], 200 - 32, "{stats}");
+    // It finds the first ones, and what comes from now on.
+    for at in 0..32 {
+        assert_eq!(receive(&mut slow), frame(3, 1, at / 4));
+    }
+    post(&mut slow, 1);
+    send(&mut a, &frame(3, 1, 99));
+    assert_eq!(receive(&mut slow), frame(3, 1, 99));
+}
+
 #[test]
 fn ports_are_added_and_removed_under_load() {
     let switch = Switch::start(&["a", "b"]);

@@ -18,11 +18,12 @@ use crate::inside;
 use crate::l1::{self, Run};
 use crate::link::Link;
 use crate::native;
+use crate::power_cut;
 use crate::probe;
 use crate::programs;
-use crate::protocol::{Event, Outcome, Request, Tally};
+use crate::protocol::{Event, Half, Outcome, Request, Tally};
 use crate::setup::{Cache, Systems, Wishes};
-use crate::site::{Place, Site};
+use crate::site::{Effort, Place, Site};
 use crate::suite;
 
 /// Longer than any test may be silent.
@@ -35,6 +36,8 @@ Examples:
   cargo lab demo               a guest with disk and network from our back-ends
   cargo lab test               all tests; the last line counts them
   cargo lab test boot:: blk::  the tests whose names contain one of these
+  cargo lab test crash:: --kills 50              back-ends killed 50 times in each
+  cargo lab test soak:: --soak-seconds 900       four guests busy for 15 minutes
   cargo lab test --list        their names
   cargo lab shell              a shell in the lab VM, programs in /lab/bin
   cargo lab shell -- uname -a  one command where guests run
@@ -146,6 +149,8 @@ enum Action {
         /// Print the names of the end-to-end tests and do nothing
         #[arg(long)]
         list: bool,
+        #[command(flatten)]
+        effort: Effort,
     },
     /// Check format, lints and native tests of the whole workspace: for before each commit
     Check {
@@ -200,6 +205,13 @@ enum Action {
     /// The demonstration, in a process of its own
     #[command(hide = true)]
     RunDemo,
+    /// Half of the power cut, in a process of its own
+    #[command(hide = true)]
+    RunPowerCut {
+        /// Which
+        #[arg(value_enum)]
+        half: Half,
+    },
     /// The probe of this machine's KVM, in a process of its own
     #[command(hide = true)]
     RunProbe,
@@ -237,7 +249,8 @@ fn run(action: Action) -> Result<ExitCode> {
             common,
             filters,
             list,
-        } => test(&common, &filters, list),
+            effort,
+        } => test(&common, &filters, list, effort),
         Action::Check { no_tests } => check(no_tests),
         Action::Fuzz {
             targets,
@@ -292,6 +305,9 @@ fn run(action: Action) -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         Action::RunDemo => demo::run(&Site::current()?).map(|()| ExitCode::SUCCESS),
+        Action::RunPowerCut { half } => {
+            power_cut::run(&Site::current()?, half).map(|()| ExitCode::SUCCESS)
+        }
         Action::RunProbe => Ok(match probe::boot(&Site::current()?) {
             None => ExitCode::SUCCESS,
             Some(obstacle) => {
@@ -319,8 +335,10 @@ fn systems(common: &Common) -> Result<Systems> {
 struct Lab {
     // Fields are dropped in this order: the other side ends before its files go.
     link: Link,
-    _run: Run,
-    _systems: Systems,
+    place: Place,
+    programs: PathBuf,
+    run: Run,
+    systems: Systems,
 }
 
 impl Lab {
@@ -328,16 +346,30 @@ impl Lab {
         let programs = build_programs()?;
         let run = Run::create(&systems)?;
         let start = Instant::now();
-        let link = match choose(place, &systems, &programs, &run)? {
+        let place = choose(place, &systems, &programs, &run)?;
+        let link = match place {
             Place::Host => host_link(&systems.host_site(&programs, run.path()), &programs, &run)?,
             Place::Lab => l1::boot(&systems, &run, &programs)?,
         };
         eprintln!("lab: ready after {:.1} s", start.elapsed().as_secs_f64());
         Ok(Self {
             link,
-            _run: run,
-            _systems: systems,
+            place,
+            programs,
+            run,
+            systems,
         })
+    }
+
+    /// Cuts the power of the lab VM while a guest writes, and looks for what was on its disks; gives what there is to say.
+    fn cut_power(mut self) -> Result<String> {
+        if self.place == Place::Host {
+            return Err(LabError::Skipped("this machine's power is not cut".into()));
+        }
+        let told = power_cut::wait_for_writes(&mut self.link)?;
+        self.link.cut()?;
+        let mut link = l1::boot(&self.systems, &self.run, &self.programs)?;
+        power_cut::compare(&told, &mut link)
     }
 }
 
@@ -456,15 +488,15 @@ fn compare_calls() -> Result<ExitCode> {
     })
 }
 
-fn test(common: &Common, filters: &[String], list: bool) -> Result<ExitCode> {
+fn test(common: &Common, filters: &[String], list: bool, effort: Effort) -> Result<ExitCode> {
     if list {
-        for name in suite::names(filters) {
+        for name in suite::names(filters).iter().chain(cut_name(filters)) {
             println!("{name}");
         }
         return Ok(ExitCode::SUCCESS);
     }
     let mut tally = Tally::default();
-    let outcome = test_all(common, filters, &mut tally);
+    let outcome = test_all(common, filters, effort, &mut tally);
     if let Err(error) = &outcome {
         // What could not even be run has failed.
         eprintln!("lab: {error}");
@@ -478,9 +510,16 @@ fn test(common: &Common, filters: &[String], list: bool) -> Result<ExitCode> {
     })
 }
 
-fn test_all(common: &Common, filters: &[String], tally: &mut Tally) -> Result<()> {
+/// The name of the test that no part of the suite is, as it ends the machine that runs the suite; if it is selected.
+fn cut_name(filters: &[String]) -> Option<&'static &'static str> {
+    const NAME: &str = "crash::power_is_cut";
+    suite::is_selected(NAME, filters).then_some(&NAME)
+}
+
+fn test_all(common: &Common, filters: &[String], effort: Effort, tally: &mut Tally) -> Result<()> {
     let expected = suite::names(filters);
-    if expected.is_empty() {
+    let cut = cut_name(filters);
+    if expected.is_empty() && cut.is_none() {
         return Err(LabError::Setup(format!(
             "no end-to-end test has a name with {}; `cargo lab test --list` shows them",
             filters.join(" or ")
@@ -497,6 +536,7 @@ fn test_all(common: &Common, filters: &[String], tally: &mut Tally) -> Result<()
     let mut outcomes = BTreeMap::new();
     let request = Request::Suite {
         filters: filters.to_vec(),
+        effort,
     };
     let result = lab.link.request(&request, SILENCE_LIMIT, |event| {
         if let Event::Ended { name, outcome, .. } = event {
@@ -512,7 +552,31 @@ fn test_all(common: &Common, filters: &[String], tally: &mut Tally) -> Result<()
     if missing > 0 {
         return Err(LabError::Setup(format!("{missing} tests gave no result")));
     }
+    if let Some(name) = cut {
+        let outcome = show_cut(lab, name, common.verbose);
+        tally.count(outcome);
+    }
     Ok(())
+}
+
+/// Runs the test that ends the lab VM, the last one.
+fn show_cut(lab: Lab, name: &str, verbose: bool) -> Outcome {
+    let started = Event::Started { name: name.into() };
+    show(&started, verbose);
+    let start = Instant::now();
+    let (outcome, detail) = match lab.cut_power() {
+        Ok(detail) => (Outcome::Passed, detail),
+        Err(LabError::Skipped(why)) => (Outcome::Skipped, why),
+        Err(error) => (Outcome::Failed, error.to_string()),
+    };
+    let ended = Event::Ended {
+        name: name.into(),
+        outcome,
+        seconds: start.elapsed().as_secs_f64(),
+        detail,
+    };
+    show(&ended, verbose);
+    outcome
 }
 
 /// Shows an event on the terminal.

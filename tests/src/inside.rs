@@ -81,9 +81,19 @@ pub fn serve(input: impl Read, output: Box<dyn Write + Send>, site: &Site) -> Re
                     .current_dir(&site.scratch),
                 &events,
             )?,
-            Request::Suite { filters } => suite::run(site, &filters, &events)?,
+            Request::Suite { filters, effort } => {
+                let site = Site {
+                    effort,
+                    ..site.clone()
+                };
+                suite::run(&site, &filters, &events)?
+            }
             Request::Demo => stream(
                 &mut suite::isolated(site, &site.scratch, &["run-demo"])?,
+                &events,
+            )?,
+            Request::PowerCut { half } => stream(
+                &mut suite::isolated(site, &site.scratch, &["run-power-cut", half.name()])?,
                 &events,
             )?,
         };

@@ -154,8 +154,13 @@ fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Resu
     ));
     for (name, size) in [("scratch.img", SCRATCH_SIZE), ("disk.img", RAW_DISK_SIZE)] {
         let path = sparse_file(run, name, size)?;
+        // The raw disk is as it was when the power comes back; nobody looks for anything on the other one.
+        let cache = match name {
+            "disk.img" => "writeback",
+            _ => "unsafe",
+        };
         qemu.arg("-drive").arg(format!(
-            "if=virtio,format=raw,cache=unsafe,discard=unmap,file={}",
+            "if=virtio,format=raw,cache={cache},discard=unmap,file={}",
             escaped(&path)
         ));
     }
@@ -217,11 +222,15 @@ fn root_port(qemu: &mut Command, number: u32) {
         .arg(format!("pcie-root-port,id=port{number},slot={number}"));
 }
 
-/// Creates a file of this run for a disk; `size` in bytes.
+/// Creates a file of this run for a disk, if this is the first time that the run boots; `size` in bytes.
 fn sparse_file(run: &Run, name: &str, size: u64) -> Result<PathBuf> {
     let path = run.path().join(name);
     let doing = || format!("create {}", path.display());
-    File::create(&path)
+    File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
         .doing(doing)?
         .set_len(size)
         .doing(doing)?;

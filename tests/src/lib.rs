@@ -8,7 +8,7 @@
 //!                  │ link: requests, events (protocol)
 //!                inside              in the lab VM, or on the machine: beside KVM
 //!                  │ ───── suite     each test in a process and namespaces of its own
-//!                  │ ───── demo
+//!                  │ ───── demo, power_cut
 //!                harness             back-ends, guests, networks, counters: what tests are written with
 //!
 //! cargo lab bench ─── bench          back-ends beside others' on the machine itself, no guest
@@ -31,6 +31,7 @@ pub mod inside;
 pub mod l1;
 pub mod link;
 pub mod native;
+pub mod power_cut;
 pub mod probe;
 pub mod programs;
 pub mod protocol;

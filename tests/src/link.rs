@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
@@ -77,6 +78,24 @@ impl Link {
         silence_limit: Duration,
         mut show: impl FnMut(&Event),
     ) -> Result<i32> {
+        let status = self.request_until(request, silence_limit, |event| {
+            show(event);
+            ControlFlow::Continue(())
+        })?;
+        // Nothing breaks it off.
+        Ok(status.unwrap_or_default())
+    }
+
+    /// As [`Link::request`], until `watch` breaks it off: then there is no status, and nothing more can be asked.
+    ///
+    /// # Errors
+    /// As [`Link::request`].
+    pub fn request_until(
+        &mut self,
+        request: &Request,
+        silence_limit: Duration,
+        mut watch: impl FnMut(&Event) -> ControlFlow<()>,
+    ) -> Result<Option<i32>> {
         let mut line = serde_json::to_string(request).map_err(|error| LabError::Protocol {
             from: "host",
             text: error.to_string(),
@@ -90,10 +109,22 @@ impl Link {
         loop {
             let event = self.next(silence_limit)?;
             if let Event::Done { status } = event {
-                return Ok(status);
+                return Ok(Some(status));
             }
-            show(&event);
+            if watch(&event).is_break() {
+                return Ok(None);
+            }
         }
+    }
+
+    /// Ends the other side by SIGKILL, in the middle of whatever it does.
+    ///
+    /// # Errors
+    /// Fails if it has ended before.
+    pub fn cut(mut self) -> Result<()> {
+        let doing = || format!("kill the {}", self.what);
+        self.child.kill().doing(doing)?;
+        self.child.wait().doing(doing).map(drop)
     }
 
     fn next(&mut self, limit: Duration) -> Result<Event> {

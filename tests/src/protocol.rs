@@ -1,7 +1,10 @@
 //! What the lab program on the machine and the one beside KVM (in the lab VM, or a child process) say to each other: one JSON
 //! object per line, requests one way and events the other.
 
+use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
+
+use crate::site::Effort;
 
 /// Asked of the side where KVM is. It answers each with events, the last of them [`Event::Done`].
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -16,9 +19,37 @@ pub enum Request {
     Suite {
         /// Only tests whose name contains one of these; all, if empty.
         filters: Vec<String>,
+        /// How much is done by tests that do the same again and again.
+        effort: Effort,
     },
     /// Run the demonstration.
     Demo,
+    /// Do one half of the power cut.
+    PowerCut {
+        /// Which.
+        half: Half,
+    },
+}
+
+/// What is done before and after the power of the lab VM is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Half {
+    /// A guest writes until the power fails, and says what has reached its disks.
+    Write,
+    /// What has reached them is looked for.
+    Read,
+}
+
+impl Half {
+    /// As the command line has it.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Write => "write",
+            Self::Read => "read",
+        }
+    }
 }
 
 /// Told by the side where KVM is.

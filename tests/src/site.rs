@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
+use clap::Args;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{LabError, Result};
@@ -30,6 +31,39 @@ pub enum QemuVersion {
     V11,
 }
 
+/// How much is done by tests that do the same again and again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Args)]
+pub struct Effort {
+    /// How often each test of `crash::` kills its back-end
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub kills: u32,
+    /// How long `soak::` keeps its guests busy
+    #[arg(long = "soak-seconds", default_value_t = 30, value_name = "N", value_parser = clap::value_parser!(u32).range(10..=72_000))]
+    pub soak_seconds: u32,
+}
+
+impl Effort {
+    /// For each kill, on plain hardware: to start again what was killed, and to have it work.
+    const KILL: Duration = Duration::from_secs(2);
+
+    /// How long it can take in one test, on plain hardware.
+    #[must_use]
+    pub fn duration(&self) -> Duration {
+        Self::KILL
+            .saturating_mul(self.kills)
+            .max(Duration::from_secs(self.soak_seconds.into()))
+    }
+}
+
+impl Default for Effort {
+    fn default() -> Self {
+        Self {
+            kills: 8,
+            soak_seconds: 30,
+        }
+    }
+}
+
 /// Paths and properties of one side.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Site {
@@ -47,6 +81,8 @@ pub struct Site {
     pub scratch: PathBuf,
     /// A whole block device that tests may overwrite, where there is one.
     pub block_device: Option<PathBuf>,
+    /// How much is done by tests that do the same again and again.
+    pub effort: Effort,
 }
 
 impl Site {
@@ -61,6 +97,7 @@ impl Site {
             guest_disk: "/dev/vda".into(),
             scratch: "/lab/scratch".into(),
             block_device: Some("/dev/vdc".into()),
+            effort: Effort::default(),
         }
     }
 

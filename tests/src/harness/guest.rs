@@ -579,6 +579,14 @@ impl Guest {
         })
     }
 
+    /// Starts a command that does not end: the guest takes no other. What it writes to `/dev/ttyS0` is on the console.
+    ///
+    /// # Errors
+    /// Fails if the VMM has ended.
+    pub fn run_for_good(&mut self, command: &str) -> Result<()> {
+        self.send(command).map(drop)
+    }
+
     /// Gives the guest's first network card (`eth0`) an address (with its prefix length) and brings it up; gives its name.
     ///
     /// # Errors

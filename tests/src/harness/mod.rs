@@ -7,6 +7,7 @@ mod counters;
 mod daemon;
 mod guest;
 mod kernel_log;
+mod mapped;
 mod network;
 mod null_blk;
 mod passthrough;
@@ -25,6 +26,7 @@ pub use counters::{
 pub use daemon::Daemon;
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};
 pub use kernel_log::{KernelLog, dma_fault};
+pub use mapped::Mapped;
 pub use network::{Capture, Namespace, http_server, iperf3, iperf3_server, name_server};
 pub use null_blk::with_null_blk;
 pub use passthrough::{Assigned, Device, PciId, VirtualFunctions, ringside_vfio};

@@ -30,7 +30,7 @@ use sha2::{Digest, Sha256};
 
 use crate::command;
 use crate::error::{Doing, LabError, Result, last_lines};
-use crate::site::{Place, Site};
+use crate::site::{Effort, Place, Site};
 
 pub use tree::remove_tree;
 
@@ -320,6 +320,7 @@ impl Systems {
             guest_disk: self.guest_disk(),
             scratch: run.join("scratch"),
             block_device: None,
+            effort: Effort::default(),
         }
     }
 }

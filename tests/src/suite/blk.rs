@@ -4,7 +4,6 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
@@ -14,8 +13,8 @@ use crate::command;
 use crate::ensure;
 use crate::error::{Doing, LabError, Result};
 use crate::harness::{
-    Blk, EventCounts, Guest, IOCTL, KVM_EXIT, SYSTEM_CALL, URING_REQUEST, Vmm, disk_file, flushes,
-    sha256, sum_interrupts,
+    Blk, EventCounts, Guest, IOCTL, KVM_EXIT, Mapped, SYSTEM_CALL, URING_REQUEST, Vmm, disk_file,
+    flushes, sha256, sum_interrupts,
 };
 use crate::site::Site;
 
@@ -58,8 +57,6 @@ pub(super) const TESTS: &[Test] = &[
 ];
 
 const MIB: u64 = 1 << 20;
-/// For what takes no time.
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// Size of the disk of [`exchange`].
 const EXCHANGED: u64 = 12 * MIB;
@@ -163,7 +160,7 @@ fn fio_verify_multiqueue(site: &Site) -> Result<()> {
 }
 
 /// A block device of the site that the test may overwrite.
-fn block_device(site: &Site) -> Result<&Path> {
+pub(super) fn block_device(site: &Site) -> Result<&Path> {
     site.block_device.as_deref().ok_or_else(|| {
         LabError::Skipped("this machine has no block device that a test may overwrite".into())
     })
@@ -238,24 +235,7 @@ fn errors_reach_the_guest(site: &Site) -> Result<()> {
         "0 2048 linear {0} 0\n2048 8 error\n2056 2040 linear {0} 2056\n",
         device.display()
     );
-    command::run_line("modprobe dm-mod")?;
-    let mut create = Command::new("dmsetup");
-    create.args(["create", "--noudevsync", "ringside-bad"]);
-    let created = command::output_with_input(&mut create, table.as_bytes(), LIMIT)?;
-    ensure!(
-        created.status.success(),
-        "dmsetup create: {}",
-        created.stderr
-    );
-    // Without udev there is only the kernel's own name for it.
-    let result = command::run_line("dmsetup info -c --noheadings -o blkdevname ringside-bad")
-        .and_then(|name| errors_of(site, &Path::new("/dev").join(name.trim())));
-    let removed = command::run_line("dmsetup remove --noudevsync --retry ringside-bad");
-    result?;
-    removed.map(drop)
-}
-
-fn errors_of(site: &Site, bad: &Path) -> Result<()> {
+    let mapped = Mapped::create("ringside-bad", &table)?;
     let small = site.scratch.join("small");
     fs::create_dir_all(&small).doing(|| format!("create {}", small.display()))?;
     command::run_line(&format!(
@@ -263,7 +243,7 @@ fn errors_of(site: &Site, bad: &Path) -> Result<()> {
         small.display()
     ))?;
     let full = disk_file(site, "small/disk.img", 32 * MIB)?;
-    let bad = Blk::on(bad).arg("--direct").start(site)?;
+    let bad = Blk::on(mapped.path()).arg("--direct").start(site)?;
     let full = Blk::on(&full).start(site)?;
     let mut guest = Guest::on(Vmm::Ringside)
         .device(&bad)
@@ -282,7 +262,8 @@ fn errors_of(site: &Site, bad: &Path) -> Result<()> {
     );
     guest.run_ok(&read(2056))?;
 
-    let output = guest.run("dd if=/dev/zero of=/dev/vdc bs=64k count=256 oflag=direct 2>&1")?;
+    let fill = "dd if=/dev/zero of=/dev/vdc bs=64k count=256 oflag=direct 2>&1";
+    let output = guest.run(fill)?;
     ensure!(
         output.status != 0,
         "16 MiB were written into a file system of 4 MiB: {}",
@@ -293,6 +274,9 @@ fn errors_of(site: &Site, bad: &Path) -> Result<()> {
         "dd if=/dev/urandom of=/dev/vdc bs=64k count=1 oflag=direct conv=notrunc 2>/dev/null && \
          dd if=/dev/vdc of=/dev/null bs=1M iflag=direct 2>/dev/null",
     )?;
+    // So does the rest, as soon as there is room.
+    command::run_line(&format!("mount -o remount,size=64M {}", small.display()))?;
+    guest.run_ok(fill)?;
     guest.shut_down()?;
     bad.stop(site)?;
     full.stop(site)

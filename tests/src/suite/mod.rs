@@ -7,6 +7,7 @@ mod blk;
 mod blk_control;
 mod boot;
 mod crash;
+mod faults;
 mod formats;
 mod links;
 mod migration;
@@ -15,6 +16,7 @@ mod net_features;
 mod net_switch;
 mod others;
 mod snapshot;
+mod soak;
 mod upgrade;
 mod vfio;
 mod zoned;
@@ -57,6 +59,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         blk::TESTS,
         blk_control::TESTS,
         crash::TESTS,
+        faults::TESTS,
         upgrade::TESTS,
         formats::TESTS,
         bench::TESTS,
@@ -69,6 +72,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         migration::TESTS,
         snapshot::TESTS,
         zoned::TESTS,
+        soak::TESTS,
     ]
     .into_iter()
     .flatten()
@@ -82,12 +86,13 @@ pub fn names(filters: &[String]) -> Vec<&'static str> {
 }
 
 fn selected(filters: &[String]) -> impl Iterator<Item = &'static Test> {
-    tests().filter(move |test| {
-        filters.is_empty()
-            || filters
-                .iter()
-                .any(|filter| test.name.contains(filter.as_str()))
-    })
+    tests().filter(move |test| is_selected(test.name, filters))
+}
+
+/// Whether `filters` select the test of this name.
+#[must_use]
+pub fn is_selected(name: &str, filters: &[String]) -> bool {
+    filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
 }
 
 /// Runs the selected tests; the status is 1 when one failed.
@@ -131,7 +136,7 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
         .stderr(errors)
         .spawn()
         .doing(|| "run unshare".into())?;
-    let limit = site.limit(Duration::from_secs(test.seconds));
+    let limit = site.limit(Duration::from_secs(test.seconds) + site.effort.duration());
     let status = wait_for(&mut child, limit)?;
     if status.is_none() {
         // The kernel ends all in the process namespace with it.
