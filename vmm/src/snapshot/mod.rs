@@ -11,7 +11,8 @@
 //! ```text
 //! pause the processors ─▶ stop the queues ─▶ write description, memory, state ─▶ start the queues, let the processors go on
 //!
-//! read the description: is it such a machine? ─▶ memory ─▶ devices connect ─▶ state: processors, controllers, PCI functions
+//! read the description: is it such a machine? ─▶ devices connect ─▶ memory ─▶ state: controllers, processors, PCI functions
+//!     ─▶ start the queues, let the processors go on
 //! ```
 //!
 //! A guest that moves while it runs ([`Departure`]) takes the same way over a connection: memory comes several times, all of it
