@@ -8,11 +8,13 @@
 
 mod frontend;
 
+use std::cell::Cell;
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 
 use frontend::request::{SET_LOG_BASE, SET_LOG_FD};
 use frontend::{Daemon, FrontEnd, REGION, SECOND, Setup, own_network};
@@ -345,6 +347,102 @@ fn a_network_device_marks_the_pages_that_it_writes() {
             assert!(changed.len() >= 3, "{changed:?}");
             assert_eq!(marked, changed, "packed: {}", setup.packed);
         }
+    }
+    daemon.stop();
+}
+
+/// A frame that a guest sends, and how its buffer lies.
+#[derive(Debug, Clone)]
+struct Sent {
+    len: u32,
+    cut: u32,
+    /// Where the receiver's buffer begins in its room, and its length.
+    at: u64,
+    room: u32,
+}
+
+fn sent() -> impl Strategy<Value = Vec<Sent>> {
+    let one = (14..9000_u32, any::<u32>(), 0..3 * PAGE, 64..6000_u32);
+    let one = one.prop_map(|(len, cut, at, room)| Sent {
+        len,
+        cut: 1 + cut % (HEADER + len - 1),
+        at,
+        room,
+    });
+    proptest::collection::vec(one, 1..24)
+}
+
+/// Bytes of the header in front of a frame.
+const HEADER: u32 = 12;
+
+/// One guest sends to another, whose memory is logged: what the switch copies there is marked, in as many buffers as a frame
+/// takes, and nothing else; so are the sender's used rings.
+#[test]
+fn a_switch_marks_the_pages_that_it_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let sockets = ["a", "b"].map(|name| dir.path().join(name));
+    let mut command = Command::new(NET);
+    for (number, socket) in (1..).zip(&sockets) {
+        let port = format!("socket={},mac=02:00:00:00:00:0{number}", socket.display());
+        command.arg("--port").arg(port);
+    }
+    let daemon = Daemon::spawn_command(&mut command, dir);
+    daemon.wait_for_line("ringside-net ready");
+    let setup = Setup {
+        queues: 2,
+        ..Setup::default()
+    };
+    for setup in setup.formats() {
+        let mut runner = TestRunner::new(ProptestConfig::with_cases(6));
+        let pages = Cell::new(0);
+        let outcome = runner.run(&(sent(), any::<bool>()), |(frames, used_rings)| {
+            let [mut from, mut to] = sockets
+                .each_ref()
+                .map(|socket| FrontEnd::new(socket, setup));
+            let logs = [&mut from, &mut to].map(|front| {
+                front.begin_log(used_rings);
+                wipe(front);
+                front.log.as_ref().unwrap().0.try_clone().unwrap()
+            });
+            let bases = [stop(&mut from), stop(&mut to)];
+            for (number, frame) in (0..).zip(&frames) {
+                for place in 0..2 {
+                    let at = SECOND + (2 * number + place) * ROOM + frame.at;
+                    let FrontEnd { queues, guest, .. } = &mut to;
+                    let room = Segment::new(GuestAddress(at), frame.room);
+                    queues[0].submit(guest, &[], &[room], number);
+                }
+                let mut packet = vec![0; HEADER as usize];
+                packet.extend([2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 0x88, 0xb5]);
+                packet.resize((HEADER + frame.len) as usize, 0x33);
+                let at = from.guest.alloc(packet.len() as u64, 64);
+                from.guest.memory.write_slice(&packet, at).unwrap();
+                let (head, rest) = (frame.cut, HEADER + frame.len - frame.cut);
+                let pieces = [(at, head), (GuestAddress(at.0 + u64::from(head)), rest)];
+                let pieces = pieces.map(|(at, len)| Segment::new(at, len));
+                let FrontEnd { queues, guest, .. } = &mut from;
+                queues[1].submit(guest, &pieces, &[], number);
+            }
+            for (queue, &base) in bases[1].iter().enumerate() {
+                to.start(queue, base);
+            }
+            let before = Snapshot::take(&to);
+            marked(&logs[1]);
+            let (of_sender, changed) = run(&mut from, &bases[0], &logs[0], |front| {
+                for _ in &frames {
+                    front.complete(1);
+                }
+            });
+            prop_assert_eq!(of_sender, changed);
+            stop(&mut to);
+            let changed = before.changed(&Snapshot::take(&to));
+            pages.set(pages.get() + changed.len());
+            prop_assert_eq!(marked(&logs[1]), changed);
+            Ok(())
+        });
+        assert!(outcome.is_ok(), "packed: {}: {outcome:?}", setup.packed);
+        // The rings and a buffer of each case at least, on average.
+        assert!(pages.get() > 18, "{}", pages.get());
     }
     daemon.stop();
 }

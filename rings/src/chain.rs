@@ -39,11 +39,29 @@ impl ChainBuf {
         self.segments.get(self.readable..).unwrap_or_default()
     }
 
+    /// Length of all device-writable segments in bytes.
+    #[inline]
+    pub(crate) fn writable_len(&self) -> u64 {
+        self.writable_len
+    }
+
+    #[inline]
     pub(crate) fn clear(&mut self) {
         self.segments.clear();
         self.readable = 0;
         self.readable_len = 0;
         self.writable_len = 0;
+    }
+
+    /// Holds this segment and no other.
+    #[inline]
+    pub(crate) fn set(&mut self, segment: Segment, writable: bool) {
+        let len = u64::from(segment.len);
+        self.segments.clear();
+        // Within the capacity taken in `new`: never allocates.
+        self.segments.push(segment);
+        (self.readable, self.readable_len, self.writable_len) =
+            if writable { (0, 0, len) } else { (1, len, 0) };
     }
 
     /// Appends a segment; `limit` is the queue's own bound on chain length.
@@ -83,7 +101,7 @@ impl ChainBuf {
         let (readable, writable) = self
             .segments
             .split_at_checked(self.readable)
-            .unwrap_or((&self.segments, &[]));
+            .unwrap_or_default();
         Chain {
             head,
             readable,

@@ -252,10 +252,17 @@ impl<M: GuestMemory> Session<'_, M> {
     /// this chain is malformed, which is then in flight like any other.
     #[inline]
     pub fn pop<'b>(&mut self, buf: &'b mut ChainBuf) -> Result<Option<Chain<'b>>, PopError> {
+        // What a caller does not look at of the chain is not even put together.
+        Ok(self.take(buf)?.map(|head| buf.chain(head)))
+    }
+
+    /// Takes the next available chain into `buf`, and returns what it is returned by.
+    #[inline(never)]
+    fn take(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
         let popped = either!(Side, &mut self.side, side => side.pop(buf));
         if let Some(order) = &mut self.order {
             match &popped {
-                Ok(Some(chain)) => order.taken(chain.head(), Some(chain.writable_len())),
+                Ok(Some(head)) => order.taken(*head, Some(buf.writable_len())),
                 Err(PopError::Chain { head, .. }) => order.taken(*head, None),
                 Ok(None) | Err(PopError::Ring(_)) => {}
             }
@@ -284,7 +291,8 @@ impl<M: GuestMemory> Session<'_, M> {
     ///
     /// # Errors
     /// [`RingError::HeadNotInFlight`] if this chain was not taken, or was returned before.
-    #[inline]
+    // A call costs more than the common way through it.
+    #[inline(always)]
     pub fn push_used(&mut self, head: u16, len: u32) -> Result<(), RingError> {
         match &mut self.order {
             Some(order) => order.done(head, len),

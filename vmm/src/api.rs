@@ -4,6 +4,7 @@ use ringside_control::Size;
 use serde::Deserialize;
 
 use crate::config::VfioOptions;
+use crate::snapshot::transport::Address;
 
 /// What can be asked for.
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -33,6 +34,19 @@ pub enum Command {
     MemoryAdd {
         /// By how much.
         size: Size,
+    },
+    /// Writes all that the machine is into the folder of `--snapshots`.
+    Snapshot {
+        /// The file's name there.
+        name: String,
+        /// The machine ends when it is written.
+        #[serde(default)]
+        stop: bool,
+    },
+    /// Moves the guest to another VMM while it runs.
+    Migrate {
+        /// Where that one waits, one of `--migrate-to`.
+        to: Address,
     },
     /// Holds the guest's processors.
     Pause,
@@ -67,6 +81,15 @@ mod tests {
         assert_eq!(command(line), removal(false));
         let line = r#"{"command":"device-remove","arguments":{"id":"a","force":true}}"#;
         assert_eq!(command(line), removal(true));
+        let line = r#"{"command":"snapshot","arguments":{"name":"a"}}"#;
+        let snapshot = Command::Snapshot {
+            name: "a".into(),
+            stop: false,
+        };
+        assert_eq!(command(line), Ok(snapshot));
+        let line = r#"{"command":"migrate","arguments":{"to":"unix:/a"}}"#;
+        let to = Address::Unix("/a".into());
+        assert_eq!(command(line), Ok(Command::Migrate { to }));
         assert_eq!(command(r#"{"command":"power-off"}"#), Ok(Command::PowerOff));
         let size = Size(512 << 20);
         for text in [r#""512M""#, "536870912"] {

@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use crate::layout;
 use crate::memory::{self, PageSize};
+use crate::snapshot::transport::Address;
 
 /// Most processors a guest can have: 8-bit local APIC IDs, of which 255 means all of them.
 pub const MAX_CPUS: u32 = 254;
@@ -39,8 +40,15 @@ const MAX_QUEUES: u16 = 256;
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Error {
     /// An option that every guest needs is absent.
-    #[error("no kernel given: use --kernel FILE, or `kernel = \"FILE\"` in the configuration file")]
+    #[error(
+        "no kernel given: use --kernel FILE, or `kernel = \"FILE\"` in the configuration file, or --restore FILE"
+    )]
     NoKernel,
+    /// Functions of the host are not in a snapshot.
+    #[error(
+        "a guest brings no functions of the host along: leave --vfio out, and plug them in when it runs (device-add)"
+    )]
+    RestoreVfio,
     /// No processors, or too many.
     #[error("a guest cannot have {0} CPUs: give --cpus a number from 1 to {MAX_CPUS}")]
     Cpus(u32),
@@ -162,6 +170,29 @@ pub struct Cli {
     #[arg(long, value_name = "PATH")]
     pub api_socket: Option<PathBuf>,
 
+    /// Where `ringside-ctl snapshot NAME` puts snapshots of the machine: a folder that is there. A snapshot is a file with all of
+    /// the guest's memory and state; its disks are not in it. Keep it as you keep the guest's secrets.
+    #[arg(long, value_name = "FOLDER")]
+    pub snapshots: Option<PathBuf>,
+
+    /// Goes on with the guest of a snapshot in place of booting one: give the other options as they were given to the VMM that
+    /// made it, and disks with the content they had then. Sockets, and what serves them, may be others; --kernel, --initramfs
+    /// and --cmdline have no effect.
+    #[arg(long, value_name = "FILE")]
+    pub restore: Option<PathBuf>,
+
+    /// Where `ringside-ctl migrate` may move the running guest to: unix:PATH, or tcp:ADDRESS:PORT by number; repeat for more. A
+    /// VMM waits there with --incoming. Nothing is encrypted or authenticated but by the socket's file: use TCP over a network
+    /// that you trust, or a tunnel to a Unix socket.
+    #[arg(long, value_name = "ADDRESS")]
+    pub migrate_to: Vec<Address>,
+
+    /// Waits at unix:PATH or tcp:ADDRESS:PORT for a guest that another VMM moves here, in place of booting one: give the other
+    /// options as they were given there, and the same disks. Sockets, and what serves them, may be others; --kernel,
+    /// --initramfs and --cmdline have no effect.
+    #[arg(long, value_name = "ADDRESS", conflicts_with = "restore")]
+    pub incoming: Option<Address>,
+
     /// Empty slots for functions that are plugged in later [default: 2 with --api-socket, else none].
     #[arg(long, value_name = "N")]
     pub hotplug_ports: Option<u8>,
@@ -239,6 +270,8 @@ pub struct FileOptions {
     vfio: Vec<TextOr<VfioOptions>>,
     vfio_interface: Option<VfioInterface>,
     api_socket: Option<PathBuf>,
+    snapshots: Option<PathBuf>,
+    migrate_to: Vec<Address>,
     hotplug_ports: Option<u8>,
     allow_uid: Vec<u32>,
     sandbox: Option<Mode>,
@@ -486,13 +519,27 @@ impl fmt::Display for Mac {
     }
 }
 
+/// Where the guest comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// It boots.
+    Boot {
+        /// The kernel's file.
+        kernel: PathBuf,
+        /// The initial RAM disk's file.
+        initramfs: Option<PathBuf>,
+    },
+    /// It goes on from a snapshot, in this file.
+    Snapshot(PathBuf),
+    /// It comes here from another VMM.
+    Incoming(Address),
+}
+
 /// What to run, complete and checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Config {
-    /// The kernel's file.
-    pub kernel: PathBuf,
-    /// The initial RAM disk's file.
-    pub initramfs: Option<PathBuf>,
+    /// Where the guest comes from.
+    pub origin: Origin,
     /// The kernel's command line.
     pub cmdline: String,
     /// Number of processors, 1 to [`MAX_CPUS`].
@@ -510,6 +557,10 @@ pub struct Config {
     pub vfio_interface: VfioInterface,
     /// Where the control socket is to listen.
     pub api_socket: Option<PathBuf>,
+    /// Where snapshots go, if there are to be any.
+    pub snapshots: Option<PathBuf>,
+    /// Where the guest may move to.
+    pub migrate_to: Vec<Address>,
     /// Number of empty slots, at most [`MAX_HOTPLUG_PORTS`].
     pub hotplug_ports: u8,
     /// Users who may use the control socket, besides root and this one.
@@ -577,6 +628,10 @@ impl Config {
             vfio,
             vfio_interface,
             api_socket,
+            snapshots,
+            restore,
+            migrate_to,
+            incoming,
             hotplug_ports,
             allow_uid,
             sandbox,
@@ -632,9 +687,17 @@ impl Config {
                 .parse()
                 .map_err(Error::File)?,
         };
+        let origin = match (restore, incoming) {
+            (Some(_), _) | (_, Some(_)) if !vfio.is_empty() => return Err(Error::RestoreVfio),
+            (Some(snapshot), _) => Origin::Snapshot(snapshot),
+            (None, Some(address)) => Origin::Incoming(address),
+            (None, None) => Origin::Boot {
+                kernel: kernel.or(file.kernel).ok_or(Error::NoKernel)?,
+                initramfs: initramfs.or(file.initramfs),
+            },
+        };
         Ok(Self {
-            kernel: kernel.or(file.kernel).ok_or(Error::NoKernel)?,
-            initramfs: initramfs.or(file.initramfs),
+            origin,
             cmdline: cmdline
                 .or(file.cmdline)
                 .unwrap_or_else(|| "console=ttyS0".to_owned()),
@@ -645,6 +708,8 @@ impl Config {
             vfio,
             vfio_interface: vfio_interface.or(file.vfio_interface).unwrap_or_default(),
             api_socket,
+            snapshots: snapshots.or(file.snapshots),
+            migrate_to: file.migrate_to.into_iter().chain(migrate_to).collect(),
             hotplug_ports,
             allow_uid: file.allow_uid.into_iter().chain(allow_uid).collect(),
             sandbox: sandbox.or(file.sandbox).unwrap_or_default(),
@@ -1045,7 +1110,11 @@ mod tests {
             socket = "/fs"
         "#;
         let config = config(&["--cpus=4", "--memory=prefault=on", "--blk=/b"], file).unwrap();
-        assert_eq!(config.kernel, PathBuf::from("from-file"));
+        let boot = |kernel: &str| Origin::Boot {
+            kernel: kernel.into(),
+            initramfs: None,
+        };
+        assert_eq!(config.origin, boot("from-file"));
         assert_eq!(config.cpus, 4);
         assert_eq!(config.memory.size, Size(1 << 30));
         assert_eq!(config.memory_max, Size(3 << 30));
@@ -1090,6 +1159,19 @@ mod tests {
             ports(&["--kernel=k", "--hotplug-ports=65"], ""),
             Err(Error::HotplugPorts(65))
         );
+    }
+
+    #[test]
+    fn a_snapshot_takes_the_place_of_a_kernel() {
+        let snapshots = config(&["--restore=/s/a", "--snapshots=/s"], "kernel='k'").unwrap();
+        assert_eq!(snapshots.origin, Origin::Snapshot("/s/a".into()));
+        assert_eq!(snapshots.snapshots, Some("/s".into()));
+        assert_eq!(
+            config(&["--restore=/s/a", "--vfio=01:10.0"], ""),
+            Err(Error::RestoreVfio)
+        );
+        let file = config(&["--kernel=k"], "snapshots='/s'").unwrap();
+        assert_eq!(file.snapshots, Some("/s".into()));
     }
 
     #[test]

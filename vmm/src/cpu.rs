@@ -11,6 +11,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use crate::boot::Entry;
 use crate::layout::boot;
+use crate::snapshot;
 
 /// Why a processor cannot be prepared.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +51,26 @@ fn kvm(action: &'static str, cpu: u8) -> impl Fn(kvm_ioctls::Error) -> Error {
     }
 }
 
+#[derive(Clone, Copy)]
+enum Register {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+/// Leaves of CPUID whose bits are features that a guest may have found and uses (Intel SDM, CPUID; AMD APM volume 3, appendix
+/// E), and KVM's own.
+const FEATURES: [(u32, &[Register]); 7] = [
+    (0x1, &[Register::Ecx, Register::Edx]),
+    (0x7, &[Register::Ebx, Register::Ecx, Register::Edx]),
+    (0xd, &[Register::Eax]),
+    (0x8000_0001, &[Register::Ecx, Register::Edx]),
+    (0x8000_0008, &[Register::Ebx]),
+    (0x8000_0021, &[Register::Eax]),
+    (0x4000_0001, &[Register::Eax]),
+];
+
 /// The host's CPUID as KVM can show it to a guest, and what of it we need to know.
 pub struct CpuTemplate {
     entries: CpuId,
@@ -68,6 +89,60 @@ impl CpuTemplate {
             tsc_deadline: kvm_fd.check_extension(Cap::TscDeadlineTimer),
             cpus,
         })
+    }
+
+    /// What a guest was shown elsewhere, if this host's processors have all of it.
+    ///
+    /// # Errors
+    /// [`snapshot::Error::Cpuid`]
+    pub fn shown_before(
+        self,
+        entries: &[kvm_cpuid_entry2],
+        tsc_deadline: bool,
+    ) -> Result<Self, snapshot::Error> {
+        for shown in entries {
+            let Some((_, registers)) = FEATURES.iter().find(|(leaf, _)| *leaf == shown.function)
+            else {
+                continue;
+            };
+            let ours = self.entries.as_slice().iter();
+            let ours = ours
+                .copied()
+                .find(|e| (e.function, e.index) == (shown.function, shown.index))
+                .unwrap_or_default();
+            for register in *registers {
+                let (name, of): (_, fn(&kvm_cpuid_entry2) -> u32) = match register {
+                    Register::Eax => ("EAX", |e| e.eax),
+                    Register::Ebx => ("EBX", |e| e.ebx),
+                    Register::Ecx => ("ECX", |e| e.ecx),
+                    Register::Edx => ("EDX", |e| e.edx),
+                };
+                let missing = of(shown) & !of(&ours);
+                if missing != 0 {
+                    return Err(snapshot::Error::Cpuid {
+                        function: shown.function,
+                        register: name,
+                        missing,
+                    });
+                }
+            }
+        }
+        let entries = CpuId::from_entries(entries).map_err(|_| snapshot::Error::Damaged)?;
+        Ok(Self {
+            entries,
+            tsc_deadline: tsc_deadline && self.tsc_deadline,
+            cpus: self.cpus,
+        })
+    }
+
+    /// What all processors are shown, before what tells them apart.
+    pub fn entries(&self) -> &[kvm_cpuid_entry2] {
+        self.entries.as_slice()
+    }
+
+    /// Whether their local APICs' timers can wait for a value of the time stamp counter.
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.tsc_deadline
     }
 
     /// Number of bits of a guest-physical address.

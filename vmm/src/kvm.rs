@@ -13,14 +13,15 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvm_bindings::{
-    KVM_PIT_SPEAKER_DUMMY, kvm_create_device, kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_pit_config,
-    kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_create_device,
+    kvm_device_type_KVM_DEV_TYPE_VFIO, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, DeviceFd, Kvm, VmFd};
 use ringside_vfio::device::Mapping;
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::layout;
+use crate::snapshot::dirty::Pages;
 
 /// Why KVM gives us no virtual machine.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +41,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// Nothing says what the processors have written.
+    #[error("KVM cannot tell which pages of memory the guest has written")]
+    DirtyLog(#[source] io::Error),
     /// KVM's slots are used up, or the slot overlaps another.
     #[error("KVM cannot map {size:#x} bytes at guest address {start:#x}")]
     Slot {
@@ -60,6 +64,12 @@ enum Backing {
     Ram {
         /// Only held.
         _memory: GuestMemoryMmap,
+        /// Guest-physical address.
+        start: u64,
+        /// Length in bytes.
+        size: u64,
+        /// Address in this process.
+        host: u64,
     },
     /// Device memory comes and goes.
     Device {
@@ -160,11 +170,48 @@ impl Vm {
     pub fn add_ram(&self, memory: &GuestMemoryMmap) -> Result<(), Error> {
         let mut slots = self.slots();
         for region in memory.iter() {
+            let (start, size) = (region.start_addr().0, region.len());
+            let host = region.as_ptr() as u64;
             let backing = Backing::Ram {
                 _memory: memory.clone(),
+                start,
+                size,
+                host,
             };
-            let (start, size) = (region.start_addr().0, region.len());
-            self.add_slot(&mut slots, start, size, region.as_ptr() as u64, backing)?;
+            self.add_slot(&mut slots, start, size, host, backing)?;
+        }
+        Ok(())
+    }
+
+    /// From now on, or no longer, notes which pages of RAM the processors write.
+    ///
+    /// # Errors
+    /// [`Error::Slot`]
+    pub fn log_dirty(&self, on: bool) -> Result<(), Error> {
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        for (slot, backing) in self.slots().iter() {
+            if let Backing::Ram {
+                start, size, host, ..
+            } = backing
+            {
+                self.set_slot(*slot, *start, *size, *host, flags)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves what was noted since to `pages`.
+    ///
+    /// # Errors
+    /// [`Error::DirtyLog`]
+    pub fn take_dirty(&self, pages: &mut Pages) -> Result<(), Error> {
+        for (slot, backing) in self.slots().iter() {
+            if let Backing::Ram { start, size, .. } = backing {
+                let length = usize::try_from(*size).unwrap_or(usize::MAX);
+                let bitmap = self.fd.get_dirty_log(*slot, length);
+                let bitmap = bitmap.map_err(|e| Error::DirtyLog(e.into()))?;
+                pages.add(*start, bitmap);
+            }
         }
         Ok(())
     }
@@ -185,7 +232,7 @@ impl Vm {
             return;
         }
         // A slot of size 0 goes (KVM_SET_USER_MEMORY_REGION).
-        match self.set_slot(slot.0, 0, 0, 0) {
+        match self.set_slot(slot.0, 0, 0, 0, 0) {
             Ok(()) => drop(slots.remove(&slot.0)),
             Err(error) => tracing::error!(%error, "device memory stays in the guest"),
         }
@@ -202,15 +249,22 @@ impl Vm {
         let slot = (0..u32::MAX)
             .find(|slot| !slots.contains_key(slot))
             .unwrap_or(u32::MAX);
-        self.set_slot(slot, start, size, host)?;
+        self.set_slot(slot, start, size, host, 0)?;
         slots.insert(slot, backing);
         Ok(SlotId(slot))
     }
 
-    fn set_slot(&self, slot: u32, start: u64, size: u64, host: u64) -> Result<(), Error> {
+    fn set_slot(
+        &self,
+        slot: u32,
+        start: u64,
+        size: u64,
+        host: u64,
+        flags: u32,
+    ) -> Result<(), Error> {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: start,
             memory_size: size,
             userspace_addr: host,

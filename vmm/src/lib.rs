@@ -25,6 +25,7 @@
 //! | [`vfio`] | functions of the host's PCI bus in the hands of the guest |
 //! | [`acpi`], [`boot`] | what the guest finds in its memory when it starts |
 //! | [`cpu`], [`vcpu`], [`pause`] | processors: their first state, their threads and exits, what holds them |
+//! | [`snapshot`] | machines that go on elsewhere |
 //! | [`confine`] | the rights that the process keeps |
 //! | [`machine`] | all of it put together |
 #![deny(unsafe_code)]
@@ -49,6 +50,7 @@ pub mod memory;
 pub mod memory_hotplug;
 pub mod pause;
 pub mod pci;
+pub mod snapshot;
 pub mod terminal;
 #[cfg(test)]
 mod testing;

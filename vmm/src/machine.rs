@@ -11,9 +11,9 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, mpsc};
+use std::time::{Duration, Instant};
 
-use kvm_ioctls::VcpuFd;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
@@ -27,7 +27,7 @@ use crate::acpi;
 use crate::api::Command;
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
-use crate::config::{Config, DeviceConfig};
+use crate::config::{Config, DeviceConfig, Origin};
 use crate::confine::confine;
 use crate::console::{self, Console};
 use crate::cpu::{self, CpuTemplate};
@@ -37,6 +37,7 @@ use crate::devices::pvpanic::PvPanic;
 use crate::devices::reset::ResetControl;
 use crate::devices::rtc::{self, Rtc};
 use crate::devices::serial::{self, Serial, SerialInput};
+use crate::devices::{Platform, PlatformState};
 use crate::event_loop::{EventLoop, LoopHandle, Next};
 use crate::exit::{ExitHandle, ExitReason};
 use crate::irq::{self, GsiRouter};
@@ -47,10 +48,15 @@ use crate::memory_hotplug::{self, GrowingMemory, Growth, Plan};
 use crate::pause::{self, Gate};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
 use crate::pci::{PciRoot, Windows};
-use crate::vcpu::{self, Context, Vcpus};
+use crate::snapshot::Error::{Declined, Log};
+use crate::snapshot::cpu::{ChipState, CpuState};
+use crate::snapshot::dirty::DirtyLog;
+use crate::snapshot::transport::{self, Address, Connection, Listener};
+use crate::snapshot::{self, Departure, Incoming, Outgoing};
+use crate::vcpu::{self, Context, SharedVcpu, Vcpus};
 use crate::vfio::{self, Passthrough};
 use crate::vhost_user::{self, VhostUserDevice};
-use crate::virtio::{self, VirtioPci};
+use crate::virtio::{self, VirtioDevice, VirtioPci};
 
 /// Why there is no machine.
 #[derive(Debug, thiserror::Error)]
@@ -126,9 +132,15 @@ pub enum Error {
     /// The rights that the process gives up.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// The serial port of a guest that was elsewhere.
+    #[error("the serial port cannot take over the snapshot's state")]
+    Serial(#[source] io::Error),
     /// The serial port's other end.
     #[error(transparent)]
     Console(#[from] console::Error),
+    /// What the guest was elsewhere.
+    #[error(transparent)]
+    Snapshot(#[from] snapshot::Error),
 }
 
 /// What devices are built from. Cheap to clone; all of it is shared.
@@ -158,9 +170,19 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
     let exit = ExitHandle::new().map_err(Error::Events)?;
     let mut events = event_loop(&exit)?;
     let peers = Peers::allowing(&config.allow_uid);
+    let listener = match &config.origin {
+        Origin::Incoming(address) => {
+            let listener = Listener::bind(address).map_err(|source| snapshot::Error::Listen {
+                address: address.clone(),
+                source,
+            });
+            Some(listener?)
+        }
+        _ => None,
+    };
     // The threads to come take it over.
     confine(config)?;
-    let built = build(config, events.handle(), &exit)?;
+    let built = build(config, listener, events.handle(), &exit)?;
     events.run().map_err(Error::Events)?;
     if let Some(reason) = exit.reason() {
         // The builder may still wait for something. It owns nothing that outlives the process.
@@ -185,6 +207,7 @@ fn raise_file_limit() {
 /// Builds the machine in a thread, which stops the control thread's loop when it is done.
 fn build(
     config: &Config,
+    listener: Option<Listener>,
     events: LoopHandle,
     exit: &ExitHandle,
 ) -> Result<mpsc::Receiver<Result<Machine, Error>>, Error> {
@@ -201,7 +224,7 @@ fn build(
     let builder = move || {
         let _stop = Stop(events.clone());
         // Nobody takes it if the end came first.
-        let _ = send.send(Machine::new(&config, events, exit));
+        let _ = send.send(Machine::new(&config, listener, events, exit));
     };
     std::thread::Builder::new()
         .name("builder".into())
@@ -217,10 +240,14 @@ fn lost_thread(what: &str) -> ExitReason {
 /// A machine that is ready to run, but for its console and the platform's devices.
 struct Machine {
     // Dropped in this order.
-    processors: Vec<VcpuFd>,
+    processors: Vec<SharedVcpu>,
     resources: Resources,
     pci: SharedRoot,
     control: Control,
+    /// What the guest was elsewhere.
+    before: Option<snapshot::State>,
+    /// Who has it still.
+    connection: Option<Connection>,
 }
 
 /// Carries out what the control socket is asked for.
@@ -231,6 +258,211 @@ struct Control {
     passthrough: Arc<Passthrough>,
     gate: Gate,
     exit: ExitHandle,
+    snapshots: Option<PathBuf>,
+    migrate_to: Vec<Address>,
+    whole: Whole,
+    /// Held by whoever changes the machine: one at a time.
+    changing: Mutex<()>,
+}
+
+impl Control {
+    /// Writes a snapshot while the processors stand still.
+    fn snapshot(&self, name: &str, stop: bool) -> Result<Value, ApiError> {
+        let Some(folder) = &self.snapshots else {
+            let message = "the VMM was started without --snapshots FOLDER";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
+        self.is_movable()?;
+        let out = Outgoing::create(folder, name).map_err(moving_failed)?;
+        let path = out.path().to_owned();
+        let was_running = self.hold()?;
+        let start = Instant::now();
+        let written = self.whole.state().and_then(|state| {
+            let memory = self.memory.current();
+            out.write(&self.whole.description(), &memory, &state)
+        });
+        if stop && written.is_ok() {
+            self.exit.end(ExitReason::Requested("the control socket"));
+        } else {
+            self.go_on(was_running);
+        }
+        let memory = written.map_err(moving_failed)?;
+        Ok(json!({
+            "file": path,
+            "memory": memory,
+            "milliseconds": u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX),
+        }))
+    }
+}
+
+/// Why a guest is not saved, or not moved.
+fn moving_failed(error: snapshot::Error) -> ApiError {
+    use snapshot::Error::{Exists, Name, Unsaved};
+    let code = match &error {
+        Name(_) => ErrorCode::BadRequest,
+        Exists(_) | Unsaved { .. } => ErrorCode::Conflict,
+        _ => ErrorCode::Failed,
+    };
+    ApiError::new(code, &error)
+}
+
+impl Control {
+    /// Functions of the host stay where they are.
+    fn is_movable(&self) -> Result<(), ApiError> {
+        if self.passthrough.list().is_empty() {
+            return Ok(());
+        }
+        let message = "the guest has functions of the host, which stay with it: remove them first (device-remove); with net_failover the guest's traffic goes on over another card";
+        Err(ApiError::of(ErrorCode::Conflict, message))
+    }
+
+    /// Gets the processors out of the guest. Returns whether they were in it.
+    fn hold(&self) -> Result<bool, ApiError> {
+        match self.gate.pause() {
+            Ok(()) => Ok(true),
+            Err(pause::Error::Paused) => Ok(false),
+            Err(error) => Err(ApiError::new(ErrorCode::Busy, &error)),
+        }
+    }
+
+    /// Undoes [`Control::hold`], and what was done to devices since.
+    fn go_on(&self, was_running: bool) {
+        host::resume(&self.whole.pci);
+        if was_running && let Err(error) = self.gate.resume() {
+            tracing::debug!(%error, "the machine was not paused any more");
+        }
+    }
+
+    /// Moves the guest to another VMM.
+    fn migrate(&self, to: &Address) -> Result<Value, ApiError> {
+        if !self.migrate_to.contains(to) {
+            let message = format!("the VMM was started without --migrate-to {to}");
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        }
+        self.is_movable()?;
+        let start = Instant::now();
+        let memory = self.memory.current();
+        let log = Arc::new(DirtyLog::new(&memory).map_err(Log).map_err(moving_failed)?);
+        let connection = Connection::connect(to).map_err(|source| snapshot::Error::Connect {
+            address: to.clone(),
+            source,
+        });
+        let connection = connection.map_err(moving_failed)?;
+        let moved = self
+            .track(Some(&log))
+            .and_then(|()| Departure::new(connection, &self.whole.description(), memory, log))
+            .and_then(|mut departure| {
+                departure.send_ahead(&self.whole.vm)?;
+                Ok(departure)
+            });
+        let departure = match moved {
+            Ok(departure) => departure,
+            Err(error) => {
+                self.stay();
+                return Err(moving_failed(error));
+            }
+        };
+        let rounds = departure.rounds;
+        let was_running = self.hold().inspect_err(|_| self.stay())?;
+        let stands_still = Instant::now();
+        let ready = self.whole.state().and_then(|state| {
+            let (mut connection, sent) = departure.send_rest(&self.whole.vm, &state)?;
+            connection.hear(transport::READY).map_err(Declined)?;
+            // From here on it is the other one's.
+            connection.say(transport::GO).map_err(Declined)?;
+            Ok((connection, sent))
+        });
+        let (mut connection, sent) = match ready {
+            Ok(ready) => ready,
+            Err(error) => {
+                self.stay();
+                self.go_on(was_running);
+                return Err(moving_failed(error));
+            }
+        };
+        if let Err(error) = connection.hear(transport::RUNNING) {
+            return Err(moving_failed(snapshot::Error::Doubt(error)));
+        }
+        let downtime = stands_still.elapsed();
+        self.exit.end(ExitReason::Requested("its migration"));
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Ok(json!({
+            "to": to.to_string(),
+            "memory": sent,
+            "rounds": rounds,
+            "milliseconds": milliseconds(start.elapsed()),
+            "downtime-milliseconds": milliseconds(downtime),
+        }))
+    }
+
+    /// Has processors and devices note which pages they write, or no longer.
+    fn track(&self, log: Option<&Arc<DirtyLog>>) -> Result<(), snapshot::Error> {
+        let whole = &self.whole;
+        whole.vm.log_dirty(log.is_some())?;
+        host::track(&whole.pci, log)
+    }
+
+    /// The guest does not move after all: nothing is noted any more.
+    fn stay(&self) {
+        if let Err(error) = self.track(None) {
+            // It costs time, and nothing else.
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "pages are noted still"
+            );
+        }
+    }
+}
+
+/// All of a machine that a snapshot is made of.
+struct Whole {
+    processors: Vec<SharedVcpu>,
+    vm: Arc<Vm>,
+    template: CpuTemplate,
+    memory: Arc<GrowingMemory>,
+    options: snapshot::Machine,
+    devices: Vec<snapshot::DeviceDescription>,
+    pci: SharedRoot,
+    /// Once they are there.
+    platform: OnceLock<Platform>,
+}
+
+impl Whole {
+    /// What it does. The processors are out of the guest; the devices are stopped afterwards.
+    fn state(&self) -> Result<snapshot::State, snapshot::Error> {
+        // Before the processors: the last interrupts are for them.
+        let functions = host::suspend(&self.pci)?;
+        let mut cpus = Vec::with_capacity(self.processors.len());
+        for (cpu, vcpu) in (0u8..).zip(&self.processors) {
+            let vcpu = host::lock(vcpu);
+            cpus.push(CpuState::save(self.vm.kvm(), &vcpu, cpu)?);
+        }
+        let platform = self.platform.get().map(Platform::state);
+        Ok(snapshot::State {
+            cpus,
+            chips: ChipState::save(self.vm.fd())?,
+            platform: platform.ok_or_else(|| snapshot::Error::Unsaved {
+                device: "of the platform".into(),
+                why: "the machine is being started: ask again".into(),
+            })?,
+            functions,
+        })
+    }
+
+    /// What it is.
+    fn description(&self) -> snapshot::Description {
+        snapshot::Description {
+            program: concat!("ringside-vmm ", env!("CARGO_PKG_VERSION")).into(),
+            cpus: self.options.cpus,
+            memory: self.options.memory,
+            memory_max: self.options.memory_max,
+            pieces: self.memory.pieces(),
+            ports: self.options.ports,
+            devices: self.devices.clone(),
+            cpuid: self.template.entries().to_vec(),
+            tsc_deadline: self.template.has_tsc_deadline(),
+        }
+    }
 }
 
 impl Service for Control {
@@ -245,7 +477,17 @@ impl Service for Control {
             };
             ApiError::new(code, &error)
         };
+        let changing = match command {
+            Command::Status | Command::DeviceList | Command::PowerOff => None,
+            _ => Some(self.changing.try_lock()),
+        };
+        if let Some(Err(TryLockError::WouldBlock)) = changing {
+            let message = "another request is being carried out: wait for its end";
+            return Err(ApiError::of(ErrorCode::Busy, message));
+        }
         match command {
+            Command::Migrate { to } => self.migrate(&to),
+            Command::Snapshot { name, stop } => self.snapshot(&name, stop),
             Command::Status => Ok(json!({
                 "version": env!("CARGO_PKG_VERSION"),
                 "pid": std::process::id(),
@@ -291,7 +533,11 @@ impl Service for Control {
                 Ok(json!({ "added": added.size, "memory": total.0 }))
             }
             Command::Pause => paused(self.gate.pause()),
-            Command::Resume => paused(self.gate.resume()),
+            Command::Resume => {
+                // Those of a guest that was to move.
+                host::resume(&self.whole.pci);
+                paused(self.gate.resume())
+            }
             Command::PowerOff => {
                 self.exit.end(ExitReason::Requested("the control socket"));
                 Ok(json!({}))
@@ -309,7 +555,12 @@ fn paused(result: Result<(), pause::Error>) -> Result<Value, ApiError> {
 }
 
 impl Machine {
-    fn new(config: &Config, events: LoopHandle, exit: ExitHandle) -> Result<Self, Error> {
+    fn new(
+        config: &Config,
+        listener: Option<Listener>,
+        events: LoopHandle,
+        exit: ExitHandle,
+    ) -> Result<Self, Error> {
         let vm = Arc::new(Vm::new()?);
         let max = vm.kvm().get_max_vcpus();
         let cpus = u8::try_from(config.cpus).unwrap_or(u8::MAX);
@@ -319,7 +570,34 @@ impl Machine {
                 max,
             });
         }
-        let template = CpuTemplate::new(vm.kvm(), cpus)?;
+        let options = snapshot::Machine {
+            cpus,
+            memory: config.memory.size.0,
+            memory_max: config.memory_max.0,
+            ports: config.vfio.len() + usize::from(config.hotplug_ports),
+            devices: config.devices.iter().map(|d| d.device_type.0).collect(),
+        };
+        let mut connection = None;
+        let mut incoming = match &config.origin {
+            Origin::Boot { .. } => None,
+            Origin::Snapshot(path) => Some(Incoming::open(path)?),
+            Origin::Incoming(address) => {
+                let failed = |source| snapshot::Error::Listen {
+                    address: address.clone(),
+                    source,
+                };
+                let accepted = listener.map(|listener| listener.accept()).transpose();
+                let accepted = accepted.map_err(failed)?;
+                let copy = accepted.as_ref().map(Connection::try_clone).transpose();
+                connection = copy.map_err(failed)?;
+                accepted.map(Incoming::over).transpose()?
+            }
+        };
+        let mut template = CpuTemplate::new(vm.kvm(), cpus)?;
+        if let Some(Incoming { description, .. }) = &incoming {
+            description.check(&options)?;
+            template = template.shown_before(&description.cpuid, description.tsc_deadline)?;
+        }
         let ram = GuestRam::new(config.memory)?;
         vm.add_ram(ram.memory())?;
         let memory = ram.memory();
@@ -332,14 +610,20 @@ impl Machine {
             pci_mmio64,
             memory_devices: plan.devices(),
         };
-        let rsdp = acpi::write(memory, &platform)?;
-        let images = Images {
-            kernel: &config.kernel,
-            initramfs: config.initramfs.as_deref(),
-            cmdline: &config.cmdline,
+        let entry = match &config.origin {
+            Origin::Boot { kernel, initramfs } => {
+                let rsdp = acpi::write(memory, &platform)?;
+                let images = Images {
+                    kernel,
+                    initramfs: initramfs.as_deref(),
+                    cmdline: &config.cmdline,
+                };
+                let entry = boot::load(memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
+                cpu::write_tables(memory, &entry)?;
+                Some(entry)
+            }
+            Origin::Snapshot(_) | Origin::Incoming(_) => None,
         };
-        let entry = boot::load(memory, &layout::ram_ranges(ram.size()), &images, rsdp)?;
-        cpu::write_tables(memory, &entry)?;
 
         let router = Arc::new(GsiRouter::new(Arc::clone(vm.fd()))?);
         let resources = Resources {
@@ -352,6 +636,14 @@ impl Machine {
             exit,
             pci_mmio64,
         };
+        // Before the devices are there, which would have to hear of it piece by piece.
+        let mut wanted = Vec::new();
+        if let Some(Incoming { description, .. }) = &incoming {
+            for size in &description.pieces {
+                resources.memory.grow(*size)?;
+            }
+            wanted.clone_from(&description.devices);
+        }
         let pci = Arc::new(Mutex::new(PciRoot::new(
             Arc::clone(&resources.mmio),
             windows(&resources),
@@ -362,7 +654,7 @@ impl Machine {
             passthrough.add_cold(device)?;
         }
         passthrough.add_ports(config.hotplug_ports)?;
-        add_pci_devices(&resources, &config.devices, &pci)?;
+        let devices = add_pci_devices(&resources, &config.devices, &wanted, &pci)?;
         let mut processors = Vec::new();
         for cpu in 0..cpus {
             let fd = vm
@@ -372,8 +664,24 @@ impl Machine {
                     cpu,
                     source: e.into(),
                 })?;
-            template.prepare(&fd, cpu, (cpu == 0).then_some(&entry))?;
-            processors.push(fd);
+            template.prepare(&fd, cpu, entry.as_ref().filter(|_| cpu == 0))?;
+            processors.push(Arc::new(Mutex::new(fd)));
+        }
+        // Last: a guest that comes while it runs stands still from here on.
+        let memory = resources.memory.current();
+        let before = incoming.as_mut().map(|incoming| incoming.read(&memory));
+        let before = before.transpose()?;
+        if let Some(state) = &before {
+            // Controllers first: processors and devices interrupt through them.
+            state.chips.restore(vm.fd()).map_err(snapshot::Error::Cpu)?;
+            if state.cpus.len() != processors.len() {
+                return Err(snapshot::Error::Damaged.into());
+            }
+            for ((cpu, vcpu), state) in (0u8..).zip(&processors).zip(&state.cpus) {
+                let restored = state.restore(&host::lock(vcpu), cpu);
+                restored.map_err(snapshot::Error::Cpu)?;
+            }
+            host::restore(&pci, &state.functions)?;
         }
         let control = Control {
             cpus,
@@ -382,12 +690,27 @@ impl Machine {
             passthrough,
             gate: Gate::default(),
             exit: resources.exit.clone(),
+            snapshots: config.snapshots.clone(),
+            migrate_to: config.migrate_to.clone(),
+            whole: Whole {
+                processors: processors.clone(),
+                vm,
+                template,
+                memory: Arc::clone(&resources.memory),
+                options,
+                devices,
+                pci: Arc::clone(&pci),
+                platform: OnceLock::new(),
+            },
+            changing: Mutex::default(),
         };
         Ok(Self {
             processors,
             resources,
             pci,
             control,
+            before,
+            connection,
         })
     }
 
@@ -403,6 +726,8 @@ impl Machine {
             resources,
             pci,
             control,
+            before,
+            connection,
         } = self;
         // Held to the end, control socket or not: it has what answers when the host wants a function back.
         let control = Arc::new(control);
@@ -413,7 +738,10 @@ impl Machine {
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.
         let (mut console, output) = Console::open(&config.serial, &resources.exit)?;
-        let input = add_platform_devices(&resources, output, Some(ports))?;
+        let restored = before.as_ref().map(|state| &state.platform);
+        let (platform, input) = add_platform_devices(&resources, output, ports, restored)?;
+        // Nobody else sets it.
+        let _ = control.whole.platform.set(platform);
         console.start(input, resources.exit.clone())?;
         let context = Context {
             vm: Arc::clone(&resources.vm),
@@ -422,6 +750,18 @@ impl Machine {
             exit: resources.exit.clone(),
             gate: control.gate.clone(),
         };
+        if let Some(mut connection) = connection {
+            let kept = connection
+                .say(transport::READY)
+                .and_then(|()| connection.hear(transport::GO))
+                .and_then(|()| connection.say(transport::RUNNING));
+            kept.map_err(snapshot::Error::Kept)?;
+        }
+        if let Some(state) = &before {
+            host::resume(&pci);
+            let clock = state.chips.start_clock(resources.vm.fd());
+            clock.map_err(snapshot::Error::Cpu)?;
+        }
         let vcpus = Vcpus::start(processors, &context)?;
         events.run().map_err(Error::Events)?;
         drop(vcpus);
@@ -511,13 +851,16 @@ fn windows(resources: &Resources) -> Windows {
     }
 }
 
-/// Puts the devices that back-ends serve on the PCI bus, and the bus into the address space.
+/// Puts the devices that back-ends serve on the PCI bus, and the bus into the address space. `before` are those of the machine
+/// that the guest was in, if it was in one. Returns what they are.
 fn add_pci_devices(
     resources: &Resources,
     devices: &[DeviceConfig],
+    before: &[snapshot::DeviceDescription],
     root: &SharedRoot,
-) -> Result<(), Error> {
-    for device in devices {
+) -> Result<Vec<snapshot::DeviceDescription>, Error> {
+    let mut descriptions = Vec::with_capacity(devices.len());
+    for (index, device) in devices.iter().enumerate() {
         let socket = device.socket.clone();
         let memory = resources.memory.current();
         let device = VhostUserDevice::connect(
@@ -528,9 +871,18 @@ fn add_pci_devices(
         )?;
         let listener = device.memory_listener();
         resources.memory.register(&listener, &memory)?;
+        let mut description = snapshot::DeviceDescription {
+            device_type: device.device_type(),
+            features: device.features(),
+            queues: device.queue_sizes(),
+        };
+        if let Some(before) = before.get(index) {
+            description = before.served_by(description, &socket)?;
+        }
         let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
-        let function = VirtioPci::new(Box::new(device), router, vm)
+        let function = VirtioPci::offering(description.features, Box::new(device), router, vm)
             .map_err(|source| Error::Virtio { socket, source })?;
+        descriptions.push(description);
         root.lock()
             .unwrap_or_else(PoisonError::into_inner)
             .add(Arc::new(Mutex::new(function)))?;
@@ -539,15 +891,16 @@ fn add_pci_devices(
     resources
         .mmio
         .insert(layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
-    Ok(())
+    Ok(descriptions)
 }
 
-/// Puts the platform's fixed devices on the buses. `pci` answers the PCI configuration ports.
+/// Puts the platform's fixed devices on the buses; `before` is their state. `pci` answers the PCI configuration ports.
 fn add_platform_devices(
     resources: &Resources,
     output: serial::Output,
-    pci: Option<SharedDevice>,
-) -> Result<SerialInput, Error> {
+    pci: Arc<Mutex<ConfigPorts>>,
+    before: Option<&PlatformState>,
+) -> Result<(Platform, SerialInput), Error> {
     let Resources {
         memory,
         ports,
@@ -557,14 +910,27 @@ fn add_platform_devices(
     } = resources;
     let irq = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC).map_err(Error::Events)?;
     router.register_irqfd(&irq, layout::SERIAL_IRQ)?;
-    let (com1, input) = Serial::new(irq, output);
+    let (serial, input) = match before {
+        None => Serial::new(irq, output),
+        Some(state) => Serial::restored(irq, output, &state.serial).map_err(Error::Serial)?,
+    };
+    let platform = Platform {
+        serial,
+        rtc: Arc::new(Mutex::new(Rtc::new())),
+        pm: Arc::new(Mutex::new(AcpiPm::new(exit.clone()))),
+        reset: Arc::new(Mutex::new(ResetControl::new(
+            exit.clone(),
+            Some(Arc::clone(&pci) as SharedDevice),
+        ))),
+        pci,
+    };
+    if before.is_some_and(|state| !platform.restore(state)) {
+        return Err(snapshot::Error::Damaged.into());
+    }
+    let (com1, rtc) = (Arc::clone(&platform.serial), Arc::clone(&platform.rtc));
     ports.insert(layout::SERIAL_PORT, serial::SIZE, com1)?;
-    ports.insert(
-        layout::RTC_PORT,
-        rtc::SIZE,
-        Arc::new(Mutex::new(Rtc::new())),
-    )?;
-    let pm = Arc::new(Mutex::new(AcpiPm::new(exit.clone())));
+    ports.insert(layout::RTC_PORT, rtc::SIZE, rtc)?;
+    let pm = Arc::clone(&platform.pm);
     ports.insert(layout::ACPI_PM_PORT, acpi_pm::SIZE, pm)?;
     let keyboard = Arc::new(Mutex::new(I8042::new(exit.clone())));
     ports.insert(layout::I8042_COMMAND_PORT, 1, keyboard)?;
@@ -574,7 +940,7 @@ fn add_platform_devices(
     }
     let pvpanic = Arc::new(Mutex::new(PvPanic::new(exit.clone())));
     ports.insert(layout::PVPANIC_PORT, 1, pvpanic)?;
-    let reset = Arc::new(Mutex::new(ResetControl::new(exit.clone(), pci)));
+    let reset = Arc::clone(&platform.reset);
     ports.insert(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE, reset)?;
-    Ok(input)
+    Ok((platform, input))
 }

@@ -12,7 +12,7 @@
 use std::cell::Cell;
 use std::fmt::Write as _;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -28,6 +28,7 @@ use crate::bus::Bus;
 use crate::exit::{ExitHandle, ExitReason};
 use crate::kvm::Vm;
 use crate::pause::Gate;
+use crate::pci::host::lock;
 
 /// Why the processors cannot run.
 #[derive(Debug, thiserror::Error)]
@@ -69,14 +70,14 @@ pub struct Vcpus {
 
 impl Vcpus {
     /// Starts all processors.
-    pub fn start(fds: Vec<VcpuFd>, context: &Context) -> Result<Self, Error> {
+    pub fn start(fds: Vec<SharedVcpu>, context: &Context) -> Result<Self, Error> {
         register_signal_handler(SIGRTMIN(), on_kick).map_err(|e| Error::Signal(e.into()))?;
         let vcpus = Self {
             gate: context.gate.clone(),
             exit: context.exit.clone(),
         };
         for (cpu, fd) in (0u8..).zip(fds) {
-            let mut vcpu = Vcpu {
+            let vcpu = Vcpu {
                 cpu,
                 fd,
                 context: context.clone(),
@@ -154,9 +155,12 @@ impl Drop for Registered {
     }
 }
 
+/// A processor. Its thread has the lock but while the machine is paused.
+pub type SharedVcpu = Arc<Mutex<VcpuFd>>;
+
 struct Vcpu {
     cpu: u8,
-    fd: VcpuFd,
+    fd: SharedVcpu,
     context: Context,
 }
 
@@ -169,44 +173,56 @@ enum After {
     /// End because of what is named here, with the processor's registers in the message.
     Crash(String),
     InternalError,
+    /// It was told to leave, and has taken in what its last exit was answered with.
+    Interrupted,
 }
 
 impl Vcpu {
-    fn run(&mut self) {
-        let _registered = Registered::new(self.fd.get_kvm_run());
+    fn run(&self) {
+        let mut fd = lock(&self.fd);
+        let _registered = Registered::new(fd.get_kvm_run());
+        let gate = &self.context.gate;
         while !self.context.exit.is_set() {
-            if self.context.gate.is_closed() {
-                self.hold();
-                continue;
+            if gate.is_closed() {
+                // KVM takes in what an exit was answered with when it is entered next: before the processor's state is
+                // complete, that has to be done.
+                fd.set_kvm_immediate_exit(1);
             }
-            let reason = match self.enter() {
+            let reason = match self.enter(&mut fd) {
                 After::Continue => continue,
+                After::Interrupted => {
+                    if gate.is_closed() {
+                        drop(fd);
+                        gate.wait();
+                        fd = lock(&self.fd);
+                        self.tell_of_pause(&fd);
+                    }
+                    continue;
+                }
                 After::Port => {
-                    self.port_access();
+                    self.port_access(&mut fd);
                     continue;
                 }
                 After::End(reason) => reason,
-                After::Crash(what) => self.crash(&what),
+                After::Crash(what) => self.crash(&fd, &what),
                 After::InternalError => {
-                    let what = internal_error(self.fd.get_kvm_run());
-                    self.crash(&what)
+                    let what = internal_error(fd.get_kvm_run());
+                    self.crash(&fd, &what)
                 }
             };
             self.context.exit.end(reason);
         }
     }
 
-    /// Stays out of the guest while the machine is paused.
-    fn hold(&mut self) {
-        self.context.gate.wait();
-        // Its watchdogs are not to take the pause for a hang. A guest that does not use this clock has none of it.
-        if let Err(error) = self.fd.kvmclock_ctrl() {
+    /// Its watchdogs are not to take the pause for a hang. A guest that does not use this clock has none of it.
+    fn tell_of_pause(&self, fd: &VcpuFd) {
+        if let Err(error) = fd.kvmclock_ctrl() {
             tracing::debug!(cpu = self.cpu, %error, "the guest is not told of the pause");
         }
     }
 
-    fn enter(&mut self) -> After {
-        let Self { fd, context, .. } = self;
+    fn enter(&self, fd: &mut VcpuFd) -> After {
+        let context = &self.context;
         match fd.run() {
             Ok(VcpuExit::MmioRead(address, data)) => {
                 if !context.mmio.read(address, data) {
@@ -245,7 +261,7 @@ impl Vcpu {
                 // EINTR: `exit` is looked at next. EAGAIN: a processor that got INIT.
                 libc::EINTR | libc::EAGAIN => {
                     fd.set_kvm_immediate_exit(0);
-                    After::Continue
+                    After::Interrupted
                 }
                 _ => After::Crash(format!("KVM_RUN failed: {error}")),
             },
@@ -254,8 +270,8 @@ impl Vcpu {
 
     /// Answers a port access. A string instruction comes as several accesses of the same width in
     /// one exit.
-    fn port_access(&mut self) {
-        let run = self.fd.get_kvm_run();
+    fn port_access(&self, fd: &mut VcpuFd) {
+        let run = fd.get_kvm_run();
         // SAFETY: called for KVM_EXIT_IO only, for which the kernel has filled in this variant.
         let io = unsafe { run.__bindgen_anon_1.io };
         let length = usize::from(io.size) * usize::try_from(io.count).unwrap_or(0);
@@ -278,9 +294,9 @@ impl Vcpu {
         }
     }
 
-    fn crash(&self, what: &str) -> ExitReason {
+    fn crash(&self, fd: &VcpuFd, what: &str) -> ExitReason {
         let mut message = format!("{what}, on CPU {}", self.cpu);
-        match (self.fd.get_regs(), self.fd.get_sregs()) {
+        match (fd.get_regs(), fd.get_sregs()) {
             (Ok(r), Ok(s)) => {
                 let _ = write!(
                     message,
@@ -357,7 +373,6 @@ mod tests {
     use ringside_control::Size;
     use ringside_vfio::device::Mapping;
     use std::os::unix::fs::FileExt;
-    use std::sync::Mutex;
     use std::time::Instant;
     use vm_memory::{Bytes, GuestAddress};
 
@@ -365,7 +380,7 @@ mod tests {
     struct Guest {
         context: Context,
         ram: GuestRam,
-        fds: Vec<VcpuFd>,
+        fds: Vec<SharedVcpu>,
     }
 
     const CODE: u64 = 0x10_0000;
@@ -402,7 +417,7 @@ mod tests {
             Self {
                 context,
                 ram,
-                fds: vec![fd],
+                fds: vec![Arc::new(Mutex::new(fd))],
             }
         }
 

@@ -27,6 +27,8 @@ Examples, for `ringside-vmm --api-socket /run/vm.sock`:
   ringside-ctl --socket /run/vm.sock device-remove nic
   ringside-ctl --socket /run/vm.sock device-remove nic --force    the guest did not let go of it
   ringside-ctl --socket /run/vm.sock memory-add 512M
+  ringside-ctl --socket /run/vm.sock snapshot before-update
+  ringside-ctl --socket /run/vm.sock migrate unix:/run/vm.move
 
 Examples, for `ringside-blk --control-socket /run/disk.ctl`:
   ringside-ctl --socket /run/disk.ctl status
@@ -171,6 +173,21 @@ enum Request {
         /// By how much, in multiples of 128M, such as 512M.
         size: String,
     },
+    /// VMM: writes a snapshot of the machine into the folder of ringside-vmm --snapshots. The guest stands still meanwhile. With
+    /// `ringside-vmm --restore` it goes on from there; its disks are not in it: copy them while it is paused, or stop it.
+    Snapshot {
+        /// Its file's name in the folder.
+        name: String,
+        /// Ends the machine when the snapshot is written, so that its disks stay as the snapshot has them.
+        #[arg(long)]
+        stop: bool,
+    },
+    /// VMM: moves the guest, while it runs, to another VMM that waits for it (ringside-vmm --incoming), and ends. If that fails
+    /// the guest stays.
+    Migrate {
+        /// Where that one waits: unix:PATH or tcp:ADDRESS:PORT, one of ringside-vmm --migrate-to.
+        to: String,
+    },
     /// VMM: holds the guest's processors. Its back-ends end what it has asked them for.
     Pause,
     /// VMM: ends the machine, as a power cut would for the guest.
@@ -233,6 +250,8 @@ impl Request {
                 ("device-remove", json!({ "id": id, "force": force }))
             }
             Self::MemoryAdd { size } => ("memory-add", json!({ "size": size })),
+            Self::Snapshot { name, stop } => ("snapshot", json!({ "name": name, "stop": stop })),
+            Self::Migrate { to } => ("migrate", json!({ "to": to })),
             Self::Pause => ("pause", Value::Null),
             Self::PowerOff => ("power-off", Value::Null),
         }

@@ -98,7 +98,7 @@ const PR_SET_VMA: u64 = 0x5356_4d41;
 /// What every thread of every program needs.
 pub const RUNTIME: &[Call] = &[
     call(libc::SYS_read, "eventfds, files"),
-    call(libc::SYS_write, "eventfds, logs, files"),
+    call(libc::SYS_write, "eventfds, logs, files, a frame"),
     call(libc::SYS_writev, "logs"),
     call(libc::SYS_close, "descriptors"),
     call(libc::SYS_fcntl, "duplicates, and flags of descriptors"),
@@ -354,6 +354,12 @@ pub const FRAMES: &[Call] = &[
     call(libc::SYS_sendto, "frames, and a ring of AF_XDP"),
 ];
 
+/// A ring of io_uring that exists, and writes to what is open, no more.
+pub const BATCHES: &[Call] = &[call(
+    libc::SYS_io_uring_enter,
+    "many frames from guest memory",
+)];
+
 /// Asynchronous I/O, of a context that exists: it signals eventfds without waiting. It can read and write what is open, no more.
 pub const SIGNALS: &[Call] = &[
     call(libc::SYS_io_submit, "an interrupt"),
@@ -386,6 +392,7 @@ pub const BPF_MAPS: &[Call] = &[
 /// A virtual machine: its processors, its memory, its interrupts.
 pub const MACHINE: &[Call] = &[
     rare(call(libc::SYS_socketpair, "requests of a back-end")),
+    rare(call(libc::SYS_pipe2, "the state of a back-end")),
     rare(call(libc::SYS_sysinfo, "how much memory the host has")),
     ioctls(0xae, "KVM"),
     call(
@@ -398,6 +405,12 @@ pub const MACHINE: &[Call] = &[
     rare(ioctl(libc::TCSETS, "the terminal")),
     rare(ioctl(libc::TCSETSW, "the terminal")),
     rare(ioctl(libc::TCSETSF, "the terminal")),
+];
+
+/// Writing the state of a virtual machine into a file that gets its name when it is complete.
+pub const SNAPSHOTS: &[Call] = &[
+    rare(call(libc::SYS_fsync, "what is to be durable")),
+    rare(call(libc::SYS_rename, "its name")),
 ];
 
 /// Assigned devices: VFIO and iommufd, whose requests share a letter.
@@ -467,6 +480,7 @@ pub const GROUPS: &[(&str, &[Call])] = &[
     ("STORAGE", STORAGE),
     ("STREAMS", STREAMS),
     ("FRAMES", FRAMES),
+    ("BATCHES", BATCHES),
     ("SIGNALS", SIGNALS),
     ("PACKET", PACKET),
     ("BPF_MAPS", BPF_MAPS),

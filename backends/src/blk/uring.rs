@@ -13,16 +13,15 @@ use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use io_uring::register::Restriction;
 use io_uring::squeue::Entry;
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, opcode, squeue};
+use io_uring::{IoUring, cqueue, opcode};
 use ringside_rings::{Segment, in_one_region};
 use thiserror::Error;
 use tracing::{debug, warn};
 use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions};
 
-use crate::shell::{GuestSlice, Memory, is_logged, mark_pieces};
+use crate::shell::{GuestSlice, Memory, is_logged, mark_pieces, restricted};
 
 /// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -152,7 +151,7 @@ impl Polled {
     fn new(entries: u32, files: &[RawFd]) -> io::Result<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_iopoll();
-        let ring = restricted(&mut builder, entries)?;
+        let ring = transfers(&mut builder, entries)?;
         ring.submitter().register_files(files)?;
         Ok(Self {
             ring,
@@ -819,9 +818,13 @@ impl Drop for Uring {
     }
 }
 
-/// A ring that does what is done here and nothing else, for good: io_uring opens files and connects sockets where no filter of
-/// system calls sees it.
-fn restricted(builder: &mut io_uring::Builder, entries: u32) -> io::Result<IoUring> {
+/// A ring for what is done here.
+fn transfers(builder: &mut io_uring::Builder, entries: u32) -> io::Result<IoUring> {
+    let registrations = [
+        IORING_REGISTER_BUFFERS,
+        IORING_UNREGISTER_BUFFERS,
+        IORING_REGISTER_FILES,
+    ];
     let operations = [
         opcode::Read::CODE,
         opcode::Readv::CODE,
@@ -834,17 +837,7 @@ fn restricted(builder: &mut io_uring::Builder, entries: u32) -> io::Result<IoUri
         opcode::PollAdd::CODE,
         opcode::PollRemove::CODE,
     ];
-    let mut restrictions = vec![
-        Restriction::register_op(IORING_REGISTER_BUFFERS),
-        Restriction::register_op(IORING_UNREGISTER_BUFFERS),
-        Restriction::register_op(IORING_REGISTER_FILES),
-        Restriction::sqe_flags_allowed(squeue::Flags::FIXED_FILE.bits()),
-    ];
-    restrictions.extend(operations.map(Restriction::sqe_op));
-    let ring = builder.setup_r_disabled().build(entries)?;
-    ring.submitter().register_restrictions(&mut restrictions)?;
-    ring.submitter().register_enable_rings()?;
-    Ok(ring)
+    restricted(builder, entries, &registrations, &operations)
 }
 
 /// The best ring that the kernel has: completions are then only processed when this thread asks for them.
@@ -866,7 +859,7 @@ fn build(entries: u32) -> io::Result<IoUring> {
         let mut builder = IoUring::builder();
         builder.dontfork().setup_clamp().setup_cqsize(completions);
         attempt(&mut builder);
-        match restricted(&mut builder, entries) {
+        match transfers(&mut builder, entries) {
             Ok(ring) => {
                 debug!(fallback = number, "io_uring ready");
                 return Ok(ring);

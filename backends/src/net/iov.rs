@@ -12,7 +12,7 @@ use std::sync::Arc;
 use ringside_rings::Segment;
 use vm_memory::{
     Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
-    Permissions, VolatileSlice,
+    Permissions, VolatileMemory, VolatileSlice,
 };
 
 use crate::shell::{Memory, is_logged, mark_pieces};
@@ -106,7 +106,8 @@ impl IoList {
         }
     }
 
-    fn live(&self) -> &[libc::iovec] {
+    /// All pieces.
+    pub(super) fn live(&self) -> &[libc::iovec] {
         self.pieces.get(self.start..).unwrap_or_default()
     }
 
@@ -123,7 +124,26 @@ impl IoList {
 
     /// Appends segments and returns how many pieces they are: one each, more across memory regions. On
     /// failure the list is as before.
+    #[inline]
     pub(super) fn append(
+        &mut self,
+        segments: &[Segment],
+        access: Permissions,
+    ) -> Result<usize, AppendError> {
+        // A short packet, and most buffers that are received into. A spill piece has room behind it.
+        if let [segment] = segments
+            && let Some(piece) = self.last.as_ref().and_then(|region| region.piece(segment))
+            && self.len() < self.limit
+            && self.pieces.len().saturating_add(1) < self.pieces.capacity()
+        {
+            self.pieces.push(piece);
+            return Ok(1);
+        }
+        self.append_several(segments, access)
+    }
+
+    #[inline(never)]
+    fn append_several(
         &mut self,
         segments: &[Segment],
         access: Permissions,
@@ -192,9 +212,15 @@ impl IoList {
     /// Writes all pieces as one packet.
     pub(super) fn write_to(&self, fd: BorrowedFd<'_>) -> io::Result<usize> {
         let live = self.live();
-        let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
-        // SAFETY: each piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
-        let done = unsafe { libc::writev(fd.as_raw_fd(), live.as_ptr(), count) };
+        let fd = fd.as_raw_fd();
+        let done = if let [piece] = live {
+            // SAFETY: the piece was taken from `memory`, which this list keeps mapped; the kernel only reads.
+            unsafe { libc::write(fd, piece.iov_base, piece.iov_len) }
+        } else {
+            let count = libc::c_int::try_from(live.len()).unwrap_or(libc::c_int::MAX);
+            // SAFETY: as above, for each piece.
+            unsafe { libc::writev(fd, live.as_ptr(), count) }
+        };
         usize::try_from(done).map_err(|_| io::Error::last_os_error())
     }
 
@@ -388,6 +414,20 @@ impl IoList {
         });
         self.wrote(offset, data.len(), usize::MAX);
         whole
+    }
+
+    /// Puts a number at byte `offset` of the row, as it lies in memory. `false` if the row ends before.
+    #[inline]
+    pub(super) fn put_u16(&self, offset: usize, number: u16) -> bool {
+        let bytes = number.to_le_bytes();
+        let Some(slice) = self.in_first(offset, bytes.len()) else {
+            return self.copy_in(offset, &bytes);
+        };
+        if let Ok(place) = slice.get_ref::<[u8; 2]>(0) {
+            place.store(bytes);
+        }
+        self.wrote(offset, bytes.len(), 1);
+        true
     }
 
     /// Copies from byte `offset` of the row to `out`. `false` if the row ends before.

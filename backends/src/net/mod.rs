@@ -4,13 +4,13 @@
 //!
 //! ```text
 //!            guest memory                     one thread for each queue pair           kernel
-//!  transmit  [header│frame in any pieces] ──▶ tx: take chain ──── writev ────────────▶ TAP queue
+//!  transmit  [header│frame in any pieces] ──▶ tx: take chains ─── a ring of writes ───▶ TAP queue
 //!  receive   [buffers in a row]           ◀── rx: readv over them ◀── filter ───────── TAP queue
 //!  control   [class│command│data][ack]    ──▶ one thread more: settings, for all pairs at once
 //! ```
 //!
 //! The virtio-net header stands before each packet on both sides (IFF_VNET_HDR), so that checksums and
-//! segments pass as they are: a segment of 64 KiB is one chain, one system call and one packet of the kernel.
+//! segments pass as they are: a segment of 64 KiB is one chain, one read or write and one packet of the kernel.
 //!
 //! A guest that goes on with a new connection (its front-end or this program was replaced, or it migrated) is asked to
 //! announce itself to the network, if its front-end passes on changes of the configuration space (protocol features

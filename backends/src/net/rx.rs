@@ -304,11 +304,20 @@ impl Rx {
 
 impl State {
     /// How many pieces of the row are given to the link for a packet, and their bytes.
+    #[inline]
     fn given(&mut self, list: &IoList) -> (usize, usize) {
         if self.long_for > 0 {
             self.long_for = self.long_for.saturating_sub(1);
             return (list.len(), self.room);
         }
+        match self.posted.front() {
+            Some(first) if first.len >= SHORT => (first.pieces, first.len),
+            _ => self.given_several(),
+        }
+    }
+
+    /// The same of buffers that are short, too.
+    fn given_several(&self) -> (usize, usize) {
         let (mut pieces, mut room) = (0_usize, 0_usize);
         for posted in &self.posted {
             pieces = pieces.saturating_add(posted.pieces);
@@ -409,18 +418,13 @@ impl State {
         if flags != 0 && !has(self.offloads, VIRTIO_NET_F_GUEST_CSUM) {
             list.copy_in(0, &[0]);
         }
-        let mut buffers: u16 = 0;
-        let mut rest = len;
-        for posted in &self.posted {
-            buffers = buffers.saturating_add(1);
-            match rest.checked_sub(posted.len) {
-                Some(left) if left > 0 => rest = left,
-                _ => break,
-            }
-        }
+        let buffers = match self.posted.front() {
+            Some(first) if len <= first.len => 1,
+            _ => self.count_buffers(len),
+        };
         // It is 1 without mergeable buffers (VIRTIO 1.3, 5.1.6.4.1). The kernel leaves the field alone.
         if self.header_len > NUM_BUFFERS {
-            list.copy_in(NUM_BUFFERS, &buffers.to_le_bytes());
+            list.put_u16(NUM_BUFFERS, buffers);
         }
         if self.header_len > HASH_VALUE {
             self.report_hash(list, len, &settings.hashing);
@@ -430,6 +434,20 @@ impl State {
             .rx_bytes
             .add(u64::try_from(len).unwrap_or(u64::MAX));
         buffers.into()
+    }
+
+    /// How many of the posted buffers `len` bytes take.
+    fn count_buffers(&self, len: usize) -> u16 {
+        let mut buffers: u16 = 0;
+        let mut rest = len;
+        for posted in &self.posted {
+            buffers = buffers.saturating_add(1);
+            match rest.checked_sub(posted.len) {
+                Some(left) if left > 0 => rest = left,
+                _ => break,
+            }
+        }
+        buffers
     }
 
     /// Writes the hash of the packet in the first `len` bytes of the list into its header.
@@ -447,7 +465,11 @@ impl State {
     }
 
     /// The driver accepted what the header asks of it (VIRTIO 1.3, 5.1.6.4.1).
+    #[inline]
     fn readable(&self, flags: u8, gso: u8) -> bool {
+        if flags == 0 && u32::from(gso) == VIRTIO_NET_HDR_GSO_NONE {
+            return true;
+        }
         let accepted = |feature| has(self.offloads, feature);
         let needs_csum = u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
         let segmented = match u32::from(gso) & !VIRTIO_NET_HDR_GSO_ECN {

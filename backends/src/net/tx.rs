@@ -1,15 +1,17 @@
-//! Transmit: from the driver's chains to the link; to a TAP with one system call for each packet, however long.
+//! Transmit: from the driver's chains to the link; to a TAP with one system call for many packets, however long.
 
-use ringside_rings::{PopError, RingError};
+use std::io;
+
+use ringside_rings::{ChainBuf, PopError, RingError, Session};
 use tracing::{debug, warn};
 use vm_memory::Permissions;
 
 use super::counters::Counters;
 use super::features::header_len;
+use super::iov::IoList;
 use super::link::Link;
 use super::ring::Ring;
-use crate::shell::{Chain as Causes, LogLimit, Vring};
-use std::io;
+use crate::shell::{Chain as Causes, LogLimit, Memory, Vring};
 
 /// Most packets of one turn, so that receiving gets its share.
 const BUDGET: u32 = 128;
@@ -25,16 +27,197 @@ pub(super) const MIN_FRAME: usize = 14;
 pub(super) struct Tx {
     pub(super) ring: Ring,
     header_len: usize,
+    row: Row,
     /// The link is full; go on when it is writable.
     full: bool,
     log: LogLimit,
 }
 
+/// How it goes on when what was taken is sent.
+#[derive(PartialEq, Eq)]
 enum Sent {
     Done,
     Full,
     /// A signal came first; it may be for the worker.
     Interrupted,
+}
+
+/// What there is to take.
+enum Next {
+    Taken,
+    /// A packet for which there is no room in the list before others are gone.
+    NoRoom,
+    Nothing,
+    Broken(RingError),
+}
+
+/// A chain that was taken and is not returned yet.
+struct Taken {
+    head: u16,
+    /// Bytes of a packet that is to be sent, header included; none: it only goes back.
+    len: Option<u64>,
+}
+
+/// Chains that were taken, in their order.
+#[derive(Default)]
+struct Row {
+    chains: Vec<Taken>,
+    /// Of each packet among them, how many pieces of the list it is.
+    pieces: Vec<usize>,
+    /// What came of each.
+    results: Vec<io::Result<()>>,
+}
+
+impl Row {
+    /// It allocates here and never again.
+    fn new() -> Self {
+        let most = usize::try_from(BUDGET).unwrap_or_default();
+        Self {
+            chains: Vec::with_capacity(most),
+            pieces: Vec::with_capacity(most),
+            results: Vec::with_capacity(most),
+        }
+    }
+
+    /// Takes the next chain.
+    #[inline]
+    fn take<L: Link>(
+        &mut self,
+        way: &Way<'_, L>,
+        list: &mut IoList,
+        session: &mut Session<'_, Memory>,
+        buf: &mut ChainBuf,
+    ) -> Next {
+        let mut len = None;
+        let head = match session.pop(buf) {
+            Ok(Some(chain)) => {
+                let bytes = chain.readable_len();
+                if !way.enabled {
+                } else if !way.takes(bytes) {
+                    way.dropped(&"a packet too short or too long");
+                } else if let Ok(pieces) = list.append(chain.readable(), Permissions::Read) {
+                    self.pieces.push(pieces);
+                    len = Some(bytes);
+                } else if list.len() > 0 {
+                    session.rewind(1);
+                    return Next::NoRoom;
+                } else {
+                    way.dropped(&"a packet in too many pieces");
+                }
+                chain.head()
+            }
+            Ok(None) => return Next::Nothing,
+            Err(PopError::Chain { head, error }) => {
+                way.dropped(&Causes(&error));
+                head
+            }
+            Err(PopError::Ring(error)) => return Next::Broken(error),
+        };
+        self.chains.push(Taken { head, len });
+        Next::Taken
+    }
+
+    /// Sends the packets and returns the chains, as far as the link takes them: the others are available again.
+    fn send<L: Link>(
+        &mut self,
+        way: &mut Way<'_, L>,
+        list: &mut IoList,
+        session: &mut Session<'_, Memory>,
+    ) -> Result<Sent, RingError> {
+        let Self {
+            chains,
+            pieces,
+            results,
+        } = self;
+        if !pieces.is_empty() {
+            way.counters.tx_calls.add(1);
+            way.link.send_all(list, pieces, way.header_len, results);
+            list.clear();
+            pieces.clear();
+        }
+        let last = results.iter().rposition(Result::is_ok);
+        let mut sent = Sent::Done;
+        let (mut packets, mut bytes) = (0, 0);
+        let mut results = results.drain(..).enumerate();
+        let mut left = u16::try_from(chains.len()).unwrap_or(u16::MAX);
+        for Taken { head, len } in chains.drain(..) {
+            match len.map(|len| (len, results.next())) {
+                None => {}
+                Some((len, Some((_, Ok(()))))) => {
+                    packets += 1;
+                    bytes += len;
+                }
+                // It can be offered again, in the same place of the row, unless one behind it has gone.
+                Some((_, Some((number, Err(error)))))
+                    if is_not_now(&error) && last.is_none_or(|last| last < number) =>
+                {
+                    sent = match error.kind() {
+                        io::ErrorKind::WouldBlock => Sent::Full,
+                        _ => Sent::Interrupted,
+                    };
+                }
+                Some((_, Some((_, Err(error))))) => way.lost(&error),
+                Some((_, None)) => sent = Sent::Interrupted,
+            }
+            if sent != Sent::Done {
+                session.rewind(left);
+                break;
+            }
+            session.push_used(head, 0)?;
+            left = left.saturating_sub(1);
+        }
+        way.counters.tx_packets.add(packets);
+        way.counters.tx_bytes.add(bytes);
+        Ok(sent)
+    }
+}
+
+fn is_not_now(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}
+
+/// Where packets go, and where it is said what became of them.
+struct Way<'t, L> {
+    link: &'t mut L,
+    /// Packets are sent, and not only taken.
+    enabled: bool,
+    header_len: usize,
+    queue: u16,
+    counters: &'t Counters,
+    log: &'t LogLimit,
+}
+
+impl<L: Link> Way<'_, L> {
+    /// Whether a packet is neither too short nor too long; its header counts.
+    fn takes(&self, bytes: u64) -> bool {
+        let frame = usize::try_from(bytes)
+            .ok()
+            .and_then(|len| len.checked_sub(self.header_len));
+        frame.is_some_and(|len| (MIN_FRAME..=MAX_FRAME).contains(&len))
+    }
+
+    /// A header that the kernel does not like, no memory.
+    #[cold]
+    fn lost(&self, error: &io::Error) {
+        match self.link.advice(error) {
+            Some(advice) => self.dropped(&advice),
+            None => self.dropped(error),
+        }
+    }
+
+    #[cold]
+    fn dropped(&self, why: &dyn std::fmt::Display) {
+        self.counters.tx_dropped.add(1);
+        if let Some(held_back) = self.log.check() {
+            warn!(
+                queue = self.queue,
+                held_back, "packet from the driver dropped: {why}"
+            );
+        }
+    }
 }
 
 impl Tx {
@@ -47,6 +230,7 @@ impl Tx {
         Self {
             header_len: header_len(vring.features).into(),
             ring: Ring::new(vring, log),
+            row: Row::new(),
             full: false,
             log: log.clone(),
         }
@@ -107,98 +291,59 @@ impl Tx {
         let Self {
             ring,
             header_len,
+            row,
             full,
             log,
         } = self;
-        // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol).
-        let (enabled, queue) = (ring.vring.enabled && link_up, ring.vring.index);
-        let lengths = *header_len + MIN_FRAME..=*header_len + MAX_FRAME;
+        let at_once = usize::from(link.at_once());
+        let mut way = Way {
+            link,
+            // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol).
+            enabled: ring.vring.enabled && link_up,
+            header_len: *header_len,
+            queue: ring.vring.index,
+            counters,
+            log,
+        };
         let (mut session, buf, list) = ring.parts()?;
         session.disable_notifications()?;
         let mut left = BUDGET;
-        let more = loop {
-            if left == 0 {
-                break true;
+        let (more, broken) = loop {
+            let next = row.take(&way, list, &mut session, buf);
+            if matches!(next, Next::Taken) {
+                left = left.saturating_sub(1);
+                if left > 0 && row.pieces.len() < at_once {
+                    continue;
+                }
             }
-            let head = match session.pop(buf) {
-                Ok(Some(chain)) => {
-                    if enabled {
-                        list.clear();
-                        let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
-                        let sent = if !lengths.contains(&len) {
-                            dropped(counters, log, queue, &"a packet too short or too long");
-                            Sent::Done
-                        } else if list.append(chain.readable(), Permissions::Read).is_err() {
-                            dropped(counters, log, queue, &"a packet in too many pieces");
-                            Sent::Done
-                        } else {
-                            counters.tx_calls.add(1);
-                            match link.send(list, *header_len) {
-                                Ok(()) => {
-                                    counters.tx_packets.add(1);
-                                    counters.tx_bytes.add(chain.readable_len());
-                                    Sent::Done
-                                }
-                                Err(e) if e.kind() == io::ErrorKind::WouldBlock => Sent::Full,
-                                Err(e) if e.kind() == io::ErrorKind::Interrupted => {
-                                    Sent::Interrupted
-                                }
-                                // A header that the kernel does not like, no memory.
-                                Err(e) => {
-                                    match link.advice(&e) {
-                                        Some(advice) => dropped(counters, log, queue, &advice),
-                                        None => dropped(counters, log, queue, &e),
-                                    }
-                                    Sent::Done
-                                }
-                            }
-                        };
-                        // A packet that was not taken can be offered again, in the same place of the row.
-                        match sent {
-                            Sent::Done => {}
-                            Sent::Full => {
-                                counters.tx_full.add(1);
-                                session.rewind(1);
-                                *full = true;
-                                break false;
-                            }
-                            Sent::Interrupted => {
-                                session.rewind(1);
-                                break true;
-                            }
-                        }
-                    }
-                    chain.head()
+            match row.send(&mut way, list, &mut session)? {
+                Sent::Done => {}
+                Sent::Full => {
+                    counters.tx_full.add(1);
+                    *full = true;
+                    break (false, None);
                 }
-                Ok(None) => break false,
-                Err(PopError::Chain { head, error }) => {
-                    dropped(counters, log, queue, &Causes(&error));
-                    head
-                }
-                Err(PopError::Ring(error)) => {
-                    // What was done before the driver broke its ring is returned all the same.
-                    session.publish()?;
-                    return Err(error);
-                }
-            };
-            session.push_used(head, 0)?;
-            left = left.saturating_sub(1);
+                Sent::Interrupted => break (true, None),
+            }
+            match next {
+                Next::NoRoom => {}
+                Next::Taken if left > 0 => {}
+                Next::Taken => break (true, None),
+                Next::Nothing => break (false, None),
+                Next::Broken(error) => break (false, Some(error)),
+            }
         };
+        // What was done before the driver broke its ring is returned all the same.
         let interrupt = session.publish()?;
-        Ok((more, interrupt))
+        match broken {
+            None => Ok((more, interrupt)),
+            Some(error) => Err(error),
+        }
     }
 
     /// Gives the ring back. Nothing is in flight between turns.
     pub(super) fn into_vring(self) -> Box<Vring> {
         debug!(queue = self.ring.vring.index, "transmit queue stops");
         self.ring.vring
-    }
-}
-
-#[cold]
-fn dropped(counters: &Counters, log: &LogLimit, queue: u16, why: &dyn std::fmt::Display) {
-    counters.tx_dropped.add(1);
-    if let Some(held_back) = log.check() {
-        warn!(queue, held_back, "packet from the driver dropped: {why}");
     }
 }

@@ -63,6 +63,7 @@ mod session;
 mod socket;
 mod state;
 mod torn;
+mod uring;
 mod vring;
 
 pub use confine::confine;
@@ -88,4 +89,5 @@ pub use session::SessionError;
 pub use socket::SocketError;
 pub use state::StateError;
 pub(crate) use state::{open as open_state, seal as seal_state};
+pub(crate) use uring::restricted;
 pub use vring::{Command, CommandSender, Commands, Vring, command_channel, signal};

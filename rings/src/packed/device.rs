@@ -10,7 +10,7 @@ use super::desc::{self, DESC_F_WRITE, Rest};
 use super::inflight::{Resumed, Tracking};
 use super::layout::{Cursor, EVENT_ALIGN, EVENT_LEN, Event};
 use crate::area::{AreaRef, resolve};
-use crate::chain::{Chain, ChainBuf};
+use crate::chain::ChainBuf;
 use crate::device::{DESC_ALIGN, MAX_SIZE, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
 use crate::inflight::{Inflight, damaged};
@@ -274,16 +274,15 @@ impl<M: GuestMemory> Session<'_, M> {
         Ok(Some(rest))
     }
 
-    /// Takes the next available chain.
+    /// Takes the next available chain into `buf`, and returns its id.
     #[inline]
-    pub(crate) fn pop<'b>(&mut self, buf: &'b mut ChainBuf) -> Result<Option<Chain<'b>>, PopError> {
-        buf.clear();
+    pub(crate) fn pop(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
         if let Some(tracking) = &mut self.ring.tracking
             && let Some((number, id)) = tracking.again.take()
         {
             self.gather_copies(number, buf)
                 .map_err(|error| PopError::Chain { head: id, error })?;
-            return Ok(Some(buf.chain(id)));
+            return Ok(Some(id));
         }
         let Some(rest) = self.next()? else {
             return Ok(None);
@@ -291,7 +290,7 @@ impl<M: GuestMemory> Session<'_, M> {
         match self.gather(rest, buf) {
             Ok((id, count)) => {
                 self.take(id, count)?;
-                Ok(Some(buf.chain(id)))
+                Ok(Some(id))
             }
             Err(stopped) => Err(self.malformed(stopped)),
         }
@@ -509,6 +508,24 @@ impl<M: GuestMemory> Session<'_, M> {
     /// how many descriptors it has.
     #[inline]
     fn gather(&mut self, rest: Rest, buf: &mut ChainBuf) -> Result<(u16, u16), Stopped> {
+        if rest.is_indirect() || rest.has_next() {
+            return self.gather_chain(rest, buf);
+        }
+        // A short packet, and most buffers that are received into.
+        let addr = self.desc.load_u64(desc_offset(self.ring.next_avail.at()))?;
+        let (count, writable) = (1, rest.is_writable());
+        match self.region.segment(self.mem, addr, rest.len, writable) {
+            Ok(segment) => {
+                buf.set(segment, writable);
+                Ok((rest.id, count))
+            }
+            Err(error) => Err(Stopped::Chain { count, rest, error }),
+        }
+    }
+
+    /// Walks a chain of several segments. Returns the same.
+    fn gather_chain(&mut self, rest: Rest, buf: &mut ChainBuf) -> Result<(u16, u16), Stopped> {
+        buf.clear();
         let start = self.ring.next_avail;
         let mut cursor = start;
         let mut rest = rest;
@@ -529,6 +546,7 @@ impl<M: GuestMemory> Session<'_, M> {
 
     /// Gathers the segments of a chain that is to be served again.
     fn gather_copies(&mut self, number: usize, buf: &mut ChainBuf) -> Result<(), ChainError> {
+        buf.clear();
         let copy = |ring: &DeviceRing, at| ring.tracking.as_ref().and_then(|t| t.copy(number, at));
         let mut at = 0_u16;
         while let Some((addr, rest)) = copy(self.ring, at) {

@@ -13,7 +13,7 @@ use super::layout::{
     self, AVAIL_ALIGN, AVAIL_F_NO_INTERRUPT, FLAGS, IDX, USED_ALIGN, USED_F_NO_NOTIFY,
 };
 use crate::area::{AreaRef, resolve};
-use crate::chain::{Chain, ChainBuf};
+use crate::chain::ChainBuf;
 use crate::device::{DESC_ALIGN, RingConfig, reject_overlap};
 use crate::error::{Area, ChainError, PopError, RingError};
 use crate::inflight::Inflight;
@@ -261,17 +261,25 @@ impl<'a, M: GuestMemory> Session<'a, M> {
         Ok(waiting)
     }
 
-    /// Takes the next available chain. The available index is read only when the chains known of are
-    /// used up.
+    /// Takes the next available chain into `buf`, and returns its head. The available index is read only when the
+    /// chains known of are used up.
     #[inline]
-    pub(crate) fn pop<'b>(&mut self, buf: &'b mut ChainBuf) -> Result<Option<Chain<'b>>, PopError> {
-        if let Some(tracking) = &mut self.ring.tracking
-            && let Some((_, head)) = tracking.again.take()
-        {
-            buf.clear();
-            self.gather(head, buf)?;
-            return Ok(Some(buf.chain(head)));
-        }
+    pub(crate) fn pop(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
+        let again = self.ring.tracking.as_mut().and_then(|t| t.again.take());
+        let head = if let Some((_, head)) = again {
+            head
+        } else if let Some(head) = self.take()? {
+            head
+        } else {
+            return Ok(None);
+        };
+        self.gather(head, buf)?;
+        Ok(Some(head))
+    }
+
+    /// Notes that the next available chain is in flight.
+    #[inline]
+    fn take(&mut self) -> Result<Option<u16>, RingError> {
         if self.ring.next_avail == self.ring.avail_idx && self.available()? == 0 {
             return Ok(None);
         }
@@ -282,14 +290,11 @@ impl<'a, M: GuestMemory> Session<'a, M> {
             ring.held.get_mut(usize::from(head)),
             ring.taken.get_mut(usize::from(place)),
         ) else {
-            return Err(RingError::Head {
-                head,
-                size: ring.size,
-            }
-            .into());
+            let size = ring.size;
+            return Err(RingError::Head { head, size });
         };
         if *held {
-            return Err(RingError::HeadInFlight { head }.into());
+            return Err(RingError::HeadInFlight { head });
         }
         if let Some(tracking) = &mut ring.tracking {
             tracking.took(head)?;
@@ -298,10 +303,7 @@ impl<'a, M: GuestMemory> Session<'a, M> {
         *taken = head;
         ring.next_avail = ring.next_avail.wrapping_add(1);
         ring.in_flight = ring.in_flight.wrapping_add(1);
-
-        buf.clear();
-        self.gather(head, buf)?;
-        Ok(Some(buf.chain(head)))
+        Ok(Some(head))
     }
 
     /// Gives back the last chain taken, as if it had not been; breaks if it was returned already.
@@ -439,18 +441,19 @@ impl<'a, M: GuestMemory> Session<'a, M> {
             return self.gather_chain(head, first, buf);
         }
         // A short packet, and most buffers that are received into.
-        let bad = |error| PopError::Chain { head, error };
         let writable = first.is_writable();
         let segment = self
             .region
-            .segment(self.mem, first.addr, first.len, writable);
-        buf.push(segment.map_err(bad)?, writable, self.ring.size)
-            .map_err(bad)
+            .segment(self.mem, first.addr, first.len, writable)
+            .map_err(|error| PopError::Chain { head, error })?;
+        buf.set(segment, writable);
+        Ok(())
     }
 
     /// Walks the chain from its `first` descriptor. At most `size` segments, or as many as a table may have, and one indirect
     /// descriptor are looked at, so that a loop ends.
     fn gather_chain(&mut self, head: u16, first: Desc, buf: &mut ChainBuf) -> Result<(), PopError> {
+        buf.clear();
         let bad = |error| PopError::Chain { head, error };
         let size = self.ring.size;
         let mut table: Option<Table<'a, M>> = None;

@@ -240,7 +240,7 @@ impl Process {
             log,
             started: Duration::ZERO,
         };
-        while !listens(&process.socket) {
+        while !listens(&process.socket, process.pid()) {
             let ended = process.child.try_wait();
             if ended.is_ok_and(|status| status.is_some()) {
                 return Err(LabError::Ended {
@@ -285,17 +285,21 @@ impl Drop for Process {
     }
 }
 
-/// Whether somebody listens on a Unix socket; without connecting, which some back-ends take for their front-end.
-fn listens(socket: &Path) -> bool {
+/// Whether somebody listens on a Unix socket, here or in the network namespace of a process; without connecting, which some
+/// back-ends take for their front-end.
+fn listens(socket: &Path, pid: u32) -> bool {
     // __SO_ACCEPTCON, in the fourth column (proc(5)).
     const LISTENS: &str = "00010000";
     let path = socket.display().to_string();
-    fs::read_to_string("/proc/net/unix").is_ok_and(|text| {
-        text.lines().any(|line| {
-            let mut words = line.split_whitespace();
-            words.nth(3) == Some(LISTENS) && line.ends_with(&path)
+    let found = |list: &str| {
+        fs::read_to_string(list).is_ok_and(|text| {
+            text.lines().any(|line| {
+                let mut words = line.split_whitespace();
+                words.nth(3) == Some(LISTENS) && line.ends_with(&path)
+            })
         })
-    })
+    };
+    found("/proc/net/unix") || found(&format!("/proc/{pid}/net/unix"))
 }
 
 #[cfg(test)]
@@ -308,11 +312,12 @@ mod tests {
     fn only_a_socket_that_listens_is_one() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        assert!(!listens(&path));
+        let pid = std::process::id();
+        assert!(!listens(&path, pid));
         let listener = UnixListener::bind(&path).unwrap();
-        assert!(listens(&path));
+        assert!(listens(&path, pid));
         drop(listener);
-        assert!(!listens(&path));
+        assert!(!listens(&path, pid));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -152,14 +152,18 @@ impl<'a> GuestBuilder<'a> {
         Ok(guest)
     }
 
-    /// Starts QEMU for a guest that comes from another one, with the same devices, at the socket of this name.
+    /// Starts the VMM for a guest that comes from another one, with the same devices, at the socket of this name.
     ///
     /// # Errors
-    /// Fails, with what QEMU says, if it ends before it listens.
+    /// Fails, with what it says, if it ends before it listens.
     pub fn await_migration(self, site: &Site, socket: &str) -> Result<Guest> {
         let limit = site.limit(self.boot_limit);
+        let option = match self.vmm {
+            Vmm::Ringside => "--incoming",
+            Vmm::Qemu10 | Vmm::Qemu11 => "-incoming",
+        };
         let mut guest = self
-            .arg("-incoming")
+            .arg(option)
             .arg(&format!("unix:{socket}"))
             .start(site)?;
         let path = site.scratch.join(socket);
@@ -167,10 +171,19 @@ impl<'a> GuestBuilder<'a> {
         while !is_socket(&path) {
             let ended = wait_for(&mut guest.child, Duration::from_millis(20))?;
             if ended.is_some() || start.elapsed() > limit {
-                return Err(guest.failed("QEMU does not listen for the guest".into()));
+                return Err(guest.failed("the VMM does not listen for the guest".into()));
             }
         }
         Ok(guest)
+    }
+
+    /// Starts ringside-vmm for a guest that goes on from the snapshot in this file, with the same devices.
+    ///
+    /// # Errors
+    /// Fails if the VMM cannot be started; that it ends is seen by the first command.
+    pub fn restore(self, site: &Site, snapshot: &Path) -> Result<Guest> {
+        let path = snapshot.display().to_string();
+        self.arg("--restore").arg(&path).start(site)
     }
 
     fn start(self, site: &Site) -> Result<Guest> {
@@ -634,6 +647,14 @@ impl Guest {
     #[must_use]
     pub fn vmm_log(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Waits for the end of the VMM, which somebody else has asked for, and gives its exit status.
+    ///
+    /// # Errors
+    /// Fails if it does not end in time.
+    pub fn ended(mut self) -> Result<ExitStatus> {
+        self.wait()
     }
 
     fn wait(&mut self) -> Result<ExitStatus> {

@@ -14,6 +14,7 @@ mod net;
 mod net_features;
 mod net_switch;
 mod others;
+mod snapshot;
 mod upgrade;
 mod vfio;
 mod zoned;
@@ -66,6 +67,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         net_features::TESTS,
         others::TESTS,
         migration::TESTS,
+        snapshot::TESTS,
         zoned::TESTS,
     ]
     .into_iter()

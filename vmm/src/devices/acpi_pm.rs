@@ -41,6 +41,8 @@ const TIMER_HZ: u128 = 3_579_545;
 pub struct AcpiPm {
     exit: ExitHandle,
     start: Instant,
+    /// What the timer showed at the start.
+    ahead: u32,
     enable: u16,
     control: u16,
 }
@@ -51,13 +53,27 @@ impl AcpiPm {
         Self {
             exit,
             start: Instant::now(),
+            ahead: 0,
             enable: 0,
             control: SCI_EN,
         }
     }
 
+    /// PM1 enable, PM1 control, and the timer.
+    pub fn state(&self) -> (u16, u16, u32) {
+        (self.enable, self.control, self.timer())
+    }
+
+    /// Takes over what [`AcpiPm::state`] gave elsewhere; the timer goes on from there.
+    pub fn restore(&mut self, (enable, control, timer): (u16, u16, u32)) {
+        self.enable = enable;
+        self.control = control & !SLP_EN | SCI_EN;
+        (self.start, self.ahead) = (Instant::now(), timer);
+    }
+
     fn timer(&self) -> u32 {
         let ticks = self.start.elapsed().as_nanos() * TIMER_HZ / 1_000_000_000;
+        let ticks = ticks + u128::from(self.ahead);
         // TMR_VAL_EXT: the counter has 32 bits and wraps around.
         u32::try_from(ticks & u128::from(u32::MAX)).unwrap_or(0)
     }

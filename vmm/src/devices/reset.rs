@@ -37,6 +37,16 @@ impl ResetControl {
         }
     }
 
+    /// The register.
+    pub fn value(&self) -> u8 {
+        self.value
+    }
+
+    /// Sets the register, without a reset.
+    pub fn restore(&mut self, value: u8) {
+        self.value = value & SYSTEM_RESET;
+    }
+
     fn is_reset_register(offset: u64, len: usize) -> bool {
         offset == RESET_PORT - PCI_CONFIG_PORT && len == 1
     }

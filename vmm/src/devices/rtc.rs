@@ -62,6 +62,20 @@ impl Rtc {
         }
     }
 
+    /// The index, and the memory.
+    pub fn state(&self) -> (u8, Vec<u8>) {
+        (self.index, self.memory.to_vec())
+    }
+
+    /// Takes over what [`Rtc::state`] gave elsewhere. Returns whether it has as much memory.
+    pub fn restore(&mut self, index: u8, memory: &[u8]) -> bool {
+        let Ok(memory) = memory.try_into() else {
+            return false;
+        };
+        (self.index, self.memory) = (index & 0x7f, memory);
+        true
+    }
+
     fn value(&self) -> u8 {
         let time = Time::from_unix((self.now)());
         match self.index {

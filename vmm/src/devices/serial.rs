@@ -18,8 +18,9 @@
 use std::io::{self, Write};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vm_superio::Trigger;
-use vm_superio::serial::{NoEvents, Serial as Uart};
+use vm_superio::serial::{NoEvents, Serial as Uart, SerialState};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::BusDevice;
@@ -62,6 +63,22 @@ impl Trigger for IrqLine {
 /// Where the guest's output goes.
 pub type Output = Box<dyn Write + Send>;
 
+/// The port's registers, for another process.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialRegisters {
+    divisor: [u8; 2],
+    /// Enable and identification.
+    interrupt: [u8; 2],
+    /// Control and status.
+    line: [u8; 2],
+    /// Control and status.
+    modem: [u8; 2],
+    scratch: u8,
+    /// What was received and not read.
+    fifo: Vec<u8>,
+}
+
 /// The port.
 pub struct Serial {
     uart: Uart<IrqLine, NoEvents, Output>,
@@ -79,12 +96,19 @@ impl Serial {
     /// A port that writes to `output` and raises its interrupt through `irq`; and the road for
     /// input.
     pub fn new(irq: EventFd, output: Output) -> (Arc<Mutex<Self>>, SerialInput) {
+        Self::with(Uart::new(IrqLine(irq), output), [0; 3])
+    }
+
+    fn with(
+        uart: Uart<IrqLine, NoEvents, Output>,
+        [interrupt_enable, line_control, modem_control]: [u8; 3],
+    ) -> (Arc<Mutex<Self>>, SerialInput) {
         let room_changed = Arc::new(Condvar::new());
         let serial = Arc::new(Mutex::new(Self {
-            uart: Uart::new(IrqLine(irq), output),
-            interrupt_enable: 0,
-            line_control: 0,
-            modem_control: 0,
+            uart,
+            interrupt_enable,
+            line_control,
+            modem_control,
             waiting: 0,
             room_changed: Arc::clone(&room_changed),
         }));
@@ -93,6 +117,62 @@ impl Serial {
             room_changed,
         };
         (serial, input)
+    }
+
+    /// The registers and what is in the FIFO.
+    pub fn state(&self) -> SerialRegisters {
+        let SerialState {
+            baud_divisor_low,
+            baud_divisor_high,
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch,
+            in_buffer,
+        } = self.uart.state();
+        SerialRegisters {
+            divisor: [baud_divisor_low, baud_divisor_high],
+            interrupt: [interrupt_enable, interrupt_identification],
+            line: [line_control, line_status],
+            modem: [modem_control, modem_status],
+            scratch,
+            fifo: in_buffer,
+        }
+    }
+
+    /// A port that goes on as one elsewhere. Its interrupt is raised anew if it was.
+    ///
+    /// # Errors
+    /// The FIFO has more than fits, or the interrupt cannot be raised.
+    pub fn restored(
+        irq: EventFd,
+        output: Output,
+        state: &SerialRegisters,
+    ) -> io::Result<(Arc<Mutex<Self>>, SerialInput)> {
+        let [interrupt_enable, interrupt_identification] = state.interrupt;
+        let ([line_control, line_status], [modem_control, modem_status]) =
+            (state.line, state.modem);
+        let registers = SerialState {
+            baud_divisor_low: state.divisor[0],
+            baud_divisor_high: state.divisor[1],
+            interrupt_enable,
+            interrupt_identification,
+            line_control,
+            line_status,
+            modem_control,
+            modem_status,
+            scratch: state.scratch,
+            in_buffer: state.fifo.clone(),
+        };
+        let uart = Uart::from_state(&registers, IrqLine(irq), NoEvents, output)
+            .map_err(io::Error::other)?;
+        Ok(Self::with(
+            uart,
+            [interrupt_enable, line_control, modem_control],
+        ))
     }
 
     /// Whether the driver wants to know of received data, and there is some.

@@ -238,6 +238,12 @@ impl GrowingMemory {
         total(&self.state().whole)
     }
 
+    /// Bytes of each piece that was added, in order.
+    pub fn pieces(&self) -> Vec<u64> {
+        let state = self.state();
+        state.pieces.iter().map(|piece| total(piece).0).collect()
+    }
+
     /// What the guest must be told for memory to grow; `None` if it cannot.
     pub fn devices(&self) -> Option<MemoryDevices> {
         self.plan.devices()

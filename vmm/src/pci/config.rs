@@ -212,6 +212,21 @@ impl ConfigSpace {
         }
     }
 
+    /// All registers.
+    pub fn registers(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// Has the registers that software can change be what they are in `registers` of the same function elsewhere. Returns
+    /// whether it is the same.
+    pub fn restore(&mut self, registers: &[u8]) -> bool {
+        let same = registers.len() == self.bytes.len() && registers.get(..4) == self.bytes.get(..4);
+        if same {
+            self.write(0, registers);
+        }
+        same
+    }
+
     /// Sets registers regardless of what software may change.
     pub fn set(&mut self, offset: usize, data: &[u8]) {
         put(&mut self.bytes, offset, data);

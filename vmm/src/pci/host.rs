@@ -17,12 +17,15 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use ringside_control::Chain;
+
 use super::bits::*;
 use super::config::{Bar, BarKind, ConfigSpace, Identity};
 use super::port::{self, Forwarded, RootPort};
-use super::{InterruptRouting, PciFunction};
+use super::{FunctionState, InterruptRouting, PciFunction};
 use crate::bus::{Bus, BusDevice};
 use crate::layout::{FIRST_PCI_GSI, PCI_GSIS, Range};
+use crate::snapshot::{self, dirty::DirtyLog};
 
 /// Why a function cannot be plugged in.
 #[derive(Debug, thiserror::Error)]
@@ -376,6 +379,23 @@ impl PciRoot {
         })
     }
 
+    /// The functions of the bus, in order, each with a name for messages.
+    fn functions(&self) -> Vec<(Where, String, SharedFunction)> {
+        let name = |at: &Where| match at {
+            Where::Root((device, function)) => format!("0:{device:02x}.{function}"),
+            Where::Behind(PortId((device, _))) => format!("behind 0:{device:02x}.0"),
+        };
+        let slots = self.slots.iter();
+        slots
+            .map(|(at, slot)| (*at, name(at), Arc::clone(&slot.function)))
+            .collect()
+    }
+
+    /// Number of root ports.
+    pub fn port_count(&self) -> usize {
+        self.ports.len()
+    }
+
     /// Takes all functions off the bus and drops them.
     pub fn remove_all(&mut self) {
         self.ports.clear();
@@ -521,6 +541,66 @@ fn reset(root: &SharedRoot, id: PortId) {
     if let Some(function) = function {
         lock(&function).reset();
     }
+}
+
+/// Stops all functions for a while; tells what is needed to go on elsewhere, in order. To be followed by [`resume`], whether or
+/// not it succeeds. The processors are out of the guest, so nobody else has a function's lock for long.
+///
+/// # Errors
+/// [`snapshot::Error::Unsaved`]
+pub fn suspend(root: &SharedRoot) -> Result<Vec<FunctionState>, snapshot::Error> {
+    let functions = lock(root).functions();
+    let states = functions.into_iter().map(|(_, device, function)| {
+        let state = lock(&function).suspend();
+        state.map_err(|error| snapshot::Error::Unsaved {
+            device,
+            why: Chain(&*error).to_string(),
+        })
+    });
+    states.collect()
+}
+
+/// Lets all functions go on.
+pub fn resume(root: &SharedRoot) {
+    let functions = lock(root).functions();
+    for (_, _, function) in functions {
+        lock(&function).resume();
+    }
+}
+
+/// Has all functions note in `log` which pages they write; without one, no longer.
+///
+/// # Errors
+/// [`snapshot::Error::Unsaved`]
+pub fn track(root: &SharedRoot, log: Option<&Arc<DirtyLog>>) -> Result<(), snapshot::Error> {
+    let functions = lock(root).functions();
+    functions.into_iter().try_for_each(|(_, device, function)| {
+        let tracked = lock(&function).track(log);
+        tracked.map_err(|error| snapshot::Error::Unsaved {
+            device,
+            why: Chain(&*error).to_string(),
+        })
+    })
+}
+
+/// Has all functions take over the state of those of another process, and be suspended as they were.
+///
+/// # Errors
+/// [`snapshot::Error::Device`]
+pub fn restore(root: &SharedRoot, states: &[FunctionState]) -> Result<(), snapshot::Error> {
+    let functions = lock(root).functions();
+    if functions.len() != states.len() {
+        return Err(snapshot::Error::Damaged);
+    }
+    for ((at, device, function), state) in functions.into_iter().zip(states) {
+        let restored = lock(&function).restore(state);
+        restored.map_err(|error| snapshot::Error::Device {
+            device,
+            why: Chain(&*error).to_string(),
+        })?;
+        lock(root).update(at);
+    }
+    Ok(())
 }
 
 /// Does what a port's registers say about the function in its slot.
@@ -756,6 +836,16 @@ pub struct ConfigPorts {
 }
 
 impl ConfigPorts {
+    /// The address port.
+    pub fn address(&self) -> u32 {
+        self.address
+    }
+
+    /// Sets the address port.
+    pub fn set_address(&mut self, address: u32) {
+        self.address = address;
+    }
+
     /// Ports in front of `root`.
     pub fn new(root: SharedRoot) -> Self {
         Self { root, address: 0 }

@@ -21,6 +21,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::Arc;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::bits::*;
@@ -80,6 +81,17 @@ pub enum Error {
     /// No room for the capability.
     #[error("cannot add the MSI-X capability")]
     Config(#[from] config::Error),
+}
+
+/// Vectors and sources, for another process.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MsixState {
+    control: u16,
+    /// Address, data, and whether it is masked.
+    vectors: Vec<(u64, u32, bool)>,
+    /// Its vector, and whether it is pending.
+    sources: Vec<(Option<u16>, bool)>,
 }
 
 struct Vector {
@@ -147,6 +159,46 @@ impl Msix {
             });
         }
         Ok(msix)
+    }
+
+    /// What a driver and interrupts that wait have made of it.
+    pub fn save(&self) -> MsixState {
+        let entry = |v: &Vector| (v.message.address, v.message.data, v.masked());
+        let source = |s: &Source| (s.vector, s.attached.is_none() && is_signalled(&s.event));
+        MsixState {
+            control: self.control,
+            vectors: self.vectors.iter().map(entry).collect(),
+            sources: self.sources.iter().map(source).collect(),
+        }
+    }
+
+    /// Takes over what was saved elsewhere. Returns whether it has as many vectors and sources.
+    pub fn restore(&mut self, state: &MsixState) -> bool {
+        let count = self.vector_count();
+        let possible = state.vectors.len() == self.vectors.len()
+            && state.sources.len() == self.sources.len()
+            && (state.sources.iter()).all(|(vector, _)| vector.is_none_or(|v| v < count));
+        if !possible {
+            return false;
+        }
+        for (vector, (address, data, masked)) in (0..).zip(&state.vectors) {
+            // The two lowest address bits are zero (PCI Express 5.0, 7.7.2.6).
+            let message = MsiMessage {
+                address: address & !3,
+                data: *data,
+            };
+            self.program(vector, message, *masked);
+        }
+        for (source, (vector, signalled)) in state.sources.iter().enumerate() {
+            if let Some(event) = self.event(source).filter(|_| *signalled)
+                && let Err(error) = event.write(1)
+            {
+                tracing::debug!(%error, "an interrupt is pending already");
+            }
+            self.assign(source, *vector);
+        }
+        self.set_control(state.control);
+        true
     }
 
     /// Adds the capability with the table and the pending bits in `bar`. Returns its offset.

@@ -23,11 +23,13 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use super::bits::*;
 use super::config::{self, ConfigSpace, Identity};
 use super::msi::Msi;
 use super::msix;
-use super::{InterruptRouting, PciFunction};
+use super::{FunctionKind, FunctionState, InterruptRouting, PciFunction};
 use crate::layout::Range;
 
 /// How long a guest may think about a push of the button before it is pushed again.
@@ -355,7 +357,51 @@ impl RootPort {
     }
 }
 
+/// A root port's slot in another process.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct PortState {
+    /// Events that the guest has not cleared.
+    events: u16,
+    /// Slot control.
+    control: u16,
+}
+
 impl PciFunction for RootPort {
+    fn suspend(&mut self) -> Result<FunctionState, Box<dyn std::error::Error + Send + Sync>> {
+        if self.present {
+            return Err(
+                "there is a function of the host in its slot: remove it first (device-remove)"
+                    .into(),
+            );
+        }
+        let state = PortState {
+            events: self.config.u16(self.express + SLOT_STATUS) & SLOT_EVENTS,
+            control: self.config.u16(self.express + SLOT_CONTROL),
+        };
+        Ok(FunctionState {
+            config: self.config.registers().to_vec(),
+            kind: FunctionKind::Port(state),
+        })
+    }
+
+    fn restore(
+        &mut self,
+        state: &FunctionState,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let FunctionKind::Port(slot) = state.kind else {
+            return Err("it is no root port there".into());
+        };
+        if !self.config.restore(&state.config) {
+            return Err("it is another one there".into());
+        }
+        let control = slot.control.to_le_bytes();
+        self.config.write(self.express + SLOT_CONTROL, &control);
+        self.msi.update(&self.config);
+        self.show(slot.events & SLOT_EVENTS);
+        Ok(())
+    }
+
     fn config(&self) -> &ConfigSpace {
         &self.config
     }

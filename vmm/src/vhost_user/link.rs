@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -13,15 +13,22 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, poll};
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, recv};
-use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
+use nix::unistd::pipe2;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
+    VhostUserHeaderFlag, VhostUserInflight, VhostUserVringAddrFlags,
+};
 use vhost::vhost_user::{Error as ProtocolError, Frontend, VhostUserFrontend};
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
-use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
+use vhost::{VhostBackend, VhostUserDirtyLogRegion, VhostUserMemoryRegionInfo, VringConfigData};
 use vm_memory::{GuestMemoryBackend, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::exit::ExitHandle;
+use crate::snapshot::dirty::DirtyLog;
 
 /// Feature bit 30: there are protocol features (vhost-user, "Feature negotiation").
 pub(crate) const F_PROTOCOL_FEATURES: u64 = VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
@@ -36,6 +43,19 @@ pub(crate) const P_CONFIG: u64 = VhostUserProtocolFeatures::CONFIG.bits();
 
 /// Protocol feature: requests under way are noted in memory that outlives the back-end.
 pub(crate) const P_INFLIGHT: u64 = VhostUserProtocolFeatures::INFLIGHT_SHMFD.bits();
+
+/// Protocol feature: the back-end tells, and takes over, what it keeps besides the queues.
+pub(crate) const P_DEVICE_STATE: u64 = VhostUserProtocolFeatures::DEVICE_STATE.bits();
+
+/// Feature bit 26: which pages the back-end writes is noted (vhost-user, "Migration").
+pub(crate) const F_LOG_ALL: u64 = VhostUserVirtioFeatures::LOG_ALL.bits();
+/// Protocol feature: where it notes them is shared with it by a descriptor.
+pub(crate) const P_LOG: u64 = VhostUserProtocolFeatures::LOG_SHMFD.bits();
+
+/// Bytes of a back-end's state at most.
+const STATE_LIMIT: usize = 16 << 20;
+/// How long a back-end may take for the next bytes of it.
+const STATE_PATIENCE: u16 = 10_000;
 
 /// The number of SET_VRING_BASE, and the version in the flags of each message (vhost-user, "Header").
 const SET_VRING_BASE: u32 = 10;
@@ -82,6 +102,8 @@ pub struct Ring {
     pub available: u64,
     /// Address of the used ring, or of the device's event suppression structure.
     pub used: u64,
+    /// The same in the guest, for a ring whose writes are noted.
+    pub log: Option<u64>,
 }
 
 /// A queue's eventfds.
@@ -124,6 +146,10 @@ pub trait Link: Send {
     fn set_features(&mut self, features: u64) -> Result<(), LinkError>;
     /// SET_MEM_TABLE. The back-end has the memory when this returns.
     fn set_memory(&mut self, memory: &GuestMemoryMmap) -> Result<(), LinkError>;
+    /// SET_LOG_BASE, by descriptor.
+    fn set_log(&mut self, log: &DirtyLog) -> Result<(), LinkError>;
+    /// SET_VRING_ADDR of a ring that runs: what has changed of it is whether its writes are noted.
+    fn set_ring_log(&mut self, ring: &Ring) -> Result<(), LinkError>;
     /// GET_INFLIGHT_FD, for so many queues of that size.
     fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError>;
     /// SET_INFLIGHT_FD.
@@ -134,6 +160,10 @@ pub trait Link: Send {
     fn enable_ring(&mut self, index: usize, enable: bool) -> Result<(), LinkError>;
     /// GET_VRING_BASE, which stops the ring after what is under way. Returns where it is to go on.
     fn stop_ring(&mut self, index: usize) -> Result<u32, LinkError>;
+    /// SET_DEVICE_STATE_FD to save, CHECK_DEVICE_STATE. All rings are stopped.
+    fn save_state(&mut self) -> Result<Vec<u8>, LinkError>;
+    /// SET_DEVICE_STATE_FD to load, CHECK_DEVICE_STATE. No ring was started.
+    fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError>;
 }
 
 /// A back-end at the other end of a Unix socket.
@@ -154,6 +184,24 @@ impl SocketLink {
         })
     }
 
+    /// Two ends of a pipe: to read from, and to write to.
+    fn state_pipe(&self) -> Result<(OwnedFd, OwnedFd), LinkError> {
+        let ends = pipe2(OFlag::O_CLOEXEC).map_err(|error| broken(error.into()));
+        step("SET_DEVICE_STATE_FD", ends)
+    }
+
+    /// Hands the back-end its end; gives ours, or the one that the back-end prefers.
+    fn transfer(
+        &self,
+        direction: VhostTransferStateDirection,
+        theirs: OwnedFd,
+        ours: OwnedFd,
+    ) -> Result<File, LinkError> {
+        let phase = VhostTransferStatePhase::STOPPED;
+        let set = self.frontend.set_device_state_fd(direction, phase, theirs);
+        Ok(step("SET_DEVICE_STATE_FD", set)?.unwrap_or_else(|| ours.into()))
+    }
+
     /// SET_VRING_BASE, of which `vhost` knows the lower half.
     fn set_base(&self, index: usize, base: u32) -> vhost::Result<()> {
         if let Ok(base) = u16::try_from(base) {
@@ -165,7 +213,6 @@ impl SocketLink {
         } else {
             PROTOCOL_VERSION
         };
-        let broken = |error| vhost::Error::VhostUserProtocol(ProtocolError::SocketError(error));
         let message = bytes([SET_VRING_BASE, flags, 8, index, base]);
         (&self.socket).write_all(&message).map_err(broken)?;
         if !self.acknowledges {
@@ -179,6 +226,57 @@ impl SocketLink {
             Some(_) => Err(ProtocolError::BackendInternalError.into()),
             None => Err(ProtocolError::InvalidMessage.into()),
         }
+    }
+}
+
+fn addresses(ring: &Ring) -> VringConfigData {
+    let flags = ring.log.map(|_| VhostUserVringAddrFlags::VHOST_VRING_F_LOG);
+    VringConfigData {
+        queue_max_size: ring.size,
+        queue_size: ring.size,
+        flags: flags.map_or(0, |flags| flags.bits()),
+        desc_table_addr: ring.descriptors,
+        used_ring_addr: ring.used,
+        avail_ring_addr: ring.available,
+        log_addr: ring.log,
+    }
+}
+
+fn broken(error: io::Error) -> vhost::Error {
+    vhost::Error::VhostUserProtocol(ProtocolError::SocketError(error))
+}
+
+/// Reads up to the end, however slowly it comes, but no more and no longer than there can be.
+fn read_state(source: &mut File) -> io::Result<Vec<u8>> {
+    let mut state = Vec::new();
+    let mut part = [0; 4096];
+    loop {
+        await_state(source, PollFlags::POLLIN)?;
+        let count = source.read(&mut part)?;
+        if count == 0 {
+            return Ok(state);
+        }
+        state.extend_from_slice(part.get(..count).unwrap_or_default());
+        if state.len() > STATE_LIMIT {
+            return Err(io::Error::other("the state has no end"));
+        }
+    }
+}
+
+fn write_state(sink: &mut File, state: &[u8]) -> io::Result<()> {
+    // A pipe that can be written to has room for so many (pipe(7), PIPE_BUF).
+    for part in state.chunks(4096) {
+        await_state(sink, PollFlags::POLLOUT)?;
+        sink.write_all(part)?;
+    }
+    Ok(())
+}
+
+fn await_state(file: &File, what: PollFlags) -> io::Result<()> {
+    let mut fds = [PollFd::new(file.as_fd(), what)];
+    match poll(&mut fds, STATE_PATIENCE)? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
     }
 }
 
@@ -257,6 +355,20 @@ impl Link for SocketLink {
         Ok(())
     }
 
+    fn set_log(&mut self, log: &DirtyLog) -> Result<(), LinkError> {
+        let region = log.file().map(|file| VhostUserDirtyLogRegion {
+            mmap_size: log.size(),
+            mmap_offset: 0,
+            mmap_handle: file.as_raw_fd(),
+        });
+        step("SET_LOG_BASE", self.frontend.set_log_base(0, region))
+    }
+
+    fn set_ring_log(&mut self, ring: &Ring) -> Result<(), LinkError> {
+        let set = self.frontend.set_vring_addr(ring.index, &addresses(ring));
+        step("SET_VRING_ADDR", set)
+    }
+
     fn new_inflight(&mut self, queues: u16, size: u16) -> Result<Inflight, LinkError> {
         let wanted = VhostUserInflight::new(0, 0, queues, size);
         let (area, file) = step("GET_INFLIGHT_FD", self.frontend.get_inflight_fd(&wanted))?;
@@ -272,18 +384,9 @@ impl Link for SocketLink {
     fn start_ring(&mut self, ring: &Ring, events: &RingEvents<'_>) -> Result<(), LinkError> {
         let f = &self.frontend;
         let index = ring.index;
-        let addresses = VringConfigData {
-            queue_max_size: ring.size,
-            queue_size: ring.size,
-            flags: 0,
-            desc_table_addr: ring.descriptors,
-            used_ring_addr: ring.used,
-            avail_ring_addr: ring.available,
-            log_addr: None,
-        };
         step("SET_VRING_NUM", f.set_vring_num(index, ring.size))?;
         step("SET_VRING_BASE", self.set_base(index, ring.base))?;
-        step("SET_VRING_ADDR", f.set_vring_addr(index, &addresses))?;
+        step("SET_VRING_ADDR", f.set_vring_addr(index, &addresses(ring)))?;
         step("SET_VRING_CALL", f.set_vring_call(index, events.call))?;
         step("SET_VRING_ERR", f.set_vring_err(index, events.error))?;
         step("SET_VRING_KICK", f.set_vring_kick(index, events.kick))
@@ -298,6 +401,25 @@ impl Link for SocketLink {
 
     fn stop_ring(&mut self, index: usize) -> Result<u32, LinkError> {
         step("GET_VRING_BASE", self.frontend.get_vring_base(index))
+    }
+
+    fn save_state(&mut self) -> Result<Vec<u8>, LinkError> {
+        let (ours, theirs) = self.state_pipe()?;
+        let mut source = self.transfer(VhostTransferStateDirection::SAVE, theirs, ours)?;
+        let read = read_state(&mut source).map_err(broken);
+        let state = step("SET_DEVICE_STATE_FD", read)?;
+        step("CHECK_DEVICE_STATE", self.frontend.check_device_state())?;
+        Ok(state)
+    }
+
+    fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
+        let (theirs, ours) = self.state_pipe()?;
+        let mut sink = self.transfer(VhostTransferStateDirection::LOAD, theirs, ours)?;
+        let written = write_state(&mut sink, state).map_err(broken);
+        // Its end says that this is all.
+        drop(sink);
+        step("SET_DEVICE_STATE_FD", written)?;
+        step("CHECK_DEVICE_STATE", self.frontend.check_device_state())
     }
 }
 

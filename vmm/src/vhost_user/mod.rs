@@ -50,7 +50,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::channel::Channel;
 use self::link::{
-    Guard, Inflight, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed,
+    F_LOG_ALL, Guard, Inflight, Link, LinkError, Ring, RingEvents, SocketLink, connect, is_closed,
 };
 use self::offer::{ConfigSource, Offer};
 use crate::config::{DeviceConfig, DeviceType};
@@ -58,8 +58,9 @@ use crate::event_loop::{HandlerId, LoopHandle, Next};
 use crate::exit::ExitHandle;
 use crate::memory_hotplug::MemoryListener;
 use crate::pci::msix::new_event;
+use crate::snapshot::dirty::DirtyLog;
 use crate::virtio::bits::F_RING_PACKED;
-use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, VirtioDevice};
+use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, Suspended, VirtioDevice};
 
 /// How long a back-end may take for a request.
 const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
@@ -155,6 +156,38 @@ enum StartError {
     },
 }
 
+/// Why a device cannot be moved.
+#[derive(Debug, thiserror::Error)]
+enum MoveError {
+    /// Where the queues are is not known.
+    #[error("its back-end at {socket} is gone, or does not stop: wait until there is one again")]
+    Gone { socket: PathBuf },
+    /// The back-end refused something.
+    #[error("the back-end at {socket} refuses to {action} its state, or what it writes")]
+    Refused {
+        socket: PathBuf,
+        action: &'static str,
+        #[source]
+        source: LinkError,
+    },
+    /// Nothing could be said to the back-end.
+    #[error("no conversation with the back-end at {socket} about its state: {why}")]
+    Silent { socket: PathBuf, why: String },
+    /// There it was able to.
+    #[error(
+        "the back-end at {socket} cannot take over the state of the one before (DEVICE_STATE): use one of the same kind and version"
+    )]
+    Stateless { socket: PathBuf },
+    /// What it writes would be lost.
+    #[error(
+        "the back-end at {socket} cannot tell which pages it writes (VHOST_F_LOG_ALL), so the guest cannot move while it runs: take a snapshot"
+    )]
+    Blind { socket: PathBuf },
+    /// Queues that ran must have a place to go on.
+    #[error("queue {index} ran, but nothing says where it goes on")]
+    Base { index: u16 },
+}
+
 /// Why a device cannot have more memory.
 #[derive(Debug, thiserror::Error)]
 enum GrowError {
@@ -247,6 +280,12 @@ struct Running {
     error_handler: Option<HandlerId>,
     /// What is under way, as the back-ends note it.
     inflight: Option<Inflight>,
+    /// Each queue's base is where it was stopped, so it need not be found out.
+    stopped: bool,
+    /// What the back-end before kept, which the next one takes over.
+    kept: Option<Vec<u8>>,
+    /// No back-end is to have them now.
+    suspended: bool,
     /// A back-end has had them: what it did with them is not known if it goes.
     handed_over: bool,
     /// The connection whose back-end has them now.
@@ -269,6 +308,8 @@ struct State {
     running: Option<Running>,
     /// Where the queues that were stopped last are to go on, by index.
     bases: Vec<(usize, u32)>,
+    /// Where back-ends note which pages they write.
+    log: Option<Arc<DirtyLog>>,
     /// Counts connections, so that news of an old one is told from news of this one.
     epoch: u64,
     /// Since when there is this connection.
@@ -543,7 +584,8 @@ impl Shared {
         if !same_config {
             self.notifier.config_changed();
         }
-        let goes_on = state.running.as_ref().is_some_and(|r| self.goes_on(r));
+        let goes_on = |running: &Running| self.goes_on(running) && !running.suspended;
+        let goes_on = state.running.as_ref().is_some_and(goes_on);
         if goes_on && let Err(error) = self.start(&mut state) {
             tracing::error!(
                 error = &error as &dyn std::error::Error,
@@ -554,19 +596,58 @@ impl Shared {
         Attempt::Done
     }
 
+    /// Queues that are about to be handed to a back-end.
+    fn run(
+        self: &Arc<Self>,
+        features: u64,
+        queues: Vec<(ActiveQueue, Ring)>,
+    ) -> io::Result<Running> {
+        let error = new_event()?;
+        let weak = Arc::downgrade(self);
+        // Once is enough, so the eventfd need not be read: a back-end could make that block.
+        let handler = move || {
+            if let Some(shared) = weak.upgrade() {
+                if shared.notifier.may_complain() {
+                    tracing::error!("{shared}: the back-end has stopped a queue");
+                }
+                shared.notifier.needs_reset();
+            }
+            Next::Remove
+        };
+        let error_handler = Some(self.events.add(error.as_raw_fd(), Box::new(handler))?);
+        Ok(Running {
+            features,
+            queues,
+            error,
+            error_handler,
+            inflight: None,
+            stopped: false,
+            kept: None,
+            suspended: false,
+            handed_over: false,
+            on: None,
+        })
+    }
+
     /// Hands the queues in `state.running` to the back-end. A back-end that goes meanwhile is no
     /// error: it is waited for.
     fn start(self: &Arc<Self>, state: &mut State) -> Result<(), StartError> {
         let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
             return Ok(());
         };
-        if !running.is_packed() {
+        let stopped = std::mem::take(&mut running.stopped);
+        if !running.is_packed() && !stopped {
             for (active, ring) in &mut running.queues {
                 // Zero for a queue that nobody has served yet.
                 ring.base = used_index(&state.memory, &active.queue).into();
             }
         }
-        let features = self.offer.backend_choice(running.features);
+        let log = state.log.clone();
+        for (active, ring) in &mut running.queues {
+            ring.log = log.as_ref().map(|_| active.queue.used);
+        }
+        let noted = if log.is_some() { F_LOG_ALL } else { 0 };
+        let features = self.offer.backend_choice(running.features | noted);
         let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
         let talk = |link: &mut dyn Link| {
             link.set_features(features)?;
@@ -578,6 +659,12 @@ impl Shared {
                 link.set_inflight(running.inflight.insert(inflight))?;
             }
             link.set_memory(&state.memory)?;
+            if let Some(log) = &log {
+                link.set_log(log)?;
+            }
+            if let Some(kept) = running.kept.take() {
+                link.load_state(&kept)?;
+            }
             for (active, ring) in &running.queues {
                 let events = RingEvents {
                     kick: &active.kick,
@@ -658,12 +745,20 @@ impl Shared {
         if let Some(handler) = running.error_handler {
             self.events.remove(handler);
         }
-        if running.on != Some(state.epoch) {
-            return;
+        if !running.suspended
+            && let Some(bases) = self.halt(state, &running)
+        {
+            state.bases = bases;
         }
-        let Some(connection) = &mut state.connection else {
-            return;
-        };
+    }
+
+    /// Gets the queues back from the back-end that has them, after what is under way. Returns where each is to go on, if the
+    /// back-end says so.
+    fn halt(self: &Arc<Self>, state: &mut State, running: &Running) -> Option<Vec<(usize, u32)>> {
+        if running.on != Some(state.epoch) {
+            return None;
+        }
+        let connection = state.connection.as_mut()?;
         let enables = self.offer.enables_rings;
         let talk = |link: &mut dyn Link| {
             let mut bases = Vec::with_capacity(running.queues.len());
@@ -678,10 +773,115 @@ impl Shared {
         match connection.simple(STOP_LIMIT, &self.exit, talk) {
             Ok(bases) => {
                 tracing::debug!("{self}: stopped");
-                state.bases = bases;
+                Some(bases)
             }
             // One that does not stop must not keep the guest's memory: the connection ends.
-            Err(error) => self.lose(state, &error.to_string()),
+            Err(error) => {
+                self.lose(state, &error.to_string());
+                None
+            }
+        }
+    }
+
+    /// Stops the queues for a while, and asks the back-end for what it keeps.
+    fn suspend(self: &Arc<Self>, state: &mut State) -> Result<Suspended, MoveError> {
+        let socket = || self.wanted.socket.clone();
+        let mut suspended = Suspended {
+            config: state.config.clone(),
+            ..Suspended::default()
+        };
+        let Some(mut running) = state.running.take() else {
+            return Ok(suspended);
+        };
+        let halted = self.halt(state, &running);
+        if let Some(bases) = &halted {
+            for ((_, ring), (_, base)) in running.queues.iter_mut().zip(bases) {
+                ring.base = *base;
+            }
+            (running.stopped, running.suspended) = (true, true);
+        }
+        state.running = Some(running);
+        suspended.bases = halted.ok_or_else(|| MoveError::Gone { socket: socket() })?;
+        if let Some(connection) = state.connection.as_mut().filter(|_| self.offer.has_state()) {
+            let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| link.save_state());
+            suspended.back_end = Some(self.moved(state, "tell", told)?);
+        }
+        Ok(suspended)
+    }
+
+    /// Has the back-end note which pages it writes, or no longer.
+    fn track(
+        self: &Arc<Self>,
+        state: &mut State,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> Result<(), MoveError> {
+        if log.is_some() && !self.offer.logs() {
+            let socket = self.wanted.socket.clone();
+            return Err(MoveError::Blind { socket });
+        }
+        state.log = log.cloned();
+        let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
+            return Ok(());
+        };
+        for (active, ring) in &mut running.queues {
+            ring.log = log.map(|_| active.queue.used);
+        }
+        if running.suspended || running.on != Some(state.epoch) {
+            // The next start says so.
+            return Ok(());
+        }
+        let noted = if log.is_some() { F_LOG_ALL } else { 0 };
+        let features = self.offer.backend_choice(running.features | noted);
+        let rings = &running.queues;
+        let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| {
+            if let Some(log) = log {
+                link.set_log(log)?;
+            }
+            link.set_features(features)?;
+            rings
+                .iter()
+                .try_for_each(|(_, ring)| link.set_ring_log(ring))
+        });
+        self.moved(state, "note", told)
+    }
+
+    /// What came of a conversation about the back-end's state.
+    fn moved<T>(
+        self: &Arc<Self>,
+        state: &mut State,
+        action: &'static str,
+        result: Result<T, CallError>,
+    ) -> Result<T, MoveError> {
+        let socket = || self.wanted.socket.clone();
+        result.map_err(|error| match error {
+            CallError::Refused(source) => MoveError::Refused {
+                socket: socket(),
+                action,
+                source,
+            },
+            error => {
+                let why = error.to_string();
+                self.lose(state, &why);
+                MoveError::Silent {
+                    socket: socket(),
+                    why,
+                }
+            }
+        })
+    }
+
+    /// Goes on after [`Shared::suspend`].
+    fn resume(self: &Arc<Self>, state: &mut State) {
+        match &mut state.running {
+            Some(running) if running.suspended => running.suspended = false,
+            _ => return,
+        }
+        if let Err(error) = self.start(state) {
+            tracing::error!(
+                error = &error as &dyn std::error::Error,
+                "{self}: the device cannot go on"
+            );
+            self.notifier.needs_reset();
         }
     }
 
@@ -838,6 +1038,7 @@ fn ring(
         descriptors,
         available,
         used,
+        log: None,
     })
 }
 
@@ -913,29 +1114,69 @@ impl VirtioDevice for VhostUserDevice {
             let ring = ring(&state.memory, &active.queue, packed, base)?;
             queues.push((active, ring));
         }
-        let error = new_event()?;
-        let weak = Arc::downgrade(shared);
-        // Once is enough, so the eventfd need not be read: a back-end could make that block.
-        let handler = move || {
-            if let Some(shared) = weak.upgrade() {
-                if shared.notifier.may_complain() {
-                    tracing::error!("{shared}: the back-end has stopped a queue");
-                }
-                shared.notifier.needs_reset();
-            }
-            Next::Remove
-        };
-        let error_handler = Some(shared.events.add(error.as_raw_fd(), Box::new(handler))?);
-        state.running = Some(Running {
-            features: activation.features,
-            queues,
-            error,
-            error_handler,
-            inflight: None,
-            handed_over: false,
-            on: None,
-        });
+        state.running = Some(shared.run(activation.features, queues)?);
         Ok(shared.start(&mut state)?)
+    }
+
+    fn suspend(&mut self) -> Result<Suspended, Box<dyn std::error::Error + Send + Sync>> {
+        let mut state = self.shared.state();
+        Ok(self.shared.suspend(&mut state)?)
+    }
+
+    fn resume(&mut self) {
+        let mut state = self.shared.state();
+        self.shared.resume(&mut state);
+    }
+
+    fn restore(
+        &mut self,
+        activation: Option<Activation>,
+        suspended: &Suspended,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let shared = &self.shared;
+        let mut state = shared.state();
+        let fixed = matches!(shared.offer.config, ConfigSource::Fixed(_));
+        if fixed && state.config.len() == suspended.config.len() {
+            // Nobody else has it: a card's address, say.
+            state.config.clone_from(&suspended.config);
+        } else if state.config != suspended.config {
+            // Another size of the disk, say.
+            shared.notifier.config_changed();
+        }
+        let Some(activation) = activation else {
+            return Ok(());
+        };
+        if suspended.back_end.is_some() && !shared.offer.has_state() {
+            let socket = shared.wanted.socket.clone();
+            return Err(MoveError::Stateless { socket }.into());
+        }
+        let packed = activation.features & F_RING_PACKED != 0;
+        let mut queues = Vec::with_capacity(activation.queues.len());
+        for active in activation.queues {
+            let index = active.queue.index;
+            let base = (suspended.bases.iter())
+                .find(|(queue, _)| *queue == usize::from(index))
+                .ok_or(MoveError::Base { index })?;
+            let ring = ring(&state.memory, &active.queue, packed, base.1)?;
+            queues.push((active, ring));
+        }
+        state.running = Some(Running {
+            stopped: true,
+            suspended: true,
+            // The guest has used them: it is to look at them, and the back-end, too.
+            handed_over: true,
+            kept: suspended.back_end.clone(),
+            ..shared.run(activation.features, queues)?
+        });
+        Ok(())
+    }
+
+    fn track(
+        &mut self,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let mut state = self.shared.state();
+        Ok(self.shared.track(&mut state, log)?)
     }
 
     fn reset(&mut self) {

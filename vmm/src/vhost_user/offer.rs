@@ -16,14 +16,15 @@
 use std::hash::{BuildHasher, Hasher, RandomState};
 
 use super::link::{
-    F_PROTOCOL_FEATURES, Link, LinkError, MAX_RINGS, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ,
-    P_REPLY_ACK,
+    F_LOG_ALL, F_PROTOCOL_FEATURES, Link, LinkError, MAX_RINGS, P_BACKEND_REQ, P_CONFIG,
+    P_DEVICE_STATE, P_INFLIGHT, P_LOG, P_MQ, P_REPLY_ACK,
 };
 use crate::config::{DeviceConfig, DeviceType, Mac};
 use crate::virtio::bits::*;
 
 /// The protocol features that we make use of.
-const PROTOCOL_WANTED: u64 = P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG | P_INFLIGHT;
+const PROTOCOL_WANTED: u64 =
+    P_MQ | P_REPLY_ACK | P_BACKEND_REQ | P_CONFIG | P_INFLIGHT | P_DEVICE_STATE | P_LOG;
 /// Transport features that both the VMM and its back-ends can have. The others need an IOMMU, or
 /// a doorbell that carries data.
 const TRANSPORT: u64 = F_INDIRECT_DESC | F_EVENT_IDX | F_VERSION_1 | F_RING_PACKED | F_IN_ORDER;
@@ -191,7 +192,8 @@ impl Offer {
         };
         same_shape
             && self.features & !other.features == 0
-            && self.protocol & !other.protocol == 0
+            // What is for moving the guest is asked for only where it is there.
+            && self.protocol & !(P_DEVICE_STATE | P_LOG) & !other.protocol == 0
             && self.queue_sizes.len() == other.queue_sizes.len()
             && self.enables_rings == other.enables_rings
     }
@@ -202,6 +204,11 @@ impl Offer {
         (features | F_PROTOCOL_FEATURES) & self.backend_features
     }
 
+    /// Whether the back-end can note which pages it writes.
+    pub(crate) fn logs(&self) -> bool {
+        self.has(P_LOG) && self.backend_features & F_LOG_ALL != 0
+    }
+
     /// Whether the back-end tells us when its configuration changes.
     pub(crate) fn announces_changes(&self) -> bool {
         self.has(P_BACKEND_REQ)
@@ -210,6 +217,11 @@ impl Offer {
     /// Whether the device can go on with another back-end after one had its queues.
     pub(crate) fn resumes(&self, packed: bool) -> bool {
         self.device_type == DeviceType::NET && !packed || self.tracks_inflight()
+    }
+
+    /// Whether the back-end tells what it keeps besides the queues.
+    pub(crate) fn has_state(&self) -> bool {
+        self.has(P_DEVICE_STATE)
     }
 
     /// Whether the back-end notes what is under way where the next one finds it.

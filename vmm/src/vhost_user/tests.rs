@@ -15,7 +15,10 @@ use vhost::vhost_user::message::VhostUserInflight;
 use vm_memory::{FileOffset, GuestRegionMmap, MmapRegion};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::link::{F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_INFLIGHT, P_MQ, P_REPLY_ACK};
+use super::link::{
+    F_PROTOCOL_FEATURES, P_BACKEND_REQ, P_CONFIG, P_DEVICE_STATE, P_INFLIGHT, P_LOG, P_MQ,
+    P_REPLY_ACK,
+};
 use super::*;
 use crate::config::Mac;
 use crate::event_loop::EventLoop;
@@ -182,6 +185,21 @@ impl Link for FakeLink {
         self.told("GET_VRING_BASE", format!("stop {index}"))?;
         Ok(0x1234_8765)
     }
+    fn set_log(&mut self, log: &DirtyLog) -> Result<(), LinkError> {
+        self.told("SET_LOG_BASE", format!("log of {} bytes", log.size()))
+    }
+    fn set_ring_log(&mut self, ring: &Ring) -> Result<(), LinkError> {
+        let text = format!("addresses of {}, log {:x?}", ring.index, ring.log);
+        self.told("SET_VRING_ADDR", text)
+    }
+    fn save_state(&mut self) -> Result<Vec<u8>, LinkError> {
+        self.told("SET_DEVICE_STATE_FD", "save".into())?;
+        Ok(b"kept".to_vec())
+    }
+    fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
+        let text = String::from_utf8_lossy(state);
+        self.told("SET_DEVICE_STATE_FD", format!("load {text}"))
+    }
 }
 
 impl Dial for FakeLink {
@@ -299,6 +317,116 @@ fn a_device_starts_and_stops_in_order() {
     link.log();
     drop(device);
     assert_eq!(link.log(), ["stop 1", "enable 1 false"]);
+}
+
+#[test]
+fn a_suspended_device_goes_on_here_or_elsewhere() {
+    let link = blk();
+    link.0.lock().unwrap().protocol |= P_DEVICE_STATE;
+    let mut here = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    assert_eq!(
+        here.suspend().unwrap().bases,
+        [],
+        "the guest has not started it"
+    );
+    let features = F_VERSION_1 | BLK_FLUSH;
+    here.activate(activation(features, &[0, 2])).unwrap();
+    link.log();
+    let suspended = here.suspend().unwrap();
+    assert_eq!(suspended.bases, [(0, 0x1234_8765), (2, 0x1234_8765)]);
+    assert_eq!(suspended.back_end.as_deref(), Some(&b"kept"[..]));
+    let stopped = [
+        "stop 0",
+        "enable 0 false",
+        "stop 2",
+        "enable 2 false",
+        "save",
+    ];
+    assert_eq!(link.log(), stopped);
+    let choice = features | F_PROTOCOL_FEATURES;
+    let started = |state: &[&str]| {
+        let first = [format!("features {choice:#x}"), "memory 1".into()];
+        let state = state.iter().map(|text| (*text).to_owned());
+        let rings = [
+            "start 0 size 64 base 0x12348765",
+            "start 2 size 64 base 0x12348765",
+            "enable 0 true",
+            "enable 2 true",
+        ];
+        let all = first.into_iter().chain(state);
+        all.chain(rings.map(str::to_owned)).collect::<Vec<_>>()
+    };
+    here.resume();
+    assert_eq!(link.log(), started(&[]));
+    here.resume();
+    assert!(link.log().is_empty(), "it runs");
+
+    let mut there = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    link.log();
+    let again = || Some(activation(features, &[0, 2]));
+    there.restore(again(), &suspended).unwrap();
+    assert!(link.log().is_empty(), "the guest is not here yet");
+    there.resume();
+    assert_eq!(link.log(), started(&["load kept"]));
+
+    // A state that nobody can take over, and queues that ran from nowhere.
+    let mut plain = device(&blk(), wanted(DeviceType::BLOCK)).unwrap();
+    let error = plain.restore(again(), &suspended).unwrap_err().to_string();
+    assert!(error.contains("cannot take over the state"), "{error}");
+    let nowhere = Suspended::default();
+    let error = there.restore(again(), &nowhere).unwrap_err().to_string();
+    assert!(error.contains("nothing says where it goes on"), "{error}");
+    there.restore(None, &nowhere).unwrap();
+}
+
+#[test]
+fn what_a_back_end_writes_is_noted_if_it_can() {
+    let log = Arc::new(DirtyLog::new(&memory()).unwrap());
+    let link = blk();
+    let mut blind = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    let error = blind.track(Some(&log)).unwrap_err().to_string();
+    assert!(
+        error.contains("cannot tell which pages it writes"),
+        "{error}"
+    );
+
+    let state = || {
+        let link = blk();
+        let mut back_end = link.0.lock().unwrap();
+        back_end.protocol |= P_LOG;
+        back_end.features |= F_LOG_ALL;
+        drop(back_end);
+        link
+    };
+    let link = state();
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    assert_eq!(
+        device.features() & F_LOG_ALL,
+        0,
+        "it is no feature of the guest's"
+    );
+    let features = F_VERSION_1 | BLK_FLUSH;
+    device.activate(activation(features, &[0])).unwrap();
+    link.log();
+    let choice = features | F_PROTOCOL_FEATURES;
+    device.track(Some(&log)).unwrap();
+    let noted = link.log();
+    assert_eq!(noted[0], format!("log of {} bytes", log.size()));
+    assert_eq!(noted[1], format!("features {:#x}", choice | F_LOG_ALL));
+    assert!(
+        noted[2].starts_with("addresses of 0, log Some("),
+        "{noted:?}"
+    );
+    // A driver that starts it anew does not get out of it.
+    device.reset();
+    device.activate(activation(features, &[0])).unwrap();
+    assert!(link.log().contains(&noted[0]));
+    device.track(None).unwrap();
+    let plain = [
+        format!("features {choice:#x}"),
+        "addresses of 0, log None".into(),
+    ];
+    assert_eq!(link.log(), plain);
 }
 
 #[test]

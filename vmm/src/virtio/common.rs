@@ -1,6 +1,8 @@
 //! The common configuration structure (VIRTIO 1.3, 4.1.4.3) without the PCI around it: what the
 //! driver wrote, whether that is allowed, and what is to happen because of it.
 
+use serde::{Deserialize, Serialize};
+
 use super::Queue;
 use super::bits::*;
 
@@ -38,7 +40,7 @@ pub struct External {
     pub queue_vector: u16,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 struct QueueState {
     queue: Queue,
     enabled: bool,
@@ -46,8 +48,8 @@ struct QueueState {
 }
 
 /// What the driver changes and a reset forgets.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-struct Negotiation {
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+pub struct Negotiation {
     device_feature_select: u32,
     driver_feature_select: u32,
     driver_features: u64,
@@ -118,6 +120,36 @@ impl CommonConfig {
     pub fn queues(&self) -> impl Iterator<Item = Queue> + '_ {
         let enabled = self.state.queues.iter().filter(|q| q.enabled);
         enabled.map(|q| q.queue)
+    }
+
+    /// What the driver wrote.
+    pub fn negotiation(&self) -> &Negotiation {
+        &self.state
+    }
+
+    /// Takes over what a driver wrote elsewhere. Returns whether it could have written that here.
+    pub fn restore(&mut self, state: &Negotiation) -> bool {
+        let agreed = state.status & STATUS_FEATURES_OK != 0;
+        let packed = state.driver_features & F_RING_PACKED != 0;
+        let possible = |(index, (ours, theirs)): (usize, (&u16, &QueueState))| {
+            let size = theirs.queue.size;
+            usize::from(theirs.queue.index) == index
+                && theirs.limit == *ours
+                && (1..=*ours).contains(&size)
+                && (size.is_power_of_two() || packed)
+        };
+        let queues = state.queues.len() == self.limits.len()
+            && (self.limits.iter().zip(&state.queues).enumerate()).all(possible);
+        let features = !agreed
+            || state.driver_features & !self.offered == 0
+                && state.driver_features & F_VERSION_1 != 0;
+        let status = state.status & STATUS_NEEDS_RESET == 0
+            && (agreed || state.status & STATUS_DRIVER_OK == 0);
+        let all = queues && features && status;
+        if all {
+            self.state = state.clone();
+        }
+        all
     }
 
     /// The queue that the per-queue registers show.

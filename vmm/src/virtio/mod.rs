@@ -21,16 +21,18 @@ pub mod pci;
 
 use std::error::Error;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
+use serde::{Deserialize, Serialize};
 use vmm_sys_util::eventfd::EventFd;
 
 pub use pci::VirtioPci;
 
 use crate::complaints::Complaints;
+use crate::snapshot::dirty::DirtyLog;
 
 /// A queue as the driver set it up. Addresses are guest-physical and not checked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
 pub struct Queue {
     /// Index among the device's queues.
     pub index: u16,
@@ -64,6 +66,18 @@ pub struct Activation {
     pub again: bool,
 }
 
+/// A device that was suspended.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Suspended {
+    /// Where the queues go on that ran, by index, as SET_VRING_BASE has it.
+    pub bases: Vec<(usize, u32)>,
+    /// The device configuration that the guest could read.
+    pub config: Vec<u8>,
+    /// What the back-end keeps, if it can tell.
+    pub back_end: Option<Vec<u8>>,
+}
+
 /// A virtio device behind a transport.
 pub trait VirtioDevice: Send {
     /// The device ID (VIRTIO 1.3, 5).
@@ -73,7 +87,7 @@ pub trait VirtioDevice: Send {
     /// The size limit of each queue.
     fn queue_sizes(&self) -> Vec<u16>;
     /// How the device tells the driver about changes, and that it cannot go on.
-    fn notifier(&self) -> std::sync::Arc<Notifier>;
+    fn notifier(&self) -> Arc<Notifier>;
     /// Reads device configuration; bytes that do not exist read as zero.
     fn read_config(&mut self, offset: u64, data: &mut [u8]);
     /// Writes device configuration.
@@ -82,6 +96,31 @@ pub trait VirtioDevice: Send {
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn Error + Send + Sync>>;
     /// Stops the queues. When it returns, guest memory is no longer touched.
     fn reset(&mut self);
+
+    /// Stops the queues for a while, and tells what is needed to go on elsewhere. When it returns, guest memory is no longer
+    /// touched.
+    fn suspend(&mut self) -> Result<Suspended, Box<dyn Error + Send + Sync>> {
+        Err("a device of this kind cannot be moved".into())
+    }
+
+    /// Goes on after [`VirtioDevice::suspend`], whether or not that was possible.
+    fn resume(&mut self) {}
+
+    /// From now on notes in `log` which pages it writes; without one, no longer.
+    fn track(&mut self, log: Option<&Arc<DirtyLog>>) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let _ = log;
+        Err("a device of this kind cannot be moved".into())
+    }
+
+    /// Takes over the state of a device elsewhere, and is suspended as that one; without an activation that one did not run.
+    fn restore(
+        &mut self,
+        activation: Option<Activation>,
+        state: &Suspended,
+    ) -> Result<(), Box<dyn Error + Send + Sync>> {
+        let _ = (activation, state);
+        Err("a device of this kind cannot be moved".into())
+    }
 }
 
 /// What a device tells its driver outside of queues. Shared by the transport, which shows it in
@@ -127,6 +166,19 @@ impl Notifier {
         self.status.store(0, Ordering::SeqCst);
         self.isr.store(0, Ordering::SeqCst);
         *self.event.lock().unwrap_or_else(PoisonError::into_inner) = event;
+    }
+
+    /// What the guest was told, for another process: the configuration's generation, status bits, and interrupt status.
+    fn told(&self) -> [u8; 3] {
+        [&self.generation, &self.status, &self.isr].map(|field| field.load(Ordering::SeqCst))
+    }
+
+    /// Sets what the guest was told.
+    fn tell_again(&self, [generation, status, isr]: [u8; 3]) {
+        self.generation.store(generation, Ordering::SeqCst);
+        let status = status & bits::STATUS_NEEDS_RESET;
+        self.status.store(status, Ordering::SeqCst);
+        self.isr.store(isr & bits::ISR_CONFIG, Ordering::SeqCst);
     }
 
     /// The configuration's generation.

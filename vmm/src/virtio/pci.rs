@@ -13,6 +13,7 @@
 //! A doorbell is an ioeventfd: the guest's write ends in the kernel, which signals the eventfd
 //! that the device got with the queue. Interrupts are irqfds, see [`crate::pci::msix`].
 
+use std::error::Error as StdError;
 use std::io;
 use std::sync::Arc;
 
@@ -25,7 +26,8 @@ use super::{Activation, ActiveQueue, Notifier, VirtioDevice};
 use crate::pci::bits::{CAP_VENDOR, COMMAND, COMMAND_BUS_MASTER, CONFIG_SIZE};
 use crate::pci::config::{self, BarKind, ConfigSpace, Identity};
 use crate::pci::msix::{self, Msix, new_event};
-use crate::pci::{InterruptRouting, PciFunction};
+use crate::pci::{FunctionKind, FunctionState, InterruptRouting, PciFunction, VirtioState};
+use crate::snapshot::dirty::DirtyLog;
 
 const BAR: usize = 0;
 const BAR_SIZE: u64 = 0x1_0000;
@@ -100,6 +102,17 @@ impl VirtioPci {
         routing: Arc<dyn InterruptRouting>,
         doorbells: Arc<dyn Doorbells>,
     ) -> Result<Self, Error> {
+        let features = device.features();
+        Self::offering(features, device, routing, doorbells)
+    }
+
+    /// The same with some of the device's features alone: those that the guest was offered elsewhere.
+    pub fn offering(
+        features: u64,
+        device: Box<dyn VirtioDevice>,
+        routing: Arc<dyn InterruptRouting>,
+        doorbells: Arc<dyn Doorbells>,
+    ) -> Result<Self, Error> {
         let sizes = device.queue_sizes();
         let queues = sizes.len();
         if queues > MAX_QUEUES {
@@ -148,7 +161,7 @@ impl VirtioPci {
         let access_capability = config.add_capability(CAP_VENDOR, &body, &writable)?;
 
         let pci = Self {
-            common: CommonConfig::new(device.features(), sizes),
+            common: CommonConfig::new(features, sizes),
             notifier: device.notifier(),
             device,
             doorbells,
@@ -251,11 +264,15 @@ impl VirtioPci {
     /// new kernel has other plans for the memory behind the queues. The driver may set DRIVER_OK
     /// again.
     fn stop(&mut self) {
-        if self.common.status() & STATUS_DRIVER_OK != 0 {
+        if self.is_running() {
             tracing::debug!("a virtio device is no bus master any more");
             self.device.reset();
             self.common.stop();
         }
+    }
+
+    fn is_running(&self) -> bool {
+        self.common.status() & STATUS_DRIVER_OK != 0
     }
 
     /// What the access capability points at, if that is allowed (4.1.4.9.1): an aligned register
@@ -356,6 +373,50 @@ impl PciFunction for VirtioPci {
         }
     }
 
+    fn suspend(&mut self) -> Result<FunctionState, Box<dyn StdError + Send + Sync>> {
+        // First: its last interrupts are part of the state.
+        let device = self.device.suspend()?;
+        Ok(FunctionState {
+            config: self.config.registers().to_vec(),
+            kind: FunctionKind::Virtio(VirtioState {
+                negotiation: self.common.negotiation().clone(),
+                told: self.notifier.told(),
+                msix: self.msix.save(),
+                device,
+            }),
+        })
+    }
+
+    fn resume(&mut self) {
+        self.device.resume();
+    }
+
+    fn track(
+        &mut self,
+        log: Option<&Arc<DirtyLog>>,
+    ) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        self.device.track(log)
+    }
+
+    fn restore(&mut self, state: &FunctionState) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        let FunctionKind::Virtio(virtio) = &state.kind else {
+            return Err("it is no virtio device there".into());
+        };
+        if !self.config.restore(&state.config) {
+            return Err("it is of another type there".into());
+        }
+        if !self.common.restore(&virtio.negotiation) {
+            return Err("it has other features or queues there".into());
+        }
+        if !self.msix.restore(&virtio.msix) {
+            return Err("it has other interrupts there".into());
+        }
+        self.connect_notifier();
+        self.notifier.tell_again(virtio.told);
+        let activation = self.is_running().then(|| self.activation()).transpose()?;
+        self.device.restore(activation, &virtio.device)
+    }
+
     fn bar_moved(&mut self, _: usize, from: Option<u64>, to: Option<u64>) {
         let addresses = |bar: u64| (bar + DOORBELLS..).step_by(4);
         if let Some(bar) = from {
@@ -421,7 +482,6 @@ mod tests {
     use crate::pci::msix::tests::FakeKvm;
     use proptest::prelude::*;
     use std::collections::BTreeMap;
-    use std::error::Error as StdError;
     use std::sync::Mutex;
 
     #[derive(Default)]

@@ -10,7 +10,7 @@ use ringside_control::ctl;
 use super::guest::*;
 use super::testing::has_kvm;
 
-fn ask(socket: &Path, arguments: &[&str]) -> Output {
+pub(crate) fn ask(socket: &Path, arguments: &[&str]) -> Output {
     let words = ["ringside-ctl", "--socket"].map(OsString::from);
     let words = words.into_iter().chain([socket.into()]);
     let words = words.chain(arguments.iter().map(OsString::from));

@@ -10,6 +10,7 @@
 mod back_end;
 mod control;
 mod guest;
+mod snapshot;
 #[path = "../../src/testing.rs"]
 mod testing;
 

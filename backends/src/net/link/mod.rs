@@ -19,6 +19,7 @@
 //! | `pcap` | a capture file behind any link |
 //! | `idle` | links for measurements: nothing, and a source |
 
+mod batch;
 mod idle;
 mod packet;
 mod passt;
@@ -137,6 +138,24 @@ pub(super) trait Link: Send {
     /// `WouldBlock` if it is full: the frame can be offered again when [`ready`](Self::ready) says so. All others: the frame is lost.
     fn send(&mut self, frame: &mut IoList, header_len: usize) -> io::Result<()>;
 
+    /// How many frames [`send_all`](Self::send_all) takes at most.
+    fn at_once(&self) -> u16 {
+        1
+    }
+
+    /// Takes frames in order, the first of `pieces[0]` pieces of the list, and so on, and appends to `results` what came of each,
+    /// as [`send`](Self::send) does. One that was not taken may stand between others that were.
+    fn send_all(
+        &mut self,
+        frames: &mut IoList,
+        pieces: &[usize],
+        header_len: usize,
+        results: &mut Vec<io::Result<()>>,
+    ) {
+        debug_assert_eq!(pieces.len(), 1, "links that take one at a time");
+        results.push(self.send(frames, header_len));
+    }
+
     /// No frame is sent for a while: what was held back for company goes out.
     fn flush(&mut self) {}
 
@@ -185,6 +204,20 @@ impl<L: Link + ?Sized> Link for Box<L> {
 
     fn send(&mut self, frame: &mut IoList, header_len: usize) -> io::Result<()> {
         (**self).send(frame, header_len)
+    }
+
+    fn at_once(&self) -> u16 {
+        (**self).at_once()
+    }
+
+    fn send_all(
+        &mut self,
+        frames: &mut IoList,
+        pieces: &[usize],
+        header_len: usize,
+        results: &mut Vec<io::Result<()>>,
+    ) {
+        (**self).send_all(frames, pieces, header_len, results);
     }
 
     fn flush(&mut self) {

@@ -14,14 +14,17 @@ use std::io;
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use epoll::Events;
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::SndBuf;
-use nix::sys::socket::{MsgFlags, recv, send, setsockopt};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, setsockopt, socket,
+};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 use thiserror::Error;
@@ -60,6 +63,15 @@ pub enum PasstError {
         /// What the system said.
         #[source]
         source: io::Error,
+    },
+    /// Somebody listens, and does not accept.
+    #[error(
+        "the passt at {path} takes no connection: it serves another program, or is stopped; end it and start another one",
+        path = .path.display()
+    )]
+    Silent {
+        /// The socket.
+        path: PathBuf,
     },
     /// It cannot be started.
     #[error("cannot start {PROGRAM}: install it, and have it in the PATH")]
@@ -177,12 +189,16 @@ impl Source {
     /// A connection to it.
     fn connect(&self) -> Result<Connection, PasstError> {
         let stream = match self {
-            Self::Listening(path) => {
-                UnixStream::connect(path).map_err(|source| PasstError::Connect {
-                    path: path.clone(),
-                    source,
-                })?
-            }
+            Self::Listening(path) => connected(path).map_err(|errno| {
+                let path = path.clone();
+                match errno {
+                    Errno::EAGAIN => PasstError::Silent { path },
+                    errno => PasstError::Connect {
+                        path,
+                        source: errno.into(),
+                    },
+                }
+            })?,
             Self::Started(starter) => starter.start().map_err(PasstError::Start)?,
         };
         prepare(&stream).map_err(PasstError::System)?;
@@ -372,6 +388,14 @@ impl Passt {
 }
 
 /// Long frames are to pass whole, if the system lets them.
+/// A connection to who listens there. Without waiting: EAGAIN if those who do wait are as many as may (connect(2)).
+fn connected(path: &Path) -> nix::Result<UnixStream> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket.into())
+}
+
 fn prepare(stream: &UnixStream) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     if let Err(error) = setsockopt(stream, SndBuf, &SOCKET_BUFFER) {
@@ -472,6 +496,8 @@ impl Link for Passt {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::{Backlog, bind, listen};
+
     use super::*;
 
     #[test]
@@ -497,6 +523,23 @@ mod tests {
         ] {
             assert_eq!(wrong.parse::<Forward>(), Err(ForwardError), "{wrong:?}");
         }
+    }
+
+    /// Who would wait for it would wait for as long as it is stopped.
+    #[test]
+    fn a_passt_that_is_stopped_is_not_waited_for() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("passt.sock");
+        let (family, flags) = (AddressFamily::Unix, SockFlag::SOCK_CLOEXEC);
+        let stopped = socket(family, SockType::Stream, flags, None).unwrap();
+        bind(stopped.as_raw_fd(), &UnixAddr::new(&path).unwrap()).unwrap();
+        listen(&stopped, Backlog::new(0).unwrap()).unwrap();
+        let first = Passt::open(Source::Listening(path.clone())).unwrap();
+        let error = Passt::open(Source::Listening(path.clone())).err().unwrap();
+        assert!(matches!(error, PasstError::Silent { .. }), "{error}");
+        drop((first, stopped));
+        let error = Passt::open(Source::Listening(path)).err().unwrap();
+        assert!(matches!(error, PasstError::Connect { .. }), "{error}");
     }
 
     #[test]

@@ -21,6 +21,7 @@ use ringside_sandbox::{Call, Capability, Profile, ThreadKind, calls};
 use thiserror::Error;
 use tracing::error;
 
+use super::batch::{self, Batch};
 use super::{Interface, Link, LinkError, Ready};
 use crate::net::config::MacAddress;
 use crate::net::epoll_set::Watcher;
@@ -196,6 +197,8 @@ pub struct TapQueue {
     members: Arc<Mutex<Members>>,
     /// The interface was deleted, and that was said.
     lost: bool,
+    /// Many frames for one system call.
+    batch: Option<Box<Batch>>,
 }
 
 /// The queues that are attached, and how packets are spread over them. The kernel knows queues by their position in an array
@@ -238,6 +241,18 @@ fn lock(members: &Mutex<Members>) -> MutexGuard<'_, Members> {
 }
 
 impl TapQueue {
+    /// A queue that is opened behind `before` others.
+    fn new(fd: OwnedFd, switchable: bool, before: usize, members: &Arc<Mutex<Members>>) -> Self {
+        Self {
+            batch: Batch::new().map(Box::new),
+            fd: Arc::new(fd),
+            switchable,
+            number: u16::try_from(before).unwrap_or(u16::MAX),
+            members: Arc::clone(members),
+            lost: false,
+        }
+    }
+
     /// Wraps a non-blocking descriptor with a packet for each read and write. It is always attached.
     #[cfg(test)]
     pub(in crate::net) fn from_packet_fd(fd: OwnedFd) -> Self {
@@ -245,13 +260,7 @@ impl TapQueue {
             order: vec![0],
             ..Members::default()
         };
-        Self {
-            fd: Arc::new(fd),
-            switchable: false,
-            number: 0,
-            members: Arc::new(Mutex::new(members)),
-            lost: false,
-        }
+        Self::new(fd, false, 0, &Arc::new(Mutex::new(members)))
     }
 }
 
@@ -273,6 +282,28 @@ impl Link for TapQueue {
 
     fn send(&mut self, frame: &mut IoList, _header_len: usize) -> io::Result<()> {
         frame.write_to(self.fd.as_fd()).map(drop)
+    }
+
+    fn at_once(&self) -> u16 {
+        match &self.batch {
+            Some(batch) if batch.is_sound() => batch::AT_ONCE,
+            _ => 1,
+        }
+    }
+
+    fn send_all(
+        &mut self,
+        frames: &mut IoList,
+        pieces: &[usize],
+        header_len: usize,
+        results: &mut Vec<io::Result<()>>,
+    ) {
+        match &mut self.batch {
+            Some(batch) if pieces.len() > 1 => {
+                batch.write(self.fd.as_fd(), frames, pieces, results)
+            }
+            _ => results.push(self.send(frames, header_len)),
+        }
     }
 
     fn receive(
@@ -359,13 +390,7 @@ impl Tap {
                 other => other,
             };
             name = attached.map_err(|errno| open_error(&name, queues, errno))?;
-            opened.push(TapQueue {
-                fd: Arc::new(fd),
-                switchable: queues > 1,
-                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
-                members: Arc::clone(&members),
-                lost: false,
-            });
+            opened.push(TapQueue::new(fd, queues > 1, opened.len(), &members));
         }
         Self::with_queues(name, opened)
     }
@@ -409,13 +434,7 @@ impl Tap {
                         false => Err(TapError::OtherMacvtap { name, path, other }),
                     }
                 })?;
-            opened.push(TapQueue {
-                fd: Arc::new(fd),
-                switchable: queues > 1,
-                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
-                members: Arc::clone(&members),
-                lost: false,
-            });
+            opened.push(TapQueue::new(fd, queues > 1, opened.len(), &members));
         }
         Self::with_queues(owned(), opened)
     }
@@ -468,13 +487,12 @@ impl Tap {
             let status = OFlag::from_bits_retain(status) | OFlag::O_NONBLOCK;
             fcntl(&fd, FcntlArg::F_SETFL(status)).map_err(request(what))?;
             fcntl(&fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(request(what))?;
-            opened.push(TapQueue {
-                fd: Arc::new(fd),
-                switchable: fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE != 0,
-                number: u16::try_from(opened.len()).unwrap_or(u16::MAX),
-                members: Arc::clone(&members),
-                lost: false,
-            });
+            opened.push(TapQueue::new(
+                fd,
+                fds.len() > 1 && flags & libc::IFF_MULTI_QUEUE != 0,
+                opened.len(),
+                &members,
+            ));
         }
         let name = interface.map(|(_, name)| name).unwrap_or_default();
         // Whoever attached them may have done so in another order.
@@ -507,13 +525,8 @@ impl Tap {
                 })?,
             None => String::new(),
         };
-        let opened = (0..).zip(fds).map(|(number, fd)| TapQueue {
-            fd: Arc::new(fd),
-            switchable,
-            number,
-            members: Arc::clone(&members),
-            lost: false,
-        });
+        let opened = (0..).zip(fds);
+        let opened = opened.map(|(number, fd)| TapQueue::new(fd, switchable, number, &members));
         let (tap, queues) = Self::with_queues(name, opened.collect())?;
         Ok((Self { taken: true, ..tap }, queues))
     }
@@ -729,6 +742,9 @@ impl Interface for Tap {
         for kind in [ThreadKind::Queue, ThreadKind::Helper] {
             profile.thread(kind, &kept);
         }
+        profile
+            .calls(calls::BATCHES)
+            .thread(ThreadKind::Queue, &[calls::BATCHES]);
         kept.into_iter().for_each(|group| {
             profile.calls(group);
         });

@@ -234,6 +234,9 @@ impl Beginning {
         let header = self.place(header_len, header_len);
         let header = header.and_then(|header| header.first_chunk::<10>().copied());
         let header = header.ok_or(Refused::Malformed)?;
+        if prefix_len < ETHERNET {
+            return Err(Refused::Malformed);
+        }
         let len = prefix_len.saturating_add(rest_len);
         self.header = Header::parse(header, len).ok_or(Refused::Malformed)?;
         (self.prefix_len, self.rest_len, self.priority) = (prefix_len, rest_len, 0);
@@ -351,10 +354,20 @@ impl Beginning {
         self.prefix().get(offset..)?.first_chunk().copied()
     }
 
+    /// The same of an Ethernet header, which all frames have.
+    #[inline]
+    fn bytes_of_ethernet<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
+        self.front
+            .get(MAX_HEADER + offset..MAX_HEADER + ETHERNET)?
+            .first_chunk()
+            .copied()
+    }
+
     /// The address at an offset, as a number of 48 bits.
     #[inline]
     fn address_at(&self, offset: usize) -> u64 {
-        self.bytes_at(offset).map_or(0, u64::from_be_bytes) >> 16
+        let bytes = self.bytes_of_ethernet(offset);
+        bytes.map_or(0, u64::from_be_bytes) >> 16
     }
 
     /// Where it goes to, as a number.
@@ -372,7 +385,7 @@ impl Beginning {
     /// What it carries.
     #[inline]
     pub(super) fn ethertype(&self) -> u16 {
-        self.bytes_at(TAG_AT).map_or(0, u16::from_be_bytes)
+        self.bytes_of_ethernet(TAG_AT).map_or(0, u16::from_be_bytes)
     }
 
     /// It goes to a group.
@@ -504,6 +517,19 @@ impl Bytes<'_> {
     /// Copies the next bytes until `to` is full. `false` if there are not enough.
     #[inline]
     pub(super) fn copy_to<B: BitmapSlice + Copy>(&mut self, to: VolatileSlice<'_, B>) -> bool {
+        match self.header.split_at_checked(to.len()) {
+            // A short frame into a buffer that has room for it.
+            Some((now, later)) => {
+                to.copy_from(now);
+                self.header = later;
+                true
+            }
+            None => self.copy_parts_to(to),
+        }
+    }
+
+    #[inline(never)]
+    fn copy_parts_to<B: BitmapSlice + Copy>(&mut self, to: VolatileSlice<'_, B>) -> bool {
         let mut to = to;
         for part in [&mut self.header, &mut self.front] {
             if part.is_empty() {

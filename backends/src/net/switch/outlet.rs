@@ -306,8 +306,8 @@ pub(super) struct GuestOutlet {
     shared: Arc<Shared>,
     version: u64,
     settings: Arc<Settings>,
-    /// Queue pairs that frames are spread over.
-    spread: u32,
+    /// Queue pairs that frames are spread over, by number.
+    chosen: Vec<usize>,
 }
 
 impl GuestOutlet {
@@ -318,7 +318,7 @@ impl GuestOutlet {
             shared,
             version,
             settings,
-            spread: 0,
+            chosen: Vec::with_capacity(pairs.into()),
         }
     }
 
@@ -326,23 +326,22 @@ impl GuestOutlet {
     pub(super) fn adopt(&mut self) {
         if self.shared.is_newer(self.version) {
             (self.version, self.settings) = self.shared.latest();
-            self.count_pairs();
+            self.choose_pairs();
             self.shared.adopt(0, self.version);
         }
     }
 
-    /// Counts the pairs that frames are spread over: the first ones that run, as far as the driver uses them.
-    pub(super) fn count_pairs(&mut self) {
-        let running = self
-            .rings
-            .iter()
-            .take_while(|ring| ring.as_ref().is_some_and(|ring| ring.ring.runs()))
-            .count();
-        let running = u32::try_from(running).unwrap_or(0);
-        self.spread = match self.settings.pairs {
-            Pairs::First(count) => running.min(count.into()),
-            Pairs::Enabled | Pairs::Fed => running,
+    /// Chooses the pairs that frames are spread over: those that run, as far as the driver uses them.
+    pub(super) fn choose_pairs(&mut self) {
+        let used = match self.settings.pairs {
+            Pairs::First(count) => count.into(),
+            Pairs::Enabled | Pairs::Fed => self.rings.len(),
         };
+        let rings = self.rings.iter().take(used).enumerate();
+        let running = rings.filter(|(_, ring)| ring.as_ref().is_some_and(|it| it.ring.runs()));
+        self.chosen.clear();
+        // There is room for all.
+        self.chosen.extend(running.map(|(pair, _)| pair));
     }
 
     /// Sends frames out that are for this port.
@@ -353,25 +352,28 @@ impl GuestOutlet {
         room: &mut Room,
         now: u64,
     ) {
-        let mut frames = frames.peekable();
-        while let Some(frame) = frames.peek() {
-            let (spread, queue) = (self.spread, queue_of(self.spread, frame));
+        let mut frames = frames;
+        let mut next = frames.next();
+        let mut tagged = [0; FRONT];
+        while let Some(first) = &next {
+            let chosen = self.chosen.as_slice();
+            let queue = queue_of(chosen, first);
             let filter = &self.settings.filter;
             let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
             let Some(ring) = ring.filter(|ring| ring.ring.runs()) else {
                 shared.counters.rx_starved.add(1);
-                frames.next();
+                next = frames.next();
                 continue;
             };
             let memory = Arc::clone(&ring.ring.vring.memory);
             let served = ring.open(&memory).and_then(|mut opened| {
-                while let Some(frame) = frames.next_if(|next| queue_of(spread, next) == queue) {
+                while let Some(frame) = next.take_if(|next| queue_of(chosen, next) == queue) {
+                    next = frames.next();
                     let mut broken = None;
                     shared.finished(&frame, room, |part, form| {
                         if broken.is_some() {
                             return;
                         }
-                        let mut tagged = [0; FRONT];
                         let packet = part.packet(form, &mut tagged);
                         if !shared.admits(&packet, now) {
                             return;
@@ -395,20 +397,20 @@ impl GuestOutlet {
             if let Err(error) = served {
                 ring.fail(&error);
                 // Flows are spread over those that are left.
-                self.count_pairs();
+                self.choose_pairs();
             }
         }
     }
 }
 
-/// The queue pair of a frame's flow, of `spread` many.
+/// The queue pair of a frame's flow, of those that are chosen.
 #[inline]
-fn queue_of(spread: u32, frame: &Frame<'_>) -> usize {
-    if spread < 2 {
-        return 0;
-    }
-    let queue = frame.flow().checked_rem(spread).unwrap_or(0);
-    usize::try_from(queue).unwrap_or(0)
+fn queue_of(chosen: &[usize], frame: &Frame<'_>) -> usize {
+    let place = match chosen.len() {
+        0 | 1 => 0,
+        many => usize::try_from(frame.flow()).unwrap_or(0) % many,
+    };
+    chosen.get(place).copied().unwrap_or(0)
 }
 
 /// What a port does with each frame that leaves there.
@@ -432,8 +434,8 @@ impl PortShared {
         let Some(form) = self.policy.vlans.form(frame.vlan) else {
             return;
         };
-        let needs = frame.header.needs();
-        if needs.is_some_and(|needs| needs & !self.offloads() == 0) {
+        let taken = |needs| needs & !self.offloads() == 0;
+        if frame.header.is_plain() || frame.header.needs().is_some_and(taken) {
             send(frame, form);
             return;
         }

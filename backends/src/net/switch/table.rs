@@ -70,6 +70,8 @@ pub(super) struct Table {
     ageing: u32,
     /// Where the next sweep goes on.
     hand: usize,
+    /// How often an address came, moved or went.
+    changes: u64,
 }
 
 impl Table {
@@ -87,7 +89,14 @@ impl Table {
             seed: RandomState::new().hash_one(0) | 1,
             ageing,
             hand: 0,
+            changes: 0,
         }
+    }
+
+    /// A number that is another one once any address is behind another port, or none.
+    #[inline]
+    pub(super) fn changes(&self) -> u64 {
+        self.changes
     }
 
     /// The first place of a key's bucket.
@@ -131,6 +140,7 @@ impl Table {
                 count(&mut self.counts, entry.port, false);
                 count(&mut self.counts, port, true);
                 entry.port = port;
+                self.changes = self.changes.wrapping_add(1);
             }
             entry.seen = now;
             return Learnt::Known;
@@ -154,12 +164,14 @@ impl Table {
             seen: now,
         };
         count(&mut self.counts, port, true);
+        self.changes = self.changes.wrapping_add(1);
         Learnt::Known
     }
 
     /// Frees what is too old in the next few places, so that quotas are not filled by what nobody hears of any more.
     fn sweep(&mut self, now: u32) {
         let start = self.hand;
+        self.changes = self.changes.wrapping_add(1);
         self.hand = (start + WAYS) & self.entries.len().saturating_sub(WAYS);
         let ageing = self.ageing;
         for entry in self.entries.iter_mut().skip(start).take(WAYS) {
@@ -172,6 +184,7 @@ impl Table {
 
     /// Forgets all that was found behind a port.
     pub(super) fn forget(&mut self, port: PortId) {
+        self.changes = self.changes.wrapping_add(1);
         for entry in &mut self.entries {
             if entry.key != Key::default() && entry.port == port {
                 *entry = Entry::default();

@@ -170,8 +170,19 @@ enum Source {
 struct Ingress {
     shared: Arc<PortShared>,
     source: Source,
-    /// Where the last frame came from, and in which second: it is known.
-    last: (Key, u32),
+    /// What the last frame has shown.
+    last: Last,
+}
+
+/// What the table said about the addresses of a frame: of the next one it says the same, mostly.
+#[derive(Debug, Clone, Copy, Default)]
+struct Last {
+    /// Where it came from, and in which second: it is known.
+    source: (Key, u32),
+    /// Where it went to, in which second, and the table's changes until then.
+    destination: (Key, u32, u64),
+    /// The port behind which that is.
+    port: PortId,
 }
 
 /// All that a frame passes on its way, apart from where it comes from.
@@ -728,7 +739,7 @@ impl Worker {
                 if let Some(place) = guest.rings.get_mut(usize::from(pair)) {
                     *place = Some(ring);
                 }
-                guest.count_pairs();
+                guest.choose_pairs();
             }
             return;
         }
@@ -777,7 +788,7 @@ impl Worker {
                 return None;
             };
             let ring = guest.rings.get_mut(pair)?.take()?;
-            guest.count_pairs();
+            guest.choose_pairs();
             return Some(ring.ring.vring);
         }
         let ingress = self.ingress.get_mut(at)?.as_mut()?;
@@ -929,7 +940,7 @@ impl TxRing {
         &mut self,
         port: PortId,
         shared: &PortShared,
-        last: &mut (Key, u32),
+        last: &mut Last,
         fabric: &mut Fabric,
         batch: &mut Batch,
     ) -> Result<(Turn, bool), RingError> {
@@ -1012,7 +1023,7 @@ fn refused(shared: &PortShared, why: Refused) {
 fn serve_link(
     port: PortId,
     shared: &PortShared,
-    last: &mut (Key, u32),
+    last: &mut Last,
     fabric: &mut Fabric,
     batch: &mut Batch,
     bounce: &mut [u8],
@@ -1092,7 +1103,7 @@ impl Fabric {
         &mut self,
         from: PortId,
         shared: &PortShared,
-        last: &mut (Key, u32),
+        last: &mut Last,
         frame: &Beginning,
     ) -> u64 {
         let counters = &shared.counters;
@@ -1111,14 +1122,14 @@ impl Fabric {
         }
         let now = self.seconds();
         let key = Key::new(frame.vlan, source);
-        if *last != (key, now) {
+        if last.source != (key, now) {
             // Another port has it for itself.
             if self.owner(source).is_some_and(|owner| owner != from) {
                 counters.tx_forged.add(1);
                 return 0;
             }
             match self.table.learn(key, from, shared.quota, now) {
-                Learnt::Known => *last = (key, now),
+                Learnt::Known => last.source = (key, now),
                 Learnt::Full => counters.tx_unlearnt.add(1),
             }
         }
@@ -1128,9 +1139,16 @@ impl Fabric {
         let to = if frame.is_to_group() {
             None
         } else {
-            let destination = frame.destination();
-            let known = self.table.look_up(Key::new(frame.vlan, destination), now);
-            known.or_else(|| self.owner(destination))
+            let address = frame.destination();
+            let destination = (Key::new(frame.vlan, address), now, self.table.changes());
+            if last.destination == destination {
+                Some(last.port)
+            } else if let Some(port) = self.table.look_up(destination.0, now) {
+                (last.destination, last.port) = (destination, port);
+                Some(port)
+            } else {
+                self.owner(address)
+            }
         };
         let isolated = shared.policy.isolated;
         match to {

@@ -224,6 +224,14 @@ impl Queue {
         }
     }
 
+    /// All heads that it has made available are no descriptors.
+    pub(in crate::net) fn corrupt_heads(&self) {
+        for place in 0..u64::from(self.layout.config(true).size) {
+            let head = GuestAddress(self.layout.avail_ring().0 + 4 + 2 * place);
+            self.memory.write_obj(u16::MAX, head).unwrap();
+        }
+    }
+
     /// A driver out of its mind.
     pub(in crate::net) fn corrupt_avail_index(&self) {
         let idx = GuestAddress(self.layout.avail_ring().0 + 2);

@@ -496,5 +496,8 @@ fn frames_pass_af_xdp_in_order_and_in_numbers() {
     let error = again().err().unwrap().to_string();
     assert!(error.contains("has an XDP program"), "{error}");
     drop(pair);
-    assert!(again().is_ok());
+    // The kernel may still free what the last one had.
+    for _ in 0..8 {
+        assert!(again().is_ok());
+    }
 }

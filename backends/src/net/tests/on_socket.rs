@@ -178,6 +178,66 @@ fn a_full_tap_keeps_the_order() {
 }
 
 #[test]
+fn what_waits_is_sent_in_order_by_one_call() {
+    let (socket, mut pair) = pair(ALL);
+    let numbered = |i: u8| {
+        let mut packet = packet(100);
+        packet[HEADER + 20] = i;
+        packet
+    };
+    let mut chains: Vec<Vec<Segment>> = (0..20)
+        .map(|i| {
+            let sent = numbered(i);
+            let (front, back) = sent.split_at(HEADER + usize::from(i % 3) * 10);
+            [front, back].map(|part| pair.guest.filled(part)).into()
+        })
+        .collect();
+    // Too short: between the others, and no matter of theirs.
+    chains.insert(7, vec![pair.guest.filled(&[0; HEADER + 13])]);
+    let chains: Vec<(&[Segment], &[Segment])> =
+        chains.iter().map(|chain| (&chain[..], &[][..])).collect();
+    pair.tx.add(&chains);
+    for i in 0..20 {
+        assert_eq!(receive(&socket), numbered(i));
+    }
+    for (chain, _) in chains {
+        assert_eq!(pair.tx.used().0, chain);
+    }
+    assert_eq!(pair.worker.counters.tx_calls.get(), 1);
+    assert_eq!(pair.worker.counters.tx_packets.get(), 20);
+    assert_eq!(pair.worker.counters.tx_dropped.get(), 1);
+}
+
+#[test]
+fn packets_in_more_pieces_than_a_call_takes_need_another() {
+    let (socket, tap) = socket();
+    let mut guest = Guest::with(ALL);
+    let mut queue = guest.queue(4096);
+    let worker = Worker::start(0, tap, &shared(1));
+    worker.own(queue.vring(1, ALL, true));
+    let sent = packet(700);
+    let pieces: Vec<Segment> = sent.chunks(2).map(|part| guest.filled(part)).collect();
+    let chain = (&pieces[..], &[][..]);
+    queue.add(&[chain; 9]);
+    for _ in 0..9 {
+        assert_eq!(receive(&socket), sent);
+        assert_eq!(queue.used().0, pieces);
+    }
+    // 356 pieces each, of which a call takes 1022.
+    assert_eq!(worker.counters.tx_calls.get(), 5);
+    // More than any call takes.
+    let pieces: Vec<Segment> = sent[..]
+        .chunks(1)
+        .cycle()
+        .take(1023)
+        .map(|part| guest.filled(part))
+        .collect();
+    queue.add(&[(&pieces[..], &[])]);
+    assert_eq!(queue.used().0, pieces);
+    assert_eq!(worker.counters.tx_dropped.get(), 1);
+}
+
+#[test]
 fn packets_that_do_not_pass_the_filter_cost_no_buffer() {
     let (socket, mut pair) = pair(ALL);
     let version = pair.shared.change(|s| s.filter.promiscuous = false);

@@ -124,8 +124,8 @@ impl Bench<'_> {
             load.arg("--cpu").arg(front.to_string());
         }
         if cell.behind == Behind::TapSource {
-            // The source needs the processor as well.
-            load.args(["--completions", "eventfd"]);
+            // The source needs the processor as well. The queue has room for the frames of a few milliseconds.
+            load.args(["--pause", "250"]);
         }
         self.run(load, cell).map_err(|error| LabError::Ended {
             what: error.to_string(),

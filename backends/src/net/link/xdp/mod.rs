@@ -23,6 +23,8 @@ mod sys;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::thread;
+use std::time::Duration;
 
 use epoll::Events;
 use nix::errno::Errno;
@@ -84,6 +86,10 @@ pub enum XdpError {
     },
 }
 
+/// How often a queue that is busy is tried, and how long to wait in between: half a second in all.
+const ATTEMPTS: u32 = 26;
+const PAUSE: Duration = Duration::from_millis(20);
+
 /// What was tried, and what the system said.
 type Failed = (&'static str, Errno);
 
@@ -98,6 +104,20 @@ fn explained(name: &str, queue: u16, (what, errno): Failed) -> XdpError {
             what,
             source: other.into(),
         },
+    }
+}
+
+/// Opens a socket on a queue. One whose socket was closed a moment ago is busy until the kernel has freed that one's memory,
+/// which it does in the background.
+fn open_queue(index: libc::c_int, queue: u16) -> Result<XdpSocket, Failed> {
+    let mut attempts = 1..ATTEMPTS;
+    loop {
+        match XdpSocket::open(index, queue) {
+            Err((socket::BINDING, Errno::EBUSY)) if attempts.next().is_some() => {
+                thread::sleep(PAUSE);
+            }
+            done => return done,
+        }
     }
 }
 
@@ -121,7 +141,7 @@ impl Xdp {
         (0..count)
             .map(|queue| {
                 let explained = |failed| explained(name, queue, failed);
-                let socket = XdpSocket::open(index, queue).map_err(explained)?;
+                let socket = open_queue(index, queue).map_err(explained)?;
                 program.insert(queue, socket.as_fd()).map_err(explained)?;
                 Ok(Self {
                     name: name.to_owned(),

@@ -526,3 +526,51 @@ fn descriptors_that_block_hold_up_nobody() {
     b.send(&frame);
     assert_eq!(a.receive(), with_buffers(frame, 1));
 }
+
+/// A UDP packet from this port of guest 1 to guest 2.
+fn flow(port: u16) -> Vec<u8> {
+    let mut payload = vec![8, 0, 0x45, 0, 0, 32, 0, 0, 0x40, 0, 64, 17, 0, 0];
+    payload.extend([10, 0, 0, 1, 10, 0, 0, 2]);
+    payload.extend(port.to_be_bytes());
+    payload.extend([0; 34]);
+    packet(mac(2), mac(1), None, &payload)
+}
+
+#[test]
+fn flows_are_spread_over_the_receive_rings_that_are_sound() {
+    let (mut switch, [mut a]) = guests([""], ALL);
+    let mut b = Port::add(&mut switch, 2, ",queue-pairs=3", ALL);
+    let mut more = [2, 4].map(|index| {
+        let queue = b.guest.queue(256);
+        b.own(queue.vring(index, ALL, true));
+        queue
+    });
+    b.post(128, 2048);
+    for queue in &mut more {
+        for _ in 0..128 {
+            queue.post(b.guest.buffer(2048));
+        }
+    }
+    b.settle();
+    // How many of 64 flows come to each pair.
+    let mut spread = |b: &mut Port, more: &mut [Queue; 2]| {
+        (1..=64).for_each(|port| a.send(&flow(port)));
+        // What was sent has arrived once the worker has obeyed. A receive ring that it got again would be sound again.
+        b.own(give_back(&b.sender, 1));
+        let queues = std::iter::once(&mut b.rx).chain(more);
+        queues
+            .map(|queue| std::iter::from_fn(|| queue.try_used()).count())
+            .collect::<Vec<_>>()
+    };
+    let all = spread(&mut b, &mut more);
+    assert_eq!(all.iter().sum::<usize>(), 64);
+    assert!(all.iter().all(|&count| count > 5), "{all:?}");
+    // The first one breaks in front of the first frame for it, which is lost.
+    b.rx.corrupt_heads();
+    let rest = spread(&mut b, &mut more);
+    assert!(rest[1] + rest[2] > 60, "{rest:?}");
+    assert!(rest[1] > 5 && rest[2] > 5, "{rest:?}");
+    let rest = spread(&mut b, &mut more);
+    assert_eq!(rest[1] + rest[2], 64, "{rest:?}");
+    assert!(b.rx.wait_for_error());
+}

@@ -19,6 +19,7 @@ mod options;
 mod report;
 
 use std::path::Path;
+use std::time::Duration;
 
 use ringside_backends::net::{Tap, TapError, TapQueue};
 use ringside_rings::DriverLayout;
@@ -252,6 +253,7 @@ pub(super) fn run(args: &NetArgs) -> Result<(), LoadError> {
     let lane = Lane {
         interrupts: &interrupts,
         polling: args.polling(),
+        pause: Duration::from_micros(args.pause),
         forwards: args.to.is_some(),
         left: args.count,
     };

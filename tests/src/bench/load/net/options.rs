@@ -73,6 +73,11 @@ pub struct NetArgs {
     #[arg(long, value_enum, default_value = "polling")]
     pub completions: Completions,
 
+    /// With `--completions polling`: leave the rings alone for so long whenever nothing has come, for a thread that shares its
+    /// processor
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
+    pub pause: u64,
+
     /// Do not negotiate VIRTIO_F_EVENT_IDX
     #[arg(long)]
     pub no_event_idx: bool,

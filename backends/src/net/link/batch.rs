@@ -1,0 +1,132 @@
+//! Many frames for a descriptor with one system call, by a ring of io_uring.
+//!
+//! None of them waits for room, so that the kernel has done all of it, in order, when the call returns.
+#![allow(
+    unsafe_code,
+    reason = "submission entries carry pointers to the pieces of a list, and into guest memory"
+)]
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+use io_uring::squeue::Entry;
+use io_uring::types::Fd;
+use io_uring::{IoUring, opcode};
+use tracing::{debug, warn};
+
+use crate::net::iov::IoList;
+use crate::shell::restricted;
+
+/// Most frames of one call.
+pub(super) const AT_ONCE: u16 = 64;
+
+/// Writes frames. It knows its descriptor only during a call: a ring that is closed would hold on to it for a while.
+pub(super) struct Batch {
+    ring: IoUring,
+    /// It failed, and is not used any more.
+    broken: bool,
+}
+
+impl std::fmt::Debug for Batch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Batch").finish_non_exhaustive()
+    }
+}
+
+impl Batch {
+    /// `None` where the kernel, or who started this program, does not let it.
+    pub(super) fn new() -> Option<Self> {
+        let mut builder = IoUring::builder();
+        builder.dontfork();
+        let operations = [opcode::Write::CODE, opcode::Writev::CODE];
+        let ring = restricted(&mut builder, AT_ONCE.into(), &[], &operations);
+        match ring {
+            Ok(ring) => Some(Self {
+                ring,
+                broken: false,
+            }),
+            Err(error) => {
+                debug!("frames are sent one by one, as there is no io_uring: {error}");
+                None
+            }
+        }
+    }
+
+    pub(super) fn is_sound(&self) -> bool {
+        !self.broken
+    }
+
+    /// Writes frames, each of so many pieces of the list, and appends what came of each, in their order. At most
+    /// [`AT_ONCE`] of them.
+    pub(super) fn write(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        list: &IoList,
+        frames: &[usize],
+        results: &mut Vec<io::Result<()>>,
+    ) {
+        let fd = Fd(fd.as_raw_fd());
+        let before = results.len();
+        let mut queue = self.ring.submission();
+        let mut rest = list.live();
+        for (number, &pieces) in frames.iter().enumerate() {
+            let (frame, behind) = rest.split_at_checked(pieces).unwrap_or((rest, &[]));
+            rest = behind;
+            let entry = entry(fd, frame).user_data(number as u64);
+            // SAFETY: the pieces lie in memory that the list keeps mapped, and stay as they are, like the list itself, until the
+            // kernel is done with them, which is waited for below. It only reads.
+            if unsafe { queue.push(&entry) }.is_err() {
+                break;
+            }
+            // Until the kernel says something else.
+            results.push(Err(io::ErrorKind::Interrupted.into()));
+        }
+        drop(queue);
+        let mut left = results.len().saturating_sub(before);
+        while left > 0 {
+            match self.ring.submit_and_wait(left) {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Nothing was begun: these are offered again, and then one by one.
+                Err(error) => {
+                    warn!("frames are sent one by one from now on: io_uring failed: {error}");
+                    self.broken = true;
+                }
+            }
+            for completion in self.ring.completion() {
+                left = left.saturating_sub(1);
+                let place = usize::try_from(completion.user_data()).unwrap_or(usize::MAX);
+                let Some(result) = results.get_mut(before.saturating_add(place)) else {
+                    continue;
+                };
+                match completion.result().saturating_neg() {
+                    ..=0 => *result = Ok(()),
+                    // The descriptor knows no RWF_NOWAIT.
+                    libc::EOPNOTSUPP => self.broken = true,
+                    error => *result = Err(io::Error::from_raw_os_error(error)),
+                }
+            }
+            if self.broken {
+                break;
+            }
+        }
+    }
+}
+
+/// One frame: the plainer call if it lies in one piece.
+fn entry(fd: Fd, frame: &[libc::iovec]) -> Entry {
+    match frame {
+        [piece] => {
+            let len = u32::try_from(piece.iov_len).unwrap_or(u32::MAX);
+            opcode::Write::new(fd, piece.iov_base.cast(), len)
+                .rw_flags(libc::RWF_NOWAIT)
+                .build()
+        }
+        _ => {
+            let count = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+            opcode::Writev::new(fd, frame.as_ptr(), count)
+                .rw_flags(libc::RWF_NOWAIT)
+                .build()
+        }
+    }
+}

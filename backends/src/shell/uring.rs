@@ -1,0 +1,29 @@
+//! Rings of io_uring that do what they are for and nothing else.
+
+use std::io;
+
+use io_uring::register::Restriction;
+use io_uring::{Builder, IoUring, squeue};
+
+/// Makes a ring that does these operations and registers these things (their numbers are
+/// those of linux/io_uring.h) and nothing else, for good: io_uring opens files and connects sockets where no filter of system
+/// calls sees it.
+///
+/// # Errors
+/// What the system said.
+pub(crate) fn restricted(
+    builder: &mut Builder,
+    entries: u32,
+    registrations: &[u8],
+    operations: &[u8],
+) -> io::Result<IoUring> {
+    let mut restrictions = vec![Restriction::sqe_flags_allowed(
+        squeue::Flags::FIXED_FILE.bits(),
+    )];
+    restrictions.extend(registrations.iter().copied().map(Restriction::register_op));
+    restrictions.extend(operations.iter().copied().map(Restriction::sqe_op));
+    let ring = builder.setup_r_disabled().build(entries)?;
+    ring.submitter().register_restrictions(&mut restrictions)?;
+    ring.submitter().register_enable_rings()?;
+    Ok(ring)
+}

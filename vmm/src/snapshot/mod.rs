@@ -1,0 +1,594 @@
+//! Machines that go on elsewhere: a snapshot, and how a machine is made of it.
+//!
+//! | module | concern |
+//! | --- | --- |
+//! | [`dirty`] | which pages are written while a guest moves |
+//! | [`transport`] | the connection over which it does |
+//! | [`stream`] | the format: sections with lengths and checksums |
+//! | [`memory`] | guest memory in it |
+//! | [`cpu`] | the state of processors, and of what KVM keeps for the machine |
+//!
+//! ```text
+//! pause the processors ─▶ stop the queues ─▶ write description, memory, state ─▶ start the queues, let the processors go on
+//!
+//! read the description: is it such a machine? ─▶ memory ─▶ devices connect ─▶ state: processors, controllers, PCI functions
+//! ```
+//!
+//! A guest that moves while it runs ([`Departure`]) takes the same way over a connection: memory comes several times, all of it
+//! first and then what was written meanwhile, until so little is left that the guest can stand still for it.
+//!
+//! What a snapshot says is not believed: a machine is built from the options as ever, and takes over only what a guest could
+//! have written to its registers itself.
+
+pub mod cpu;
+pub mod dirty;
+pub mod memory;
+pub mod stream;
+pub mod transport;
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufReader, BufWriter, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use kvm_bindings::kvm_cpuid_entry2;
+use ringside_control::Size;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use vm_memory::GuestMemoryMmap;
+
+use self::cpu::{ChipState, CpuState};
+use self::dirty::{DirtyLog, Pages};
+use self::stream::{Kind, Reader, Writer};
+use self::transport::{Address, Connection};
+use crate::config::DeviceType;
+use crate::devices::PlatformState;
+use crate::kvm::{self, Vm};
+use crate::pci::FunctionState;
+
+/// Why there is no snapshot, or no machine made of one.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No such file, or no right to it.
+    #[error("cannot open the snapshot {path}")]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A name that leads elsewhere.
+    #[error("`{0}` is no name for a snapshot: give one without `/` that does not begin with a dot")]
+    Name(String),
+    /// One that is there already is somebody's.
+    #[error("there is a snapshot `{0}` already: give another name, or remove it first")]
+    Exists(String),
+    /// The folder.
+    #[error("cannot create the snapshot {path}")]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The disk is full, most likely.
+    #[error("cannot write the snapshot")]
+    Write(#[source] io::Error),
+    /// It cannot be read.
+    #[error("cannot read the snapshot")]
+    Read(#[source] io::Error),
+    /// Guest memory cannot be read.
+    #[error("cannot read guest memory")]
+    Memory(#[source] io::Error),
+    /// Another file.
+    #[error("this is no snapshot of ringside-vmm")]
+    Foreign,
+    /// Of another VMM.
+    #[error(
+        "the snapshot has version {found}, but this VMM reads version {}: use the VMM that wrote it",
+        stream::VERSION
+    )]
+    Version {
+        /// The version it has.
+        found: u32,
+    },
+    /// It was not written to its end.
+    #[error("the snapshot is cut short: it was not written to its end, or not copied as a whole")]
+    CutShort,
+    /// A checksum is wrong, or what it belongs to makes no sense.
+    #[error("the snapshot is damaged: take another copy of it")]
+    Damaged,
+    /// A section of it cannot be read.
+    #[error("the snapshot is damaged: {section} makes no sense")]
+    Nonsense {
+        /// Which one.
+        section: &'static str,
+        /// Why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// A state that has no room.
+    #[error("a section of {length} bytes is longer than a snapshot can have, {limit}")]
+    TooLong {
+        /// Bytes of it.
+        length: usize,
+        /// Bytes at most.
+        limit: usize,
+    },
+    /// Memory that this machine does not have.
+    #[error("the snapshot is damaged: it has memory at {address:#x}, where the guest has none")]
+    Place {
+        /// Guest-physical address.
+        address: u64,
+    },
+    /// Another machine.
+    #[error(
+        "the snapshot is of a machine with {saved}, but this one has {ours}: start it with the same options"
+    )]
+    Mismatch {
+        /// What the guest had.
+        saved: String,
+        /// What it would have.
+        ours: String,
+    },
+    /// Other processors.
+    #[error(
+        "this host's processors lack what the guest was shown (CPUID {function:#x}, {register}: bits {missing:#x}): restore it on a host of the same kind"
+    )]
+    Cpuid {
+        /// The leaf.
+        function: u32,
+        /// The register.
+        register: &'static str,
+        /// The features that are not there.
+        missing: u32,
+    },
+    /// A back-end that is not like the one before.
+    #[error("the back-end at {} cannot serve the snapshot's device: {what}; start it with the same options", socket.display())]
+    BackEnd {
+        /// Its socket.
+        socket: PathBuf,
+        /// What is other.
+        what: String,
+    },
+    /// A device's own reason.
+    #[error("device {device} cannot take over the snapshot's state: {why}")]
+    Device {
+        /// Which one, by its place on the bus.
+        device: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// A device does not let go.
+    #[error("the state of device {device} cannot be saved: {why}")]
+    Unsaved {
+        /// Which one, by its place on the bus.
+        device: String,
+        /// What is wrong.
+        why: String,
+    },
+    /// The other VMM cannot be reached.
+    #[error("cannot connect to {address}: does a ringside-vmm wait there (--incoming)?")]
+    Connect {
+        /// Where it should be.
+        address: Address,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// There is no place for a guest to come to.
+    #[error("cannot wait for a guest at {address}")]
+    Listen {
+        /// Where it should come.
+        address: Address,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The other VMM does not want it.
+    #[error("the other VMM does not take the guest, which stays here: its log says why")]
+    Declined(#[source] io::Error),
+    /// Nobody knows where the guest is.
+    #[error(
+        "the other VMM was told to run the guest, and has not said that it does: the guest is paused here; if it does not run there, `resume` it, else `power-off`"
+    )]
+    Doubt(#[source] io::Error),
+    /// It was given up.
+    #[error("the VMM that has the guest keeps it")]
+    Kept(#[source] io::Error),
+    /// No memory to note what is written.
+    #[error("cannot note which pages are written")]
+    Log(#[source] io::Error),
+    /// What is written cannot be noted.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Processors.
+    #[error(transparent)]
+    Cpu(#[from] cpu::Error),
+}
+
+/// What a machine is: all that must be the same where it goes on.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Description {
+    /// The VMM that wrote it, for people.
+    pub program: String,
+    /// Number of processors.
+    pub cpus: u8,
+    /// Bytes of memory it was started with.
+    pub memory: u64,
+    /// How far that can grow, in bytes.
+    pub memory_max: u64,
+    /// Bytes of each piece that was added.
+    pub pieces: Vec<u64>,
+    /// Number of root ports.
+    pub ports: usize,
+    /// Its devices, in order.
+    pub devices: Vec<DeviceDescription>,
+    /// What its processors are shown.
+    pub cpuid: Vec<kvm_cpuid_entry2>,
+    /// Their local APICs' timers can wait for a value of the time stamp counter.
+    pub tsc_deadline: bool,
+}
+
+/// What a device of a back-end is.
+#[derive(Clone, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeviceDescription {
+    /// The virtio device ID.
+    pub device_type: u16,
+    /// The features that the guest was offered.
+    pub features: u64,
+    /// The size limit of each queue.
+    pub queues: Vec<u16>,
+}
+
+impl DeviceDescription {
+    /// The device that the guest has had, served by what is at `socket`: more features than the guest was offered do no harm.
+    ///
+    /// # Errors
+    /// [`Error::BackEnd`]
+    pub fn served_by(&self, ours: Self, socket: &Path) -> Result<Self, Error> {
+        let lacks = |what: String| Error::BackEnd {
+            socket: socket.to_owned(),
+            what,
+        };
+        let missing = self.features & !ours.features;
+        if missing != 0 {
+            return Err(lacks(format!("it lacks features ({missing:#x})")));
+        }
+        if self.queues != ours.queues {
+            let count = |queues: &[u16]| {
+                let size = queues.first().copied().unwrap_or_default();
+                format!("{} queues of {size}", queues.len())
+            };
+            let (theirs, ours) = (count(&self.queues), count(&ours.queues));
+            return Err(lacks(format!("the guest had {theirs}, and it has {ours}")));
+        }
+        Ok(self.clone())
+    }
+}
+
+impl Description {
+    /// Whether such a machine is what the options ask for. Devices are compared when they are connected.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`]
+    pub fn check(&self, ours: &Machine) -> Result<(), Error> {
+        let kinds = |types: &[u16]| {
+            let names = types.iter().map(|id| DeviceType(*id).to_string());
+            names.collect::<Vec<_>>().join(", ")
+        };
+        let types: Vec<_> = self.devices.iter().map(|d| d.device_type).collect();
+        let rows = [
+            (format!("{} CPUs", self.cpus), format!("{} CPUs", ours.cpus)),
+            (
+                format!("{} of memory", Size(self.memory)),
+                format!("{} of memory", Size(ours.memory)),
+            ),
+            (
+                format!("memory max={}", Size(self.memory_max)),
+                format!("memory max={}", Size(ours.memory_max)),
+            ),
+            (
+                format!("{} hot-plug slots", self.ports),
+                format!("{} hot-plug slots", ours.ports),
+            ),
+            (
+                format!("these devices: {}", kinds(&types)),
+                format!("these: {}", kinds(&ours.devices)),
+            ),
+        ];
+        let same = [
+            self.cpus == ours.cpus,
+            self.memory == ours.memory,
+            self.memory_max == ours.memory_max,
+            self.ports == ours.ports,
+            types == ours.devices,
+        ];
+        match rows.into_iter().zip(same).find(|(_, same)| !same) {
+            Some(((saved, ours), _)) => Err(Error::Mismatch { saved, ours }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The machine that the options ask for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Machine {
+    /// Number of processors.
+    pub cpus: u8,
+    /// Bytes of memory it starts with.
+    pub memory: u64,
+    /// How far that can grow, in bytes.
+    pub memory_max: u64,
+    /// Number of root ports.
+    pub ports: usize,
+    /// Types of its devices.
+    pub devices: Vec<u16>,
+}
+
+/// What a machine does.
+#[derive(Debug, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct State {
+    /// Its processors.
+    pub cpus: Vec<CpuState>,
+    /// What KVM keeps for all of them.
+    pub chips: ChipState,
+    /// The platform's devices.
+    pub platform: PlatformState,
+    /// The functions of bus 0, in order.
+    pub functions: Vec<FunctionState>,
+}
+
+/// Writes a snapshot; returns how many bytes of memory were not empty.
+///
+/// # Errors
+/// [`Error::Write`], [`Error::Memory`]
+pub fn write<W: Write>(
+    out: W,
+    description: &Description,
+    memory: &GuestMemoryMmap,
+    state: &State,
+) -> Result<(u64, W), Error> {
+    let mut out = Writer::new(out)?;
+    section(&mut out, Kind::Description, description)?;
+    let written = memory::write(memory, &mut out)?;
+    section(&mut out, Kind::State, state)?;
+    Ok((written, out.finish()?))
+}
+
+fn section<W: Write>(
+    out: &mut Writer<W>,
+    kind: Kind,
+    content: &impl Serialize,
+) -> Result<(), Error> {
+    let json = serde_json::to_vec(content).map_err(|e| Error::Write(e.into()))?;
+    out.section(kind, &[&json])
+}
+
+/// A guest that is on its way to another VMM.
+pub struct Departure {
+    out: Writer<Connection>,
+    memory: GuestMemoryMmap,
+    log: Arc<DirtyLog>,
+    /// Bytes of memory sent so far.
+    pub sent: u64,
+    /// How often memory was gone through.
+    pub rounds: u32,
+}
+
+/// So many pages are sent while the guest stands still.
+const REST: u64 = 1024;
+/// A guest that writes faster than it can be sent stands still after so many rounds.
+const MOST_ROUNDS: u32 = 30;
+
+impl Departure {
+    /// Says what machine it is.
+    ///
+    /// # Errors
+    /// [`Error::Write`]
+    pub fn new(
+        connection: Connection,
+        description: &Description,
+        memory: GuestMemoryMmap,
+        log: Arc<DirtyLog>,
+    ) -> Result<Self, Error> {
+        let mut out = Writer::new(connection)?;
+        section(&mut out, Kind::Description, description)?;
+        Ok(Self {
+            out,
+            memory,
+            log,
+            sent: 0,
+            rounds: 0,
+        })
+    }
+
+    /// Sends memory while the guest runs, until little is left or that does not come about. What is written is being noted.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn send_ahead(&mut self, vm: &Vm) -> Result<(), Error> {
+        self.sent = memory::write(&self.memory, &mut self.out)?;
+        self.rounds = 1;
+        let mut pages = self.written(vm)?;
+        while pages.count() > REST && self.rounds < MOST_ROUNDS {
+            self.send(&pages)?;
+            pages = self.written(vm)?;
+        }
+        self.send(&pages)
+    }
+
+    /// Sends the rest, and what the machine does, when nothing writes any more. Gives back the connection, for the last words.
+    ///
+    /// # Errors
+    /// [`Error`]
+    pub fn send_rest(mut self, vm: &Vm, state: &State) -> Result<(Connection, u64), Error> {
+        let pages = self.written(vm)?;
+        self.send(&pages)?;
+        section(&mut self.out, Kind::State, state)?;
+        Ok((self.out.finish()?, self.sent))
+    }
+
+    fn written(&self, vm: &Vm) -> Result<Pages, Error> {
+        let mut pages = Pages::none_of(&self.memory);
+        vm.take_dirty(&mut pages)?;
+        self.log.take(&mut pages);
+        Ok(pages)
+    }
+
+    fn send(&mut self, pages: &Pages) -> Result<(), Error> {
+        let sent = memory::write_pages(&self.memory, pages, &mut self.out)?;
+        self.sent = self.sent.saturating_add(sent);
+        self.rounds = self.rounds.saturating_add(1);
+        Ok(())
+    }
+}
+
+/// A snapshot that is being read.
+pub struct Incoming<R> {
+    input: Reader<R>,
+    /// What machine it is.
+    pub description: Description,
+}
+
+/// A snapshot in a file, or a guest that comes from another VMM.
+pub type Source = Box<dyn Read + Send>;
+
+impl Incoming<Source> {
+    /// Opens a file, and reads what machine it is.
+    ///
+    /// # Errors
+    /// [`Error::Open`], and as [`Incoming::new`]
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let file = File::open(path).map_err(|source| Error::Open {
+            path: path.to_owned(),
+            source,
+        })?;
+        Self::new(Box::new(BufReader::with_capacity(BUFFER, file)))
+    }
+
+    /// Reads from another VMM, which says nothing more before it is answered.
+    ///
+    /// # Errors
+    /// As [`Incoming::new`]
+    pub fn over(connection: Connection) -> Result<Self, Error> {
+        Self::new(Box::new(BufReader::with_capacity(BUFFER, connection)))
+    }
+}
+
+impl<R: Read> Incoming<R> {
+    /// Reads what machine it is.
+    ///
+    /// # Errors
+    /// [`Error`]: it is none, of another version, or damaged
+    pub fn new(input: R) -> Result<Self, Error> {
+        let mut input = Reader::new(input)?;
+        let (kind, body) = input.section()?;
+        let description = parse(kind, Kind::Description, "its description", body)?;
+        Ok(Self { input, description })
+    }
+
+    /// Reads memory into a guest that has not run, and then what the machine does.
+    ///
+    /// # Errors
+    /// [`Error`]: it is damaged or cut short
+    pub fn read(&mut self, memory: &GuestMemoryMmap) -> Result<State, Error> {
+        let (kind, body) = memory::read(memory, &mut self.input)?;
+        let state = parse(kind, Kind::State, "its state", &body)?;
+        match self.input.section()? {
+            (Kind::End, _) => Ok(state),
+            _ => Err(Error::Damaged),
+        }
+    }
+}
+
+fn parse<T: DeserializeOwned>(
+    kind: Kind,
+    wanted: Kind,
+    section: &'static str,
+    body: &[u8],
+) -> Result<T, Error> {
+    if kind != wanted {
+        return Err(Error::Damaged);
+    }
+    serde_json::from_slice(body).map_err(|source| Error::Nonsense { section, source })
+}
+
+/// Bytes that are read and written at a time: a section of memory and its head.
+const BUFFER: usize = 256 << 10;
+
+/// The name of a snapshot that is not complete. Nothing is left of it unless it gets another one.
+struct Partial(PathBuf);
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        match std::fs::remove_file(&self.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, path = %self.0.display(), "a part of a snapshot is left");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A file of a folder of snapshots. Until it is complete it has another name.
+pub struct Outgoing {
+    partial: Partial,
+    path: PathBuf,
+    out: BufWriter<File>,
+}
+
+impl Outgoing {
+    /// Begins the snapshot `name` in `folder`.
+    ///
+    /// # Errors
+    /// [`Error::Name`], [`Error::Exists`], [`Error::Create`]
+    pub fn create(folder: &Path, name: &str) -> Result<Self, Error> {
+        if name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']) {
+            return Err(Error::Name(name.to_owned()));
+        }
+        let path = folder.join(name);
+        if path.exists() {
+            return Err(Error::Exists(name.to_owned()));
+        }
+        let partial = Partial(folder.join(format!(".{name}.partial")));
+        // The guest's memory is in it.
+        let mut options = OpenOptions::new();
+        options.write(true).create(true).truncate(true).mode(0o600);
+        let file = options.open(&partial.0).map_err(|source| Error::Create {
+            path: partial.0.clone(),
+            source,
+        })?;
+        let out = BufWriter::with_capacity(BUFFER, file);
+        Ok(Self { partial, path, out })
+    }
+
+    /// Where it will be.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Writes it, durably, and gives it its name. Returns how many bytes of memory were not empty.
+    ///
+    /// # Errors
+    /// As [`write()`]; then nothing is left of it.
+    pub fn write(
+        self,
+        description: &Description,
+        memory: &GuestMemoryMmap,
+        state: &State,
+    ) -> Result<u64, Error> {
+        let Self { partial, path, out } = self;
+        let (written, out) = write(out, description, memory, state)?;
+        let file = out.into_inner().map_err(|e| Error::Write(e.into_error()))?;
+        file.sync_all().map_err(Error::Write)?;
+        std::fs::rename(&partial.0, &path).map_err(Error::Write)?;
+        Ok(written)
+    }
+}
