@@ -451,26 +451,32 @@ fn frames_go_on(setup: Setup, upgrades: usize, pairs: u16) {
         front.complete(control);
         assert_eq!(front.guest.read(GuestAddress(at.0 + 4), 1), [0]);
     }
-    for pair in 0..usize::from(pairs) {
-        for _ in 0..128 {
-            let buffer = front.guest.alloc(2048, 64);
-            let FrontEnd { queues, guest, .. } = &mut front;
-            queues[2 * pair].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
-        }
-    }
     let socket = UdpSocket::bind(("10.9.0.1", PORT)).unwrap();
-    socket.set_broadcast(true).unwrap();
     socket
         .set_read_timeout(Some(Duration::from_secs(10)))
         .unwrap();
     let transmit: Vec<_> = (0..FRAMES).map(|_| front.guest.alloc(64, 64)).collect();
+    // The kernel has a queue for each flow.
+    let flows: Vec<_> = (0..16)
+        .map(|_| {
+            let flow = UdpSocket::bind(("10.9.0.1", 0)).unwrap();
+            flow.set_broadcast(true).unwrap();
+            flow
+        })
+        .collect();
+    let used = if pairs > 1 { flows.len() } else { 1 };
     let (mut sent, mut expected) = (0, 0);
-    for _ in 0..upgrades {
-        let sender = socket.try_clone().unwrap();
+    let mut by_pair = vec![0; pairs.into()];
+    for upgrade in 0..upgrades {
+        let flows: Vec<_> = flows
+            .iter()
+            .take(used)
+            .map(|flow| flow.try_clone().unwrap())
+            .collect();
         let host = thread::spawn(move || {
-            for number in expected..expected + FRAMES {
+            for (number, flow) in (expected..expected + FRAMES).zip(flows.iter().cycle()) {
                 let to = ("10.9.0.255", PORT);
-                sender.send_to(&number.to_be_bytes(), to).unwrap();
+                flow.send_to(&number.to_be_bytes(), to).unwrap();
                 thread::sleep(Duration::from_micros(100));
             }
         });
@@ -481,8 +487,21 @@ fn frames_go_on(setup: Setup, upgrades: usize, pairs: u16) {
             let FrontEnd { queues, guest, .. } = &mut front;
             queues[1].submit(guest, &[segment], &[], number.into());
         }
-        daemon.upgrade(NET, &args);
-        host.join().unwrap();
+        if upgrade > 0 {
+            daemon.upgrade(NET, &args);
+            host.join().unwrap();
+        } else {
+            // The guest has no buffers yet: all frames wait in the interface, whoever serves it.
+            host.join().unwrap();
+            daemon.upgrade(NET, &args);
+            for pair in 0..usize::from(pairs) {
+                for _ in 0..128 {
+                    let buffer = front.guest.alloc(2048, 64);
+                    let FrontEnd { queues, guest, .. } = &mut front;
+                    queues[2 * pair].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
+                }
+            }
+        }
         for number in sent..sent + FRAMES {
             assert_eq!(front.complete(1), (number.into(), 0));
         }
@@ -496,7 +515,6 @@ fn frames_go_on(setup: Setup, upgrades: usize, pairs: u16) {
             }
         }
         sent += FRAMES;
-        // One flow has one queue, but the kernel may choose another one for it.
         let (start, mut found) = (Instant::now(), Vec::new());
         while found.len() < FRAMES as usize {
             let done = (0..usize::from(pairs)).find_map(|pair| {
@@ -511,17 +529,22 @@ fn frames_go_on(setup: Setup, upgrades: usize, pairs: u16) {
                 continue;
             };
             let packet = front.guest.read(GuestAddress(buffer), len as usize);
-            found.extend(number(&packet));
+            if let Some(number) = number(&packet) {
+                found.push(number);
+                by_pair[pair] += 1;
+            }
             let segment = [Segment::new(GuestAddress(buffer), 2048)];
             let FrontEnd { queues, guest, .. } = &mut front;
             queues[2 * pair].submit(guest, &[], &segment, buffer);
         }
         if pairs > 1 {
+            // Of two queues, none is before the other.
             found.sort_unstable();
         }
         assert!(found.into_iter().eq(expected..expected + FRAMES));
         expected += FRAMES;
     }
+    assert!(by_pair.iter().all(|&frames| frames > 0), "{by_pair:?}");
     assert!(!daemon.log().contains("ERROR"), "{}", daemon.log());
     daemon.stop();
 }
