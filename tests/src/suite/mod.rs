@@ -15,7 +15,6 @@ mod net;
 mod net_features;
 mod net_switch;
 mod others;
-mod soak;
 mod vfio;
 mod zoned;
 
@@ -68,7 +67,6 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         others::TESTS,
         migration::TESTS,
         zoned::TESTS,
-        soak::TESTS,
     ]
     .into_iter()
     .flatten()
