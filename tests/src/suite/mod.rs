@@ -16,7 +16,6 @@ mod net_features;
 mod net_switch;
 mod others;
 mod snapshot;
-mod soak;
 mod upgrade;
 mod vfio;
 mod zoned;
@@ -72,7 +71,6 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         migration::TESTS,
         snapshot::TESTS,
         zoned::TESTS,
-        soak::TESTS,
     ]
     .into_iter()
     .flatten()
