@@ -8,7 +8,7 @@ ip netns attach lab $$
 # A guest whose memory is in large pages faults less, which an emulated machine feels most.
 echo always >/sys/kernel/mm/transparent_hugepage/shmem_enabled
 # /dev/vdb is as empty as on its first day at each boot.
-mkfs.ext4 -q -E nodiscard,lazy_itable_init=1,lazy_journal_init=1 /dev/vdb &&
+mkfs.ext4 -q -F -E nodiscard,lazy_itable_init=1,lazy_journal_init=1 /dev/vdb &&
     mount -o noatime,discard /dev/vdb /lab/scratch
 case " $(cat /proc/cmdline) " in
 *" lab.shell "*)

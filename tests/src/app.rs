@@ -509,10 +509,10 @@ fn test(common: &Common, filters: &[String], list: bool, effort: Effort) -> Resu
     })
 }
 
-/// The name of the test that no part of the suite is, as it ends the machine that runs the suite; if it is named.
+/// The name of the test that no part of the suite is, as it ends the machine that runs the suite; if it is selected.
 fn cut_name(filters: &[String]) -> Option<&'static &'static str> {
     const NAME: &str = "crash::power_is_cut";
-    (!filters.is_empty() && suite::is_selected(NAME, filters)).then_some(&NAME)
+    suite::is_selected(NAME, filters).then_some(&NAME)
 }
 
 fn test_all(common: &Common, filters: &[String], effort: Effort, tally: &mut Tally) -> Result<()> {
