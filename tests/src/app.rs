@@ -37,6 +37,7 @@ Examples:
   cargo lab test               all tests; the last line counts them
   cargo lab test boot:: blk::  the tests whose names contain one of these
   cargo lab test crash:: --kills 50              back-ends killed 50 times in each
+  cargo lab test soak:: --soak-seconds 900       four guests busy for 15 minutes
   cargo lab test --list        their names
   cargo lab shell              a shell in the lab VM, programs in /lab/bin
   cargo lab shell -- uname -a  one command where guests run

@@ -37,6 +37,9 @@ pub struct Effort {
     /// How often each test of `crash::` kills its back-end
     #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub kills: u32,
+    /// How long `soak::` keeps its guests busy; without it, that test is skipped
+    #[arg(long = "soak-seconds", default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(..=72_000))]
+    pub soak_seconds: u32,
 }
 
 impl Effort {
@@ -46,13 +49,18 @@ impl Effort {
     /// How long it can take in one test, on plain hardware.
     #[must_use]
     pub fn duration(&self) -> Duration {
-        Self::KILL.saturating_mul(self.kills)
+        Self::KILL
+            .saturating_mul(self.kills)
+            .max(Duration::from_secs(self.soak_seconds.into()))
     }
 }
 
 impl Default for Effort {
     fn default() -> Self {
-        Self { kills: 8 }
+        Self {
+            kills: 8,
+            soak_seconds: 0,
+        }
     }
 }
 

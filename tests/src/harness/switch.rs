@@ -51,6 +51,12 @@ impl Switch {
         format!("--net=socket={name}.sock,num-queues=2")
     }
 
+    /// Its process.
+    #[must_use]
+    pub fn pid(&self) -> u32 {
+        self.daemon.pid()
+    }
+
     /// Its control socket.
     #[must_use]
     pub fn control<'a>(&self, site: &'a Site) -> Control<'a> {

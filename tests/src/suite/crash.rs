@@ -1,4 +1,5 @@
-//! Back-ends that are killed under load, again and again: the guest sees nothing but requests and packets that take longer.
+//! Back-ends that are killed under load, again and again: the guest sees nothing but requests and packets that take longer. And
+//! VMMs that are killed: the next one is served.
 
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use serde_json::Value;
 use super::Test;
 use crate::command;
 use crate::ensure;
-use crate::error::{LabError, Result};
+use crate::error::{Doing, LabError, Result};
 use crate::harness::{BackEnd, Blk, Control, Guest, Net, Vmm, disk_file, iperf3_server, packets};
 use crate::site::Site;
 
@@ -38,6 +39,11 @@ pub(super) const TESTS: &[Test] = &[
         name: "crash::card_survives_kills_on_qemu",
         seconds: 120,
         run: |site| card_survives_kills(site, Vmm::Qemu11),
+    },
+    Test {
+        name: "crash::killed_vmms_leave_back_ends_ready",
+        seconds: 120,
+        run: killed_vmms_leave_back_ends_ready,
     },
 ];
 
@@ -211,5 +217,49 @@ fn card_survives_kills(site: &Site, vmm: Vmm) -> Result<()> {
     ))?;
     guest.run_ok(&format!("ping -c 3 -i 0.2 -W 5 {HOST}"))?;
     guest.shut_down()?;
+    net.stop(site)
+}
+
+/// VMMs are killed while their guests write and send; the back-ends serve the next one, which finds what was written and flushed.
+fn killed_vmms_leave_back_ends_ready(site: &Site) -> Result<()> {
+    let disk = disk_file(site, "disk.img", 64 * MIB)?;
+    let mut blk = Blk::on(&disk).queues(2).start(site)?;
+    let mut net = Net::tap(TAP)
+        .queue_pairs(2)
+        .address(&format!("{HOST}/24"))
+        .start(site)?;
+    let threads = |pid: u32| -> Result<usize> {
+        let path = format!("/proc/{pid}/task");
+        let list = std::fs::read_dir(&path).doing(|| format!("list {path}"))?;
+        Ok(list.count())
+    };
+    let mut held = Vec::new();
+    for (number, vmm) in (1..).zip([Vmm::Ringside, Vmm::Qemu11, Vmm::Ringside]) {
+        let mut guest = Guest::on(vmm)
+            .diskless()
+            .cpus(2)
+            .device(&blk)
+            .device(&net)
+            .boot(site)?;
+        guest.network_up("10.77.0.2/24")?;
+        let count = guest.run_ok(&format!(
+            "count=$(head -c 512 /dev/vda | tr -dc 0-9); echo $((count + 1)) | tee /tmp/count && \
+             dd if=/tmp/count of=/dev/vda conv=notrunc,fsync 2>/dev/null && ping -c 2 -W 5 {HOST} >/dev/null"
+        ))?;
+        ensure!(
+            count.trim() == number.to_string(),
+            "VMM {number} counted {}",
+            count.trim()
+        );
+        guest.run_ok(&format!(
+            "for part in 8 24; do (while :; do dd if=/dev/zero of=/dev/vda bs=64k seek=$((part * 16)) count=200 oflag=direct; \
+             done) </dev/null >/dev/null 2>&1 & done; (ping -i 0.01 -s 8000 {HOST}) </dev/null >/dev/null 2>&1 &"
+        ))?;
+        sleep(Duration::from_millis(500));
+        guest.end_by_signal(Signal::SIGKILL)?;
+        held.push((threads(blk.daemon().pid())?, threads(net.daemon().pid())?));
+    }
+    println!("threads of the disk and of the card after each of 3 VMMs: {held:?}");
+    blk.stop(site)?;
     net.stop(site)
 }

@@ -2,7 +2,8 @@
 
 use std::fs::File;
 use std::path::Path;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
@@ -13,15 +14,29 @@ use crate::error::{Doing, LabError, Result};
 use crate::harness::{Blk, Control, Guest, Mapped, Vmm, disk_file};
 use crate::site::Site;
 
-pub(super) const TESTS: &[Test] = &[Test {
-    name: "faults::storage_that_fails",
-    seconds: 120,
-    run: |site| storage_that_fails(site, Vmm::Ringside),
-}];
+pub(super) const TESTS: &[Test] = &[
+    Test {
+        name: "faults::storage_that_fails",
+        seconds: 120,
+        run: |site| storage_that_fails(site, Vmm::Ringside),
+    },
+    Test {
+        name: "faults::storage_that_hangs",
+        seconds: 120,
+        run: |site| storage_that_hangs(site, Vmm::Ringside),
+    },
+    Test {
+        name: "faults::storage_that_hangs_under_qemu",
+        seconds: 120,
+        run: |site| storage_that_hangs(site, Vmm::Qemu11),
+    },
+];
 
 const MIB: u64 = 1 << 20;
 /// Size of a mapped disk, in the 512-byte sectors of its table.
 const SECTORS: u64 = 64 * MIB / 512;
+/// How long the storage hangs, in seconds.
+const HANG: u64 = 5;
 /// For loops of many small requests, on plain hardware.
 const LOOP_LIMIT: Duration = Duration::from_secs(40);
 /// What a guest says of a request that failed.
@@ -64,6 +79,11 @@ impl<'a> Part<'a> {
         let features = if reads { "" } else { " 1 error_writes" };
         self.table("flakey", "", &format!(" {up} {down}{features}"))
     }
+
+    /// Takes so many milliseconds for each request.
+    fn delay(&self, milliseconds: u32) -> String {
+        self.table("delay", "", &format!(" {milliseconds}"))
+    }
 }
 
 /// Writes a block with a number, past all caches, and says why if that fails.
@@ -103,6 +123,30 @@ fn counted<const N: usize>(control: &Control, counters: [&str; N]) -> Result<[u6
 /// How many requests the back-end has answered with an error of its storage.
 fn errors(control: &Control) -> Result<u64> {
     counted(control, ["/errors/io"]).map(|[errors]| errors)
+}
+
+/// How many writes and reads it has answered, and how many requests it has not answered yet.
+fn requests(control: &Control) -> Result<[u64; 3]> {
+    counted(control, ["/requests/write", "/requests/read", "/in-flight"])
+}
+
+/// Waits until it has answered so many writes more.
+fn wait_for_writes(site: &Site, control: &Control, count: u64) -> Result<()> {
+    let (start, limit) = (Instant::now(), site.limit(LOOP_LIMIT));
+    let [before, ..] = requests(control)?;
+    loop {
+        let [written, ..] = requests(control)?;
+        if written >= before + count {
+            return Ok(());
+        }
+        ensure!(
+            start.elapsed() < limit,
+            "{} writes in {} s",
+            written - before,
+            limit.as_secs()
+        );
+        sleep(Duration::from_millis(50));
+    }
 }
 
 /// Starts to write another disk and to compare what it holds, until [`steady`].
@@ -256,4 +300,68 @@ fn fails(guest: &mut Guest, request: &str) -> Result<()> {
         output.text
     );
     Ok(())
+}
+
+/// Storage that is slow, and then does not answer at all for a while: the guest waits and goes on, contents are right, another disk
+/// of the guest and the back-end's control socket work meanwhile.
+fn storage_that_hangs(site: &Site, vmm: Vmm) -> Result<()> {
+    let device = block_device(site)?;
+    let part = Part::new(device, 2);
+    let slow = Mapped::create("ringside-slow", &part.linear())?;
+    let control = Control::new(site, "blk.ctl");
+    let blk = Blk::on(slow.path())
+        .queues(2)
+        .arg("--direct")
+        .arg(&format!("--control-socket={}", control.socket().display()))
+        .start(site)?;
+    let other = Blk::on(disk_file(site, "other.img", 16 * MIB)?).start(site)?;
+    let mut guest = Guest::on(vmm)
+        .cpus(2)
+        .device(&blk)
+        .device(&other)
+        .boot(site)?;
+    keep_writing(&mut guest, "vdc")?;
+    guest.run_ok(
+        "(fio --name=x --filename=/dev/vdb --direct=1 --ioengine=libaio --rw=randwrite --bs=4k --iodepth=8 --numjobs=2 \
+         --size=4M --offset_increment=16M --time_based --runtime=20 --verify=crc32c --verify_backlog=64 --verify_fatal=1 \
+         --eta=never >/run/slow.log 2>&1; echo $? >/run/part; mv /run/part /run/status) </dev/null >/dev/null 2>&1 &",
+    )?;
+    wait_for_writes(site, &control, 100)?;
+    slow.load(&part.delay(200))?;
+    wait_for_writes(site, &control, 50)?;
+    slow.suspend()?;
+    let completed = || -> Result<u64> {
+        let [written, read, under_way] = requests(&control)?;
+        ensure!(under_way > 0, "nothing is under way");
+        Ok(written + read)
+    };
+    // What the kernel had finished by then is taken note of.
+    sleep(Duration::from_millis(500));
+    let before = completed()?;
+    let rounds = |guest: &mut Guest| guest.run_ok("cat /run/rounds 2>/dev/null | wc -l");
+    let rounds_before = rounds(&mut guest)?;
+    sleep(Duration::from_secs(HANG));
+    let after = completed()?;
+    ensure!(
+        after == before,
+        "{} requests of storage that hangs were completed",
+        after - before
+    );
+    guest.run_ok("dd if=/dev/urandom of=/dev/vdc bs=4k seek=3000 count=64 oflag=direct conv=notrunc,fsync 2>/dev/null")?;
+    println!(
+        "while the storage hung, for {HANG} s, the other disk was written and compared {} to {} times",
+        rounds_before.trim(),
+        rounds(&mut guest)?.trim()
+    );
+    slow.resume()?;
+    slow.load(&part.linear())?;
+    let status = guest.run_ok_within(
+        "while [ ! -e /run/status ]; do sleep 0.2; done; cat /run/status /run/slow.log",
+        LOOP_LIMIT,
+    )?;
+    ensure!(status.starts_with("0\n"), "fio ended with {status}");
+    steady(&mut guest)?;
+    guest.shut_down()?;
+    blk.stop(site)?;
+    other.stop(site)
 }

@@ -16,6 +16,7 @@ mod net_features;
 mod net_switch;
 mod others;
 mod snapshot;
+mod soak;
 mod upgrade;
 mod vfio;
 mod zoned;
@@ -71,6 +72,7 @@ fn tests() -> impl Iterator<Item = &'static Test> {
         migration::TESTS,
         snapshot::TESTS,
         zoned::TESTS,
+        soak::TESTS,
     ]
     .into_iter()
     .flatten()
