@@ -187,6 +187,20 @@ pub(super) fn is_socket(path: &Path) -> bool {
     fs::symlink_metadata(path).is_ok_and(|metadata| metadata.file_type().is_socket())
 }
 
+/// How many threads a process has started: those that the kernel adds for io_uring come and go as it likes.
+///
+/// # Errors
+/// Fails if there is no such process.
+pub fn threads(pid: u32) -> Result<usize> {
+    let path = format!("/proc/{pid}/task");
+    let tasks = std::fs::read_dir(&path).doing(|| format!("list {path}"))?;
+    let own = tasks.flatten().filter(|task| {
+        let name = std::fs::read_to_string(task.path().join("comm"));
+        !name.is_ok_and(|name| name.starts_with("iou-"))
+    });
+    Ok(own.count())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -23,7 +23,7 @@ pub use counters::{
     EventCounts, IOCTL, KVM_EXIT, KVM_MMIO, KVM_PIO, KVM_USERSPACE_EXIT, Packets, SYSTEM_CALL,
     URING_REQUEST, flushes, packets, sum_interrupts, sum_interrupts_by,
 };
-pub use daemon::Daemon;
+pub use daemon::{Daemon, threads};
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};
 pub use kernel_log::{KernelLog, dma_fault};
 pub use mapped::Mapped;

@@ -10,8 +10,10 @@ use serde_json::Value;
 use super::Test;
 use crate::command;
 use crate::ensure;
-use crate::error::{Doing, LabError, Result};
-use crate::harness::{BackEnd, Blk, Control, Guest, Net, Vmm, disk_file, iperf3_server, packets};
+use crate::error::{LabError, Result};
+use crate::harness::{
+    BackEnd, Blk, Control, Guest, Net, Vmm, disk_file, iperf3_server, packets, threads,
+};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -228,11 +230,6 @@ fn killed_vmms_leave_back_ends_ready(site: &Site) -> Result<()> {
         .queue_pairs(2)
         .address(&format!("{HOST}/24"))
         .start(site)?;
-    let threads = |pid: u32| -> Result<usize> {
-        let path = format!("/proc/{pid}/task");
-        let list = std::fs::read_dir(&path).doing(|| format!("list {path}"))?;
-        Ok(list.count())
-    };
     let mut held = Vec::new();
     for (number, vmm) in (1..).zip([Vmm::Ringside, Vmm::Qemu11, Vmm::Ringside]) {
         let mut guest = Guest::on(vmm)

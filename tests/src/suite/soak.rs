@@ -12,7 +12,7 @@ use serde_json::Value;
 use super::Test;
 use crate::ensure;
 use crate::error::{Doing, LabError, Result};
-use crate::harness::{BackEnd, Blk, Control, Guest, Switch, Vmm, disk_file};
+use crate::harness::{BackEnd, Blk, Control, Guest, Switch, Vmm, disk_file, threads};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[Test {
@@ -61,17 +61,6 @@ impl Held {
             threads: threads(pid)?,
         })
     }
-}
-
-/// How many threads a process has started: those that the kernel adds for io_uring come and go as it likes.
-fn threads(pid: u32) -> Result<usize> {
-    let path = format!("/proc/{pid}/task");
-    let tasks = fs::read_dir(&path).doing(|| format!("list {path}"))?;
-    let own = tasks.flatten().filter(|task| {
-        let name = fs::read_to_string(task.path().join("comm"));
-        !name.is_ok_and(|name| name.starts_with("iou-"))
-    });
-    Ok(own.count())
 }
 
 impl fmt::Display for Held {
