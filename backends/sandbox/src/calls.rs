@@ -354,10 +354,10 @@ pub const FRAMES: &[Call] = &[
     call(libc::SYS_sendto, "frames, and a ring of AF_XDP"),
 ];
 
-/// A ring of io_uring that exists, and writes to what is open, no more.
+/// A ring of io_uring that exists, and reads and writes what is open, no more.
 pub const BATCHES: &[Call] = &[call(
     libc::SYS_io_uring_enter,
-    "many frames from guest memory",
+    "many frames from or into guest memory",
 )];
 
 /// Asynchronous I/O, of a context that exists: it signals eventfds without waiting. It can read and write what is open, no more.

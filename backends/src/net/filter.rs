@@ -115,10 +115,18 @@ impl Filter {
     }
 
     /// Whether a frame passes. `start` is its first bytes, up to [`PEEK`] of them.
+    #[inline]
     pub(super) fn passes(&self, start: &[u8]) -> bool {
-        if self.promiscuous || !self.link_up {
-            return self.link_up;
-        }
+        self.passes_any().unwrap_or_else(|| self.lists(start))
+    }
+
+    /// The same of any frame; `None` if frames are told apart.
+    #[inline]
+    pub(super) fn passes_any(&self) -> Option<bool> {
+        (self.promiscuous || !self.link_up).then_some(self.link_up)
+    }
+
+    fn lists(&self, start: &[u8]) -> bool {
         let Some((&destination, rest)) = start.split_first_chunk::<6>() else {
             return false;
         };

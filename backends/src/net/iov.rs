@@ -273,6 +273,16 @@ impl IoList {
         }
     }
 
+    /// Marks the first `len` bytes of `count` pieces behind the first `skip` as written.
+    #[inline]
+    pub(super) fn wrote_pieces(&self, skip: usize, count: usize, len: usize) {
+        if self.logged {
+            let behind = self.live().get(skip..).unwrap_or_default();
+            let pieces = behind.get(..count).unwrap_or(behind);
+            mark_pieces(&self.memory, pieces, 0, len);
+        }
+    }
+
     /// Sends `front`, and behind it all bytes from byte `skip` on, as one message or a piece of a stream. Returns how much went
     /// out, `front` included.
     pub(super) fn send_behind(
@@ -428,6 +438,16 @@ impl IoList {
         }
         self.wrote(offset, bytes.len(), 1);
         true
+    }
+
+    /// The first two bytes of the row; none if it is shorter.
+    #[inline]
+    pub(super) fn first_two(&self) -> Option<[u8; 2]> {
+        if let Some(slice) = self.in_first(0, 2) {
+            return slice.get_ref(0).ok().map(|place| place.load());
+        }
+        let mut bytes = [0; 2];
+        self.copy_out(0, &mut bytes).then_some(bytes)
     }
 
     /// Copies from byte `offset` of the row to `out`. `false` if the row ends before.

@@ -1,4 +1,5 @@
-//! Receive: from the link straight into the driver's buffers; from a TAP with one system call for each packet.
+//! Receive: from the link straight into the driver's buffers; from a TAP with one system call for many packets while they are
+//! short and come fast.
 //!
 //! How long a packet will be is not known before it is read. So buffers for the longest possible one are taken
 //! from the ring beforehand, and the packet is read over all of them; those it did not need stay taken
@@ -14,11 +15,14 @@
 //! buffers of the row are given to it; a long one then goes through the spill, and for a while all buffers are given.
 //!
 //! A packet that the filter refuses is overwritten by the next one.
+//!
+//! With one call for many, each has one buffer of the row, and a spill of its own. Buffers are used in order: those that were read
+//! behind one that did not fit, or is for nobody, go through their spills.
 
 use std::collections::VecDeque;
 use std::io;
 
-use ringside_rings::{PopError, RingError};
+use ringside_rings::{PopError, RingError, Session};
 use tracing::{debug, warn};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
@@ -31,14 +35,14 @@ use vm_memory::Permissions;
 
 use super::counters::Counters;
 use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
-use super::filter::PEEK;
+use super::filter::{Filter, PEEK};
 use super::hash::{self, Hashing, Report};
 use super::iov::{AppendError, IoList};
 use super::link::Link;
 use super::ring::Ring;
 use super::settings::Settings;
 use super::tx::MAX_FRAME;
-use crate::shell::{Chain as Causes, LogLimit, Vring};
+use crate::shell::{Chain as Causes, LogLimit, Memory, Vring};
 
 /// Most packets of one turn, so that transmitting gets its share.
 const BUDGET: u32 = 128;
@@ -54,6 +58,10 @@ const MAX_HEADER: usize = 20;
 const NUM_BUFFERS: usize = 10;
 /// Where `hash_value`, `hash_report` and padding lie in the longest one, eight bytes together (VIRTIO 1.3, 5.1.6).
 const HASH_VALUE: usize = 12;
+/// Bytes of a spill.
+const SPILL: usize = MAX_HEADER + MAX_FRAME;
+/// From so many packets on one call for all of them takes less time than one for each.
+const MANY: u16 = 4;
 /// Bytes of a frame beside its MTU: an Ethernet header with two VLAN tags.
 const FRAME_OVERHEAD: usize = 22;
 
@@ -67,9 +75,11 @@ struct Posted {
     len: usize,
 }
 
-/// A packet that did not fit the posted buffers: its rest waits in the spill.
+/// A packet that did not fit the posted buffers, or the next ones of the row: its rest waits in a spill.
 #[derive(Debug, Clone, Copy)]
 struct Held {
+    /// Number of the spill.
+    spill: usize,
     len: usize,
     /// Bytes of it that are in the posted buffers.
     fitted: usize,
@@ -104,16 +114,25 @@ struct State {
     posted: VecDeque<Posted>,
     /// Bytes in `posted`.
     room: usize,
-    held: Option<Held>,
+    /// In their order.
+    held: VecDeque<Held>,
     /// Packets to come that may be long.
     long_for: u32,
-    spill: Box<[u8]>,
+    /// Most packets that the link gives at once.
+    most: u16,
+    /// Packets that it probably has.
+    expected: u16,
+    /// Each has [`SPILL`] bytes.
+    spills: Box<[u8]>,
+    /// Of a call for many packets: the pieces for each, and what came of it.
+    pieces: Vec<usize>,
+    results: Vec<io::Result<usize>>,
     log: LogLimit,
 }
 
 impl Rx {
-    /// `mtu` is that of the link, in bytes, as far as it is known.
-    pub(super) fn new(mut vring: Box<Vring>, mtu: u16, log: &LogLimit) -> Self {
+    /// `mtu` is that of the link, in bytes, as far as it is known, and `most` how many packets it gives at once.
+    pub(super) fn new(mut vring: Box<Vring>, mtu: u16, most: u16, log: &LogLimit) -> Self {
         // A ring that cannot be read breaks in its first turn.
         let waiting = vring.session().and_then(|mut session| session.available());
         let fed = vring.ring.has_begun() || waiting.is_ok_and(|count| count > 0);
@@ -135,9 +154,14 @@ impl Rx {
             wanted: if mergeable { header_len + frame } else { 1 },
             posted: VecDeque::with_capacity(vring.ring.size().into()),
             room: 0,
-            held: None,
+            held: VecDeque::with_capacity(most.into()),
             long_for: 0,
-            spill: vec![0; MAX_HEADER + MAX_FRAME].into(),
+            most,
+            expected: 1,
+            // The system gives pages of it when long packets come.
+            spills: vec![0; SPILL * usize::from(most.max(1))].into(),
+            pieces: Vec::with_capacity(most.into()),
+            results: Vec::with_capacity(most.into()),
             log: log.clone(),
         };
         Self {
@@ -184,9 +208,10 @@ impl Rx {
         session.disable_notifications()?;
         let mut left = BUDGET;
         let end = loop {
-            let wanted = state.held.map_or(state.wanted, |held| held.len);
+            let wanted = state.wanted();
+            let at_once = state.at_once(link, left);
             let mut full = false;
-            while state.room < wanted && !full && left > 0 {
+            while (state.room < wanted || state.posted.len() < at_once) && !full && left > 0 {
                 match session.pop(buf) {
                     Ok(Some(chain)) => {
                         let usable = chain.readable().is_empty();
@@ -231,20 +256,25 @@ impl Rx {
             if left == 0 {
                 break RxEnd::More;
             }
-            let len = match state.held {
-                Some(held) if state.room >= held.len => {
-                    state.held = None;
-                    let rest = held.len.saturating_sub(held.fitted);
-                    let rest = state.spill.get(..rest).unwrap_or_default();
-                    list.copy_in(held.fitted, rest);
+            let len = match state.held.front().copied() {
+                Some(held) if state.is_room(&held) => {
+                    state.held.pop_front();
+                    state.take_in(&held, list);
                     held.len
                 }
-                Some(_) if full => {
-                    state.held = None;
-                    state.dropped(
-                        counters,
-                        &"a packet that does not fit the buffers of one system call",
-                    );
+                Some(_) if full || !state.mergeable && !state.posted.is_empty() => {
+                    state.held.pop_front();
+                    left = left.saturating_sub(1);
+                    state.dropped(counters, &"a packet that does not fit the driver's buffers");
+                    continue;
+                }
+                None if at_once > 1 && !state.posted.is_empty() => {
+                    let more = state.read_all(link, list, at_once, counters);
+                    let done = state.sort(&mut session, list, settings, counters)?;
+                    left = left.saturating_sub(done);
+                    if !more && state.held.is_empty() {
+                        break RxEnd::Idle;
+                    }
                     continue;
                 }
                 None if !state.posted.is_empty() => match state.read(link, list, counters) {
@@ -262,17 +292,7 @@ impl Rx {
             };
             left = left.saturating_sub(1);
             let buffers = state.accept(list, len, settings, counters);
-            let mut rest = len;
-            for _ in 0..buffers {
-                let Some(posted) = state.posted.pop_front() else {
-                    break;
-                };
-                let used = rest.min(posted.len);
-                session.push_used(posted.head, u32::try_from(used).unwrap_or(u32::MAX))?;
-                list.consume(posted.pieces);
-                state.room = state.room.saturating_sub(posted.len);
-                rest = rest.saturating_sub(used);
-            }
+            state.give(&mut session, list, len, buffers)?;
         };
         let interrupt = session.publish()?;
         Ok((end, interrupt))
@@ -303,6 +323,180 @@ impl Rx {
 }
 
 impl State {
+    /// Bytes of buffers to have posted before the next packet.
+    fn wanted(&self) -> usize {
+        match self.held.front() {
+            Some(held) if self.mergeable => held.len,
+            _ => self.wanted,
+        }
+    }
+
+    /// How many packets to read with one call.
+    fn at_once<L: Link>(&self, link: &L, left: u32) -> usize {
+        if self.most <= 1 || self.expected < MANY || self.long_for > 0 || !self.held.is_empty() {
+            return 1;
+        }
+        let most = self.expected.min(link.gives_at_once());
+        usize::from(most).min(usize::try_from(left).unwrap_or(usize::MAX))
+    }
+
+    /// Of the packets that were asked for with one call, the link had so many.
+    fn expect(&mut self, read: usize) {
+        let more = read >= self.pieces.len();
+        let expected = if more { read.saturating_mul(2) } else { read };
+        self.expected = u16::try_from(expected).unwrap_or(u16::MAX).max(1);
+    }
+
+    /// There are buffers for a packet that is held.
+    fn is_room(&self, held: &Held) -> bool {
+        if self.mergeable {
+            self.room >= held.len
+        } else {
+            self.fits(held.len)
+        }
+    }
+
+    /// A packet fits the next buffer.
+    fn fits(&self, len: usize) -> bool {
+        len >= self.header_len && self.posted.front().is_some_and(|first| len <= first.len)
+    }
+
+    /// Puts the rest of a packet that was held into the buffers.
+    fn take_in(&self, held: &Held, list: &IoList) {
+        let spill = self.spills.chunks_exact(SPILL).nth(held.spill);
+        let rest = held.len.saturating_sub(held.fitted);
+        let rest = spill.and_then(|spill| spill.get(..rest));
+        list.copy_in(held.fitted, rest.unwrap_or_default());
+    }
+
+    /// Holds packet `number` of a call, which has read `len` bytes; `used` buffers of that call are not in the row any more.
+    /// `false` if it cannot be: it is lost.
+    #[cold]
+    fn hold(&mut self, list: &IoList, number: usize, used: usize, len: usize) -> bool {
+        let before = number.saturating_sub(used);
+        let Some(buffer) = self.posted.get(before).copied() else {
+            return false;
+        };
+        let fitted = len.min(buffer.len);
+        let rest = len.saturating_sub(fitted);
+        if len < self.header_len || rest >= SPILL || rest > 0 && !self.mergeable {
+            return false;
+        }
+        if rest > 0 {
+            self.long_for = LONG_FOR;
+        }
+        let mut held = Held {
+            spill: number,
+            len,
+            fitted,
+        };
+        if before > 0 || !self.held.is_empty() {
+            // Its buffer is for a packet before it.
+            let places = self.posted.iter().take(before);
+            let offset = places.fold(0_usize, |sum, posted| sum.saturating_add(posted.len));
+            let spill = self.spills.chunks_exact_mut(SPILL).nth(number);
+            let Some(spill) = spill.filter(|spill| len <= spill.len()) else {
+                return false;
+            };
+            spill.copy_within(..rest, fitted);
+            let Some(start) = spill.get_mut(..fitted) else {
+                return false;
+            };
+            list.copy_out(offset, start);
+            held.fitted = 0;
+        }
+        self.held.push_back(held);
+        true
+    }
+
+    /// Returns the first `buffers` buffers of the row with a packet of `len` bytes. Returns how many those are.
+    #[inline]
+    fn give(
+        &mut self,
+        session: &mut Session<'_, Memory>,
+        list: &mut IoList,
+        len: usize,
+        buffers: usize,
+    ) -> Result<usize, RingError> {
+        let mut rest = len;
+        for _ in 0..buffers {
+            let Some(posted) = self.posted.pop_front() else {
+                break;
+            };
+            let used = rest.min(posted.len);
+            session.push_used(posted.head, u32::try_from(used).unwrap_or(u32::MAX))?;
+            list.consume(posted.pieces);
+            self.room = self.room.saturating_sub(posted.len);
+            rest = rest.saturating_sub(used);
+        }
+        Ok(buffers)
+    }
+
+    /// Returns the packets of a call that stand where they belong, and holds the others. Returns how much of the turn that takes.
+    fn sort(
+        &mut self,
+        session: &mut Session<'_, Memory>,
+        list: &mut IoList,
+        settings: &Settings,
+        counters: &Counters,
+    ) -> Result<u32, RingError> {
+        let (mut read, mut used, mut done) = (0, 0, 0_u32);
+        let mut results = std::mem::take(&mut self.results);
+        for (number, result) in results.drain(..).enumerate() {
+            let Ok(len) = result else { continue };
+            read += 1;
+            if number == used && self.fits(len) {
+                let buffers = self.accept(list, len, settings, counters);
+                used += self.give(session, list, len, buffers)?;
+            } else if self.hold(list, number, used, len) {
+                continue;
+            } else {
+                self.dropped(counters, &"a packet without a header, or too long");
+            }
+            done = done.saturating_add(1);
+        }
+        self.results = results;
+        self.expect(read);
+        Ok(if read == 0 { 1 } else { done })
+    }
+
+    /// Reads up to `count` packets, each into one buffer. Returns whether there may be more.
+    fn read_all<L: Link>(
+        &mut self,
+        link: &mut L,
+        list: &mut IoList,
+        count: usize,
+        counters: &Counters,
+    ) -> bool {
+        counters.rx_calls.add(1);
+        self.pieces.clear();
+        let posted = self.posted.iter().take(count);
+        self.pieces.extend(posted.map(|posted| posted.pieces));
+        let spills = self.spills.chunks_exact_mut(SPILL);
+        link.receive_all(list, &self.pieces, spills, &mut self.results);
+        match self.results.last() {
+            Some(Err(error)) => self.may_go_on(error),
+            _ => true,
+        }
+    }
+
+    /// Whether to read again after an error.
+    fn may_go_on(&self, error: &io::Error) -> bool {
+        match error.kind() {
+            io::ErrorKind::WouldBlock => false,
+            io::ErrorKind::Interrupted => true,
+            _ => {
+                if let Some(held_back) = self.log.check() {
+                    warn!(
+                        queue = self.queue,
+                        held_back, "cannot receive from the link: {error}"
+                    );
+                }
+                false
+            }
+        }
+    }
+
     /// How many pieces of the row are given to the link for a packet, and their bytes.
     #[inline]
     fn given(&mut self, list: &IoList) -> (usize, usize) {
@@ -342,7 +536,13 @@ impl State {
             self.posted.front().map_or((0, 0), |p| (p.pieces, p.len))
         };
         counters.rx_calls.add(1);
-        match link.receive(list, pieces, self.header_len, &mut self.spill) {
+        let spill = self.spills.get_mut(..SPILL).unwrap_or_default();
+        let received = link.receive(list, pieces, self.header_len, spill);
+        self.expected = match received {
+            Ok(_) => self.expected.saturating_mul(2),
+            Err(_) => 1,
+        };
+        match received {
             Ok(len) if len < self.header_len => {
                 self.dropped(counters, &"a packet shorter than its header");
                 Ok(None)
@@ -354,35 +554,27 @@ impl State {
                 Ok(Some(len))
             }
             // The spill was full as well, so maybe not all of it is here.
-            Ok(len) if !self.mergeable || len >= room.saturating_add(self.spill.len()) => {
+            Ok(len) if !self.mergeable || len >= room.saturating_add(SPILL) => {
                 self.dropped(counters, &"a packet longer than the driver's buffers");
                 Ok(None)
             }
             Ok(len) => {
                 self.long_for = LONG_FOR;
-                self.held = Some(Held { len, fitted: room });
+                self.held.push_back(Held {
+                    spill: 0,
+                    len,
+                    fitted: room,
+                });
                 Ok(None)
             }
-            Err(error) => {
-                match error.kind() {
-                    io::ErrorKind::WouldBlock => {}
-                    io::ErrorKind::Interrupted => return Ok(None),
-                    _ => {
-                        if let Some(held_back) = self.log.check() {
-                            warn!(
-                                queue = self.queue,
-                                held_back, "cannot receive from the link: {error}"
-                            );
-                        }
-                    }
-                }
-                Err(())
-            }
+            Err(error) if self.may_go_on(&error) => Ok(None),
+            Err(_) => Err(()),
         }
     }
 
     /// Decides on the packet in the first `len` bytes of the list and completes its header. Returns how many of
     /// the posted buffers it takes: 0 if it is not for the driver.
+    #[inline]
     fn accept(
         &mut self,
         list: &IoList,
@@ -390,19 +582,12 @@ impl State {
         settings: &Settings,
         counters: &Counters,
     ) -> usize {
-        let mut start = [0; MAX_HEADER + PEEK];
-        let seen = len.min(self.header_len + PEEK);
-        let Some(seen) = start.get_mut(..seen).filter(|part| !part.is_empty()) else {
+        let Some([flags, gso]) = list.first_two().filter(|_| len >= 2) else {
             return 0;
         };
-        if !list.copy_out(0, seen) {
-            return 0;
-        }
-        let [flags, gso, ..] = *seen else { return 0 };
-        if !settings
-            .filter
-            .passes(seen.get(self.header_len..).unwrap_or_default())
-        {
+        let filter = &settings.filter;
+        let passes = filter.passes_any();
+        if !passes.unwrap_or_else(|| self.is_listed(list, len, filter)) {
             counters.rx_filtered.add(1);
             return 0;
         }
@@ -434,6 +619,14 @@ impl State {
             .rx_bytes
             .add(u64::try_from(len).unwrap_or(u64::MAX));
         buffers.into()
+    }
+
+    /// The filter lets the packet in the first `len` bytes of the list pass.
+    fn is_listed(&self, list: &IoList, len: usize, filter: &Filter) -> bool {
+        let mut start = [0; PEEK];
+        let seen = len.saturating_sub(self.header_len).min(PEEK);
+        let seen = start.get_mut(..seen).unwrap_or_default();
+        list.copy_out(self.header_len, seen) && filter.passes(seen)
     }
 
     /// How many of the posted buffers `len` bytes take.

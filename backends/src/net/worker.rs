@@ -387,7 +387,8 @@ impl<L: Link> PairWorker<L> {
     fn start(&mut self, vring: Box<Vring>) {
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if vring.index.is_multiple_of(2) {
-            let rx = Rx::new(vring, self.mtu, &self.log);
+            let most = self.link.gives_at_once();
+            let rx = Rx::new(vring, self.mtu, most, &self.log);
             self.wait_on(rx.ring.kick_fd(), KICK_RX);
             self.wait_on(rx.ring.timer_fd(), TIMER_RX);
             self.rx = Some(rx);

@@ -8,6 +8,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
+use std::slice::ChunksExactMut;
 
 use io_uring::squeue::Entry;
 use io_uring::types::Fd;
@@ -20,12 +21,20 @@ use crate::shell::restricted;
 /// Most frames of one call.
 pub(super) const AT_ONCE: u16 = 64;
 
-/// Writes frames. It knows its descriptor only during a call: a ring that is closed would hold on to it for a while.
+/// Most pieces of all frames that are read with one call.
+const MAX_READ_PIECES: usize = 1024;
+
+/// Writes and reads frames. It knows its descriptor only during a call: a ring that is closed would hold on to it for a while.
 pub(super) struct Batch {
     ring: IoUring,
     /// It failed, and is not used any more.
     broken: bool,
+    /// Pieces of the frames that are read: empty between calls.
+    places: Vec<libc::iovec>,
 }
+
+// SAFETY: it has no pointers but during a call.
+unsafe impl Send for Batch {}
 
 impl std::fmt::Debug for Batch {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -38,15 +47,20 @@ impl Batch {
     pub(super) fn new() -> Option<Self> {
         let mut builder = IoUring::builder();
         builder.dontfork();
-        let operations = [opcode::Write::CODE, opcode::Writev::CODE];
+        let operations = [
+            opcode::Write::CODE,
+            opcode::Writev::CODE,
+            opcode::Readv::CODE,
+        ];
         let ring = restricted(&mut builder, AT_ONCE.into(), &[], &operations);
         match ring {
             Ok(ring) => Some(Self {
                 ring,
                 broken: false,
+                places: Vec::with_capacity(MAX_READ_PIECES),
             }),
             Err(error) => {
-                debug!("frames are sent one by one, as there is no io_uring: {error}");
+                debug!("frames are moved one by one, as there is no io_uring: {error}");
                 None
             }
         }
@@ -82,25 +96,90 @@ impl Batch {
             results.push(Err(io::ErrorKind::Interrupted.into()));
         }
         drop(queue);
-        let mut left = results.len().saturating_sub(before);
+        self.complete(results.get_mut(before..).unwrap_or_default(), |_| ());
+    }
+
+    /// Reads as many frames as there are spills, of the pieces of the list each into so many, and into its spill what does not
+    /// fit there. Appends the length of each, in their order. At most [`AT_ONCE`] of them.
+    pub(super) fn read(
+        &mut self,
+        fd: BorrowedFd<'_>,
+        list: &IoList,
+        frames: &[usize],
+        spills: ChunksExactMut<'_, u8>,
+        results: &mut Vec<io::Result<usize>>,
+    ) {
+        let fd = Fd(fd.as_raw_fd());
+        let before = results.len();
+        let mut rest = list.live();
+        for (&pieces, spill) in frames.iter().zip(spills) {
+            let Some((frame, behind)) = rest.split_at_checked(pieces) else {
+                break;
+            };
+            if self.places.len().saturating_add(pieces) >= MAX_READ_PIECES {
+                break;
+            }
+            rest = behind;
+            self.places.extend_from_slice(frame);
+            self.places.push(libc::iovec {
+                iov_base: spill.as_mut_ptr().cast(),
+                iov_len: spill.len(),
+            });
+            // Until the kernel says something else.
+            results.push(Err(io::ErrorKind::Interrupted.into()));
+        }
+        let mut queue = self.ring.submission();
+        let mut rest = self.places.as_slice();
+        for (number, &pieces) in frames.iter().enumerate().take(results.len() - before) {
+            let (frame, behind) = rest.split_at_checked(pieces + 1).unwrap_or((rest, &[]));
+            rest = behind;
+            let count = u32::try_from(frame.len()).unwrap_or(u32::MAX);
+            let entry = opcode::Readv::new(fd, frame.as_ptr(), count)
+                .rw_flags(libc::RWF_NOWAIT)
+                .build()
+                .user_data(number as u64);
+            // SAFETY: the pieces lie in memory that the list keeps mapped, the last one of each frame is borrowed for the call;
+            // those and `places` stay as they are until the kernel is done with them, which is waited for below. Only the
+            // guest's driver shares the former.
+            if unsafe { queue.push(&entry) }.is_err() {
+                results.truncate(before + number);
+                break;
+            }
+        }
+        drop(queue);
+        self.complete(results.get_mut(before..).unwrap_or_default(), |len| len);
+        self.places.clear();
+        let mut start = 0;
+        for (&pieces, result) in frames.iter().zip(results.iter().skip(before)) {
+            if let Ok(len) = result {
+                list.wrote_pieces(start, pieces, *len);
+            }
+            start += pieces;
+        }
+    }
+
+    /// Has the kernel do what was submitted, and notes what came of each.
+    fn complete<T>(&mut self, results: &mut [io::Result<T>], done: impl Fn(usize) -> T) {
+        let mut left = results.len();
         while left > 0 {
             match self.ring.submit_and_wait(left) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Nothing was begun: these are offered again, and then one by one.
                 Err(error) => {
-                    warn!("frames are sent one by one from now on: io_uring failed: {error}");
+                    warn!("frames are moved one by one from now on: io_uring failed: {error}");
                     self.broken = true;
                 }
             }
             for completion in self.ring.completion() {
                 left = left.saturating_sub(1);
                 let place = usize::try_from(completion.user_data()).unwrap_or(usize::MAX);
-                let Some(result) = results.get_mut(before.saturating_add(place)) else {
+                let Some(result) = results.get_mut(place) else {
                     continue;
                 };
-                match completion.result().saturating_neg() {
-                    ..=0 => *result = Ok(()),
+                let outcome = completion.result();
+                match outcome.saturating_neg() {
+                    ..=0 => *result = Ok(done(usize::try_from(outcome).unwrap_or(0))),
                     // The descriptor knows no RWF_NOWAIT.
                     libc::EOPNOTSUPP => self.broken = true,
                     error => *result = Err(io::Error::from_raw_os_error(error)),

@@ -32,6 +32,7 @@ mod xdp;
 use std::fmt::Debug;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::slice::ChunksExactMut;
 
 use epoll::Events;
 use ringside_sandbox::Profile;
@@ -172,6 +173,24 @@ pub(super) trait Link: Send {
         spill: &mut [u8],
     ) -> io::Result<usize>;
 
+    /// How many frames [`receive_all`](Self::receive_all) gives at most; 1: it gives none.
+    fn gives_at_once(&self) -> u16 {
+        1
+    }
+
+    /// Gives frames in order, the first into the first `pieces[0]` pieces of the list, the next one into those behind, and so on,
+    /// and what does not fit there into the spill of the same number; appends to `results` what came of each, as
+    /// [`receive`](Self::receive) does. There may be none between others that are there.
+    fn receive_all(
+        &mut self,
+        list: &mut IoList,
+        pieces: &[usize],
+        spills: ChunksExactMut<'_, u8>,
+        results: &mut Vec<io::Result<usize>>,
+    ) {
+        let _ = (list, pieces, spills, results);
+    }
+
     /// It delivers frames.
     fn attached(&self) -> bool {
         true
@@ -232,6 +251,20 @@ impl<L: Link + ?Sized> Link for Box<L> {
         spill: &mut [u8],
     ) -> io::Result<usize> {
         (**self).receive(list, pieces, header_len, spill)
+    }
+
+    fn gives_at_once(&self) -> u16 {
+        (**self).gives_at_once()
+    }
+
+    fn receive_all(
+        &mut self,
+        list: &mut IoList,
+        pieces: &[usize],
+        spills: ChunksExactMut<'_, u8>,
+        results: &mut Vec<io::Result<usize>>,
+    ) {
+        (**self).receive_all(list, pieces, spills, results);
     }
 
     fn attached(&self) -> bool {

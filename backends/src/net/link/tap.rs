@@ -10,6 +10,7 @@ use std::io;
 use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::slice::ChunksExactMut;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use epoll::Events;
@@ -30,6 +31,9 @@ use crate::net::steering::{Rss, Steering};
 
 /// The clone device from which TAP queues are opened.
 const TUN_DEVICE: &str = "/dev/net/tun";
+
+/// Most packets that are read with one call: each has a spill of its own.
+const GIVES_AT_ONCE: u16 = 32;
 
 /// Most queues of one interface (the kernel's MAX_TAP_QUEUES).
 pub(in crate::net) const MAX_QUEUES: u16 = 256;
@@ -314,6 +318,25 @@ impl Link for TapQueue {
         spill: &mut [u8],
     ) -> io::Result<usize> {
         list.read_from(self.fd.as_fd(), pieces, spill)
+    }
+
+    fn gives_at_once(&self) -> u16 {
+        match &self.batch {
+            Some(batch) if batch.is_sound() => GIVES_AT_ONCE,
+            _ => 1,
+        }
+    }
+
+    fn receive_all(
+        &mut self,
+        list: &mut IoList,
+        pieces: &[usize],
+        spills: ChunksExactMut<'_, u8>,
+        results: &mut Vec<io::Result<usize>>,
+    ) {
+        if let Some(batch) = &mut self.batch {
+            batch.read(self.fd.as_fd(), list, pieces, spills, results);
+        }
     }
 
     fn attached(&self) -> bool {

@@ -1,11 +1,13 @@
 //! The data path and the control queue without privileges: a socket pair keeps packets apart like a TAP.
 
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use nix::sys::socket::setsockopt;
 use nix::sys::socket::sockopt::SndBuf;
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair};
+use nix::unistd::write;
 use ringside_rings::Segment;
 use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VIRTIO_F_VERSION_1};
 use virtio_bindings::virtio_net::{
@@ -112,6 +114,96 @@ fn packets_are_received_one_behind_the_other() {
         socket.send(&sent).unwrap();
         let buffers = sent.len().div_ceil(256) as u16;
         assert_eq!(pair.receive(), with_buffers(sent, buffers), "{len}");
+    }
+}
+
+/// Like [`socket`], with room for many packets.
+fn roomy_socket() -> (OwnedFd, TapQueue) {
+    let flags = SockFlag::SOCK_NONBLOCK;
+    let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, flags).unwrap();
+    (ours, TapQueue::from_packet_fd(theirs))
+}
+
+/// A packet of `len` bytes that differs from all others.
+fn numbered(to: MacAddress, number: u8, len: usize) -> Vec<u8> {
+    let mut packet = packet_to(to, len);
+    packet[HEADER + 20] = number;
+    packet
+}
+
+/// Posts buffers, and kicks once.
+fn post_at_once(pair: &mut Pair, count: usize, len: u32) {
+    let buffers: Vec<Segment> = (0..count).map(|_| pair.guest.buffer(len)).collect();
+    let chains = buffers.iter().map(std::slice::from_ref);
+    let chains: Vec<(&[Segment], &[Segment])> = chains.map(|chain| (&[][..], chain)).collect();
+    pair.rx.add(&chains);
+}
+
+#[test]
+fn what_waits_is_received_in_order_by_few_calls() {
+    let (socket, tap) = roomy_socket();
+    let mut pair = Pair::new(tap, ALL);
+    for number in 0..40 {
+        write(&socket, &numbered(MAC, number, 100)).unwrap();
+    }
+    // Nothing is read before there is a buffer.
+    post_at_once(&mut pair, 64, 1536);
+    for number in 0..40 {
+        let expected = with_buffers(numbered(MAC, number, 100), 1);
+        assert_eq!(pair.receive(), expected, "{number}");
+    }
+    let counters = &pair.worker.counters;
+    // 1, 1, 4, 8, 16, and then the last 10 of 32.
+    assert_eq!(counters.rx_calls.get(), 6);
+    assert_eq!(counters.rx_packets.get(), 40);
+    let vring = pair.worker.give_back(0);
+    assert_eq!((vring.ring.next_avail(), vring.ring.in_flight()), (40, 0));
+}
+
+/// Packets that are long, refused or malformed among those that one call reads.
+#[test]
+fn what_one_call_reads_keeps_its_order() {
+    let queues = [0, bit(VIRTIO_F_RING_PACKED) | bit(VIRTIO_F_IN_ORDER)];
+    for (offers, queues) in [(ALL, queues[0]), (ALL, queues[1]), (BASE, queues[0])] {
+        let (socket, tap) = roomy_socket();
+        let mut pair = Pair::new(tap, offers | queues);
+        let version = pair.shared.change(|s| s.filter.promiscuous = false);
+        assert!(pair.shared.wait(version));
+        let long = if offers == BASE { 300 } else { 2000 };
+        for odd in 0..40_u8 {
+            let other = MacAddress::new([2, 9, 9, 9, 9, 9]);
+            let mut expected = Vec::new();
+            for number in 0..40 {
+                let (to, len) = match number {
+                    _ if number != odd && number != odd + 2 => (MAC, 100),
+                    _ if odd % 3 == 0 => (MAC, long),
+                    _ => (other, 100),
+                };
+                let packet = numbered(to, number, len);
+                write(&socket, &packet).unwrap();
+                if to == MAC && (len == 100 || offers != BASE) {
+                    expected.push(packet);
+                }
+                if odd % 3 == 1 && number == odd {
+                    write(&socket, &[0; HEADER - 1]).unwrap();
+                }
+            }
+            let mark = pair.guest.mark();
+            let buffers = expected.iter().map(|packet| packet.len().div_ceil(256));
+            post_at_once(&mut pair, buffers.sum(), 256);
+            for packet in expected {
+                let number = packet[HEADER + 20];
+                let buffers = packet.len().div_ceil(256) as u16;
+                assert!(
+                    pair.receive() == with_buffers(packet, buffers),
+                    "{number} with {odd}"
+                );
+            }
+            assert_eq!(pair.rx.outstanding(), 0);
+            pair.guest.rewind(mark);
+        }
+        let dropped = pair.worker.counters.rx_dropped.get();
+        assert!(dropped >= 13, "{dropped}");
     }
 }
 
