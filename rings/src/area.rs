@@ -212,6 +212,17 @@ impl<B: BitmapSlice> AreaRef<'_, B> {
         Ok(u64::from_le(value.load()))
     }
 
+    /// Loads two u64 that lie side by side, and that no other access is ordered by.
+    #[inline]
+    pub(crate) fn load_u64_pair(&self, offset: usize) -> Result<(u64, u64), RingError> {
+        let pair = self
+            .slice
+            .get_ref::<[u64; 2]>(offset)
+            .map_err(self.failed(offset))?;
+        let [first, second] = pair.load();
+        Ok((u64::from_le(first), u64::from_le(second)))
+    }
+
     /// Stores a u64 that no other access is ordered by.
     #[inline]
     pub(crate) fn store_u64(&self, offset: usize, value: u64) -> Result<(), RingError> {

@@ -257,8 +257,16 @@ impl<M: GuestMemory> Session<'_, M> {
     }
 
     /// Takes the next available chain into `buf`, and returns what it is returned by.
-    #[inline(never)]
+    #[inline]
     fn take(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
+        match self.order {
+            None => either!(Side, &mut self.side, side => side.pop(buf)),
+            Some(_) => self.take_in_order(buf),
+        }
+    }
+
+    #[inline(never)]
+    fn take_in_order(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
         let popped = either!(Side, &mut self.side, side => side.pop(buf));
         if let Some(order) = &mut self.order {
             match &popped {

@@ -38,10 +38,7 @@ impl Rest {
     /// The second word of the descriptor, in host byte order.
     #[inline]
     pub(crate) const fn to_word(self) -> u64 {
-        let [l0, l1, l2, l3] = self.len.to_le_bytes();
-        let [i0, i1] = self.id.to_le_bytes();
-        let [f0, f1] = self.flags.to_le_bytes();
-        u64::from_le_bytes([l0, l1, l2, l3, i0, i1, f0, f1])
+        self.len as u64 | (self.id as u64) << 32 | (self.flags as u64) << 48
     }
 
     #[inline]

@@ -275,7 +275,7 @@ impl<M: GuestMemory> Session<'_, M> {
     }
 
     /// Takes the next available chain into `buf`, and returns its id.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn pop(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
         if let Some(tracking) = &mut self.ring.tracking
             && let Some((number, id)) = tracking.again.take()
@@ -301,7 +301,7 @@ impl<M: GuestMemory> Session<'_, M> {
     fn take(&mut self, id: u16, count: u16) -> Result<(), RingError> {
         let ring = &mut *self.ring;
         let next = ring.next_avail.after(count, ring.size);
-        let last = next.before(1, ring.size);
+        let last = ring.next_avail.after(count.saturating_sub(1), ring.size);
         if let (Some(held), Some(taken)) = (
             ring.counts.get_mut(usize::from(id)),
             ring.taken.get_mut(usize::from(last.at())),
@@ -408,16 +408,8 @@ impl<M: GuestMemory> Session<'_, M> {
             flags: desc::used(cursor) | write,
         }
         .to_word();
-        if let Some(tracking) = &mut ring.tracking {
-            let next = cursor.after(count, ring.size);
-            tracking.publishes(cursor, next)?;
-            // Release: all the device wrote to buffers comes before it (VIRTIO 1.3, 2.8.2), and the notes.
-            let offset = desc_offset(cursor.at()).wrapping_add(8);
-            self.desc
-                .store_u64_atomic(offset, word, Ordering::Release)?;
-            ring.next_used = next;
-            ring.busy = ring.busy.saturating_sub(count);
-            return tracking.published(next, count);
+        if ring.tracking.is_some() {
+            return self.show(cursor, word, count);
         }
         let first = ring.staged == 0;
         ring.staged = ring.staged.saturating_add(count);
@@ -427,6 +419,24 @@ impl<M: GuestMemory> Session<'_, M> {
         }
         self.desc
             .store_u64(desc_offset(cursor.at()).wrapping_add(8), word)
+    }
+
+    /// Shows the driver one used descriptor at once, and notes that.
+    #[inline(never)]
+    fn show(&mut self, cursor: Cursor, word: u64, count: u16) -> Result<(), RingError> {
+        let ring = &mut *self.ring;
+        let Some(tracking) = &mut ring.tracking else {
+            return Ok(());
+        };
+        let next = cursor.after(count, ring.size);
+        tracking.publishes(cursor, next)?;
+        // Release: all the device wrote to buffers comes before it (VIRTIO 1.3, 2.8.2), and the notes.
+        let offset = desc_offset(cursor.at()).wrapping_add(8);
+        self.desc
+            .store_u64_atomic(offset, word, Ordering::Release)?;
+        ring.next_used = next;
+        ring.busy = ring.busy.saturating_sub(count);
+        tracking.published(next, count)
     }
 
     /// Makes all staged used descriptors visible with the first of them.

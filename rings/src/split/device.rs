@@ -263,7 +263,7 @@ impl<'a, M: GuestMemory> Session<'a, M> {
 
     /// Takes the next available chain into `buf`, and returns its head. The available index is read only when the
     /// chains known of are used up.
-    #[inline]
+    #[inline(never)]
     pub(crate) fn pop(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
         let again = self.ring.tracking.as_mut().and_then(|t| t.again.take());
         let head = if let Some((_, head)) = again {
@@ -504,9 +504,7 @@ impl<'a, M: GuestMemory> Session<'a, M> {
 
     #[inline]
     fn ring_descriptor(&self, index: u16) -> Result<Desc, RingError> {
-        let offset = desc_offset(index);
-        let addr = self.desc.load_u64(offset)?;
-        let rest = self.desc.load_u64(offset.wrapping_add(8))?;
+        let (addr, rest) = self.desc.load_u64_pair(desc_offset(index))?;
         Ok(Desc::from_words(addr, rest))
     }
 }

@@ -60,6 +60,9 @@ pub(super) struct Header {
     pub(super) csum_offset: u16,
 }
 
+/// VIRTIO_NET_HDR_GSO_NONE, as `gso_type` has it.
+const GSO_NONE: u8 = 0;
+
 /// Offloads that a frame can need, as `TUN_F_*`.
 pub(super) const CSUM: u32 = libc::TUN_F_CSUM;
 /// Those of UDP segmentation, which are one.
@@ -250,6 +253,36 @@ impl Beginning {
         self.vlan = vlans.of(tag).ok_or(Refused::Vlan)?;
         self.write_header();
         Ok(())
+    }
+
+    /// Understands what was put there, as [`understand`](Self::understand) would, if it is a complete frame without a tag that has
+    /// addresses, type and VLAN of `other`: all that decides about where it goes, unless what a frame says of IP addresses does.
+    #[inline]
+    pub(super) fn is_like(
+        &mut self,
+        other: &Self,
+        header_len: usize,
+        prefix_len: usize,
+        rest_len: usize,
+        vlans: &Vlans,
+    ) -> bool {
+        let flags = self.place(header_len, header_len);
+        let flags = flags.and_then(|header| header.first_chunk::<2>().copied());
+        let Some([flags, GSO_NONE]) = flags else {
+            return false;
+        };
+        if u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0
+            || prefix_len < ETHERNET
+            || self.bytes_of_ethernet::<ETHERNET>(0) != other.bytes_of_ethernet(0)
+            || self.has_inner_tag()
+            || vlans.of(0) != Some(other.vlan)
+        {
+            return false;
+        }
+        (self.prefix_len, self.rest_len, self.priority) = (prefix_len, rest_len, 0);
+        (self.header, self.vlan) = (Header::NONE, other.vlan);
+        self.write_header();
+        true
     }
 
     /// The frame in `bytes`, a header of [`MAX_HEADER`] bytes in front, at a port of these VLANs. Returns what is behind its
@@ -487,6 +520,12 @@ impl<'a> Packet<'a> {
         (self.front.len() + self.rest_len + header_len).saturating_sub(MAX_HEADER)
     }
 
+    /// All of it, with a header of `header_len` bytes, if it lies in one piece.
+    #[inline]
+    pub(super) fn whole(&self, header_len: usize) -> Option<&'a [u8]> {
+        (self.rest_len == 0 && header_len == MAX_HEADER).then_some(self.front)
+    }
+
     /// All of it, from its beginning, with a header of `header_len` bytes.
     #[inline]
     pub(super) fn bytes(&self, header_len: usize) -> Bytes<'a> {
@@ -684,6 +723,50 @@ mod tests {
         assert_eq!(plain(&tagged, &access).unwrap_err(), Refused::Vlan);
         let priority = frame_bytes(Some(0xe000));
         assert_eq!(plain(&priority, &access).unwrap().0.vlan, 5);
+    }
+
+    #[test]
+    fn a_frame_like_another_has_its_addresses_type_and_vlan() {
+        let vlans = trunk(Some(6));
+        let like = |other: &[u8], header: [u8; 10], frame: &[u8]| {
+            let (other, _) = plain(other, &vlans).unwrap();
+            let packet = [&header[..], &[7; 2], frame].concat();
+            let count = packet.len().min(MAX_HEADER + PREFIX);
+            let (start, rest) = packet.split_at(count);
+            let mut beginning = Beginning::new();
+            let place = beginning.place(MAX_HEADER, count).unwrap();
+            place.copy_from_slice(start);
+            let (len, rest_len) = (count - MAX_HEADER, rest.len());
+            let alike = beginning.is_like(&other, MAX_HEADER, len, rest_len, &vlans);
+            alike.then(|| out(&(beginning, rest.to_vec()), Form::Tagged, 12))
+        };
+        let untagged = frame_bytes(None);
+        let mut longer = untagged.clone();
+        longer.extend([9; 30]);
+        let expected = out(&plain(&longer, &vlans).unwrap(), Form::Tagged, 12);
+        assert_eq!(like(&untagged, [0; 10], &longer), Some(expected.clone()));
+        // That it is valid (DATA_VALID) is no word of a driver's.
+        let valid = [2, 0, 9, 9, 9, 9, 9, 9, 9, 9];
+        assert_eq!(like(&untagged, valid, &longer), Some(expected.clone()));
+        assert_eq!(
+            like(&frame_bytes(Some(6)), [0; 10], &longer),
+            Some(expected)
+        );
+        let mut elsewhere = untagged.clone();
+        elsewhere[11] ^= 1;
+        let tagged = frame_bytes(Some(5));
+        let inner = [&tagged[..12], &[0x81, 0, 0, 5][..], &tagged[12..]].concat();
+        for (other, header, frame) in [
+            (&untagged, [0; 10], &elsewhere),
+            (&tagged, [0; 10], &untagged),
+            (&tagged, [0; 10], &tagged),
+            (&inner, [0; 10], &tagged),
+            (&untagged, [1, 0, 0, 0, 0, 0, 34, 0, 16, 0], &untagged),
+            (&untagged, [0, 1, 0, 0, 100, 0, 34, 0, 16, 0], &untagged),
+        ] {
+            assert_eq!(like(other, header, frame), None, "{frame:?}");
+        }
+        assert_eq!(like(&untagged, [0; 10], &untagged[..13]), None);
     }
 
     #[test]

@@ -6,12 +6,13 @@
 use std::io;
 use std::sync::Arc;
 
-use ringside_rings::{ChainBuf, PopError, RingError, Segment, Session, write_segments};
+use ringside_rings::{Chain, ChainBuf, PopError, RingError, Segment, Session, write_segments};
 use tracing::{debug, warn};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{GuestAddress, Permissions};
 
 use super::super::features::{has, header_len};
+use super::super::filter::Filter;
 use super::super::iov::IoList;
 use super::super::link::Link;
 use super::super::ring::Ring;
@@ -137,47 +138,49 @@ struct Opened<'a> {
 impl Opened<'_> {
     #[inline]
     fn put(&mut self, packet: &Packet<'_>) -> Result<Put, RingError> {
-        let total = packet.len(self.header_len);
-        let mut bytes = packet.bytes(self.header_len);
-        let Self {
-            session,
-            window,
-            first,
-            header_len,
-            ..
-        } = self;
-        // Nearly all packets find room in one chain.
-        let begun = match session.pop(first) {
-            Ok(Some(chain)) => {
-                let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
-                let head = chain.head();
-                if !chain.readable().is_empty() || room < *header_len {
-                    Err(head)
-                } else {
-                    let count = total.min(room);
-                    if count < total && !self.mergeable {
-                        session.rewind(1);
-                        return Ok(Put::Unfit);
-                    }
-                    match window.each(chain.writable(), count, |place| bytes.copy_to(place)) {
-                        true => Ok((head, count)),
-                        false => Err(head),
-                    }
-                }
-            }
+        let chain = match self.session.pop(self.first) {
+            Ok(Some(chain)) => chain,
             Ok(None) => return Ok(Put::Starved),
-            Err(PopError::Chain { head, .. }) => Err(head),
+            Err(PopError::Chain { head, .. }) => return self.put_back(head),
             Err(PopError::Ring(error)) => return Err(self.broke(error)),
         };
-        match begun {
-            Ok((head, count)) if count == total => {
+        let head = chain.head();
+        // A short packet, and most buffers.
+        if let Some(whole) = packet.whole(self.header_len)
+            && let ([], [segment]) = (chain.readable(), chain.writable())
+            && let Ok(len) = u32::try_from(whole.len())
+            && len <= segment.len
+            && let Some(place) = self.window.piece(segment.addr, whole.len())
+        {
+            place.copy_from(whole);
+            self.session.push_used(head, len)?;
+            *self.dirty = true;
+            return Ok(Put::Done);
+        }
+        let total = packet.len(self.header_len);
+        let mut bytes = packet.bytes(self.header_len);
+        // Without mergeable buffers a packet gets one.
+        let least = if self.mergeable { 0 } else { total };
+        match fill(
+            &mut self.window,
+            &chain,
+            self.header_len,
+            least,
+            total,
+            &mut bytes,
+        ) {
+            Filled::Bytes(count) if count == total => {
                 let len = u32::try_from(count).unwrap_or(u32::MAX);
                 self.session.push_used(head, len)?;
                 *self.dirty = true;
                 Ok(Put::Done)
             }
-            Ok((head, count)) => self.put_rest(head, count, total, bytes),
-            Err(head) => self.put_back(head),
+            Filled::Bytes(count) => self.put_rest(head, count, total, bytes),
+            Filled::TooShort => {
+                self.session.rewind(1);
+                Ok(Put::Unfit)
+            }
+            Filled::Unusable => self.put_back(head),
         }
     }
 
@@ -263,6 +266,40 @@ impl Opened<'_> {
     #[cold]
     fn broke(&mut self, error: RingError) -> RingError {
         self.session.publish().err().unwrap_or(error)
+    }
+}
+
+/// What came of the first buffer of a packet.
+enum Filled {
+    /// It has so many bytes of it.
+    Bytes(usize),
+    /// It is too short for a packet that gets no other.
+    TooShort,
+    /// It is no buffer, or too short for a header.
+    Unusable,
+}
+
+/// Copies a packet of `total` bytes into a chain as far as it goes, which is to be at least `least` bytes.
+#[inline(never)]
+fn fill(
+    window: &mut Window<'_>,
+    chain: &Chain<'_>,
+    header_len: usize,
+    least: usize,
+    total: usize,
+    bytes: &mut Bytes<'_>,
+) -> Filled {
+    let room = usize::try_from(chain.writable_len()).unwrap_or(usize::MAX);
+    if !chain.readable().is_empty() || room < header_len {
+        return Filled::Unusable;
+    }
+    if room < least {
+        return Filled::TooShort;
+    }
+    let count = total.min(room);
+    match window.each(chain.writable(), count, |place| bytes.copy_to(place)) {
+        true => Filled::Bytes(count),
+        false => Filled::Unusable,
     }
 }
 
@@ -366,33 +403,32 @@ impl GuestOutlet {
                 continue;
             };
             let memory = Arc::clone(&ring.ring.vring.memory);
-            let served = ring.open(&memory).and_then(|mut opened| {
+            let served = ring.open(&memory).and_then(|opened| {
+                let mut way = Way {
+                    opened,
+                    filter,
+                    shared,
+                    limited: shared.limits.of_rx(),
+                    now,
+                    tagged: &mut tagged,
+                    packets: 0,
+                    bytes: 0,
+                };
+                let mut sent = Ok(());
                 while let Some(frame) = next.take_if(|next| queue_of(chosen, next) == queue) {
                     next = frames.next();
-                    let mut broken = None;
-                    shared.finished(&frame, room, |part, form| {
-                        if broken.is_some() {
-                            return;
-                        }
-                        let packet = part.packet(form, &mut tagged);
-                        if !shared.admits(&packet, now) {
-                            return;
-                        }
-                        if !filter.passes(packet.start()) {
-                            shared.counters.rx_filtered.add(1);
-                            return;
-                        }
-                        match opened.put(&packet) {
-                            Ok(put) => shared.count(put, &packet),
-                            Err(error) => broken = Some(error),
-                        }
-                    });
-                    if let Some(error) = broken {
+                    sent = match shared.as_it_is(&frame) {
+                        Some(form) => way.send(&frame, form),
+                        None => way.finish(&frame, room),
+                    };
+                    if sent.is_err() {
                         shared.counters.rx_dropped.add(1);
-                        return Err(error);
+                        break;
                     }
                 }
-                Ok(())
+                shared.counters.rx_packets.add(way.packets);
+                shared.counters.rx_bytes.add(way.bytes);
+                sent
             });
             if let Err(error) = served {
                 ring.fail(&error);
@@ -400,6 +436,58 @@ impl GuestOutlet {
                 self.choose_pairs();
             }
         }
+    }
+}
+
+/// What frames pass on their way into a receive ring.
+struct Way<'a> {
+    opened: Opened<'a>,
+    filter: &'a Filter,
+    shared: &'a PortShared,
+    /// There are limits of what goes out.
+    limited: bool,
+    now: u64,
+    /// Where a frame is put together that gets a tag.
+    tagged: &'a mut [u8; FRONT],
+    /// Packets that went out, and their bytes.
+    packets: u64,
+    bytes: u64,
+}
+
+impl Way<'_> {
+    /// Sends a frame out as it is, unless something is against it.
+    #[inline]
+    fn send(&mut self, frame: &Frame<'_>, form: Form) -> Result<(), RingError> {
+        let packet = frame.packet(form, self.tagged);
+        if self.limited && !self.shared.admits(&packet, self.now) {
+            return Ok(());
+        }
+        if !self.filter.passes(packet.start()) {
+            self.shared.counters.rx_filtered.add(1);
+            return Ok(());
+        }
+        match self.opened.put(&packet)? {
+            Put::Done => {
+                self.packets = self.packets.saturating_add(1);
+                let len = u64::try_from(packet.len(0)).unwrap_or(u64::MAX);
+                self.bytes = self.bytes.saturating_add(len);
+            }
+            put => self.shared.count(put, &packet),
+        }
+        Ok(())
+    }
+
+    /// Sends out what becomes of a frame that the port does not take as it is.
+    #[cold]
+    fn finish(&mut self, frame: &Frame<'_>, room: &mut Room) -> Result<(), RingError> {
+        let mut sent = Ok(());
+        let shared = self.shared;
+        shared.finished(frame, room, |part, form| {
+            if sent.is_ok() {
+                sent = self.send(part, form);
+            }
+        });
+        sent
     }
 }
 
@@ -428,17 +516,35 @@ impl PortShared {
             .filter(|&form| form == Form::Tagged || !frame.has_inner_tag())
     }
 
+    /// A frame came in.
+    #[inline]
+    pub(super) fn came_in(&self, frame: &Beginning) {
+        self.counters.tx_packets.add(1);
+        let len = u64::try_from(frame.len()).unwrap_or(u64::MAX);
+        self.counters.tx_bytes.add(len);
+    }
+
+    /// In which form a frame goes out that this port takes as it is.
+    #[inline]
+    fn as_it_is(&self, frame: &Frame<'_>) -> Option<Form> {
+        let taken = |needs| needs & !self.offloads() == 0;
+        if frame.header.is_plain() || frame.header.needs().is_some_and(taken) {
+            self.policy.vlans.form(frame.vlan)
+        } else {
+            None
+        }
+    }
+
     /// Hands over a frame as it is, or what becomes of it if this port does not take it so.
     #[inline]
     fn finished(&self, frame: &Frame<'_>, room: &mut Room, mut send: impl FnMut(&Frame<'_>, Form)) {
-        let Some(form) = self.policy.vlans.form(frame.vlan) else {
-            return;
-        };
-        let taken = |needs| needs & !self.offloads() == 0;
-        if frame.header.is_plain() || frame.header.needs().is_some_and(taken) {
+        if let Some(form) = self.as_it_is(frame) {
             send(frame, form);
             return;
         }
+        let Some(form) = self.policy.vlans.form(frame.vlan) else {
+            return;
+        };
         match offload::finish(frame, room, |part| send(part, form)) {
             Some(()) => self.counters.rx_softened.add(1),
             None => self.counters.rx_dropped.add(1),

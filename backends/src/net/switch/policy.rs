@@ -157,6 +157,12 @@ pub(super) struct Policy {
 }
 
 impl Policy {
+    /// It says which addresses the port may send from.
+    #[inline]
+    pub(super) fn has_addresses(&self) -> bool {
+        !self.macs.is_empty() || !self.ips.is_empty()
+    }
+
     /// The frame says that it comes from where this port may send from.
     #[inline]
     pub(super) fn allows(&self, frame: &Beginning) -> bool {

@@ -834,6 +834,23 @@ struct Batch {
     segments: Vec<Segment>,
     /// All ports that any of the frames goes to, as bits.
     to: u64,
+    /// The frame before is in the last slot, and one like it goes the same way.
+    repeats: bool,
+}
+
+/// Where a frame goes.
+struct Route {
+    /// Ports, as bits.
+    to: u64,
+    /// The next one goes there, too, if it is like this one.
+    repeats: bool,
+}
+
+impl Route {
+    const NOWHERE: Self = Self {
+        to: 0,
+        repeats: false,
+    };
 }
 
 impl Batch {
@@ -850,11 +867,13 @@ impl Batch {
             count: 0,
             segments: Vec::with_capacity(MAX_SEGMENTS),
             to: 0,
+            repeats: false,
         }
     }
 
     fn clear(&mut self) {
         self.count = 0;
+        self.repeats = false;
         self.segments.clear();
         self.to = 0;
     }
@@ -873,8 +892,9 @@ impl Batch {
         chain: &Chain<'_>,
         header_len: usize,
         shared: &PortShared,
-        route: impl FnOnce(&Beginning) -> u64,
+        route: impl FnOnce(&Beginning) -> Route,
     ) -> Result<bool, Refused> {
+        let repeats = std::mem::take(&mut self.repeats);
         let len = usize::try_from(chain.readable_len()).unwrap_or(usize::MAX);
         let pieces = chain.readable();
         if !(header_len + MIN_FRAME..=header_len + MAX_FRAME).contains(&len)
@@ -882,7 +902,9 @@ impl Batch {
         {
             return Err(Refused::Malformed);
         }
-        let slot = self.slots.get_mut(self.count).ok_or(Refused::Malformed)?;
+        let slots = self.slots.split_at_mut_checked(self.count);
+        let (before, free) = slots.ok_or(Refused::Malformed)?;
+        let slot = free.first_mut().ok_or(Refused::Malformed)?;
         let Slot {
             beginning,
             to,
@@ -894,27 +916,49 @@ impl Batch {
         let mut place = beginning
             .place(header_len, count)
             .ok_or(Refused::Malformed)?;
-        let whole = window.each(pieces, count, |piece| {
-            let room = std::mem::take(&mut place);
-            let Some((now, later)) = room.split_at_mut_checked(piece.len()) else {
-                return false;
-            };
-            piece.copy_to(now);
-            place = later;
-            true
-        });
+        let whole = if let [segment] = pieces
+            && let Some(piece) = window.piece(segment.addr, count)
+        {
+            piece.copy_to(place) == count
+        } else {
+            window.each(pieces, count, |piece| {
+                let room = std::mem::take(&mut place);
+                let Some((now, later)) = room.split_at_mut_checked(piece.len()) else {
+                    return false;
+                };
+                piece.copy_to(now);
+                place = later;
+                true
+            })
+        };
         if !whole {
             return Err(Refused::Malformed);
         }
-        beginning.understand(
-            header_len,
-            count - header_len,
-            len - count,
-            &shared.policy.vlans,
-        )?;
-        *to = route(beginning);
-        if *to == 0 {
-            return Ok(false);
+        let (prefix_len, rest_len) = (count - header_len, len - count);
+        let vlans = &shared.policy.vlans;
+        match before.last() {
+            Some(last)
+                if repeats
+                    && beginning.is_like(
+                        &last.beginning,
+                        header_len,
+                        prefix_len,
+                        rest_len,
+                        vlans,
+                    ) =>
+            {
+                shared.came_in(beginning);
+                *to = last.to;
+                self.repeats = true;
+            }
+            _ => {
+                beginning.understand(header_len, prefix_len, rest_len, vlans)?;
+                let route = route(beginning);
+                if route.to == 0 {
+                    return Ok(false);
+                }
+                (*to, self.repeats) = (route.to, route.repeats);
+            }
         }
         let start = self.segments.len();
         // There is room for the longest chain when this is called.
@@ -1066,7 +1110,7 @@ fn serve_link(
         };
         match begun {
             Ok(rest) => {
-                slot.to = fabric.route(port, shared, last, &slot.beginning);
+                slot.to = fabric.route(port, shared, last, &slot.beginning).to;
                 let slots = std::slice::from_ref(&*slot);
                 fabric.deliver(slot.to, slots, |_| Rest::Bytes(rest));
             }
@@ -1097,7 +1141,7 @@ impl Fabric {
         u32::try_from(self.now / 1_000_000_000).unwrap_or(u32::MAX)
     }
 
-    /// Finds out where a frame belongs: a set of ports, as bits.
+    /// Finds out where a frame belongs.
     #[inline]
     fn route(
         &mut self,
@@ -1105,20 +1149,20 @@ impl Fabric {
         shared: &PortShared,
         last: &mut Last,
         frame: &Beginning,
-    ) -> u64 {
+    ) -> Route {
         let counters = &shared.counters;
         let source = frame.source();
         if is_group(source) {
             counters.tx_dropped.add(1);
-            return 0;
+            return Route::NOWHERE;
         }
         if frame.is_link_local() {
             counters.tx_undelivered.add(1);
-            return 0;
+            return Route::NOWHERE;
         }
         if !shared.policy.allows(frame) {
             counters.tx_forged.add(1);
-            return 0;
+            return Route::NOWHERE;
         }
         let now = self.seconds();
         let key = Key::new(frame.vlan, source);
@@ -1126,16 +1170,14 @@ impl Fabric {
             // Another port has it for itself.
             if self.owner(source).is_some_and(|owner| owner != from) {
                 counters.tx_forged.add(1);
-                return 0;
+                return Route::NOWHERE;
             }
             match self.table.learn(key, from, shared.quota, now) {
                 Learnt::Known => last.source = (key, now),
                 Learnt::Full => counters.tx_unlearnt.add(1),
             }
         }
-        counters.tx_packets.add(1);
-        let len = u64::try_from(frame.len()).unwrap_or(u64::MAX);
-        counters.tx_bytes.add(len);
+        shared.came_in(frame);
         let to = if frame.is_to_group() {
             None
         } else {
@@ -1152,21 +1194,27 @@ impl Fabric {
         };
         let isolated = shared.policy.isolated;
         match to {
-            Some(to) if to != from && self.reaches(to, isolated, frame) => bit(to),
+            Some(to) if to != from && self.reaches(to, isolated, frame) => Route {
+                to: bit(to),
+                // What it may not say is looked for in each frame, and an address that is not learnt is counted each time.
+                repeats: !shared.policy.has_addresses() && last.source == (key, now),
+            },
             Some(_) => {
                 counters.tx_undelivered.add(1);
-                0
+                Route::NOWHERE
             }
             None if !shared.limits.take_flood(self.now) => {
                 counters.tx_storm.add(1);
-                0
+                Route::NOWHERE
             }
             None => {
                 counters.tx_flooded.add(1);
                 let others = (0..MAX_PORTS).filter(|&to| to != from);
-                others
+                let to = others
                     .filter(|&to| self.reaches(to, isolated, frame))
-                    .fold(0, |set, to| set | bit(to))
+                    .fold(0, |set, to| set | bit(to));
+                // Each counts for the limit.
+                Route { to, repeats: false }
             }
         }
     }

@@ -126,6 +126,18 @@ impl Port {
         self.send_pieces(&[whole]);
     }
 
+    /// Sends packets at once.
+    fn send_all(&mut self, packets: &[&Vec<u8>]) {
+        let packets = packets.iter().map(|packet| self.guest.filled(packet));
+        let packets: Vec<Segment> = packets.collect();
+        let chains = packets.iter().map(std::slice::from_ref);
+        let chains: Vec<(&[Segment], &[Segment])> = chains.map(|chain| (chain, &[][..])).collect();
+        self.tx.add(&chains);
+        for _ in chains {
+            self.tx.used();
+        }
+    }
+
     fn send_pieces(&mut self, pieces: &[Segment]) {
         self.tx.send(pieces);
         self.tx.used();

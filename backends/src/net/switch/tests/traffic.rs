@@ -48,6 +48,45 @@ fn a_card_is_known_and_other_addresses_are_learnt() {
     }
 }
 
+/// Where the frame before went tells nothing of one behind that changes it.
+#[test]
+fn frames_in_a_row_each_go_where_they_belong() {
+    let (_switch, [mut a, mut b, mut c]) = guests(["", "", ""], ALL);
+    let stranger = [2, 9, 9, 9, 9, 9];
+    c.send(&plain(BROADCAST, stranger, 46));
+    a.receive();
+    b.receive();
+    let to_stranger = plain(stranger, mac(1), 60);
+    let to_b = plain(mac(2), mac(1), 60);
+    let unknown = plain([2, 8, 8, 8, 8, 8], mac(1), 60);
+    // In the last but one it says that the stranger is behind it.
+    let moved = plain(mac(2), stranger, 60);
+    let row = [
+        &to_stranger,
+        &to_stranger,
+        &to_b,
+        &to_stranger,
+        &unknown,
+        &unknown,
+        &to_b,
+        &to_b,
+        &moved,
+        &to_stranger,
+    ];
+    a.send_all(&row);
+    for expected in [&to_b, &unknown, &unknown, &to_b, &to_b, &moved] {
+        assert_eq!(b.receive(), with_buffers(expected.clone(), 1));
+    }
+    for expected in [&to_stranger, &to_stranger, &to_stranger, &unknown, &unknown] {
+        assert_eq!(c.receive(), with_buffers(expected.clone(), 1));
+    }
+    assert!(a.got_nothing() && b.got_nothing() && c.got_nothing());
+    let counters = &a.shared().counters;
+    assert_eq!(counters.tx_packets.get(), 10);
+    assert_eq!(counters.tx_flooded.get(), 2);
+    assert_eq!(counters.tx_undelivered.get(), 1);
+}
+
 #[test]
 fn the_table_can_be_looked_at() {
     let (switch, [mut a, mut b]) = guests(["", ",name=second"], ALL);
