@@ -501,6 +501,17 @@ fn a_call_descriptor_that_blocks_does_not_hold_the_ring_back() {
 }
 
 #[test]
+fn another_call_descriptor_is_signalled_at_once() {
+    let daemon = Daemon::start(BLK, &NULL);
+    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+    for _ in 0..3 {
+        front.works(0);
+        front.call_again(0);
+    }
+    daemon.stop();
+}
+
+#[test]
 fn kicks_through_a_pipe_work_and_its_end_is_no_storm() {
     let daemon = Daemon::start(BLK, &NULL);
     let mut front = FrontEnd::new(&daemon.socket(), Setup::default());

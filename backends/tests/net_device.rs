@@ -590,6 +590,17 @@ fn without_the_capability_a_tap_cannot_be_made() {
     );
 }
 
+#[test]
+fn another_call_descriptor_is_signalled_at_once() {
+    let daemon = Daemon::start(NET, &["--link", "null"]);
+    let mut front = connect(&daemon, 2);
+    for _ in 0..3 {
+        send(&mut front, TX, &arp_request());
+        front.call_again(TX);
+    }
+    daemon.stop();
+}
+
 /// Not even for a front-end that says it accepted what was not offered.
 #[test]
 fn requests_in_flight_of_a_card_are_not_tracked() {

@@ -128,6 +128,18 @@ fn exchange(a: &mut FrontEnd, b: &mut FrontEnd, mark: u8) {
 }
 
 #[test]
+fn another_call_descriptor_is_signalled_at_once() {
+    let switch = Switch::start(&["a", "b"]);
+    let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
+    for mark in 0..3 {
+        exchange(&mut a, &mut b, mark);
+        a.call_again(TX);
+        a.call_again(RX);
+    }
+    switch.daemon.stop();
+}
+
+#[test]
 fn guests_speak_with_each_other_and_reconnect() {
     let switch = Switch::start(&["a", "b"]);
     let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));

@@ -414,8 +414,7 @@ impl Worker {
         if let Some(side) = &mut self.side {
             side.attach(size);
         }
-        // One that ended may have shown the driver something and not have interrupted it.
-        if vring.ring.is_tracked()
+        if vring.resumes()
             && let Err(e) = vring.notify_driver()
         {
             debug!("cannot signal the call eventfd: {e}");

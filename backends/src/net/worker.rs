@@ -385,6 +385,12 @@ impl<L: Link> PairWorker<L> {
     }
 
     fn start(&mut self, vring: Box<Vring>) {
+        if vring.resumes()
+            && let Err(error) = vring.notify_driver()
+        {
+            let (pair, queue) = (self.pair, vring.index);
+            debug!(pair, queue, "the driver cannot be interrupted: {error}");
+        }
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if vring.index.is_multiple_of(2) {
             let most = self.link.gives_at_once();

@@ -56,6 +56,14 @@ impl Vring {
         signal(self.call.as_ref())
     }
 
+    /// Somebody served the ring before this worker got it, or it did itself. The driver is then to be interrupted once:
+    /// it may have been shown something and not interrupted, or by a call descriptor that the front-end looked at for the
+    /// last time before it sent the one that is here now.
+    #[must_use]
+    pub fn resumes(&self) -> bool {
+        self.ring.has_begun() || self.ring.is_tracked()
+    }
+
     /// Tells the front-end that this ring is broken, if it asked to know.
     ///
     /// # Errors

@@ -629,6 +629,16 @@ impl FrontEnd {
         }
     }
 
+    /// Gives a ring that has been in use another call descriptor. The device may have signalled the one before when
+    /// nobody looked at it any more.
+    pub fn call_again(&mut self, index: usize) {
+        let call = EventFd::new(EFD_CLOEXEC).unwrap();
+        self.messages.set_vring_call(index, &call).unwrap();
+        assert!(readable(call.as_raw_fd(), PATIENCE), "no interrupt");
+        self.queues[index].call = call;
+        self.queues[index].settle();
+    }
+
     /// Sends what comes before the kick.
     pub fn prepare(&mut self, index: usize, base: u32) {
         self.raw.set_vring_base(index, base);

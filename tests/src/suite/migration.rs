@@ -105,8 +105,8 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Res
          --iodepth=8 --rw=randwrite --bsrange=4k-64k --size=4M --verify=crc32c --verify_fatal=1 --do_verify=1 \
          || { touch /run/fio.failed; break; }; echo x >>/run/rounds; done >/run/fio.log 2>&1; touch /run/fio.ended) \
          </dev/null >/dev/null 2>&1 & \
-         (while [ ! -e /run/stop ]; do timeout 60 iperf3 --client 10.77.0.1 --time 2 --bitrate 20M >/run/iperf.log 2>&1 \
-         && echo x >>/run/sent || sleep 1; done) </dev/null >/dev/null 2>&1 & \
+         (while [ ! -e /run/stop ]; do timeout -k 1 20 iperf3 --client 10.77.0.1 --time 2 --bitrate 20M >/run/iperf.log 2>&1 \
+         && echo x >>/run/sent || { cat /run/iperf.log >>/run/iperf.failed; sleep 1; }; done) </dev/null >/dev/null 2>&1 & \
          while [ ! -e /run/rounds ]; do sleep 0.2; done",
     )?;
     let mut target = guest(vmm, packed, &to).await_migration(site, "move.sock")?;
@@ -127,13 +127,17 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Res
     target.run_ok_within(
         "for what in rounds sent; do before=$(wc -l </run/$what); left=600; \
          while [ $(wc -l </run/$what) -lt $((before + 2)) ]; do [ ! -e /run/fio.ended ] || break; sleep 0.2; left=$((left - 1)); \
-         [ $left -gt 0 ] || { echo no more $what; tail -n 20 /run/fio.log /run/iperf.log; ps; ping -c 3 10.77.0.1; exit 1; }; \
+         [ $left -gt 0 ] || { echo no more $what; ps; ping -c 3 10.77.0.1; tail -n 20 /run/fio.log /run/iperf.log /run/iperf.failed; exit 1; }; \
          done; done; \
          touch /run/stop; while [ ! -e /run/fio.ended ]; do sleep 0.2; done; \
          if [ -e /run/fio.failed ]; then cat /run/fio.log; exit 1; fi",
         ROUND_LIMIT.saturating_mul(4),
     )?;
     target.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
+    let failed = target.run_ok("cat /run/iperf.failed 2>/dev/null || true")?;
+    if !failed.is_empty() {
+        println!("iperf3 ended without success and was started again: {failed}");
+    }
     let read = target.run_ok(
         "echo 3 >/proc/sys/vm/drop_caches; \
          dd if=/dev/vdb bs=64k count=128 skip=512 iflag=direct 2>/dev/null | sha256sum",

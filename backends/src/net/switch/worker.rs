@@ -732,6 +732,17 @@ impl Worker {
         };
         let log = &ingress.shared.log;
         let (index, pair) = (vring.index, vring.index / 2);
+        if vring.resumes()
+            && let Some(call) = &vring.call
+            && let Err(error) = self.signals.signal(call)
+        {
+            let port = &ingress.shared.name;
+            debug!(
+                port,
+                queue = index,
+                "the driver cannot be interrupted: {error}"
+            );
+        }
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if index.is_multiple_of(2) {
             if let Outlet::Guest(guest) = &mut egress.outlet {
