@@ -71,5 +71,6 @@ targets! {
     vhost_user "vhost-user"
     virtio_pci "virtio-pci"
     vfio_config "vfio-config"
+    snapshot "snapshot"
     boot "boot"
 }
