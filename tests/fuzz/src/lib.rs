@@ -6,7 +6,6 @@
 //! | `input` | bytes as a row of decisions |
 //! | `rings` | the device side of both kinds of virtqueue, on memory that its driver writes as it likes |
 //! | `pci` | registers of the VMM: the virtio transport's, and those of a device that is passed through |
-//! | `moves` | what a guest takes along to another machine |
 //! | `images` | kernels that a guest is to boot |
 //! | [`mutate`] | other inputs, made of those that are kept |
 //!
@@ -21,7 +20,6 @@
 
 mod images;
 mod input;
-mod moves;
 pub mod mutate;
 mod pci;
 mod rings;
@@ -80,11 +78,6 @@ pub const TARGETS: &[Target] = &[
         name: "vfio-config",
         about: "configuration space of a device that is passed through",
         run: pci::vfio,
-    },
-    Target {
-        name: "snapshot",
-        about: "snapshots, and what functions take over from them",
-        run: moves::snapshot,
     },
     Target {
         name: "boot",

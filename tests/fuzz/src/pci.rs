@@ -13,12 +13,10 @@ use ringside_vfio::device::{
 };
 use ringside_vmm::irq::{self, MsiMessage};
 use ringside_vmm::kvm::{self, SlotId};
-use ringside_vmm::pci::port::{Forwarded, RootPort};
-use ringside_vmm::pci::{FunctionState, InterruptRouting, PciFunction};
+use ringside_vmm::pci::{InterruptRouting, PciFunction};
 use ringside_vmm::vfio::{MemorySlots, Routing, VfioPci};
 use ringside_vmm::virtio::pci::Doorbells;
-use ringside_vmm::virtio::{Activation, Notifier, Suspended, VirtioDevice, VirtioPci};
-use serde_json::Value;
+use ringside_vmm::virtio::{Activation, Notifier, VirtioDevice, VirtioPci};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::input::Input;
@@ -165,16 +163,6 @@ impl VirtioDevice for Device {
             self.notifier.needs_reset();
         }
     }
-    fn suspend(&mut self) -> Result<Suspended, Box<dyn StdError + Send + Sync>> {
-        Ok(Suspended::default())
-    }
-    fn restore(
-        &mut self,
-        activation: Option<Activation>,
-        _: &Suspended,
-    ) -> Result<(), Box<dyn StdError + Send + Sync>> {
-        activation.map_or(Ok(()), |activation| self.activate(activation))
-    }
     fn activate(&mut self, activation: Activation) -> Result<(), Box<dyn StdError + Send + Sync>> {
         let was = std::mem::replace(&mut *self.active.lock().unwrap(), true);
         assert!(!was, "it was started twice");
@@ -191,30 +179,19 @@ impl VirtioDevice for Device {
     }
 }
 
-/// A virtio device, and whether it was started.
-fn virtio_function(kvm: &Arc<Kvm>) -> (VirtioPci, Arc<Mutex<bool>>) {
+pub(crate) fn virtio(bytes: &[u8]) {
+    let mut input = Input::new(bytes);
+    let kvm = Arc::new(Kvm::default());
     let active = Arc::default();
     let device = Device {
         notifier: Arc::default(),
         active: Arc::clone(&active),
     };
-    let (routing, doorbells) = (Arc::clone(kvm), Arc::clone(kvm));
-    let function = VirtioPci::new(Box::new(device), routing, doorbells).unwrap();
-    (function, active)
-}
-
-pub(crate) fn virtio(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
-    let kvm = Arc::new(Kvm::default());
-    let (mut function, active) = virtio_function(&kvm);
+    let (routing, doorbells) = (Arc::clone(&kvm), Arc::clone(&kvm));
+    let mut function = VirtioPci::new(Box::new(device), routing, doorbells).unwrap();
     function.bar_moved(0, None, Some(0x1_0000));
     access(&mut function, &mut input);
     function.bar_moved(0, Some(0x1_0000), Some(0x8_0000));
-    finds_as_new(function, &active, &kvm);
-}
-
-/// The driver resets the device, and then it goes.
-fn finds_as_new(mut function: VirtioPci, active: &Mutex<bool>, kvm: &Kvm) {
     // Whatever was done, a driver that resets the device finds it as new.
     function.write_bar(0, STATUS, &[0]);
     let mut status = [0xff];
@@ -223,82 +200,6 @@ fn finds_as_new(mut function: VirtioPci, active: &Mutex<bool>, kvm: &Kvm) {
     assert!(!*active.lock().unwrap());
     drop(function);
     assert!(kvm.is_clean());
-}
-
-/// What a guest has done to a virtio device goes on with another one, as it was or as somebody has changed it.
-pub(crate) fn moved_virtio(input: &mut Input<'_>) {
-    let kvm = Arc::new(Kvm::default());
-    let (mut here, _) = virtio_function(&Arc::default());
-    let (mut there, active) = virtio_function(&kvm);
-    if moved(&mut here, &mut there, input) {
-        there.bar_moved(0, None, Some(0x1_0000));
-        access(&mut there, input);
-    }
-    finds_as_new(there, &active, &kvm);
-}
-
-/// The same with a root port.
-pub(crate) fn moved_port(input: &mut Input<'_>) {
-    let kvm = Arc::new(Kvm::default());
-    let port = |kvm: &Arc<Kvm>| RootPort::new(Arc::clone(kvm) as _, 1, Forwarded::default());
-    let (mut here, mut there) = (port(&Arc::default()).unwrap(), port(&kvm).unwrap());
-    if moved(&mut here, &mut there, input) {
-        access(&mut there, input);
-    }
-    drop(there);
-    assert!(kvm.is_clean());
-}
-
-/// Has a guest use the one function, and the other take over its state. Returns whether it does, which it must if nobody has changed
-/// that.
-fn moved(here: &mut dyn PciFunction, there: &mut dyn PciFunction, input: &mut Input<'_>) -> bool {
-    let (changes, length) = (input.below(4), input.u16().into());
-    access(here, &mut Input::new(input.take(length)));
-    let mut state = serde_json::to_value(here.suspend().unwrap()).unwrap();
-    for _ in 0..changes {
-        change(&mut state, input);
-    }
-    let Ok(state) = serde_json::from_value::<FunctionState>(state) else {
-        return false;
-    };
-    let restored = there.restore(&state);
-    if changes == 0 {
-        restored.unwrap();
-        assert!(there.config().registers() == here.config().registers());
-        return true;
-    }
-    restored.is_ok()
-}
-
-/// Changes one thing in what was written down.
-fn change(value: &mut Value, input: &mut Input<'_>) {
-    match value {
-        Value::Object(fields) => {
-            let which = usize::from(input.u8()) % fields.len().max(1);
-            if let Some(field) = fields.values_mut().nth(which) {
-                change(field, input);
-            }
-        }
-        Value::Array(items) => match input.below(16) {
-            0 => drop(items.pop()),
-            1 => items.extend(items.first().cloned()),
-            _ => {
-                let which = usize::from(input.u16()) % items.len().max(1);
-                if let Some(item) = items.get_mut(which) {
-                    change(item, input);
-                }
-            }
-        },
-        Value::Bool(value) => *value = !*value,
-        Value::Null | Value::Number(_) | Value::String(_) => {
-            *value = match input.below(4) {
-                0 => input.u64().into(),
-                1 => input.u32().into(),
-                2 => input.u16().into(),
-                _ => input.u8().into(),
-            };
-        }
-    }
 }
 
 /// A device with any configuration space.

@@ -71,6 +71,5 @@ targets! {
     vhost_user "vhost-user"
     virtio_pci "virtio-pci"
     vfio_config "vfio-config"
-    snapshot "snapshot"
     boot "boot"
 }
