@@ -19,22 +19,22 @@ pub(super) const TESTS: &[Test] = &[
     Test {
         name: "migration::qemu_moves_a_guest_with_disk_and_card",
         seconds: 240,
-        run: |site| move_guest(site, Vmm::Qemu11, false, &OURS),
+        run: |site| move_guest(site, Vmm::Qemu11, false, ours),
     },
     Test {
         name: "migration::qemu_moves_a_guest_with_packed_queues",
         seconds: 240,
-        run: |site| move_guest(site, Vmm::Qemu11, true, &OURS),
+        run: |site| move_guest(site, Vmm::Qemu11, true, ours),
     },
     Test {
         name: "migration::qemu_10_moves_a_guest_with_disk_and_card",
         seconds: 240,
-        run: |site| move_guest(site, Vmm::Qemu10, false, &OURS),
+        run: |site| move_guest(site, Vmm::Qemu10, false, ours),
     },
     Test {
-        name: "migration::qemu_moves_a_guest_of_qemu_storage_daemon_and_passt",
+        name: "migration::qemu_moves_a_guest_with_a_disk_of_qemu_storage_daemon",
         seconds: 240,
-        run: |site| move_guest(site, Vmm::Qemu11, false, &OTHERS),
+        run: |site| move_guest(site, Vmm::Qemu11, false, of_storage_daemon),
     },
 ];
 
@@ -43,31 +43,12 @@ const MOVE_LIMIT: Duration = Duration::from_secs(30);
 /// How long a round of fio may take.
 const ROUND_LIMIT: Duration = Duration::from_secs(30);
 
-/// Back-ends of one side.
-struct BackEnds {
-    disk: fn(&Site, &Path, &str) -> Result<BackEnd>,
-    card: fn(&Site, &str) -> Result<BackEnd>,
-    /// Tells in the guest that it reaches the host.
-    reach: &'static str,
+/// A disk's back-end, of one side.
+type StartDisk = fn(&Site, &Path, &str) -> Result<BackEnd>;
+
+fn ours(site: &Site, disk: &Path, _side: &str) -> Result<BackEnd> {
+    Blk::on(disk).arg("--lock=running").start(site)
 }
-
-const OURS: BackEnds = BackEnds {
-    disk: |site, disk, _side| Blk::on(disk).arg("--lock=running").start(site),
-    card: |site, side| {
-        let tap = format!("tap-{side}");
-        let net = Net::tap(&tap).start(site)?;
-        command::run_line(&format!("ip link set {tap} master br0"))?;
-        Ok(net)
-    },
-    reach: "ping -c 3 -i 0.2 -W 5 10.77.0.1",
-};
-
-const OTHERS: BackEnds = BackEnds {
-    disk: of_storage_daemon,
-    card: of_passt,
-    // The server may be busy with another one.
-    reach: "for i in 1 2 3 4 5; do timeout 30 iperf3 --client 10.77.0.1 --time 1 >/dev/null && exit 0; sleep 1; done; exit 1",
-};
 
 fn of_storage_daemon(site: &Site, disk: &Path, side: &str) -> Result<BackEnd> {
     let socket = format!("storage-{side}.sock");
@@ -82,15 +63,11 @@ fn of_storage_daemon(site: &Site, disk: &Path, side: &str) -> Result<BackEnd> {
     BackEnd::foreign(site, Kind::Blk, 1, &socket, storage)
 }
 
-/// A card that has the host's address on the guest's side, and connects to this side's loopback.
-fn of_passt(site: &Site, side: &str) -> Result<BackEnd> {
-    command::run_line("ip link set lo up")?;
-    let socket = format!("passt-{side}.sock");
-    let mut passt = site.root_program("usr/bin/passt");
-    passt.args(["--foreground", "--vhost-user", "--runas", "0"]);
-    passt.args(["--socket", &socket, "--address", "10.77.0.2"]);
-    passt.args(["--netmask", "24", "--gateway", "10.77.0.1", "--ipv4-only"]);
-    BackEnd::foreign(site, Kind::Net, 1, &socket, passt)
+/// A card whose TAP is a port of the bridge.
+fn card(site: &Site, tap: &str) -> Result<BackEnd> {
+    let net = Net::tap(tap).start(site)?;
+    command::run_line(&format!("ip link set {tap} master br0"))?;
+    Ok(net)
 }
 
 fn guest<'a>(vmm: Vmm, packed: bool, (disk, card): &'a (BackEnd, BackEnd)) -> GuestBuilder<'a> {
@@ -101,7 +78,7 @@ fn guest<'a>(vmm: Vmm, packed: bool, (disk, card): &'a (BackEnd, BackEnd)) -> Gu
 
 /// A guest writes to its disk, reads all of it back, and sends over its card; meanwhile it moves. Back-ends are two of each: the
 /// disks' share a file, the cards' a bridge.
-fn move_guest(site: &Site, vmm: Vmm, packed: bool, back_ends: &BackEnds) -> Result<()> {
+fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Result<()> {
     let disk = disk_file(site, "disk.img", 64 << 20)?;
     for line in [
         "ip link add br0 type bridge",
@@ -111,19 +88,14 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, back_ends: &BackEnds) -> Resu
         command::run_line(line)?;
     }
     let _server = iperf3_server(site, None)?;
-    let start = |side| -> Result<(BackEnd, BackEnd)> {
-        Ok((
-            (back_ends.disk)(site, &disk, side)?,
-            (back_ends.card)(site, side)?,
-        ))
-    };
-    let (from, to) = (start("from")?, start("to")?);
+    let from = (start_disk(site, &disk, "from")?, card(site, "tap0")?);
+    let to = (start_disk(site, &disk, "to")?, card(site, "tap1")?);
     let mut source = guest(vmm, packed, &from)
         .arg("-qmp")
         .arg("unix:from.qmp,server=on,wait=off")
         .boot(site)?;
     source.network_up("10.77.0.2/24")?;
-    source.run_ok(back_ends.reach)?;
+    source.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
     let written = source.run_ok(
         "dd if=/dev/urandom of=/dev/vdb bs=64k count=128 seek=512 oflag=direct conv=notrunc 2>/dev/null; \
          dd if=/dev/vdb bs=64k count=128 skip=512 iflag=direct 2>/dev/null | sha256sum",
@@ -161,7 +133,7 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, back_ends: &BackEnds) -> Resu
          if [ -e /run/fio.failed ]; then cat /run/fio.log; exit 1; fi",
         ROUND_LIMIT.saturating_mul(4),
     )?;
-    target.run_ok_within(back_ends.reach, ROUND_LIMIT)?;
+    target.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
     let failed = target.run_ok("cat /run/iperf.failed 2>/dev/null || true")?;
     if !failed.is_empty() {
         println!("iperf3 ended without success and was started again: {failed}");
