@@ -74,13 +74,25 @@ impl Server {
     }
 
     fn spawn(dir: &tempfile::TempDir, program: &str, args: &[String]) -> Child {
+        let socket = dir.path().join("s");
         let mut command = Command::new(program);
         command.args(args).current_dir(dir.path());
-        if program == "qemu-nbd" && !args.iter().any(|arg| arg == "-p") {
-            command.arg("-k").arg(dir.path().join("s"));
+        let tcp = args.iter().any(|arg| arg == "-p");
+        if program == "qemu-nbd" && !tcp {
+            command.arg("-k").arg(&socket);
         }
         let child = command.stdin(Stdio::null()).spawn().unwrap();
-        sleep(Duration::from_millis(300));
+        if tcp {
+            // Nothing shows when it listens but a connection, which some tests count.
+            sleep(Duration::from_secs(1));
+        }
+        let start = Instant::now();
+        while !tcp && !socket.exists() {
+            assert!(start.elapsed() < PATIENCE, "{program} does not listen");
+            sleep(Duration::from_millis(10));
+        }
+        // From its name to its queue.
+        sleep(Duration::from_millis(50));
         child
     }
 

@@ -44,11 +44,19 @@ pub enum Error {
         "no kernel given: use --kernel FILE, or `kernel = \"FILE\"` in the configuration file, or --restore FILE"
     )]
     NoKernel,
-    /// Functions of the host are not in a snapshot.
+    /// Functions of the host are not in a snapshot, and this one would be missed.
     #[error(
-        "a guest brings no functions of the host along: leave --vfio out, and plug them in when it runs (device-add)"
+        "a guest brings {0} along only if a card stands in for it: give --vfio the card's socket (standby=SOCKET), or leave it out and plug it in when the guest runs (device-add)"
     )]
-    RestoreVfio,
+    RestoreVfio(PciAddress),
+    /// Nothing stands in for a function.
+    #[error("no network card (--net) has the socket {}, which is to stand in for {host}", socket.display())]
+    NoStandby {
+        /// The function.
+        host: PciAddress,
+        /// What was given.
+        socket: PathBuf,
+    },
     /// No processors, or too many.
     #[error("a guest cannot have {0} CPUs: give --cpus a number from 1 to {MAX_CPUS}")]
     Cpus(u32),
@@ -157,7 +165,9 @@ pub struct Cli {
 
     /// A PCI function of the host, bound to vfio-pci; repeat for more. Its address alone, or keys: host=ADDRESS,
     /// id=NAME for the control socket [default: the address], vf-token=UUID if its physical function is bound to vfio-pci,
-    /// too. `ringside-vfio create` makes virtual functions and binds them.
+    /// too; standby=SOCKET of the --net card that stands in for it (`ringside-net --standby`) while the guest moves: it is
+    /// asked to let go of the function before, and with --incoming or --restore gets the one named there when it runs.
+    /// `ringside-vfio create` makes virtual functions and binds them.
     #[arg(long, value_name = "ADDRESS | KEY=VALUE,...", value_parser = parse::<VfioOptions>)]
     pub vfio: Vec<VfioOptions>,
 
@@ -370,6 +380,8 @@ pub struct VfioOptions {
     id: Option<String>,
     #[serde(default, deserialize_with = "optional_by_from_str")]
     vf_token: Option<Uuid>,
+    #[serde(default, deserialize_with = "some")]
+    standby: Option<PathBuf>,
 }
 
 /// `--vfio-interface`.
@@ -606,6 +618,28 @@ pub struct VfioConfig {
     pub id: String,
     /// What shows its physical function's owner that we may have it.
     pub token: Option<Uuid>,
+    /// Socket of the card that stands in for it while the guest moves.
+    pub standby: Option<PathBuf>,
+}
+
+impl VfioConfig {
+    /// Whether what is to stand in for it is a card among `devices`, if anything is.
+    ///
+    /// # Errors
+    /// [`Error::NoStandby`]
+    pub fn check_standby(&self, devices: &[DeviceConfig]) -> Result<(), Error> {
+        let is_card = |socket: &PathBuf| {
+            let mut cards = devices.iter().filter(|d| d.device_type == DeviceType::NET);
+            cards.any(|card| card.socket == *socket)
+        };
+        match self.standby.as_ref().filter(|socket| !is_card(socket)) {
+            None => Ok(()),
+            Some(socket) => Err(Error::NoStandby {
+                host: self.host,
+                socket: socket.clone(),
+            }),
+        }
+    }
 }
 
 const DEFAULT_QUEUE_SIZE: u16 = 256;
@@ -677,6 +711,7 @@ impl Config {
             if !ids.insert(&device.id) {
                 return Err(Error::SameId(device.id.clone()));
             }
+            device.check_standby(&devices)?;
         }
         let serial = match serial {
             Some(serial) => serial,
@@ -688,7 +723,6 @@ impl Config {
                 .map_err(Error::File)?,
         };
         let origin = match (restore, incoming) {
-            (Some(_), _) | (_, Some(_)) if !vfio.is_empty() => return Err(Error::RestoreVfio),
             (Some(snapshot), _) => Origin::Snapshot(snapshot),
             (None, Some(address)) => Origin::Incoming(address),
             (None, None) => Origin::Boot {
@@ -696,6 +730,10 @@ impl Config {
                 initramfs: initramfs.or(file.initramfs),
             },
         };
+        let missed = vfio.iter().find(|device| device.standby.is_none());
+        if let (Origin::Snapshot(_) | Origin::Incoming(_), Some(device)) = (&origin, missed) {
+            return Err(Error::RestoreVfio(device.host));
+        }
         Ok(Self {
             origin,
             cmdline: cmdline
@@ -836,6 +874,7 @@ impl VfioOptions {
             id: self.id.unwrap_or_else(|| self.host.to_string()),
             host: self.host,
             token: self.vf_token,
+            standby: self.standby,
         }
     }
 }
@@ -1148,6 +1187,19 @@ mod tests {
     }
 
     #[test]
+    fn a_card_stands_in_for_a_function() {
+        let function = "--vfio=01:10.0,standby=/n";
+        let moved = config(&["--incoming=unix:/m", "--net=socket=/n", function], "").unwrap();
+        assert_eq!(moved.vfio[0].standby, Some("/n".into()));
+        for device in ["--blk=socket=/n", "--net=socket=/other"] {
+            let error = config(&["--kernel=k", device, function], "").unwrap_err();
+            let text =
+                "no network card (--net) has the socket /n, which is to stand in for 0000:01:10.0";
+            assert_eq!(error.to_string(), text);
+        }
+    }
+
+    #[test]
     fn there_are_slots_for_what_is_plugged_in_later() {
         let ports = |args: &[&str], file| config(args, file).map(|c| c.hotplug_ports);
         assert_eq!(ports(&["--kernel=k", "--api-socket=/s"], ""), Ok(2));
@@ -1168,7 +1220,7 @@ mod tests {
         assert_eq!(snapshots.snapshots, Some("/s".into()));
         assert_eq!(
             config(&["--restore=/s/a", "--vfio=01:10.0"], ""),
-            Err(Error::RestoreVfio)
+            Err(Error::RestoreVfio("01:10.0".parse().unwrap()))
         );
         let file = config(&["--kernel=k"], "snapshots='/s'").unwrap();
         assert_eq!(file.snapshots, Some("/s".into()));

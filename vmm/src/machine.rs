@@ -10,7 +10,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, TryLockError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -27,7 +27,7 @@ use crate::acpi;
 use crate::api::Command;
 use crate::boot::{self, Images};
 use crate::bus::{self, Bus, SharedDevice};
-use crate::config::{Config, DeviceConfig, Origin};
+use crate::config::{Config, DeviceConfig, Origin, VfioConfig};
 use crate::confine::confine;
 use crate::console::{self, Console};
 use crate::cpu::{self, CpuTemplate};
@@ -47,7 +47,7 @@ use crate::memory::{self, GuestRam};
 use crate::memory_hotplug::{self, GrowingMemory, Growth, Plan};
 use crate::pause::{self, Gate};
 use crate::pci::host::{self, ConfigPorts, Ecam, SharedRoot};
-use crate::pci::{PciRoot, Windows};
+use crate::pci::{PciRoot, SharedFunction, Windows};
 use crate::snapshot::Error::{Declined, Log};
 use crate::snapshot::cpu::{ChipState, CpuState};
 use crate::snapshot::dirty::DirtyLog;
@@ -272,10 +272,13 @@ impl Control {
             let message = "the VMM was started without --snapshots FOLDER";
             return Err(ApiError::of(ErrorCode::Conflict, message));
         };
-        self.is_movable()?;
+        let functions = self.functions_that_stay()?;
         let out = Outgoing::create(folder, name).map_err(moving_failed)?;
         let path = out.path().to_owned();
-        let was_running = self.hold()?;
+        self.release(&functions)?;
+        let was_running = self
+            .hold()
+            .inspect_err(|_| self.passthrough.plug(&functions))?;
         let start = Instant::now();
         let written = self.whole.state().and_then(|state| {
             let memory = self.memory.current();
@@ -285,6 +288,7 @@ impl Control {
             self.exit.end(ExitReason::Requested("the control socket"));
         } else {
             self.go_on(was_running);
+            self.passthrough.plug(&functions);
         }
         let memory = written.map_err(moving_failed)?;
         Ok(json!({
@@ -307,13 +311,39 @@ fn moving_failed(error: snapshot::Error) -> ApiError {
 }
 
 impl Control {
-    /// Functions of the host stay where they are.
-    fn is_movable(&self) -> Result<(), ApiError> {
-        if self.passthrough.list().is_empty() {
-            return Ok(());
+    /// The guest's functions of the host, which stay with it. For each of them a card stands in while the guest moves.
+    fn functions_that_stay(&self) -> Result<Vec<VfioConfig>, ApiError> {
+        let functions = self.passthrough.functions();
+        let refused = |message: String| Err(ApiError::of(ErrorCode::Conflict, message));
+        for VfioConfig {
+            host, id, standby, ..
+        } in &functions
+        {
+            let Some(socket) = standby else {
+                return refused(format!(
+                    "the guest has a function of the host, {host}, which stays with it: remove it first (device-remove {id}), or name the card that stands in for it when you give it (standby=SOCKET)"
+                ));
+            };
+            if !self.whole.stands_in(socket) {
+                return refused(format!(
+                    "the guest does not use the card at {} as a stand-in for {host} (VIRTIO_NET_F_STANDBY): was its back-end started with --standby, and has the guest net_failover? Else remove the function first (device-remove {id})",
+                    socket.display()
+                ));
+            }
         }
-        let message = "the guest has functions of the host, which stay with it: remove them first (device-remove); with net_failover the guest's traffic goes on over another card";
-        Err(ApiError::of(ErrorCode::Conflict, message))
+        if !functions.is_empty() && self.gate.is_closed() {
+            let message = "the machine is paused, and the guest cannot let go of its functions of the host: resume it first";
+            return refused(message.into());
+        }
+        Ok(functions)
+    }
+
+    /// Gets these functions from the guest.
+    fn release(&self, functions: &[VfioConfig]) -> Result<(), ApiError> {
+        self.passthrough.release(functions).map_err(|error| {
+            self.passthrough.plug(functions);
+            ApiError::new(ErrorCode::Conflict, &error)
+        })
     }
 
     /// Gets the processors out of the guest. Returns whether they were in it.
@@ -339,7 +369,7 @@ impl Control {
             let message = format!("the VMM was started without --migrate-to {to}");
             return Err(ApiError::of(ErrorCode::Conflict, message));
         }
-        self.is_movable()?;
+        let functions = self.functions_that_stay()?;
         let start = Instant::now();
         let memory = self.memory.current();
         let log = Arc::new(DirtyLog::new(&memory).map_err(Log).map_err(moving_failed)?);
@@ -348,22 +378,25 @@ impl Control {
             source,
         });
         let connection = connection.map_err(moving_failed)?;
-        let moved = self
+        let departure = Departure::new(
+            connection,
+            &self.whole.description(),
+            memory,
+            Arc::clone(&log),
+        );
+        let failed = |error: snapshot::Error| moving_failed(error.of_departure());
+        let mut departure = departure.map_err(failed)?;
+        // Nobody notes what they write.
+        self.release(&functions)?;
+        let sent = self
             .track(Some(&log))
-            .and_then(|()| Departure::new(connection, &self.whole.description(), memory, log))
-            .and_then(|mut departure| {
-                departure.send_ahead(&self.whole.vm)?;
-                Ok(departure)
-            });
-        let departure = match moved {
-            Ok(departure) => departure,
-            Err(error) => {
-                self.stay();
-                return Err(moving_failed(error));
-            }
-        };
+            .and_then(|()| departure.send_ahead(&self.whole.vm));
+        if let Err(error) = sent {
+            self.stay(&functions);
+            return Err(failed(error));
+        }
         let rounds = departure.rounds;
-        let was_running = self.hold().inspect_err(|_| self.stay())?;
+        let was_running = self.hold().inspect_err(|_| self.stay(&functions))?;
         let stands_still = Instant::now();
         let ready = self.whole.state().and_then(|state| {
             let (mut connection, sent) = departure.send_rest(&self.whole.vm, &state)?;
@@ -375,9 +408,9 @@ impl Control {
         let (mut connection, sent) = match ready {
             Ok(ready) => ready,
             Err(error) => {
-                self.stay();
                 self.go_on(was_running);
-                return Err(moving_failed(error));
+                self.stay(&functions);
+                return Err(failed(error));
             }
         };
         if let Err(error) = connection.hear(transport::RUNNING) {
@@ -402,8 +435,8 @@ impl Control {
         host::track(&whole.pci, log)
     }
 
-    /// The guest does not move after all: nothing is noted any more.
-    fn stay(&self) {
+    /// The guest does not move after all: nothing is noted any more, and it gets its functions back.
+    fn stay(&self, functions: &[VfioConfig]) {
         if let Err(error) = self.track(None) {
             // It costs time, and nothing else.
             tracing::warn!(
@@ -411,7 +444,15 @@ impl Control {
                 "pages are noted still"
             );
         }
+        self.passthrough.plug(functions);
     }
+}
+
+/// A device of a back-end.
+struct Attached {
+    socket: PathBuf,
+    description: snapshot::DeviceDescription,
+    function: Arc<Mutex<VirtioPci>>,
 }
 
 /// All of a machine that a snapshot is made of.
@@ -421,7 +462,7 @@ struct Whole {
     template: CpuTemplate,
     memory: Arc<GrowingMemory>,
     options: snapshot::Machine,
-    devices: Vec<snapshot::DeviceDescription>,
+    devices: Vec<Attached>,
     pci: SharedRoot,
     /// Once they are there.
     platform: OnceLock<Platform>,
@@ -449,6 +490,15 @@ impl Whole {
         })
     }
 
+    /// Whether the guest's driver takes the card at this socket for one that stands in for another.
+    fn stands_in(&self, socket: &Path) -> bool {
+        let mut cards = self.devices.iter().filter(|card| card.socket == socket);
+        cards.any(|card| {
+            let features = host::lock(&card.function).driver_features();
+            features & virtio::bits::NET_F_STANDBY != 0
+        })
+    }
+
     /// What it is.
     fn description(&self) -> snapshot::Description {
         snapshot::Description {
@@ -458,7 +508,7 @@ impl Whole {
             memory_max: self.options.memory_max,
             pieces: self.memory.pieces(),
             ports: self.options.ports,
-            devices: self.devices.clone(),
+            devices: self.devices.iter().map(|d| d.description.clone()).collect(),
             cpuid: self.template.entries().to_vec(),
             tsc_deadline: self.template.has_tsc_deadline(),
         }
@@ -513,6 +563,8 @@ impl Service for Control {
             }
             Command::DeviceAdd(options) => {
                 let config = options.resolve();
+                let standby = config.check_standby(&self.devices);
+                standby.map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))?;
                 self.passthrough.add(&config).map_err(failed)?;
                 Ok(json!({ "id": config.id }))
             }
@@ -590,7 +642,8 @@ impl Machine {
                 let accepted = accepted.map_err(failed)?;
                 let copy = accepted.as_ref().map(Connection::try_clone).transpose();
                 connection = copy.map_err(failed)?;
-                accepted.map(Incoming::over).transpose()?
+                let incoming = accepted.map(Incoming::over).transpose();
+                incoming.map_err(snapshot::Error::of_arrival)?
             }
         };
         let mut template = CpuTemplate::new(vm.kvm(), cpus)?;
@@ -651,7 +704,13 @@ impl Machine {
         // First, as it fails at once if it does: back-ends may be waited for.
         let passthrough = Passthrough::new(&resources, config.vfio_interface, Arc::clone(&pci));
         for device in &config.vfio {
-            passthrough.add_cold(device)?;
+            if incoming.is_some() {
+                // The guest gets it when it runs. What is wrong with it is told before the guest comes over.
+                Passthrough::check(device)?;
+                passthrough.add_ports(1)?;
+            } else {
+                passthrough.add_cold(device)?;
+            }
         }
         passthrough.add_ports(config.hotplug_ports)?;
         let devices = add_pci_devices(&resources, &config.devices, &wanted, &pci)?;
@@ -670,7 +729,13 @@ impl Machine {
         // Last: a guest that comes while it runs stands still from here on.
         let memory = resources.memory.current();
         let before = incoming.as_mut().map(|incoming| incoming.read(&memory));
-        let before = before.transpose()?;
+        let before = before.transpose().map_err(|error| {
+            if connection.is_some() {
+                error.of_arrival()
+            } else {
+                error
+            }
+        })?;
         if let Some(state) = &before {
             // Controllers first: processors and devices interrupt through them.
             state.chips.restore(vm.fd()).map_err(snapshot::Error::Cpu)?;
@@ -763,6 +828,9 @@ impl Machine {
             clock.map_err(snapshot::Error::Cpu)?;
         }
         let vcpus = Vcpus::start(processors, &context)?;
+        if before.is_some() && !config.vfio.is_empty() {
+            plug_later(&control.passthrough, &config.vfio)?;
+        }
         events.run().map_err(Error::Events)?;
         drop(vcpus);
         pci.lock()
@@ -771,6 +839,16 @@ impl Machine {
         let reason = resources.exit.reason();
         Ok(reason.unwrap_or_else(|| lost_thread("that waits for events")))
     }
+}
+
+/// Gives the guest functions in a thread of its own: a slot that another has just left is waited for.
+fn plug_later(passthrough: &Arc<Passthrough>, functions: &[VfioConfig]) -> Result<(), Error> {
+    let (passthrough, functions) = (Arc::clone(passthrough), functions.to_vec());
+    std::thread::Builder::new()
+        .name("vfio plug".into())
+        .spawn(move || passthrough.plug(&functions))
+        .map_err(Error::Events)?;
+    Ok(())
 }
 
 /// Signals that ask for an orderly end.
@@ -852,14 +930,14 @@ fn windows(resources: &Resources) -> Windows {
 }
 
 /// Puts the devices that back-ends serve on the PCI bus, and the bus into the address space. `before` are those of the machine
-/// that the guest was in, if it was in one. Returns what they are.
+/// that the guest was in, if it was in one.
 fn add_pci_devices(
     resources: &Resources,
     devices: &[DeviceConfig],
     before: &[snapshot::DeviceDescription],
     root: &SharedRoot,
-) -> Result<Vec<snapshot::DeviceDescription>, Error> {
-    let mut descriptions = Vec::with_capacity(devices.len());
+) -> Result<Vec<Attached>, Error> {
+    let mut attached = Vec::with_capacity(devices.len());
     for (index, device) in devices.iter().enumerate() {
         let socket = device.socket.clone();
         let memory = resources.memory.current();
@@ -881,17 +959,24 @@ fn add_pci_devices(
         }
         let (router, vm) = (Arc::clone(&resources.router), Arc::clone(resources.vm.fd()));
         let function = VirtioPci::offering(description.features, Box::new(device), router, vm)
-            .map_err(|source| Error::Virtio { socket, source })?;
-        descriptions.push(description);
-        root.lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .add(Arc::new(Mutex::new(function)))?;
+            .map_err(|source| Error::Virtio {
+                socket: socket.clone(),
+                source,
+            })?;
+        let function = Arc::new(Mutex::new(function));
+        let shared: SharedFunction = Arc::clone(&function) as _;
+        host::lock(root).add(shared)?;
+        attached.push(Attached {
+            socket,
+            description,
+            function,
+        });
     }
     let ecam = Arc::new(Mutex::new(Ecam(Arc::clone(root))));
     resources
         .mmio
         .insert(layout::ECAM_START, layout::ECAM_SIZE, ecam)?;
-    Ok(descriptions)
+    Ok(attached)
 }
 
 /// Puts the platform's fixed devices on the buses; `before` is their state. `pci` answers the PCI configuration ports.

@@ -156,7 +156,7 @@ enum Request {
     DeviceList,
     /// VMM: plugs in a PCI function of the host that is bound to vfio-pci.
     DeviceAdd {
-        /// As for ringside-vmm --vfio: the address alone, or keys host=, id=, vf-token=.
+        /// As for ringside-vmm --vfio: the address alone, or keys host=, id=, vf-token=, standby=.
         #[arg(value_name = "ADDRESS | KEY=VALUE,...", value_parser = device)]
         device: Arguments,
     },

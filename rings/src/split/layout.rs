@@ -88,10 +88,12 @@ mod tests {
     /// moved over it.
     #[test]
     fn event_is_passed_when_its_element_was_added() {
+        // Miri is slow, and not after wrong values.
+        let step = if cfg!(miri) { 1021 } else { 1 };
         for old in [0, 1, 7, 0x7fff, 0x8000, 0xfffa, 0xffff_u16] {
             for moved in [0, 1, 2, 5, 300, MAX_SIZE] {
                 let new = old.wrapping_add(moved);
-                for event in 0..=u16::MAX {
+                for event in (0..=u16::MAX).step_by(step) {
                     let added = event.wrapping_sub(old) < moved;
                     assert_eq!(passes(event, new, old), added, "{event} {new} {old}");
                 }

@@ -15,6 +15,7 @@ use nix::sys::signal::Signal;
 use super::backend::{BackEnd, Blk, Kind};
 use super::daemon::{fresh_name, is_socket, signal_child};
 use crate::command::{as_ordinary_user, describe, wait_for};
+use crate::ensure;
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::site::{QemuVersion, Site};
 
@@ -152,23 +153,20 @@ impl<'a> GuestBuilder<'a> {
         Ok(guest)
     }
 
-    /// Starts the VMM for a guest that comes from another one, with the same devices, at the socket of this name.
+    /// Starts the VMM for a guest that comes from another one, with the same devices, at this address: `unix:` and the name of a
+    /// socket, or `tcp:`, an address and a port.
     ///
     /// # Errors
     /// Fails, with what it says, if it ends before it listens.
-    pub fn await_migration(self, site: &Site, socket: &str) -> Result<Guest> {
+    pub fn await_migration(self, site: &Site, address: &str) -> Result<Guest> {
         let limit = site.limit(self.boot_limit);
         let option = match self.vmm {
             Vmm::Ringside => "--incoming",
             Vmm::Qemu10 | Vmm::Qemu11 => "-incoming",
         };
-        let mut guest = self
-            .arg(option)
-            .arg(&format!("unix:{socket}"))
-            .start(site)?;
-        let path = site.scratch.join(socket);
+        let mut guest = self.arg(option).arg(address).start(site)?;
         let start = Instant::now();
-        while !is_socket(&path) {
+        while !listens(site, address)? {
             let ended = wait_for(&mut guest.child, Duration::from_millis(20))?;
             if ended.is_some() || start.elapsed() > limit {
                 return Err(guest.failed("the VMM does not listen for the guest".into()));
@@ -665,6 +663,20 @@ impl Guest {
         self.wait()
     }
 
+    /// Waits for the end of the VMM, which must have this status, and gives its log.
+    ///
+    /// # Errors
+    /// Fails if it does not end in time, or in another way.
+    pub fn log_of_end(mut self, status: i32) -> Result<String> {
+        let ended = self.wait()?;
+        ensure!(
+            ended.code() == Some(status),
+            "the VMM ended with {ended}:\n{}",
+            self.tails()
+        );
+        Ok(self.vmm_log())
+    }
+
     fn wait(&mut self) -> Result<ExitStatus> {
         let limit = self.site.limit(SHUTDOWN_LIMIT);
         match wait_for(&mut self.child, limit)? {
@@ -683,6 +695,21 @@ impl Drop for Guest {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Whether somebody listens at `unix:PATH` or `tcp:127.0.0.1:PORT`: nobody connects, as only one may.
+fn listens(site: &Site, address: &str) -> Result<bool> {
+    if let Some(socket) = address.strip_prefix("unix:") {
+        return Ok(is_socket(&site.scratch.join(socket)));
+    }
+    let unknown = || LabError::Setup(format!("`{address}` is no address to wait at"));
+    let (_, port) = address.rsplit_once(':').ok_or_else(unknown)?;
+    let port: u16 = port.parse().map_err(|_| unknown())?;
+    let table = "/proc/self/net/tcp";
+    let table = fs::read_to_string(table).doing(|| format!("read {table}"))?;
+    // Local address, remote address, state, of which 0A is LISTEN.
+    let row = format!(":{port:04X} 00000000:0000 0A ");
+    Ok(table.contains(&row))
 }
 
 /// The same command on one CPU only.

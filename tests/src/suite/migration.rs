@@ -109,7 +109,7 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Res
          && echo x >>/run/sent || { cat /run/iperf.log >>/run/iperf.failed; sleep 1; }; done) </dev/null >/dev/null 2>&1 & \
          while [ ! -e /run/rounds ]; do sleep 0.2; done",
     )?;
-    let mut target = guest(vmm, packed, &to).await_migration(site, "move.sock")?;
+    let mut target = guest(vmm, packed, &to).await_migration(site, "unix:move.sock")?;
     let mut qmp = Qmp::connect(&site.scratch.join("from.qmp"), site.limit(MOVE_LIMIT))?;
     let told = qmp.migrate("move.sock", site.limit(MOVE_LIMIT))?;
     let number = |name: &str| told.pointer(name).and_then(Value::as_u64).unwrap_or(0);

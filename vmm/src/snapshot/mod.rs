@@ -189,7 +189,7 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The other VMM does not want it.
+    /// The other VMM does not want it, or is gone.
     #[error("the other VMM does not take the guest, which stays here: its log says why")]
     Declined(#[source] io::Error),
     /// Nobody knows where the guest is.
@@ -209,6 +209,27 @@ pub enum Error {
     /// Processors.
     #[error(transparent)]
     Cpu(#[from] cpu::Error),
+}
+
+impl Error {
+    /// The same, where a guest is sent over a connection: it has not gone.
+    #[must_use]
+    pub fn of_departure(self) -> Self {
+        match self {
+            Self::Write(source) => Self::Declined(source),
+            other => other,
+        }
+    }
+
+    /// The same, where a guest comes over a connection: it has not come.
+    #[must_use]
+    pub fn of_arrival(self) -> Self {
+        match self {
+            Self::CutShort => Self::Kept(io::ErrorKind::UnexpectedEof.into()),
+            Self::Read(source) => Self::Kept(source),
+            other => other,
+        }
+    }
 }
 
 /// What a machine is: all that must be the same where it goes on.
@@ -591,5 +612,91 @@ impl Outgoing {
         file.sync_all().map_err(Error::Write)?;
         std::fs::rename(&partial.0, &path).map_err(Error::Write)?;
         Ok(written)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::{GuestRam, MIN_SIZE, Options, PageSize};
+    use crate::testing::has_kvm;
+    use std::thread;
+    use vm_memory::{Bytes, GuestAddress};
+
+    fn ram() -> GuestRam {
+        let options = Options {
+            size: Size(MIN_SIZE),
+            pages: PageSize::Normal,
+            prefault: false,
+        };
+        GuestRam::new(options).unwrap()
+    }
+
+    fn description() -> Description {
+        Description {
+            program: "a test".into(),
+            cpus: 1,
+            memory: MIN_SIZE,
+            memory_max: MIN_SIZE,
+            pieces: Vec::new(),
+            ports: 0,
+            devices: Vec::new(),
+            cpuid: Vec::new(),
+            tsc_deadline: false,
+        }
+    }
+
+    /// A guest of 16 MiB that are not empty, on its way over TCP to whatever `destination` does.
+    fn depart<T: Send + 'static>(
+        destination: impl FnOnce(Connection) -> T + Send + 'static,
+    ) -> (Vm, GuestRam, Departure, thread::JoinHandle<T>) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::Tcp(listener.local_addr().unwrap());
+        let listener = transport::Listener::Tcp(listener);
+        let there = thread::spawn(move || destination(listener.accept().unwrap()));
+        let (vm, ram) = (Vm::new().unwrap(), ram());
+        let content = vec![7; 16 << 20];
+        ram.memory().write_slice(&content, GuestAddress(0)).unwrap();
+        vm.add_ram(ram.memory()).unwrap();
+        vm.log_dirty(true).unwrap();
+        let log = Arc::new(DirtyLog::new(ram.memory()).unwrap());
+        let connection = Connection::connect(&address).unwrap();
+        let departure = Departure::new(connection, &description(), ram.memory().clone(), log);
+        (vm, ram, departure.unwrap(), there)
+    }
+
+    #[test]
+    fn a_guest_stays_if_the_destination_breaks_off() {
+        if !has_kvm("a_guest_stays_if_the_destination_breaks_off") {
+            return;
+        }
+        let (vm, _ram, mut departure, there) =
+            depart(|mut connection| connection.read_exact(&mut vec![0; 1 << 20]));
+        let error = departure.send_ahead(&vm).unwrap_err().of_departure();
+        assert!(matches!(error, Error::Declined(_)), "{error:?}");
+        there.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_guest_has_not_come_if_the_source_breaks_off() {
+        if !has_kvm("a_guest_has_not_come_if_the_source_breaks_off") {
+            return;
+        }
+        let (vm, _ram, mut departure, there) = depart(|connection| {
+            let mut incoming = Incoming::over(connection).unwrap();
+            assert_eq!(incoming.description.program, "a test");
+            let ram = ram();
+            let error = incoming.read(ram.memory()).unwrap_err().of_arrival();
+            let mut content = vec![0; 16 << 20];
+            let read = ram.memory().read_slice(&mut content, GuestAddress(0));
+            read.unwrap();
+            (error, content)
+        });
+        departure.send_ahead(&vm).unwrap();
+        assert_eq!(departure.sent, 16 << 20);
+        drop(departure);
+        let (error, content) = there.join().unwrap();
+        assert!(matches!(error, Error::Kept(_)), "{error:?}");
+        assert!(content.iter().all(|byte| *byte == 7));
     }
 }

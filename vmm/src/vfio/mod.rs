@@ -101,6 +101,15 @@ pub enum Error {
         /// Its address on the host.
         host: PciAddress,
     },
+    /// The guest was asked for it, in vain.
+    #[error(
+        "the guest has not let go of `{id}` within {} seconds: has it a driver for hot-plug slots (pciehp)? If it lets go later, plug the function in again (device-add)",
+        passthrough::RELEASE_LIMIT.as_secs()
+    )]
+    Kept {
+        /// Its id.
+        id: String,
+    },
     /// No such function.
     #[error("there is no device `{id}` that could be removed; `device-list` shows those that can")]
     Unknown {

@@ -5,8 +5,11 @@
 //!            device-add                 the guest lets go, or the device has failed
 //!   (host) ─────────────▶ in its slot ─────────────────────────────────────────────▶ (host), reset
 //!                          │       ▲
-//!                          └───────┘ device-remove, or the kernel's request: the guest is asked
+//!                          └───────┘ device-remove, the kernel's request, or the guest is to move: it is asked
 //! ```
+//!
+//! A function stays with its host. One that a card stands in for leaves a guest that moves, and comes back if that fails
+//! ([`Passthrough::release`], [`Passthrough::plug`]).
 
 use std::collections::BTreeMap;
 use std::os::fd::AsRawFd;
@@ -35,6 +38,9 @@ const REQUESTS: u32 = 4;
 const SLOT_LIMIT: Duration = Duration::from_secs(5);
 /// How often that slot is looked at.
 const SLOT_POLL: Duration = Duration::from_millis(100);
+
+/// How long a guest that is to move may take to let go of its functions. Linux thinks about it for five seconds.
+pub(super) const RELEASE_LIMIT: Duration = Duration::from_secs(30);
 
 struct Entry {
     config: VfioConfig,
@@ -252,6 +258,69 @@ impl Passthrough {
             return Ok(());
         }
         Ok(request_unplug(&self.root, port)?)
+    }
+
+    /// The functions that the guest has.
+    pub fn functions(&self) -> Vec<VfioConfig> {
+        let devices = self.devices();
+        devices.values().map(|entry| entry.config.clone()).collect()
+    }
+
+    /// Whether the host could give the guest a function.
+    ///
+    /// # Errors
+    /// [`Error::Device`]
+    pub fn check(config: &VfioConfig) -> Result<(), Error> {
+        Ok(assignable(&Host::new("/"), config.host)?)
+    }
+
+    /// Asks the guest to let go of functions, and waits until the host has all of them: then none of them writes to guest memory.
+    ///
+    /// # Errors
+    /// [`Error::Kept`]; some may have left. [`Error::Pci`]
+    pub fn release(&self, functions: &[VfioConfig]) -> Result<(), Error> {
+        for function in functions {
+            match self.remove(&function.id, false) {
+                Err(
+                    Error::Unknown { .. }
+                    | Error::Pci(host::Error::Empty | host::Error::AskedBefore),
+                ) => {}
+                asked => asked?,
+            }
+        }
+        let end = Instant::now() + RELEASE_LIMIT;
+        loop {
+            let kept = {
+                let devices = self.devices();
+                let mut ids = functions.iter().map(|function| &function.id);
+                ids.find(|id| devices.contains_key(*id)).cloned()
+            };
+            match kept {
+                None => return Ok(()),
+                Some(id) if Instant::now() > end => return Err(Error::Kept { id }),
+                Some(_) => std::thread::sleep(SLOT_POLL),
+            }
+        }
+    }
+
+    /// Puts those of these functions into empty slots that the guest does not have: it runs, or runs again. One that cannot be
+    /// put there is missing, and the log says so; another card stands in for it.
+    pub fn plug(self: &Arc<Self>, functions: &[VfioConfig]) {
+        for function in functions {
+            let id = &function.id;
+            let stays = self.devices().get(id).is_some_and(|entry| !entry.departs);
+            if stays {
+                continue;
+            }
+            match self.add(function) {
+                Ok(()) => tracing::info!(id, host = %function.host, "the guest has a device again"),
+                Err(error) => tracing::error!(
+                    id,
+                    error = &error as &dyn std::error::Error,
+                    "the guest does without a device: plug it in when that is mended (device-add)"
+                ),
+            }
+        }
     }
 
     /// The functions, for the control socket.

@@ -17,6 +17,8 @@ pub const F_VERSION_1: u64 = 1 << 32;
 pub const F_RING_PACKED: u64 = 1 << 34;
 /// Feature bit 35: buffers are used in the order they were made available.
 pub const F_IN_ORDER: u64 = 1 << 35;
+/// Feature bit 62 of a network card: it stands in for another one with the same address (5.1.3).
+pub const NET_F_STANDBY: u64 = 1 << 62;
 /// Bits 0 to 23 and 50 to 63 belong to the device type (2.2).
 pub const F_DEVICE_SPECIFIC: u64 = 0xfffc_0000_00ff_ffff;
 

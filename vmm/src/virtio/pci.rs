@@ -176,6 +176,15 @@ impl VirtioPci {
         Ok(pci)
     }
 
+    /// The features that the driver chose, for a device that runs.
+    pub fn driver_features(&self) -> u64 {
+        if self.is_running() {
+            self.common.features()
+        } else {
+            0
+        }
+    }
+
     /// The source of configuration interrupts comes after those of the queues.
     fn config_source(&self) -> usize {
         self.kicks.len()
