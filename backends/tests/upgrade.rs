@@ -13,6 +13,7 @@ use std::io::{Read, Write};
 use std::net::UdpSocket;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -246,7 +247,7 @@ fn another_device_is_refused_and_the_old_program_goes_on() {
 fn message(body: &str) -> Vec<u8> {
     let mut message = b"RINGHAND".to_vec();
     let len = body.len() as u32;
-    for word in [1, len, 0, crc32fast::hash(body.as_bytes())] {
+    for word in [2, len, 0, crc32fast::hash(body.as_bytes())] {
         message.extend(word.to_le_bytes());
     }
     message.extend(body.as_bytes());
@@ -270,38 +271,49 @@ fn take(stream: &mut UnixStream) -> String {
     String::from_utf8(body).unwrap()
 }
 
+/// Ways in which a program can break off that is about to take the place of one with so many ports.
+fn break_off(control: &Path, ports: usize, mut goes_on: impl FnMut()) {
+    for words in [
+        &[][..],
+        &["\"ready\""],
+        &["\"go\""],
+        &["{}"],
+        &["\"ready\"", "{\"refused\":\"no\"}"],
+        &["\"ready\"", "\"ready\""],
+    ] {
+        let mut stream = UnixStream::connect(control).unwrap();
+        let request = json!({"command": "hand-over", "arguments": {"version": 2}});
+        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
+        assert!(take(&mut stream).starts_with("{\"offer\""));
+        for _ in 0..ports {
+            assert!(take(&mut stream).starts_with("{\"port\""));
+        }
+        for (number, word) in words.iter().enumerate() {
+            stream.write_all(&message(word)).unwrap();
+            if number == 0 && *word == "\"ready\"" {
+                assert!(take(&mut stream).starts_with("{\"state\""));
+                for _ in 0..ports {
+                    assert!(take(&mut stream).starts_with("{\"port-state\""));
+                }
+            }
+        }
+        drop(stream);
+        goes_on();
+    }
+}
+
 #[test]
 fn a_program_that_dies_in_the_middle_changes_nothing() {
     let mut served = Served::new();
     let control = served.daemon.dir.path().join("ctl");
     let before = served.daemon.descriptors();
-    for (last, words) in [
-        (1, &[][..]),
-        (2, &["\"ready\""]),
-        (2, &["\"go\""]),
-        (2, &["{}"]),
-        (3, &["\"ready\"", "{\"refused\":\"no\"}"]),
-        (3, &["\"ready\"", "\"ready\""]),
-    ] {
-        let mut stream = UnixStream::connect(&control).unwrap();
-        let request = json!({"command": "hand-over", "arguments": {"version": 1}});
-        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
-        assert!(take(&mut stream).starts_with("{\"offer\""));
-        for (number, word) in (2..).zip(words) {
-            stream.write_all(&message(word)).unwrap();
-            if number < last || *word == "\"ready\"" && number == 2 {
-                assert!(take(&mut stream).starts_with("{\"state\""));
-            }
-        }
-        drop(stream);
-        served.works();
-    }
+    break_off(&control, 1, || served.works());
     // Another version, and while one is about to take over.
     let ask = |version| client::call(&control, "hand-over", &json!({ "version": version }));
-    let refused = ask(2).unwrap().unwrap_err();
-    assert!(refused.message.contains("version 1"), "{}", refused.message);
+    let refused = ask(1).unwrap().unwrap_err();
+    assert!(refused.message.contains("version 2"), "{}", refused.message);
     let mut stream = UnixStream::connect(&control).unwrap();
-    let request = json!({"command": "hand-over", "arguments": {"version": 1}});
+    let request = json!({"command": "hand-over", "arguments": {"version": 2}});
     stream.write_all(format!("{request}\n").as_bytes()).unwrap();
     take(&mut stream);
     assert!(
@@ -329,31 +341,246 @@ fn what_cannot_go_over_says_so() {
     let mut child = daemon.successor(NET, &["--link", "null"]);
     assert_eq!(child.wait().unwrap().code(), Some(1));
     assert!(
-        daemon.log().contains("without a capture file"),
+        daemon.log().contains("with a capture file"),
         "{}",
         daemon.log()
     );
     daemon.stop();
 }
 
+/// A switch of two guests, `a` and `b`.
+struct Switch {
+    daemon: Daemon,
+    options: Vec<String>,
+}
+
+/// A guest at a port: what it has sent, and what has come to it.
+struct Station {
+    front: FrontEnd,
+    /// For the frames that are under way.
+    place: u64,
+    sent: u32,
+    returned: u32,
+    received: u32,
+}
+
+impl Switch {
+    fn start(more: &[&str]) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let port = |number: u8, name: &str| {
+            let socket = dir.path().join(name);
+            let mac = format!("02:00:00:00:00:{number:02x}");
+            format!("socket={},name={name},mac={mac}", socket.display())
+        };
+        let ports = ["--port".to_owned(), port(1, "a"), "--port".to_owned(), port(2, "b")];
+        let options: Vec<String> = ports
+            .into_iter()
+            .chain(more.iter().map(ToString::to_string))
+            .collect();
+        let mut command = Command::new(NET);
+        command.args(&options);
+        command.arg("--control-socket").arg(dir.path().join("ctl"));
+        let daemon = Daemon::spawn_command(&mut command, dir);
+        daemon.wait_for_line("ringside-net ready");
+        Self { daemon, options }
+    }
+
+    fn successor(&self) -> std::process::Child {
+        self.daemon
+            .successor_by(Command::new(NET).args(&self.options))
+    }
+
+    fn upgrade(&mut self, meanwhile: impl FnMut()) {
+        let successor = self.successor();
+        self.daemon.upgraded(successor, meanwhile);
+    }
+
+    fn ask(&self, command: &str, arguments: &Value) -> Value {
+        let control = self.daemon.dir.path().join("ctl");
+        client::call(&control, command, arguments).unwrap().unwrap()
+    }
+
+    fn station(&self, name: &str, setup: Setup) -> Station {
+        let setup = Setup {
+            queues: 3,
+            size: 256,
+            ..setup
+        };
+        let mut front = FrontEnd::new(&self.daemon.dir.path().join(name), setup);
+        for _ in 0..250 {
+            let buffer = front.guest.alloc(2048, 64);
+            let FrontEnd { queues, guest, .. } = &mut front;
+            queues[0].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
+        }
+        Station {
+            place: front.guest.alloc(256 * 128, 4096).0,
+            front,
+            sent: 0,
+            returned: 0,
+            received: 0,
+        }
+    }
+}
+
+impl Station {
+    /// Sends frames with numbers to the other station.
+    fn send(&mut self, to: u8, from: u8, count: u32) {
+        let FrontEnd { queues, guest, .. } = &mut self.front;
+        for _ in 0..count {
+            let mut packet = vec![0; HEADER];
+            packet.extend([2, 0, 0, 0, 0, to, 2, 0, 0, 0, 0, from, 0x88, 0xb5]);
+            packet.extend(self.sent.to_be_bytes());
+            packet.resize(HEADER + 60, 0);
+            let at = GuestAddress(self.place + u64::from(self.sent % 256) * 128);
+            guest.memory.write_slice(&packet, at).unwrap();
+            let segment = Segment::new(at, packet.len() as u32);
+            queues[1].submit(guest, &[segment], &[], self.sent.into());
+            self.sent += 1;
+        }
+    }
+
+    /// Takes what has come, which is to be what the other one has sent, in order.
+    fn take(&mut self) {
+        let FrontEnd { queues, guest, .. } = &mut self.front;
+        loop {
+            let mut session = queues[1].ring.session(&guest.memory).unwrap();
+            let Some((number, _)) = session.poll_used().unwrap() else {
+                break;
+            };
+            assert_eq!(number, u64::from(self.returned));
+            self.returned += 1;
+        }
+        loop {
+            let mut session = queues[0].ring.session(&guest.memory).unwrap();
+            let Some((buffer, len)) = session.poll_used().unwrap() else {
+                break;
+            };
+            let frame = guest.read(GuestAddress(buffer), len as usize);
+            let found = frame[HEADER + 14..HEADER + 18].try_into().unwrap();
+            assert_eq!(u32::from_be_bytes(found), self.received);
+            self.received += 1;
+            queues[0].submit(guest, &[], &[Segment::new(GuestAddress(buffer), 2048)], buffer);
+        }
+    }
+}
+
+/// Frames go both ways all the time, also while one program takes the place of another. All come, once, and in order.
+fn exchange(a: &mut Station, b: &mut Station) {
+    let (of_a, of_b) = (a.received, b.received);
+    for (station, other, to, from) in [(&mut *a, of_b, 2, 1), (&mut *b, of_a, 1, 2)] {
+        // No more under way than the other one has buffers for.
+        if station.sent - station.returned < 64 && station.sent - other < 64 {
+            station.send(to, from, 8);
+        }
+    }
+    a.take();
+    b.take();
+}
+
+fn finish(a: &mut Station, b: &mut Station) {
+    let start = Instant::now();
+    while (a.received, b.received, a.returned, b.returned) != (b.sent, a.sent, a.sent, b.sent) {
+        assert!(start.elapsed() < PATIENCE, "{} of {}", b.received, a.sent);
+        a.take();
+        b.take();
+    }
+}
+
+fn switch_goes_on(setup: Setup, upgrades: usize) {
+    let mut switch = Switch::start(&["--uplink", "null,name=up"]);
+    let (mut a, mut b) = (switch.station("a", setup), switch.station("b", setup));
+    let limits = json!({ "port": "a", "limits": { "rx-packets": 1_000_000 } });
+    switch.ask("port-limits", &limits);
+    for _ in 0..upgrades {
+        for _ in 0..20 {
+            exchange(&mut a, &mut b);
+        }
+        switch.upgrade(|| exchange(&mut a, &mut b));
+        exchange(&mut a, &mut b);
+    }
+    finish(&mut a, &mut b);
+    assert!(a.sent > 1000 && b.sent > 1000, "{} {}", a.sent, b.sent);
+    let stats = switch.ask("stats", &Value::Null);
+    for (port, station) in stats["ports"].as_array().unwrap().iter().zip([&a, &b]) {
+        assert_eq!(port["tx-packets"], station.sent);
+        assert_eq!(port["rx-packets"], station.received);
+        assert_eq!(port["rx-starved"], 0);
+    }
+    let status = switch.ask("port-status", &json!({ "port": "a" }));
+    assert_eq!(status["limits"]["rx-packets"], 1_000_000);
+    let addresses = switch.ask("addresses", &Value::Null);
+    assert_eq!(addresses["addresses"].as_array().unwrap().len(), 2);
+    let log = switch.daemon.log();
+    assert!(!log.contains("ERROR"), "{log}");
+    // A front-end that comes later is met as before.
+    let Station {
+        sent,
+        returned,
+        received,
+        ..
+    } = b;
+    drop(b);
+    let mut b = Station {
+        sent,
+        returned,
+        received,
+        ..switch.station("b", setup)
+    };
+    exchange(&mut a, &mut b);
+    finish(&mut a, &mut b);
+    switch.daemon.stop();
+}
+
 #[test]
-fn a_switch_says_that_it_cannot_go_over() {
-    let dir = tempfile::tempdir().unwrap();
-    let [port, control] = ["port", "ctl"].map(|name| dir.path().join(name));
-    let port = format!("socket={}", port.display());
-    let mut command = Command::new(NET);
-    command
-        .args(["--port", &port, "--control-socket"])
-        .arg(&control);
-    let daemon = Daemon::spawn_command(&mut command, dir);
-    daemon.wait_for_socket();
-    let asked = client::call(&control, "hand-over", &json!({ "version": 1 }));
-    let refused = asked.unwrap().unwrap_err();
-    assert!(
-        refused.message.contains("several ports"),
-        "{}",
-        refused.message
-    );
+fn a_switch_goes_on() {
+    for setup in Setup::default().formats() {
+        switch_goes_on(setup, UPGRADES / 4);
+    }
+}
+
+/// What passes between guests while a program is about to take over, and does not, passes all the same.
+#[test]
+fn a_switch_that_is_not_taken_over_goes_on() {
+    let mut switch = Switch::start(&["--uplink", "null,name=up"]);
+    let setup = Setup::default();
+    let (mut a, mut b) = (switch.station("a", setup), switch.station("b", setup));
+    let control = switch.daemon.dir.path().join("ctl");
+    break_off(&control, 2, || exchange(&mut a, &mut b));
+    finish(&mut a, &mut b);
+    let options = switch.options.clone();
+    for (more, why) in [
+        (["--ageing", "7"], "ageing"),
+        (["--uplink", "null,name=more"], "uplinks"),
+        (["--packed", "off"], "features"),
+    ] {
+        let mut command = Command::new(NET);
+        command.args(&options).args(more);
+        let mut child = switch.daemon.successor_by(&mut command);
+        while child.try_wait().unwrap().is_none() {
+            exchange(&mut a, &mut b);
+        }
+        let log = switch.daemon.log();
+        assert!(log.contains(why), "{why}: {log}");
+    }
+    // One device is no switch.
+    let mut child = switch.daemon.successor(NET, &["--link", "null"]);
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert!(switch.daemon.log().contains("to serve Ports"));
+    // Ports that came later go over as well, and those that went do not come back.
+    let dir = switch.daemon.dir.path().to_owned();
+    let port = |name: &str| json!({ "socket": dir.join(name), "name": name });
+    switch.ask("port-add", &port("c"));
+    switch.ask("port-add", &port("d"));
+    switch.ask("port-remove", &json!({ "port": "c" }));
+    switch.upgrade(|| exchange(&mut a, &mut b));
+    let list = switch.ask("port-list", &Value::Null);
+    let names: Vec<_> = list["ports"].as_array().unwrap().iter().collect();
+    let names: Vec<_> = names.iter().map(|port| &port["name"]).collect();
+    assert_eq!(names, ["a", "b", "d"]);
+    drop(switch.station("d", setup));
+    exchange(&mut a, &mut b);
+    finish(&mut a, &mut b);
+    switch.daemon.stop();
 }
 
 /// A program that has no front-end is replaced as well, and one that was drained is not.

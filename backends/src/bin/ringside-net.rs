@@ -6,7 +6,7 @@ use clap::{Arg, Parser};
 use ringside_backends::net::{
     ArgsError, Net, NetArgs, Switch, SwitchArgs, SwitchError, start_passt,
 };
-use ringside_backends::shell::{self, Program, ShellArgs};
+use ringside_backends::shell::{self, Parts, Program, ShellArgs};
 
 const PROGRAM: Program = Program {
     name: "ringside-net",
@@ -61,7 +61,7 @@ const EXAMPLES: &str = "Examples:
 ///
 /// With --port it serves several virtual machines and is the switch between them.
 #[derive(Parser)]
-#[command(mut_arg("take_over", |arg| arg.conflicts_with("port")), mut_arg("socket_path", unless_a_switch), mut_arg("tap", |tap| unless_a_switch(tap)))]
+#[command(mut_arg("socket_path", unless_a_switch), mut_arg("tap", |tap| unless_a_switch(tap)))]
 #[command(name = PROGRAM.name, version, after_help = PROGRAM.after_help(), after_long_help = format!("{EXAMPLES}\n{}", PROGRAM.after_help()))]
 struct Cli {
     #[command(flatten)]
@@ -82,7 +82,7 @@ enum Served {
     /// One network card.
     Card(Box<Net>),
     /// A switch, whose threads begin when signals are taken care of.
-    Switch(Box<(NetArgs, SwitchArgs)>),
+    Switch(Box<(NetArgs, SwitchArgs, Option<Parts>)>),
 }
 
 fn open(cli: Cli) -> (Result<Served, SwitchError>, ShellArgs) {
@@ -97,7 +97,10 @@ fn open(cli: Cli) -> (Result<Served, SwitchError>, ShellArgs) {
         card.map(|card| Served::Card(Box::new(card)))
             .map_err(SwitchError::from)
     } else {
-        Ok(Served::Switch(Box::new((net, switch))))
+        let parts = shell.meet_ports(&PROGRAM).map_err(ArgsError::from);
+        parts
+            .map(|parts| Served::Switch(Box::new((net, switch, parts))))
+            .map_err(SwitchError::from)
     };
     (served, shell)
 }
@@ -109,8 +112,8 @@ fn main() -> ExitCode {
     shell::main_with(&PROGRAM, open, |program, served, shell| match served {
         Served::Card(card) => shell::run(program, *card, shell),
         Served::Switch(switch) => {
-            let (net, switch) = *switch;
-            let hub = || Switch::new(&net, &switch);
+            let (net, switch, parts) = *switch;
+            let hub = || Switch::new(&net, &switch, parts);
             shell::run_ports(program, hub, &switch.port, shell)
         }
     })

@@ -11,6 +11,8 @@ use std::time::Duration;
 use clap::ValueEnum;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
+use ringside_control::{ApiError, ErrorCode};
+use serde_json::Value;
 use thiserror::Error;
 use tracing::{debug, warn};
 
@@ -21,7 +23,7 @@ use super::image::{
 };
 use super::request::SECTOR;
 use super::zones::Zones;
-use crate::shell::Drained;
+use crate::shell::{Drained, Parts};
 
 /// Most bytes to discard or zero at once, even if the storage would take more: other requests wait for it.
 const MAX_RANGE: u64 = 1 << 30;
@@ -366,6 +368,44 @@ impl Source {
                 Ok(Box::new(move || link.flush()))
             }
         }
+    }
+
+    /// What another program opens the same disk by.
+    ///
+    /// # Errors
+    /// Why it cannot be had by another program.
+    pub(super) fn parts(&self) -> Result<Parts, ApiError> {
+        let files = match self {
+            Self::Raw(file) => std::slice::from_ref(file),
+            Self::Qcow2(_) | Self::Nbd(_) | Self::Rbd(_) => {
+                let message = "an RBD image cannot go over to another program: end this one, and start the other; the guest \
+                     waits for it if its VMM reconnects";
+                return Err(ApiError::of(ErrorCode::Conflict, message));
+            }
+        };
+        let clones = files.iter().map(|file| Ok(file.try_clone()?.into()));
+        let descriptors: io::Result<_> = clones.collect();
+        Ok(Parts {
+            description: Value::Null,
+            descriptors: descriptors.map_err(|e| ApiError::new(ErrorCode::Failed, &e))?,
+        })
+    }
+
+    /// Nothing is in flight, and another program is to go on: what it is to find in files is written, and connections are left
+    /// alone.
+    ///
+    /// # Errors
+    /// What the companion, or the system, said.
+    pub(super) fn leave(&self) -> io::Result<()> {
+        Ok(())
+    }
+
+    /// Goes on with what another program has left.
+    ///
+    /// # Errors
+    /// What the companion, or the system, said.
+    pub(super) fn adopt(&self) -> io::Result<()> {
+        Ok(())
     }
 
     /// Discarding and zeroing are possible.

@@ -26,6 +26,8 @@ const NAMES: [&str; 6] = [
     "read-bandwidth",
     "write-bandwidth",
 ];
+/// How many there are.
+pub(super) const COUNT: usize = NAMES.len();
 /// Which of them a request is subject to: its operation by the first half, its bytes by the second.
 const OF_READS: [usize; 4] = [0, 1, 3, 4];
 const OF_WRITES: [usize; 4] = [0, 2, 3, 5];
@@ -101,6 +103,18 @@ impl Throttle {
         let mut buckets = self.buckets.iter();
         let rates = array::from_fn(|_| buckets.next().and_then(Bucket::get));
         RateLimits(NamedRates::of(&NAMES, rates))
+    }
+
+    /// When the buckets will be full, by the clock of requests: for another program.
+    pub(super) fn levels(&self) -> [u64; NAMES.len()] {
+        self.buckets.each_ref().map(Bucket::full_at)
+    }
+
+    /// The buckets are as empty as those of another program.
+    pub(super) fn set_levels(&self, levels: [u64; NAMES.len()]) {
+        for (bucket, level) in self.buckets.iter().zip(levels) {
+            bucket.set_full_at(level);
+        }
     }
 
     /// There are limits to ask for.

@@ -50,7 +50,7 @@ use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
-    Commands, Device, DeviceError, Drained, LogLimit, Parts, PollLimits, StateError, Statistics,
+    Chain, Commands, Device, DeviceError, Drained, LogLimit, Parts, PollLimits, StateError, Statistics,
     WorkerThread, config_range, open_state, seal_state,
 };
 
@@ -222,7 +222,7 @@ impl Blk {
             path,
             stats: (0..geometry.queues).map(|_| Arc::default()).collect(),
             shared: Shared {
-                clock: Clock::start(),
+                clock: Clock,
                 throttle: Arc::new(throttle),
                 limits: Limits {
                     capacity: geometry.capacity,
@@ -273,8 +273,10 @@ impl Blk {
 impl Drop for Blk {
     fn drop(&mut self) {
         // An image gives back its locks when it has written everything.
-        if let (Some(Source::Raw(disk)), false) = (&self.source, self.taken) {
-            disk::unlock(disk);
+        match &mut self.source {
+            Some(Source::Raw(disk)) if !self.taken => disk::unlock(disk),
+            Some(Source::Qcow2(image)) if self.taken => image.keep_locks(),
+            _ => {}
         }
     }
 }
@@ -504,33 +506,32 @@ impl Device for Blk {
         Ok(())
     }
 
-    /// A raw disk is its open file, with its lock. Of images and zones, this program has tables in memory, and of servers
-    /// connections.
+    /// A disk in files is those, open and with their locks; one on a server, the connections.
     fn parts(&self) -> Result<Parts, ApiError> {
-        let descriptors = match (&self.source, &self.shared.zones) {
-            (None, _) => Vec::new(),
-            (Some(Source::Raw(file)), None) => {
-                let file = file.try_clone();
-                vec![
-                    file.map_err(|e| ApiError::new(ErrorCode::Failed, &e))?
-                        .into(),
-                ]
-            }
-            _ => {
-                let message = "only raw files and block devices without zones can go over to another program: end this one, and \
-                     start the other; the guest waits for it if its VMM reconnects";
-                return Err(ApiError::of(ErrorCode::Conflict, message));
-            }
-        };
-        Ok(Parts {
-            description: Value::Null,
-            descriptors,
-        })
+        match &self.source {
+            None => Ok(Parts::default()),
+            Some(source) => source.parts(),
+        }
+    }
+
+    fn leave(&mut self) -> Result<(), ApiError> {
+        match &self.source {
+            None => Ok(()),
+            Some(source) => source
+                .leave()
+                .map_err(|error| ApiError::new(ErrorCode::Failed, &error)),
+        }
     }
 
     fn settings(&self) -> Value {
         let (capacity, limits) = (self.geometry.capacity, self.shared.throttle.limits());
-        json!({ "capacity": capacity, "limits": limits.to_json() })
+        let counters = self.stats.iter().map(|queue| queue.handed());
+        json!({
+            "capacity": capacity,
+            "limits": limits.to_json(),
+            "levels": self.shared.throttle.levels(),
+            "counters": counters.collect::<Vec<_>>(),
+        })
     }
 
     fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
@@ -538,9 +539,15 @@ impl Device for Blk {
         struct Settings {
             capacity: u64,
             limits: BTreeMap<String, Size>,
+            levels: [u64; limits::COUNT],
+            counters: Vec<Value>,
         }
-        let Settings { capacity, limits } =
-            Settings::deserialize(settings).map_err(StateError::Content)?;
+        let Settings {
+            capacity,
+            limits,
+            levels,
+            counters,
+        } = Settings::deserialize(settings).map_err(StateError::Content)?;
         let ours = self.geometry.capacity;
         if capacity != ours {
             let why = format!("that disk has {capacity} bytes, and this one {ours}");
@@ -549,7 +556,19 @@ impl Device for Blk {
         let limits = RateLimits::default()
             .with(&limits)
             .map_err(|error| StateError::Misfit(error.to_string()))?;
+        if let Some(source) = &self.source {
+            source
+                .adopt()
+                .map_err(|error| StateError::Misfit(Chain(&error).to_string()))?;
+        }
+        if let Some(zones) = &self.shared.zones {
+            zones.forget_all();
+        }
         self.shared.throttle.set(limits);
+        self.shared.throttle.set_levels(levels);
+        for (queue, from) in self.stats.iter().zip(&counters) {
+            queue.go_on(from);
+        }
         Ok(())
     }
 

@@ -5,14 +5,14 @@
 //! turn that took a request to the turn that saw its end.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use ringside_control::Metrics;
 use ringside_control::metrics::Kind as Metric;
 use serde_json::{Map, Value, json};
 
 use super::request::Status;
-use crate::shell::Counter;
+use crate::shell::{Counter, counters_go_on, counters_to_json};
 
 /// What a request asks for, as far as it is told apart in the numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,19 +46,15 @@ const ERRORS: [&str; 4] = ["io", "unsupported", "zone", "malformed"];
 /// Bounds of latencies: one microsecond, and twice that again and again, up to 8.4 seconds; then all others.
 const BUCKETS: usize = 24;
 
-/// The time since the program started.
+/// The time of CLOCK_MONOTONIC: limits go by it from one program to the next.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Clock(Instant);
+pub(super) struct Clock;
 
 impl Clock {
-    pub(super) fn start() -> Self {
-        Self(Instant::now())
-    }
-
     /// In nanoseconds.
     #[inline]
-    pub(super) fn now(&self) -> u64 {
-        u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX)
+    pub(super) fn now(self) -> u64 {
+        crate::shell::now()
     }
 }
 
@@ -213,6 +209,53 @@ impl QueueStats {
             }
         }
         value
+    }
+
+    /// All that only grows, by name.
+    fn all(&self) -> impl Iterator<Item = (String, &Counter)> {
+        let Self {
+            requests,
+            bytes,
+            errors,
+            reads,
+            writes,
+            in_flight: _,
+            notifications: _,
+            suppressed: _,
+            kicks: _,
+            enters: _,
+            turns: _,
+            throttled: _,
+        } = self;
+        let by_name = [
+            ("requests", &KINDS[..], &requests[..]),
+            ("bytes", &KINDS, bytes),
+            ("errors", &ERRORS, errors),
+        ];
+        let by_name = by_name.into_iter().flat_map(|(what, names, counters)| {
+            let counters = names.iter().zip(counters);
+            counters.map(move |(name, counter)| (format!("{what}-{name}"), counter))
+        });
+        let latencies = [("reads", reads), ("writes", writes)];
+        let latencies = latencies.into_iter().flat_map(|(what, histogram)| {
+            let sum = (format!("{what}-sum"), &histogram.sum);
+            let counts = (0..).zip(&histogram.counts);
+            let counts = counts.map(move |(at, count): (u32, _)| (format!("{what}-{at}"), count));
+            counts.chain([sum])
+        });
+        let events = self.events().into_iter();
+        let events = events.map(|(name, _, counter)| (name.to_owned(), counter));
+        by_name.chain(latencies).chain(events)
+    }
+
+    /// For another program.
+    pub(super) fn handed(&self) -> Value {
+        counters_to_json(self.all())
+    }
+
+    /// The numbers go on from where those of another program were.
+    pub(super) fn go_on(&self, from: &Value) {
+        counters_go_on(self.all(), from);
     }
 
     /// What happened to the queue as a whole: name, description, count.

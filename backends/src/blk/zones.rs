@@ -269,6 +269,13 @@ impl Zones {
         }
     }
 
+    /// Nothing is known of any: others have written, and none is held.
+    pub(super) fn forget_all(&self) {
+        for zone in 0..self.zones.len() {
+            self.forget(u32::try_from(zone).unwrap_or(u32::MAX));
+        }
+    }
+
     /// Looks up the position of a zone that is held.
     ///
     /// # Errors

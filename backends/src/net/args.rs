@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::RawFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use super::device::Net;
 use super::features::{Extras, Offloads, offered};
 use super::hash::HASH_TYPES;
 use super::link::{
-    AnyLink, Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP,
+    AnyLink, Described, Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP,
     Opened, Tap,
 };
 use crate::shell::{Chain as Causes, OnOff, OpenError, Parts, PollLimits, TakeOverError, same};
@@ -270,6 +270,49 @@ impl OpenError for ArgsError {
     }
 }
 
+/// Goes on with the link of another program, if it is what these options ask for. Without a kind it was one of descriptors that
+/// the other program was given.
+pub(super) fn adopt_link(
+    spec: Option<&LinkSpec>,
+    described: Described,
+    descriptors: Vec<OwnedFd>,
+    options: LinkOptions<'_>,
+) -> Result<Opened, ArgsError> {
+    let Described {
+        link,
+        mac,
+        offloads,
+    } = described;
+    let mac = MacAddress::new(mac);
+    same("the address", &mac, &options.mac.unwrap_or(mac))?;
+    if let Some(spec) = spec
+        // A name with a pattern was chosen by the kernel.
+        && !spec.to_string().contains('%')
+    {
+        same("the link", &link, &spec.to_string())?;
+    }
+    match spec {
+        Some(spec @ (LinkSpec::Null | LinkSpec::Generate(_))) => {
+            let mac = Some(mac);
+            Ok(spec.open(LinkOptions { mac, ..options })?)
+        }
+        spec => {
+            let count = descriptors.len();
+            if spec.is_some() {
+                same("a number of queue pairs of", &count, &options.queues.into())?;
+            }
+            let (tap, queues) = Tap::adopt(descriptors).map_err(LinkError::from)?;
+            Ok(Opened {
+                name: link,
+                interface: Arc::new(tap),
+                queues: queues.into_iter().map(AnyLink::Tap).collect(),
+                offloads,
+                mac,
+            })
+        }
+    }
+}
+
 impl NetArgs {
     fn offloads(&self) -> Result<Offloads, ArgsError> {
         let given = |kind| self.offload.contains(&kind);
@@ -334,59 +377,32 @@ impl NetArgs {
 
     /// Goes on with the link of another program, if it is what these options ask for.
     fn adopt_link(&self, parts: Parts, candidates: &[u32]) -> Result<Opened, ArgsError> {
-        #[derive(Deserialize)]
-        struct Description {
-            link: String,
-            mac: [u8; 6],
-            offloads: u32,
-        }
         let Parts {
             description,
             descriptors,
         } = parts;
-        let Description {
-            link,
-            mac,
-            offloads,
-        } = Description::deserialize(&description).map_err(TakeOverError::Description)?;
-        let mac = MacAddress::new(mac);
-        same("the address", &mac, &self.mac.unwrap_or(mac))?;
+        let described =
+            Described::deserialize(&description).map_err(TakeOverError::Description)?;
         let spec = match (&self.tap, &self.link) {
             (Some(name), _) => Some(LinkSpec::Tap(name.clone())),
             (None, given) => given.clone(),
         };
-        if let Some(spec) = &spec
-            // A name with a pattern was chosen by the kernel.
-            && !spec.to_string().contains('%')
-        {
-            same("the link", &link, &spec.to_string())?;
-        }
-        match spec {
-            Some(spec @ (LinkSpec::Null | LinkSpec::Generate(_))) => {
-                Ok(spec.open(LinkOptions {
-                    queues: self.queue_pairs.unwrap_or(1),
-                    mac: Some(mac),
-                    offloads: candidates,
-                    host: self.host_end(),
-                    forwards: &[],
-                    passt_arguments: &[],
-                })?)
-            }
-            spec => {
-                let count = descriptors.len();
-                let ours = usize::from(self.queue_pairs.unwrap_or(1));
-                if spec.is_some() {
-                    same("a number of queue pairs of", &count, &ours)?;
-                }
-                let (tap, queues) = Tap::adopt(descriptors).map_err(LinkError::from)?;
-                Ok(Opened {
-                    name: link,
-                    interface: Arc::new(tap),
-                    queues: queues.into_iter().map(AnyLink::Tap).collect(),
-                    offloads,
-                    mac,
-                })
-            }
+        adopt_link(
+            spec.as_ref(),
+            described,
+            descriptors,
+            self.link_options(candidates),
+        )
+    }
+
+    fn link_options<'a>(&'a self, offloads: &'a [u32]) -> LinkOptions<'a> {
+        LinkOptions {
+            queues: self.queue_pairs.unwrap_or(1),
+            mac: self.mac,
+            offloads,
+            host: self.host_end(),
+            forwards: &self.forward,
+            passt_arguments: &self.passt_arg,
         }
     }
 
@@ -419,15 +435,7 @@ impl NetArgs {
             }
             (_, Some(option), _) => return Err(ArgsError::NoTap(option, link)),
         }
-        let options = LinkOptions {
-            queues: self.queue_pairs.unwrap_or(1),
-            mac: self.mac,
-            offloads,
-            host: self.host_end(),
-            forwards: &self.forward,
-            passt_arguments: &self.passt_arg,
-        };
-        Ok(link.open(options)?)
+        Ok(link.open(self.link_options(offloads))?)
     }
 
     /// Opens the link and makes the device.

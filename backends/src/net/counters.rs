@@ -7,7 +7,7 @@ use ringside_control::Metrics;
 use ringside_control::metrics::Kind;
 use serde_json::{Map, Value};
 
-use crate::shell::{Counter, Statistics};
+use crate::shell::{Counter, Statistics, counters_go_on, counters_to_json};
 
 /// Counters of one queue pair. Transmit and receive are the driver's words.
 #[derive(Debug, Default)]
@@ -104,6 +104,22 @@ impl fmt::Display for Counters {
             separator = " ";
         }
         Ok(())
+    }
+}
+
+impl Counters {
+    fn named(&self) -> impl Iterator<Item = (&'static str, &Counter)> {
+        self.all().into_iter().map(|(name, _, counter)| (name, counter))
+    }
+
+    /// For another program.
+    pub(super) fn to_json(&self) -> Value {
+        counters_to_json(self.named())
+    }
+
+    /// They go on from where those of another program were.
+    pub(super) fn go_on(&self, from: &Value) {
+        counters_go_on(self.named(), from);
     }
 }
 

@@ -19,7 +19,7 @@ use super::control_worker::ControlWorker;
 use super::counters::{AllCounters, Counters};
 use super::features::{control_queue, feature_name, guest_offloads, has, header_len, tun_offloads};
 use super::filter::Filter;
-use super::link::{AnyLink, Interface, Link};
+use super::link::{AnyLink, Described, Interface, Link};
 use super::settings::{Settings, Shared};
 use super::state;
 use super::worker::PairWorker;
@@ -132,6 +132,15 @@ impl Net {
             };
         });
     }
+}
+
+/// Why a link stays where it is.
+pub(super) fn no_other_program(link: &str) -> ApiError {
+    let message = format!(
+        "{link} cannot go over to another program, as AF_XDP sockets and links with a capture file cannot: end this one, and start \
+         the other; the guest waits for it if its VMM reconnects"
+    );
+    ApiError::of(ErrorCode::Conflict, message)
 }
 
 /// What the thread of a queue pair begins with, beside its link.
@@ -354,24 +363,27 @@ impl Device for Net {
             false => None,
         };
         let Some(descriptors) = found else {
-            let message = "only TAP and macvtap interfaces without a capture file can go over to another program: end this \
-                 one, and start the other; the guest waits for it if its VMM reconnects";
-            return Err(ApiError::of(ErrorCode::Conflict, message));
+            return Err(no_other_program(&self.name));
         };
-        let description = json!({
-            "link": self.name,
-            "mac": self.config.mac.octets(),
-            "offloads": tun_offloads(guest_offloads(self.features)),
-        });
+        let described = Described {
+            link: self.name.clone(),
+            mac: self.config.mac.octets(),
+            offloads: tun_offloads(guest_offloads(self.features)),
+        };
         Ok(Parts {
-            description,
+            description: json!(described),
             descriptors,
         })
     }
 
     fn settings(&self) -> Value {
         let link_up = self.shared.get().filter.link_up;
-        json!({ "link-up": link_up, "order": self.interface.order() })
+        let counters = self.counters.iter().map(|pair| pair.to_json());
+        json!({
+            "link-up": link_up,
+            "order": self.interface.order(),
+            "counters": counters.collect::<Vec<_>>(),
+        })
     }
 
     fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
@@ -380,9 +392,16 @@ impl Device for Net {
         struct HostSettings {
             link_up: bool,
             order: Vec<u16>,
+            counters: Vec<Value>,
         }
-        let HostSettings { link_up, order } =
-            HostSettings::deserialize(settings).map_err(StateError::Content)?;
+        let HostSettings {
+            link_up,
+            order,
+            counters,
+        } = HostSettings::deserialize(settings).map_err(StateError::Content)?;
+        for (pair, from) in self.counters.iter().zip(&counters) {
+            pair.go_on(from);
+        }
         self.interface
             .adopt_order(order)
             .map_err(|error| StateError::Misfit(Causes(&error).to_string()))?;

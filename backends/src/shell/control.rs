@@ -24,10 +24,10 @@ use ringside_control::metrics::Kind;
 use ringside_control::{ApiError, Chain, ErrorCode, Metrics, Service, Size};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use tracing::{info, warn};
+use tracing::warn;
 
 use super::device::Drained;
-use super::handover::{Descriptors, Handing, Offer, State, VERSION};
+use super::handover::{HandOver, Parts, Place, PortOffer, PortState, With};
 use super::options::Program;
 
 /// How long a drain may take unless the client says otherwise.
@@ -64,14 +64,6 @@ pub(super) enum Request {
     Link(Link),
     /// Lets another program take the place of this one, which speaks to it on this connection (`handover`).
     HandOver(HandOver),
-}
-
-/// Arguments of [`Request::HandOver`].
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
-#[serde(deny_unknown_fields)]
-pub(super) struct HandOver {
-    /// Of what follows.
-    pub(super) version: u32,
 }
 
 /// Arguments of [`Request::Link`].
@@ -146,12 +138,23 @@ pub(super) enum Asked {
         answer: Answer<Reply>,
     },
     /// What a program begins with that is to take the place of this one.
-    Offer(Answer<(Offer, Descriptors)>),
+    Offer(Answer<With<PortOffer>>),
     /// What it goes on from. Its rings are stopped until it is told that they are another program's, or not.
     HandOver {
-        answer: Answer<(State, Descriptors)>,
+        answer: Answer<With<PortState>>,
         taken: Receiver<()>,
     },
+}
+
+/// Rings that are stopped: they run again when this is dropped, unless they are another program's then.
+pub(super) struct Frozen(Sender<()>);
+
+impl Frozen {
+    /// All of it is another program's.
+    pub(super) fn leave(self) {
+        // The control thread waits for this.
+        let _ = self.0.send(());
+    }
 }
 
 /// The clients' side.
@@ -161,6 +164,8 @@ pub(super) struct Clients {
     connected: Arc<AtomicBool>,
     requests: Sender<Asked>,
     waker: Waker,
+    /// What another program needs to be where this one is, if it can be.
+    place: Option<Place>,
     /// A client waits for the end of a drain.
     draining: AtomicBool,
     /// A client is about to take the place of this program.
@@ -176,6 +181,7 @@ pub(super) fn channel(
     program: &Program,
     statistics: Arc<dyn Statistics>,
     connected: Arc<AtomicBool>,
+    place: Option<Place>,
     registry: &Registry,
     token: Token,
 ) -> std::io::Result<(Clients, Requests)> {
@@ -186,6 +192,7 @@ pub(super) fn channel(
         connected,
         requests,
         waker: Waker::new(registry, token)?,
+        place,
         draining: AtomicBool::new(false),
         handing_over: AtomicBool::new(false),
     };
@@ -234,37 +241,39 @@ impl Clients {
         answered.recv().map_err(|_| ending())?
     }
 
+    /// What there is for another program.
+    pub(super) fn offer(&self) -> Result<With<PortOffer>, ApiError> {
+        self.put(Asked::Offer)
+    }
+
+    /// Stops the rings, and says what another program goes on from.
+    pub(super) fn freeze(&self) -> Result<(With<PortState>, Frozen), ApiError> {
+        let (tell, taken) = mpsc::channel();
+        let state = self.put(|answer| Asked::HandOver { answer, taken })?;
+        Ok((state, Frozen(tell)))
+    }
+
     /// Has the program at the other end of `client` take the place of this one.
-    fn hand_over(
-        &self,
-        HandOver { version }: HandOver,
-        client: &UnixStream,
-    ) -> Result<Value, ApiError> {
-        if version != VERSION {
-            let message =
-                format!("this program hands over by version {VERSION}, and not {version}");
-            return Err(ApiError::of(ErrorCode::Conflict, message));
-        }
+    fn hand_over(&self, arguments: HandOver, client: &UnixStream) -> Result<Value, ApiError> {
         let Some(_one) = One::begin(&self.handing_over) else {
             let message = "another program is about to take the place of this one";
             return Err(ApiError::of(ErrorCode::Conflict, message));
         };
-        let handing = Handing::new(client);
-        let (offer, parts) = self.put(Asked::Offer)?;
-        handing.offer(offer, &parts)?;
-        drop(parts);
-        // Told nothing, the control thread goes on as if nothing had been.
-        let (tell, taken) = mpsc::channel();
-        let (state, descriptors) = self.put(|answer| Asked::HandOver { answer, taken })?;
-        handing.hand_over(state, &descriptors)?;
-        // It waits for this.
-        let _ = tell.send(());
-        let pause = handing.pause();
-        match pause {
-            Some(pause) => info!("another process has taken over; the guest waited {pause} µs"),
-            None => info!("another process has taken over"),
-        }
-        Ok(json!({ "pause-us": pause }))
+        let Some(place) = &self.place else {
+            let message =
+                "this program was given its socket by number (--fd), and cannot pass it on";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
+        place.hand_over(
+            arguments,
+            client,
+            || Ok((Parts::default(), vec![self.offer()?])),
+            || {
+                let (state, frozen) = self.freeze()?;
+                Ok((Value::Null, vec![state], frozen))
+            },
+            Frozen::leave,
+        )
     }
 
     fn drain(&self, request: Request, timeout: Duration) -> Result<Value, ApiError> {
@@ -363,6 +372,19 @@ impl Clients {
     }
 }
 
+/// What a program is answered that wants to take the place of this one.
+pub(super) fn answered(
+    handed: Result<Value, ApiError>,
+    client: &UnixStream,
+) -> Result<Value, ApiError> {
+    // What comes next is a request, whenever it comes.
+    let _ = client.set_read_timeout(None);
+    if let Err(error) = &handed {
+        warn!("no other program takes over: {}", error.message);
+    }
+    handed
+}
+
 impl Service for Clients {
     type Command = Request;
 
@@ -385,13 +407,7 @@ impl Service for Clients {
         let Request::HandOver(arguments) = request else {
             return self.call(request);
         };
-        let handed = self.hand_over(arguments, client);
-        // What comes next is a request, whenever it comes.
-        let _ = client.set_read_timeout(None);
-        if let Err(error) = &handed {
-            warn!("no other program takes over: {}", error.message);
-        }
-        handed
+        answered(self.hand_over(arguments, client), client)
     }
 
     fn metrics(&self) -> Option<String> {

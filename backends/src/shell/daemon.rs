@@ -1,5 +1,6 @@
 //! The life of a back-end process: start, front-ends that come and go, end.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -24,7 +25,9 @@ use super::confine::confine;
 use super::control::{self, Asked, Clients, Request, Requests};
 use super::device::{Device, OpenError};
 use super::handler::{Handler, HandlerError};
-use super::handover::{Descriptors, Meeting, Offer, Predecessor, TakeOverError};
+use super::handover::{
+    Descriptors, Meeting, Piece, Place, PortOffer, Predecessor, Serves, TakeOverError, With,
+};
 use super::limit::LogLimit;
 use super::log;
 use super::options::{Program, ShellArgs};
@@ -122,7 +125,10 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
     let signals = prepare(args)?;
     let predecessor = args.predecessor.as_deref();
     let mut endpoint = match (predecessor, &args.socket_path, args.fd) {
-        (Some(predecessor), ..) => predecessor.endpoint(args)?,
+        (Some(predecessor), ..) => {
+            let path = args.socket_path.clone().unwrap_or_default();
+            predecessor.port()?.endpoint(path, args.client)?
+        }
         (None, Some(path), _) if args.client => Endpoint::Connecting(path.clone()),
         (None, Some(path), _) => socket::listen(path)?,
         (None, None, Some(fd)) => socket::inherit(fd)?,
@@ -144,13 +150,22 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
     )?;
     if let Some(predecessor) = predecessor {
         daemon.take_over(predecessor)?;
-        control = adopt_files(predecessor, &mut endpoint, args, peers.clone());
+        if let Some(path) = &args.socket_path {
+            adopt_file(&mut endpoint, path);
+        }
+        control = adopt_control(predecessor, args, peers.clone());
     }
     // To the end: what was asked before is answered.
     let control = control
         .map(|socket| {
-            daemon.hands_over(program, &endpoint, args, &socket)?;
-            let clients = daemon.clients(program)?;
+            let path = args.socket_path.as_deref();
+            let place = daemon.hands_over(&endpoint, path)?.then(|| {
+                let control = socket.listener()?;
+                let serves = Serves::OneDevice;
+                Ok(Place { kind: program.kind, serves, control })
+            });
+            let place = place.transpose().map_err(system("duplicate a socket"))?;
+            let clients = daemon.clients(program, place)?;
             Ok::<_, ShellError>(socket.start(Arc::new(clients))?)
         })
         .transpose()?;
@@ -168,18 +183,19 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
     end(&handler, served)
 }
 
-/// The files of the sockets of a program that has gone, and its control socket. The guest is served in any case.
-fn adopt_files(
+/// The file of a front-end's socket, of a program that has gone. The guest is served in any case.
+pub(super) fn adopt_file(endpoint: &mut Endpoint, path: &Path) {
+    if let Err(error) = endpoint.adopt_file(path) {
+        warn!("the file of the socket {} is gone: {error}", path.display());
+    }
+}
+
+/// The control socket of a program that has gone.
+pub(super) fn adopt_control(
     predecessor: &Predecessor,
-    endpoint: &mut Endpoint,
     args: &ShellArgs,
     peers: Peers,
 ) -> Option<BoundSocket> {
-    if let Some(path) = &args.socket_path
-        && let Err(error) = endpoint.adopt_file(path)
-    {
-        warn!("the file of the socket {} is gone: {error}", path.display());
-    }
     let path = args.control_path()?;
     match predecessor.control(path, peers) {
         Ok(socket) => Some(socket),
@@ -265,13 +281,10 @@ enum End {
     Signal,
 }
 
-/// What another program needs to be where this one is.
+/// How another program meets the front-ends of this one.
 struct Sockets {
-    /// Of device.
-    kind: &'static str,
     meeting: Meeting,
     listener: Option<UnixListener>,
-    control: UnixListener,
 }
 
 /// Serves the front-ends of one endpoint, one after the other.
@@ -335,69 +348,63 @@ impl<'h, D: Device> Daemon<'h, D> {
 
     /// Goes on where another program is now, which ends.
     fn take_over(&mut self, predecessor: &Predecessor) -> Result<(), ShellError> {
-        predecessor.check(&self.lock())?;
-        self.taken = predecessor.replace(self.handler)?;
+        predecessor.port()?.check(&self.lock())?;
+        let handlers = std::slice::from_ref(self.handler);
+        let sessions = predecessor.replace(handlers, |_| Ok(()), || {})?;
+        self.taken = sessions.into_iter().next().flatten();
         Ok(())
     }
 
-    /// Lets other programs take the place of this one, by these sockets.
-    fn hands_over(
+    /// Goes on with a front-end of a program whose place this one has taken.
+    pub(super) fn goes_on(&mut self, taken: Option<Session<D>>) {
+        self.taken = taken;
+    }
+
+    /// Its device is another program's.
+    pub(super) fn handed_over(&self) -> bool {
+        self.handed_over
+    }
+
+    /// Lets other programs take the place of this one, if they can meet its front-ends; returns whether they can.
+    pub(super) fn hands_over(
         &mut self,
-        program: &Program,
         endpoint: &Endpoint,
-        args: &ShellArgs,
-        control: &BoundSocket,
-    ) -> Result<(), ShellError> {
-        let failed = system("duplicate a socket");
-        let path = args.socket_path.clone();
+        path: Option<&Path>,
+    ) -> Result<bool, ShellError> {
         let (meeting, listener) = match (endpoint, path) {
             (Endpoint::Connecting(path), _) => (Meeting::Connecting(path.clone()), None),
             (Endpoint::Listening(listener), Some(path)) => {
-                let listener = listener.socket.try_clone().map_err(&failed)?;
-                (Meeting::Listening(path), Some(listener))
+                let listener = listener.socket.try_clone();
+                let listener = listener.map_err(system("duplicate a socket"))?;
+                (Meeting::Listening(path.to_owned()), Some(listener))
             }
             // By a number, which the other program does not have.
-            _ => return Ok(()),
+            _ => return Ok(false),
         };
-        let control = control.listener().map_err(&failed)?;
-        self.sockets = Some(Sockets {
-            kind: program.kind,
-            meeting,
-            listener,
-            control,
-        });
-        Ok(())
+        self.sockets = Some(Sockets { meeting, listener });
+        Ok(true)
     }
 
-    fn offer(&self) -> Result<(Offer, Descriptors), ApiError> {
-        let Some(sockets) = &self.sockets else {
-            let message =
-                "this program was given its socket by number (--fd), and cannot pass it on";
-            return Err(ApiError::of(ErrorCode::Conflict, message));
-        };
+    fn offer(&self) -> Result<With<PortOffer>, ApiError> {
         let failed = |error: io::Error| ApiError::new(ErrorCode::Failed, &error);
+        let Some(Sockets { meeting, listener }) = &self.sockets else {
+            return Err(failed(io::ErrorKind::NotConnected.into()));
+        };
         let handler = self.lock();
         let offered = handler.offered();
         let parts = handler.parts()?;
         let mut descriptors = Descriptors::default();
-        let listener = sockets.listener.as_ref().map(UnixListener::try_clone);
+        let listener = listener.as_ref().map(UnixListener::try_clone);
         let listener = listener.transpose().map_err(failed)?;
-        let offer = Offer {
-            kind: sockets.kind.to_owned(),
-            pid: std::process::id(),
+        let offer = PortOffer {
+            options: BTreeMap::new(),
             features: offered.features,
             protocol_features: offered.protocol_features,
             queues: offered.queues,
             max_queue_size: offered.max_queue_size,
-            meeting: sockets.meeting.clone(),
+            meeting: meeting.clone(),
             listener: listener.map(|listener| descriptors.add(listener)),
-            control: Some(descriptors.add(sockets.control.try_clone().map_err(failed)?)),
-            description: parts.description,
-            parts: parts
-                .descriptors
-                .into_iter()
-                .map(|part| descriptors.add(part))
-                .collect(),
+            device: Piece::new(parts, &mut descriptors),
         };
         Ok((offer, descriptors))
     }
@@ -433,11 +440,15 @@ impl<'h, D: Device> Daemon<'h, D> {
     }
 
     /// What clients ask through.
-    pub(super) fn clients(&mut self, program: &Program) -> Result<Clients, ShellError> {
+    pub(super) fn clients(
+        &mut self,
+        program: &Program,
+        place: Option<Place>,
+    ) -> Result<Clients, ShellError> {
         let (statistics, connected) = self.lock().observables();
         let registry = self.poll.registry();
         let (clients, requests) =
-            control::channel(program, statistics, connected, registry, CONTROL)
+            control::channel(program, statistics, connected, place, registry, CONTROL)
                 .map_err(system("wait for requests"))?;
         self.requests = Some(requests);
         Ok(clients)

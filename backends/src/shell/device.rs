@@ -328,6 +328,15 @@ pub trait Device {
     /// have in common. Then either this program ends, without another word, or there is [`thaw`](Self::thaw).
     fn freeze(&mut self) {}
 
+    /// All its rings are stopped, and nothing is in flight. What it has in memory, and the other program is to find elsewhere, is
+    /// written there. Then either this program ends, or there is [`thaw`](Self::thaw).
+    ///
+    /// # Errors
+    /// It cannot be written, and nothing goes over.
+    fn leave(&mut self) -> Result<(), ApiError> {
+        Ok(())
+    }
+
     /// What both programs have in common is this one's alone: it goes on after all, or it has taken the place of the other.
     fn thaw(&mut self) {}
 

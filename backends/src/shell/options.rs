@@ -12,7 +12,7 @@ use ringside_control::Peers;
 use ringside_sandbox::Mode;
 use serde::Serialize;
 
-use super::handover::{Parts, Predecessor, TakeOverError, same};
+use super::handover::{Parts, Predecessor, Serves, TakeOverError, same};
 use super::log;
 use super::placement::{Placement, parse_cpus};
 
@@ -200,6 +200,28 @@ impl ShellArgs {
     /// # Errors
     /// [`TakeOverError`]
     pub fn meet_predecessor(&mut self, program: &Program) -> Result<Option<Parts>, TakeOverError> {
+        let predecessor = self.meet(program, Serves::OneDevice)?;
+        predecessor
+            .map(|predecessor| predecessor.port()?.parts())
+            .transpose()
+    }
+
+    /// The same for a program with several ports. Returns what those have in common.
+    ///
+    /// # Errors
+    /// [`TakeOverError`]
+    pub fn meet_ports(&mut self, program: &Program) -> Result<Option<Parts>, TakeOverError> {
+        let predecessor = self.meet(program, Serves::Ports)?;
+        predecessor
+            .map(|predecessor| predecessor.parts())
+            .transpose()
+    }
+
+    fn meet(
+        &mut self,
+        program: &Program,
+        serves: Serves,
+    ) -> Result<Option<Arc<Predecessor>>, TakeOverError> {
         let Some(path) = &self.take_over else {
             return Ok(None);
         };
@@ -208,10 +230,9 @@ impl ShellArgs {
             path,
             self.control_socket.as_ref().unwrap_or(path),
         )?;
-        let predecessor = Predecessor::meet(path, program, &self.peers())?;
-        let parts = predecessor.parts()?;
-        self.predecessor = Some(Arc::new(predecessor));
-        Ok(Some(parts))
+        let predecessor = Arc::new(Predecessor::meet(path, program, serves, &self.peers())?);
+        self.predecessor = Some(Arc::clone(&predecessor));
+        Ok(Some(predecessor))
     }
 
     /// Where workers are to run.

@@ -6,14 +6,17 @@
 //!  a client's thread port-add ──▶ Hub::open ──▶ control thread of the port: Daemon (socket, messages) ──▶ workers
 //!                    port-remove ─▶ ends it: rings back, memory unmapped, socket file gone
 //!                    status, link, limits, … of a port ─▶ asks its control thread
+//!                    hand-over ──▶ Hub::freeze, then each control thread stops its rings; the other way round to go on
 //! ```
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::mpsc::{self, Receiver, Sender};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::{self, JoinHandle};
 
 use mio::unix::SourceFd;
@@ -30,13 +33,20 @@ use thiserror::Error;
 use tracing::{error, info, info_span};
 
 use super::confine::confine;
-use super::control::{Clients, Link, LinkState, Reply, Request, Statistics};
-use super::daemon::{Daemon, ShellError, bind_control, end, ends, prepare, system};
+use super::control::{
+    Clients, Frozen, Link, LinkState, Reply, Request, Statistics, answered,
+};
+use super::daemon::{
+    Daemon, ShellError, adopt_control, adopt_file, bind_control, end, ends, prepare, system,
+};
 use super::device::{Device, OpenError};
 use super::handler::Handler;
+use super::handover::{HandOver, Parts, Place, Predecessor, Serves, TakeOverError};
 use super::options::{Program, ShellArgs};
 use super::placement::Placement;
+use super::session::Session;
 use super::socket::{self, Endpoint, SocketError};
+use super::state::StateError;
 
 const SIGNALS: Token = Token(0);
 const WAKE: Token = Token(1);
@@ -53,6 +63,8 @@ pub struct OpenPort<D> {
     pub socket: PathBuf,
     /// They listen there, and are connected to.
     pub client: bool,
+    /// What makes the same one once more, in another program.
+    pub options: PortOptions,
     /// The device that they get.
     pub device: D,
 }
@@ -93,6 +105,28 @@ pub trait Hub: Send + 'static {
     /// # Errors
     /// It cannot be told now.
     fn addresses(&self) -> Result<Value, ApiError>;
+
+    /// What ports have in common, for a program that is to take the place of this one.
+    ///
+    /// # Errors
+    /// Why it cannot be had by another program.
+    fn parts(&self) -> Result<Parts, ApiError>;
+
+    /// It is about to go over to another program: nothing passes between ports any more. Returns what they have in common, as
+    /// it is then. Either this program ends, without another word, or there is [`thaw`](Self::thaw).
+    ///
+    /// # Errors
+    /// It cannot be stopped, and goes on.
+    fn freeze(&self) -> Result<Value, ApiError>;
+
+    /// Goes by the state of another program's, while nothing passes. Its ports are there.
+    ///
+    /// # Errors
+    /// It is not of the same kind.
+    fn adopt(&self, state: &Value) -> Result<(), StateError>;
+
+    /// All ports have their rings again, and what they have in common goes on.
+    fn thaw(&self);
 }
 
 /// A port cannot be had.
@@ -164,7 +198,7 @@ enum PortsRequest {
     /// Which addresses were found behind which port.
     Addresses,
     /// Another program wants to take the place of this one.
-    HandOver(Value),
+    HandOver(HandOver),
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq, Eq)]
@@ -193,6 +227,7 @@ struct Port {
     clients: Clients,
     connected: Arc<AtomicBool>,
     socket: PathBuf,
+    options: PortOptions,
     /// Taken by who ends it.
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -206,12 +241,18 @@ struct Ports<H: Hub> {
     hub: Mutex<H>,
     ports: Mutex<BTreeMap<String, Arc<Port>>>,
     end: Arc<Ending>,
+    /// What another program needs to be where this one is, once it can be.
+    place: OnceLock<Place>,
+    /// Held by who makes or ends a port, and alone by a client that is about to take the place of this program.
+    members: RwLock<()>,
 }
 
 /// The end of the program, as seen from threads other than the main one.
 struct Ending {
     waker: Waker,
     asked: AtomicBool,
+    /// All ports are another program's.
+    handed_over: AtomicBool,
     failure: Mutex<Option<ShellError>>,
 }
 
@@ -253,14 +294,24 @@ pub fn run_ports<H: Hub>(
     let end = Arc::new(Ending {
         waker: Waker::new(poll.registry(), WAKE).map_err(&failed)?,
         asked: AtomicBool::new(false),
+        handed_over: AtomicBool::new(false),
         failure: Mutex::default(),
     });
     let failed = |error: H::Error| ShellError::Port(Box::new(error));
     let mut hub = hub().map_err(failed)?;
-    let control = bind_control(args)?;
+    let predecessor = args.predecessor.as_deref();
+    let control = match predecessor {
+        Some(_) => None,
+        None => bind_control(args)?,
+    };
     let peers = args.peers();
+    let there = predecessor.map_or_else(Vec::new, |predecessor| {
+        let ports = predecessor.ports().iter();
+        ports.map(|port| port.options().clone()).collect()
+    });
     confine(program, args, |profile| {
         listen(profile, first);
+        listen(profile, &there);
         hub.needs(profile);
     })?;
     let placement = args.placement();
@@ -275,8 +326,25 @@ pub fn run_ports<H: Hub>(
         hub: Mutex::new(hub),
         ports: Mutex::default(),
         end: Arc::clone(&end),
+        place: OnceLock::new(),
+        members: RwLock::default(),
     });
-    let served = serve(&ports, first, control, &mut signals, &mut poll);
+    let begun = match predecessor {
+        Some(predecessor) => ports
+            .take_over(predecessor)
+            .map(|()| adopt_control(predecessor, args, ports.peers.clone())),
+        None => first
+            .iter()
+            .try_for_each(|options| ports.add(options).map(drop))
+            .map(|()| control)
+            .map_err(ShellError::Port),
+    };
+    let served = begun.and_then(|control| serve(&ports, control, &mut signals, &mut poll));
+    if end.handed_over.load(Ordering::Acquire) {
+        // What the ports' end would undo is the other program's now.
+        std::mem::forget(ports);
+        return served;
+    }
     let names: Vec<String> = lock(&ports.ports).keys().cloned().collect();
     for name in names {
         // Whoever else asked for the end of the port is welcome.
@@ -312,17 +380,22 @@ fn listen(profile: &mut Profile, first: &[PortOptions]) {
 
 fn serve<H: Hub>(
     ports: &Arc<Ports<H>>,
-    first: &[PortOptions],
     control: Option<BoundSocket>,
     signals: &mut SignalFd,
     poll: &mut Poll,
 ) -> Result<(), ShellError> {
-    for options in first {
-        ports.add(options).map_err(ShellError::Port)?;
-    }
     // To the end: what was asked before is answered.
-    let _control = control
-        .map(|socket| socket.start(Arc::clone(ports)))
+    let control = control
+        .map(|socket| {
+            let place = Place {
+                kind: ports.program.kind,
+                serves: Serves::Ports,
+                control: socket.listener().map_err(system("duplicate a socket"))?,
+            };
+            // It is set once.
+            let _ = ports.place.set(place);
+            Ok::<_, ShellError>(socket.start(Arc::clone(ports))?)
+        })
         .transpose()?;
     info!("{} ready", ports.program.name);
     let mut events = Events::with_capacity(4);
@@ -331,6 +404,12 @@ fn serve<H: Hub>(
             Ok(()) => {}
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(system("wait for events")(e)),
+        }
+        if ports.end.handed_over.load(Ordering::Acquire) {
+            if let Some(control) = control {
+                control.leave();
+            }
+            return Ok(());
         }
         let asked = ports.end.asked.load(Ordering::Acquire);
         if asked || lock(&ports.end.failure).is_some() || ends(signals, || {}) {
@@ -342,19 +421,75 @@ fn serve<H: Hub>(
 /// Any error of a port, on its way to the user.
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
 
+/// What a port's thread begins with: a port of another program, with the connection of its front-end, if there is one.
+type Begin<D> = Option<Option<Session<D>>>;
+
+type SharedHandler<H> = Arc<Mutex<Handler<<H as Hub>::Port>>>;
+
+fn start_failed(name: &str, source: impl Into<AnyError>) -> PortError {
+    PortError::Start {
+        name: name.to_owned(),
+        source: source.into(),
+    }
+}
+
+/// Ports that are stopped, those that come first with what they have in common: they go on when this is dropped.
+struct FrozenPorts<'p, H: Hub> {
+    ports: &'p Ports<H>,
+    stopped: Vec<(Arc<Port>, Frozen)>,
+}
+
+impl<H: Hub> FrozenPorts<'_, H> {
+    /// All of them are another program's.
+    fn leave(mut self) {
+        for (_, frozen) in self.stopped.drain(..) {
+            frozen.leave();
+        }
+        let end = &self.ports.end;
+        end.handed_over.store(true, Ordering::Release);
+        end.wake();
+        // Nothing is to go on here.
+        std::mem::forget(self);
+    }
+}
+
+impl<H: Hub> Drop for FrozenPorts<'_, H> {
+    fn drop(&mut self) {
+        let ports = self.stopped.drain(..).map(|(port, frozen)| {
+            drop(frozen);
+            port
+        });
+        for port in ports.collect::<Vec<_>>() {
+            // It answers when its rings run again.
+            let _ = port.clients.ask(Request::Stats);
+        }
+        lock(&self.ports.hub).thaw();
+    }
+}
+
 impl<H: Hub> Ports<H> {
     fn add(&self, options: &PortOptions) -> Result<String, AnyError> {
         let OpenPort {
             name,
             socket,
             client,
+            options,
             device,
         } = lock(&self.hub).open(options)?;
-        match self.start(&name, socket, client, device) {
-            Ok(port) => {
-                lock(&self.ports).insert(name.clone(), Arc::new(port));
-                Ok(name)
-            }
+        let begin = || -> Result<(), PortError> {
+            let endpoint = if client {
+                Endpoint::Connecting(socket.clone())
+            } else {
+                socket::listen(&socket).map_err(|source| refused(&name, &socket, source))?
+            };
+            let handler = self.handler(&name, device)?;
+            let begin = self.spawn(&name, socket.clone(), options, endpoint, handler)?;
+            // It waits for this.
+            let _ = begin.send(None);
+            Ok(())
+        };
+        match begin() {
+            Ok(()) => Ok(name),
             Err(error) => {
                 lock(&self.hub).closed(&name);
                 Err(error.into())
@@ -362,45 +497,85 @@ impl<H: Hub> Ports<H> {
         }
     }
 
-    fn start(
+    /// Takes the place of another program, with all ports that it has.
+    fn take_over(&self, predecessor: &Predecessor) -> Result<(), ShellError> {
+        let mut handlers = Vec::new();
+        let mut begins = Vec::new();
+        for port in predecessor.ports() {
+            let failed = |error: AnyError| TakeOverError::Port(error);
+            let OpenPort {
+                name,
+                socket,
+                client,
+                options,
+                device,
+            } = lock(&self.hub)
+                .open(port.options())
+                .map_err(|e| failed(e.into()))?;
+            let endpoint = port.endpoint(socket.clone(), client)?;
+            let handler = self.handler(&name, device).map_err(|e| failed(e.into()))?;
+            port.check(&lock(&handler))?;
+            let begin = self
+                .spawn(&name, socket, options, endpoint, Arc::clone(&handler))
+                .map_err(|e| failed(e.into()))?;
+            handlers.push(handler);
+            begins.push(begin);
+        }
+        let sessions = predecessor.replace(
+            &handlers,
+            |state| Ok(lock(&self.hub).adopt(state)?),
+            || lock(&self.hub).thaw(),
+        )?;
+        for (begin, session) in begins.into_iter().zip(sessions) {
+            // It waits for this.
+            let _ = begin.send(Some(session));
+        }
+        Ok(())
+    }
+
+    fn handler(&self, name: &str, device: H::Port) -> Result<SharedHandler<H>, PortError> {
+        let handler = Handler::new(device, &self.placement).map_err(|e| start_failed(name, e))?;
+        Ok(Arc::new(Mutex::new(handler)))
+    }
+
+    /// Starts the control thread of a port, which begins when it is told to: if it is one of another program, whose front-end it
+    /// goes on with.
+    fn spawn(
         &self,
         name: &str,
         socket: PathBuf,
-        client: bool,
-        device: H::Port,
-    ) -> Result<Port, PortError> {
-        let failed = |source: AnyError| PortError::Start {
-            name: name.to_owned(),
-            source,
-        };
-        let endpoint = if client {
-            Endpoint::Connecting(socket.clone())
-        } else {
-            socket::listen(&socket).map_err(|source| refused(name, &socket, source))?
-        };
-        let handler = Handler::new(device, &self.placement).map_err(|e| failed(e.into()))?;
-        let (_, connected) = handler.observables();
+        options: PortOptions,
+        endpoint: Endpoint,
+        handler: SharedHandler<H>,
+    ) -> Result<Sender<Begin<H::Port>>, PortError> {
+        let (_, connected) = lock(&handler).observables();
         let (ready, started) = mpsc::channel();
+        let (begin, told) = mpsc::channel();
         let (program, end, own) = (self.program, Arc::clone(&self.end), name.to_owned());
-        let peers = self.peers.clone();
+        let (peers, path) = (self.peers.clone(), socket.clone());
         let thread = thread::Builder::new()
             .name(format!("port {name}"))
             .spawn(move || {
                 let _span = info_span!("port", name = %own).entered();
-                if let Err(error) = serve_port(&program, &own, handler, endpoint, peers, &ready) {
+                let endpoint = (endpoint, path);
+                let served = serve_port(&program, &own, &handler, endpoint, peers, &ready, &told);
+                if let Err(error) = served {
                     error!("{}", Chain(&error));
                     end.fail(error);
                 }
             })
-            .map_err(|e| failed(e.into()))?;
-        let source = match started.recv() {
+            .map_err(|e| start_failed(name, e))?;
+        let source: AnyError = match started.recv() {
             Ok(Ok(clients)) => {
-                return Ok(Port {
+                let port = Port {
                     clients,
                     connected,
                     socket,
+                    options,
                     thread: Mutex::new(Some(thread)),
-                });
+                };
+                lock(&self.ports).insert(name.to_owned(), Arc::new(port));
+                return Ok(begin);
             }
             Ok(Err(error)) => error.into(),
             Err(error) => error.into(),
@@ -409,7 +584,49 @@ impl<H: Hub> Ports<H> {
         if thread.join().is_err() {
             error!(port = name, "the thread of the port panicked");
         }
-        Err(failed(source))
+        Err(start_failed(name, source))
+    }
+
+    /// Has the program at the other end of `client` take the place of this one.
+    fn hand_over(&self, arguments: HandOver, client: &UnixStream) -> Result<Value, ApiError> {
+        let (Ok(_alone), Some(place)) = (self.members.try_write(), self.place.get()) else {
+            let message =
+                "a port is about to come or go, or another program to take the place of this one";
+            return Err(ApiError::of(ErrorCode::Conflict, message));
+        };
+        let ports: Vec<Arc<Port>> = lock(&self.ports).values().cloned().collect();
+        let offers = || {
+            let common = lock(&self.hub).parts()?;
+            let offers = ports.iter().map(|port| {
+                let (mut offer, descriptors) = port.clients.offer()?;
+                offer.options = port.options.clone();
+                Ok((offer, descriptors))
+            });
+            Ok((common, offers.collect::<Result<_, ApiError>>()?))
+        };
+        let freeze = || {
+            let common = lock(&self.hub).freeze()?;
+            let mut frozen = FrozenPorts {
+                ports: self,
+                stopped: Vec::new(),
+            };
+            let mut states = Vec::new();
+            for port in &ports {
+                let (state, stopped) = port.clients.freeze()?;
+                states.push(state);
+                frozen.stopped.push((Arc::clone(port), stopped));
+            }
+            Ok((common, states, frozen))
+        };
+        place.hand_over(arguments, client, offers, freeze, FrozenPorts::leave)
+    }
+
+    /// Ports come and go only while no other program is about to take them.
+    fn members(&self) -> Result<RwLockReadGuard<'_, ()>, ApiError> {
+        self.members.try_read().map_err(|_| {
+            let message = "another program is about to take the place of this one";
+            ApiError::of(ErrorCode::Conflict, message)
+        })
     }
 
     fn port(&self, name: &str) -> Result<Arc<Port>, ApiError> {
@@ -492,29 +709,44 @@ impl<H: Hub> Ports<H> {
 fn serve_port<D: Device>(
     program: &Program,
     name: &str,
-    handler: Handler<D>,
-    endpoint: Endpoint,
+    handler: &Arc<Mutex<Handler<D>>>,
+    (mut endpoint, path): (Endpoint, PathBuf),
     peers: Peers,
-    ready: &mpsc::Sender<Result<Clients, ShellError>>,
+    ready: &Sender<Result<Clients, ShellError>>,
+    told: &Receiver<Begin<D>>,
 ) -> Result<(), ShellError> {
-    let handler = Arc::new(Mutex::new(handler));
     let begin = || {
-        let mut daemon = Daemon::new(None, &handler, false, peers)?;
-        let clients = daemon.clients(program)?;
+        let mut daemon = Daemon::new(None, handler, false, peers)?;
+        daemon.hands_over(&endpoint, Some(&path))?;
+        let clients = daemon.clients(program, None)?;
         Ok((daemon, clients))
     };
     // The receiver waits for either.
     let served = match begin() {
         Ok((mut daemon, clients)) => {
             let _ = ready.send(Ok(clients));
-            daemon.serve(name, endpoint)
+            let Ok(begin) = told.recv() else {
+                // The other program keeps its port.
+                return Ok(());
+            };
+            if let Some(session) = begin {
+                adopt_file(&mut endpoint, &path);
+                daemon.goes_on(session);
+            }
+            let served = daemon.serve(name, endpoint);
+            if daemon.handed_over() {
+                // What the device's end would undo is the other program's now.
+                std::mem::forget(Arc::clone(handler));
+                return served;
+            }
+            served
         }
         Err(error) => {
             let _ = ready.send(Err(error));
             Ok(())
         }
     };
-    end(&handler, served)
+    end(handler, served)
 }
 
 impl<H: Hub> Service for Ports<H> {
@@ -539,6 +771,7 @@ impl<H: Hub> Service for Ports<H> {
             PortsRequest::PortList => Ok(json!({ "ports": self.list() })),
             PortsRequest::PortStatus(Name { port }) => self.ask(&port, Request::Status),
             PortsRequest::PortAdd(options) => {
+                let _member = self.members()?;
                 let added = self.add(&options);
                 let failed = |error: AnyError| {
                     let usage = error
@@ -553,6 +786,7 @@ impl<H: Hub> Service for Ports<H> {
                 Ok(json!({ "name": added.map_err(failed)? }))
             }
             PortsRequest::PortRemove(Name { port }) => {
+                let _member = self.members()?;
                 self.remove(&port)?;
                 Ok(json!({}))
             }
@@ -564,11 +798,16 @@ impl<H: Hub> Service for Ports<H> {
             }
             PortsRequest::PortAnnounce(Name { port }) => self.ask(&port, Request::Announce),
             PortsRequest::Addresses => lock(&self.hub).addresses(),
-            PortsRequest::HandOver(_) => {
-                let message = "a program of several ports cannot go over to another one: end this one, and start the other";
-                Err(ApiError::of(ErrorCode::Conflict, message))
-            }
+            // Another program is met by `call_with`.
+            PortsRequest::HandOver(_) => Ok(json!({})),
         }
+    }
+
+    fn call_with(&self, request: PortsRequest, client: &UnixStream) -> Result<Value, ApiError> {
+        let PortsRequest::HandOver(arguments) = request else {
+            return self.call(request);
+        };
+        answered(self.hand_over(arguments, client), client)
     }
 
     fn metrics(&self) -> Option<String> {

@@ -154,6 +154,17 @@ impl Bucket {
         (rate > 0).then_some(Rate { rate, burst })
     }
 
+    /// When it will be full, in nanoseconds: how far it is emptied.
+    #[must_use]
+    pub fn full_at(&self) -> u64 {
+        self.full_at.load(Ordering::Relaxed)
+    }
+
+    /// It is emptied as far as another one was, by the same clock.
+    pub fn set_full_at(&self, full_at: u64) {
+        self.full_at.store(full_at, Ordering::Relaxed);
+    }
+
     /// Takes tokens at the time `now` in nanoseconds.
     ///
     /// # Errors

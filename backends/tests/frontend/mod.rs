@@ -145,27 +145,41 @@ impl Daemon {
     /// Has another one take its place while it runs, with a log of its own. The old one has to end with success.
     pub fn upgrade(&mut self, program: &str, args: &[&str]) {
         let successor = self.successor(program, args);
+        self.upgraded(successor, || {});
+        assert!(self.socket().exists());
+    }
+
+    /// The same by a program that was started, until which is ready something else is done.
+    pub fn upgraded(&mut self, successor: Child, mut meanwhile: impl FnMut()) {
         let old = std::mem::replace(&mut self.child, successor);
         let mut old = Self {
             child: old,
             // Not its own any more.
             dir: tempfile::tempdir().unwrap(),
         };
+        let start = Instant::now();
+        while !self.log().contains(" ready") && start.elapsed() < PATIENCE {
+            meanwhile();
+        }
         self.wait_for_socket();
         File::create(old.dir.path().join("log")).unwrap();
         assert_eq!(old.wait().code(), Some(0));
         assert!(self.log().contains("took over"), "{}", self.log());
-        assert!(self.socket().exists());
     }
 
     /// Starts one that is to take its place.
     pub fn successor(&self, program: &str, args: &[&str]) -> Child {
+        let mut command = Command::new(program);
+        command.arg("--socket-path").arg(self.socket()).args(args);
+        self.successor_by(&mut command)
+    }
+
+    /// The same by any command line.
+    pub fn successor_by(&self, command: &mut Command) -> Child {
         // What writes to the old file goes on doing so.
         let path = self.dir.path().join("log");
         std::fs::remove_file(&path).unwrap();
         let log = File::create(path).unwrap();
-        let mut command = Command::new(program);
-        command.arg("--socket-path").arg(self.socket()).args(args);
         command.arg("--take-over").arg(self.dir.path().join("ctl"));
         command.stdin(Stdio::null()).stderr(log);
         command.env_remove("RINGSIDE_LOG").spawn().unwrap()

@@ -228,6 +228,8 @@ pub struct Image {
     /// Until it runs.
     companion: Option<Box<Companion>>,
     running: Option<(Sender<Op>, JoinHandle<()>)>,
+    /// Its locks are given back in the end.
+    locked: bool,
 }
 
 impl Image {
@@ -280,10 +282,16 @@ impl Image {
                 limit: LogLimit::default(),
             })),
             running: None,
+            locked: true,
             map,
             gate,
             tables_changed,
         })
+    }
+
+    /// Its locks are another program's, too, and stay when this one ends.
+    pub(in crate::blk) fn keep_locks(&mut self) {
+        self.locked = false;
     }
 
     /// Size in bytes.
@@ -366,7 +374,7 @@ impl Drop for Image {
                 error!("the image's thread failed");
             }
         }
-        for file in &self.files {
+        for file in self.files.iter().filter(|_| self.locked) {
             disk::unlock(file);
         }
     }

@@ -43,7 +43,7 @@ pub use packet::PacketError;
 pub use passt::{Forward, ForwardError, PasstError};
 pub(super) use pcap::MAX_SNAP;
 pub use pcap::PcapError;
-pub(super) use spec::{HostEnd, LinkOptions, Opened};
+pub(super) use spec::{Described, HostEnd, LinkOptions, Opened};
 pub use spec::{LinkSpec, LinkSpecError};
 pub use starter::serve as start_passt;
 pub(super) use tap::MAX_QUEUES;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use ringside_sandbox::{Capability, Profile, ThreadKind, calls};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::idle::{MAX_GENERATED, MIN_GENERATED};
@@ -153,6 +154,17 @@ pub(in crate::net) struct Opened {
     pub(in crate::net) offloads: u32,
     /// The address that the card should have.
     pub(in crate::net) mac: MacAddress,
+}
+
+/// A link that is open, for a program that goes on with it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(in crate::net) struct Described {
+    /// What it is, as --link has it.
+    pub(in crate::net) link: String,
+    /// The address of the card.
+    pub(in crate::net) mac: [u8; 6],
+    /// The `TUN_F_*` offloads that it takes and gives.
+    pub(in crate::net) offloads: u32,
 }
 
 impl LinkSpec {

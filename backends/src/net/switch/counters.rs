@@ -8,7 +8,7 @@ use ringside_control::metrics::Kind;
 use serde_json::{Map, Value, json};
 
 use super::shared::PortShared;
-use crate::shell::{Counter, Statistics};
+use crate::shell::{Counter, Statistics, counters_go_on, counters_to_json};
 
 /// Counters of one port. Transmit and receive are the words of what is behind it: the driver, or the link's other end.
 #[derive(Debug, Default)]
@@ -141,6 +141,22 @@ impl Counters {
     }
 }
 
+impl Counters {
+    fn named(&self) -> impl Iterator<Item = (&'static str, &Counter)> {
+        self.all().into_iter().map(|(name, _, counter)| (name, counter))
+    }
+
+    /// For another program.
+    pub(super) fn to_json(&self) -> Value {
+        counters_to_json(self.named())
+    }
+
+    /// They go on from where those of another program were.
+    pub(super) fn go_on(&self, from: &Value) {
+        counters_go_on(self.named(), from);
+    }
+}
+
 /// All ports that there are, by name.
 #[derive(Debug, Default)]
 pub(super) struct AllPorts {
@@ -153,6 +169,11 @@ impl AllPorts {
     fn get(&self) -> Vec<Arc<PortShared>> {
         let ports = self.ports.lock().unwrap_or_else(PoisonError::into_inner);
         ports.values().cloned().collect()
+    }
+
+    /// Those of the switch itself.
+    pub(super) fn own(&self) -> [(&'static str, &Counter); 1] {
+        [("wakeups", &self.wakeups)]
     }
 
     pub(super) fn insert(&self, port: Arc<PortShared>) {

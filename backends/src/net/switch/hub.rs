@@ -1,29 +1,35 @@
 //! The switch as a whole: its thread, and the ports that come and go.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use ringside_control::{ApiError, ErrorCode};
 use ringside_sandbox::{Profile, ThreadKind, calls};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use thiserror::Error;
 use tracing::{error, info};
 
-use super::super::args::{ArgsError, NetArgs};
+use super::super::args::{ArgsError, NetArgs, adopt_link};
 use super::super::config::{MacAddress, NetConfig};
-use super::super::device::needs;
+use super::super::device::{needs, no_other_program};
 use super::super::features::{Extras, offered};
-use super::super::link::{Interface, LinkError, LinkOptions};
+use super::super::link::{Described, Interface, LinkError, LinkOptions};
 use super::counters::AllPorts;
 use super::options::{GuestOptions, OptionsError, SwitchArgs, UplinkOptions};
 use super::policy::{MAX_PORTS, PortId};
 use super::port::SwitchPort;
-use super::shared::PortShared;
+use super::shared::{PortSettings, PortShared};
 use super::table::{QUOTA, UPLINK_QUOTA};
-use super::worker::{Behind, Inbox, Order, Worker};
-use crate::shell::{Hub, OnOff, OpenError, OpenPort, PortOptions, Statistics, confined};
+use super::worker::{Behind, Inbox, Known, Order, Worker};
+use crate::shell::{
+    Hub, OnOff, OpenError, OpenPort, Parts, PortOptions, StateError, Statistics, TakeOverError,
+    confined, counters_go_on, counters_to_json, now, same,
+};
 
 /// How long the switch's thread may take to tell what it knows.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -76,6 +82,26 @@ impl OpenError for SwitchError {
     }
 }
 
+/// What a switch is made of, for another program.
+#[derive(Debug, Serialize, Deserialize)]
+struct SwitchParts {
+    /// Its ports and links, as its command line had them.
+    options: [Vec<PortOptions>; 2],
+    ageing: u32,
+    /// Its links now, and how many descriptors each has.
+    links: Vec<(Described, usize)>,
+}
+
+/// What a switch goes on from.
+#[derive(Debug, Serialize, Deserialize)]
+struct SwitchState {
+    /// VLAN, address, port, and in which second of CLOCK_MONOTONIC a frame came from there.
+    addresses: Vec<(u16, [u8; 6], String, u32)>,
+    /// By name.
+    uplinks: BTreeMap<String, PortSettings>,
+    counters: Value,
+}
+
 /// A switch.
 pub struct Switch {
     args: NetArgs,
@@ -83,7 +109,10 @@ pub struct Switch {
     offloads: u32,
     /// By number: the ports there are.
     ports: Vec<Option<Arc<PortShared>>>,
-    uplinks: Vec<Arc<dyn Interface>>,
+    uplinks: Vec<Uplink>,
+    /// Ports and links, as the command line had them.
+    options: [Vec<PortOptions>; 2],
+    ageing: u32,
     all: Arc<AllPorts>,
     inbox: Arc<Inbox>,
     /// Until its thread starts.
@@ -91,32 +120,90 @@ pub struct Switch {
     thread: Option<JoinHandle<()>>,
 }
 
+/// What a switch is joined to.
+struct Uplink {
+    interface: Arc<dyn Interface>,
+    described: Described,
+}
+
 impl Switch {
-    /// A switch that is joined to its uplinks, and has no thread yet.
+    /// A switch that is joined to its uplinks, and has no thread yet: to those of another program, if it takes the place of that.
     ///
     /// # Errors
     /// [`SwitchError`]
-    pub fn new(args: &NetArgs, switch: &SwitchArgs) -> Result<Self, SwitchError> {
+    pub fn new(
+        args: &NetArgs,
+        switch: &SwitchArgs,
+        parts: Option<Parts>,
+    ) -> Result<Self, SwitchError> {
+        let options = [switch.port.clone(), switch.uplink.clone()];
         let candidates = args.switched_offloads()?;
         let inbox = Arc::new(Inbox::new().map_err(SwitchError::System)?);
         let all = Arc::<AllPorts>::default();
         let poll = args.poll_limits();
         let worker = Worker::new(Arc::clone(&inbox), Arc::clone(&all), switch.ageing, poll)
             .map_err(SwitchError::System)?;
+        let worker = match parts {
+            Some(_) => worker.frozen(),
+            None => worker,
+        };
         let mut opened = Self {
             args: args.clone(),
             offloads: candidates.first().copied().unwrap_or(0),
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             uplinks: Vec::new(),
+            options,
+            ageing: switch.ageing,
             all,
             inbox,
             worker: Some(worker),
             thread: None,
         };
+        let mut taken = parts.map(|parts| opened.taken_links(parts)).transpose()?;
         for options in &switch.uplink {
-            opened.uplink(options, &candidates)?;
+            let link = taken.as_mut().and_then(Iterator::next);
+            opened.uplink(options, &candidates, link)?;
         }
         Ok(opened)
+    }
+
+    /// The links of another program, if it was started as this one is.
+    fn taken_links(&self, parts: Parts) -> Result<TakenLinks, ArgsError> {
+        let SwitchParts {
+            options,
+            ageing,
+            links,
+        } = SwitchParts::deserialize(&parts.description).map_err(TakeOverError::Description)?;
+        let [ports, uplinks] = &self.options;
+        same("ports", &options[0], ports)?;
+        same("uplinks", &options[1], uplinks)?;
+        same("an ageing of", &ageing, &self.ageing)?;
+        let mut descriptors = parts.descriptors.into_iter();
+        let links = links.into_iter().map(|(described, count)| {
+            let own = descriptors.by_ref().take(count).collect();
+            (described, own)
+        });
+        Ok(links.collect::<Vec<_>>().into_iter())
+    }
+
+    fn name_of(&self, port: PortId) -> Option<&str> {
+        let port = self.ports.get(usize::from(port))?.as_ref()?;
+        Some(port.name.as_str())
+    }
+
+    fn uplink_ports(&self) -> impl Iterator<Item = &Arc<PortShared>> {
+        let ports = self.ports.iter().flatten();
+        ports.filter(|port| port.mac.is_none())
+    }
+
+    /// The addresses that the switch's thread knows, by an order that has it tell them.
+    fn known(&self, order: fn(mpsc::Sender<Vec<Known>>) -> Order) -> Result<Vec<Known>, ApiError> {
+        let (to, told) = mpsc::channel();
+        self.inbox.send(order(to));
+        told.recv_timeout(PATIENCE).map_err(|_| {
+            let message = "the switch does not answer: it is very busy, or has ended; ask again";
+            ApiError::of(ErrorCode::Busy, message)
+        })
     }
 
     /// A number that is free, and a name for it.
@@ -156,7 +243,12 @@ impl Switch {
         self.all.insert(Arc::clone(port));
     }
 
-    fn uplink(&mut self, options: &PortOptions, candidates: &[u32]) -> Result<(), SwitchError> {
+    fn uplink(
+        &mut self,
+        options: &PortOptions,
+        candidates: &[u32],
+        taken: Option<TakenLink>,
+    ) -> Result<(), SwitchError> {
         let UplinkOptions {
             name,
             link,
@@ -169,21 +261,35 @@ impl Switch {
             name: name.clone(),
             source,
         };
-        let opened = link
-            .open(LinkOptions {
-                queues: 1,
-                mac: None,
-                offloads: candidates,
-                host: self.args.host_end(),
-                forwards: &self.args.forward,
-                passt_arguments: &self.args.passt_arg,
-            })
-            .map_err(failed)?;
-        let interface = &opened.interface;
-        interface.set_header_len(12).map_err(failed)?;
-        interface.set_offloads(opened.offloads).map_err(failed)?;
-        self.uplinks.push(Arc::clone(interface));
+        let link_options = LinkOptions {
+            queues: 1,
+            mac: None,
+            offloads: candidates,
+            host: self.args.host_end(),
+            forwards: &self.args.forward,
+            passt_arguments: &self.args.passt_arg,
+        };
+        let opened = match taken {
+            Some((described, descriptors)) => {
+                adopt_link(Some(&link), described, descriptors, link_options)?
+            }
+            None => {
+                let opened = link.open(link_options).map_err(failed)?;
+                let interface = &opened.interface;
+                interface.set_header_len(12).map_err(failed)?;
+                interface.set_offloads(opened.offloads).map_err(failed)?;
+                opened
+            }
+        };
         let (link_name, offloads) = (opened.name, opened.offloads);
+        self.uplinks.push(Uplink {
+            interface: Arc::clone(&opened.interface),
+            described: Described {
+                link: link_name.clone(),
+                mac: opened.mac.octets(),
+                offloads,
+            },
+        });
         let port = PortShared::new(&name, None, policy, UPLINK_QUOTA, rates, offloads);
         let port = Arc::new(port);
         if let Some(queue) = opened.queues.into_iter().next() {
@@ -196,6 +302,10 @@ impl Switch {
     }
 }
 
+/// A link of another program.
+type TakenLink = (Described, Vec<OwnedFd>);
+type TakenLinks = std::vec::IntoIter<TakenLink>;
+
 impl Hub for Switch {
     type Port = SwitchPort;
     type Error = SwitchError;
@@ -205,7 +315,8 @@ impl Hub for Switch {
         profile
             .calls(calls::SIGNALS)
             .thread(ThreadKind::Queue, &[calls::SIGNALS]);
-        self.uplinks.iter().for_each(|link| link.needs(profile));
+        let uplinks = self.uplinks.iter();
+        uplinks.for_each(|link| link.interface.needs(profile));
     }
 
     fn begin(&mut self) -> Result<(), SwitchError> {
@@ -229,9 +340,12 @@ impl Hub for Switch {
             rates,
         } = GuestOptions::read(options)?;
         let (number, name) = self.place(name)?;
+        let mut options = options.clone();
         let mac = mac
             .or_else(|| policy.macs.first().copied())
             .unwrap_or_else(MacAddress::random);
+        options.insert("name".to_owned(), name.clone());
+        options.insert("mac".to_owned(), mac.to_string());
         self.check_addresses(&[&[mac][..], &policy.macs].concat())?;
         let config = NetConfig {
             mac,
@@ -264,6 +378,7 @@ impl Hub for Switch {
             name,
             socket,
             client,
+            options,
             device,
         })
     }
@@ -280,11 +395,7 @@ impl Hub for Switch {
     }
 
     fn status(&self) -> Map<String, Value> {
-        let uplinks = self
-            .ports
-            .iter()
-            .flatten()
-            .filter(|port| port.mac.is_none());
+        let uplinks = self.uplink_ports();
         let uplinks: Vec<&str> = uplinks.map(|port| port.name.as_str()).collect();
         Map::from_iter([
             ("device".to_owned(), "switch".into()),
@@ -293,22 +404,88 @@ impl Hub for Switch {
     }
 
     fn addresses(&self) -> Result<Value, ApiError> {
-        let (to, told) = mpsc::channel();
-        self.inbox.send(Order::Addresses(to));
-        let known = told.recv_timeout(PATIENCE).map_err(|_| {
-            let message = "the switch does not answer: it is very busy, or has ended; ask again";
-            ApiError::of(ErrorCode::Busy, message)
-        })?;
-        let rows = known.into_iter().map(|(vlan, mac, port, age)| {
-            let port = self.ports.get(usize::from(port)).and_then(Option::as_ref);
+        let known = self.known(Order::Addresses)?;
+        let now = u32::try_from(now() / 1_000_000_000).unwrap_or(u32::MAX);
+        let rows = known.into_iter().map(|(vlan, mac, port, seen)| {
             json!({
                 "vlan": vlan,
                 "address": mac.to_string(),
-                "port": port.map(|port| port.name.as_str()),
-                "age": age,
+                "port": self.name_of(port),
+                "age": now.saturating_sub(seen),
             })
         });
         Ok(json!({ "addresses": rows.collect::<Vec<_>>() }))
+    }
+
+    fn parts(&self) -> Result<Parts, ApiError> {
+        let mut descriptors = Vec::new();
+        let mut links = Vec::new();
+        for Uplink {
+            interface,
+            described,
+        } in &self.uplinks
+        {
+            let found = interface.parts();
+            let found = found.map_err(|error| ApiError::new(ErrorCode::Failed, &error))?;
+            let Some(own) = found else {
+                return Err(no_other_program(&described.link));
+            };
+            links.push((described.clone(), own.len()));
+            descriptors.extend(own);
+        }
+        let description = json!(SwitchParts {
+            options: self.options.clone(),
+            ageing: self.ageing,
+            links,
+        });
+        Ok(Parts {
+            description,
+            descriptors,
+        })
+    }
+
+    fn freeze(&self) -> Result<Value, ApiError> {
+        let known = self.known(Order::Freeze).inspect_err(|_| self.thaw())?;
+        let addresses = known.into_iter().filter_map(|(vlan, mac, port, seen)| {
+            let port = self.name_of(port)?.to_owned();
+            Some((vlan, mac.octets(), port, seen))
+        });
+        let uplinks = self.uplink_ports();
+        Ok(json!(SwitchState {
+            addresses: addresses.collect(),
+            uplinks: uplinks
+                .map(|port| (port.name.clone(), port.save()))
+                .collect(),
+            counters: counters_to_json(self.all.own()),
+        }))
+    }
+
+    fn adopt(&self, state: &Value) -> Result<(), StateError> {
+        let SwitchState {
+            addresses,
+            uplinks,
+            counters,
+        } = SwitchState::deserialize(state).map_err(StateError::Content)?;
+        for port in self.uplink_ports() {
+            if let Some(settings) = uplinks.get(&port.name) {
+                port.adopt(settings)?;
+            }
+        }
+        counters_go_on(self.all.own(), &counters);
+        let ports = (0..).zip(&self.ports);
+        let numbers: BTreeMap<&str, PortId> = ports
+            .filter_map(|(number, port)| Some((port.as_ref()?.name.as_str(), number)))
+            .collect();
+        let known = addresses.into_iter().filter_map(|(vlan, mac, port, seen)| {
+            let number = *numbers.get(port.as_str())?;
+            Some((vlan, MacAddress::new(mac), number, seen))
+        });
+        self.inbox.send(Order::Learn(known.collect()));
+        Ok(())
+    }
+
+    fn thaw(&self) {
+        self.inbox.send(Order::Thaw);
     }
 }
 

@@ -7,6 +7,7 @@ use std::thread;
 
 use ringside_control::{ApiError, ErrorCode, Size};
 use ringside_sandbox::ThreadKind;
+use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{debug, info};
 use virtio_bindings::virtio_net::{
@@ -22,9 +23,11 @@ use super::super::settings::{Settings, Shared};
 use super::super::state;
 use super::counters::AllPorts;
 use super::policy::PortId;
-use super::shared::PortShared;
+use super::shared::{PortSettings, PortShared};
 use super::worker::{Behind, Inbox, Order};
-use crate::shell::{Commands, Device, DeviceError, StateError, Statistics, WorkerThread, confined};
+use crate::shell::{
+    Commands, Device, DeviceError, Parts, StateError, Statistics, WorkerThread, confined,
+};
 
 /// The worker that serves a port's queue pairs: the switch's thread.
 const SWITCH: usize = 0;
@@ -255,6 +258,20 @@ impl Device for SwitchPort {
     fn load(&mut self, bytes: &[u8]) -> Result<(), StateError> {
         let (pairs, port) = (self.config.pairs, self.shared.as_ref());
         state::load(bytes, self.acked, pairs, &self.settings, port)
+    }
+
+    /// Its rings are in guest memory, and all else is the switch's.
+    fn parts(&self) -> Result<Parts, ApiError> {
+        Ok(Parts::default())
+    }
+
+    fn settings(&self) -> Value {
+        json!(self.shared.save())
+    }
+
+    fn adopt(&mut self, settings: &Value) -> Result<(), StateError> {
+        let settings = PortSettings::deserialize(settings).map_err(StateError::Content)?;
+        self.shared.adopt(&settings)
     }
 
     fn reset(&mut self) {

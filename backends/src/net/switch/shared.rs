@@ -5,13 +5,15 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use ringside_control::Size;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tracing::debug;
 
 use super::super::config::MacAddress;
 use super::super::link::{Interface, LinkError};
 use super::counters::Counters;
 use super::policy::Policy;
-use crate::shell::{Bucket, LimitError, LogLimit, NamedRates};
+use crate::shell::{Bucket, LimitError, LogLimit, NamedRates, StateError};
 
 /// Names of the limits: of what comes in, of what goes out, and of what comes in and goes to all.
 pub(super) const LIMITS: [&str; 5] = [
@@ -56,6 +58,17 @@ impl Limits {
         NamedRates::of(&LIMITS, rates)
     }
 
+    /// How far they are used up, for another program.
+    fn levels(&self) -> [u64; LIMITS.len()] {
+        self.buckets.each_ref().map(Bucket::full_at)
+    }
+
+    fn set_levels(&self, levels: [u64; LIMITS.len()]) {
+        for (bucket, level) in self.buckets.iter().zip(levels) {
+            bucket.set_full_at(level);
+        }
+    }
+
     fn take_both(packets: &Bucket, of_bytes: &Bucket, bytes: u64, now: u64) -> Result<(), u64> {
         packets.take(1, now)?;
         of_bytes.take(bytes, now).inspect_err(|_| {
@@ -92,6 +105,17 @@ impl Limits {
         let [.., flood] = &self.buckets;
         flood.take(1, now).is_ok()
     }
+}
+
+/// What of a port goes over to another program, besides what its driver has set.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct PortSettings {
+    link_up: bool,
+    limits: Value,
+    /// When their buckets will be full, in nanoseconds of CLOCK_MONOTONIC.
+    levels: [u64; LIMITS.len()],
+    counters: Value,
 }
 
 /// A port, as all its threads know it.
@@ -157,6 +181,31 @@ impl PortShared {
     #[inline]
     pub(super) fn offloads(&self) -> u32 {
         self.offloads.load(Ordering::Relaxed)
+    }
+
+    /// What users have changed, and what became of it since: for another program.
+    pub(super) fn save(&self) -> PortSettings {
+        PortSettings {
+            link_up: self.is_up(),
+            limits: self.limits.get().to_json(),
+            levels: self.limits.levels(),
+            counters: self.counters.to_json(),
+        }
+    }
+
+    /// Goes on from what another program has saved. No frame passes meanwhile.
+    ///
+    /// # Errors
+    /// [`StateError`]
+    pub(super) fn adopt(&self, settings: &PortSettings) -> Result<(), StateError> {
+        let limits = BTreeMap::deserialize(&settings.limits).map_err(StateError::Content)?;
+        let rates = NamedRates::new(&LIMITS).with(&limits);
+        self.limits
+            .set(rates.map_err(|error| StateError::Misfit(error.to_string()))?);
+        self.limits.set_levels(settings.levels);
+        self.counters.go_on(&settings.counters);
+        self.set_up(settings.link_up);
+        Ok(())
     }
 
     /// Changes its limits.

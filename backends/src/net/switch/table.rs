@@ -195,15 +195,15 @@ impl Table {
         }
     }
 
-    /// All that is known: VLAN, address, port, and how many seconds ago a frame came from there.
+    /// All that is known: VLAN, address, port, and in which second a frame came from there.
     pub(super) fn dump(&self, now: u32) -> Vec<(u16, MacAddress, PortId, u32)> {
         let known = self
             .entries
             .iter()
             .filter(|entry| entry.key != Key::default() && !self.is_old(entry, now));
         let rows = known.map(|entry| {
-            let age = now.saturating_sub(entry.seen);
-            (entry.key.vlan(), entry.key.address(), entry.port, age)
+            let Entry { key, port, seen } = *entry;
+            (key.vlan(), key.address(), port, seen)
         });
         rows.collect()
     }
@@ -240,7 +240,7 @@ mod tests {
         assert_eq!(table.look_up(key(1), 320), Some(3));
         assert_eq!(table.look_up(Key::new(2, 0x0200_0000_0001), 20), None);
         let address = MacAddress::new([2, 0, 0, 0, 0, 1]);
-        assert_eq!(table.dump(25), [(1, address, 3, 5)]);
+        assert_eq!(table.dump(25), [(1, address, 3, 20)]);
         table.forget(3);
         assert_eq!(table.look_up(key(1), 20), None);
         assert_eq!(*table.counts, [0; 4]);

@@ -43,7 +43,7 @@ use super::signal::Signals;
 use super::table::{Key, Learnt, Table};
 use super::window::Window;
 use crate::net::tx::{MAX_FRAME, MIN_FRAME};
-use crate::shell::{Command, Commands, Memory, PollLimits, PollWindow, Vring};
+use crate::shell::{Command, Commands, Memory, PollLimits, PollWindow, Vring, now};
 
 /// Most frames of one port in a round, so that all get their share. Long ones count for more.
 const BUDGET: u64 = 64;
@@ -91,6 +91,9 @@ pub(super) enum Behind {
     Link(Box<dyn Link>),
 }
 
+/// An address that is known: its VLAN, itself, its port, and in which second a frame came from there.
+pub(super) type Known = (u16, MacAddress, PortId, u32);
+
 /// What the switch's thread is told.
 pub(super) enum Order {
     /// There is one port more.
@@ -98,7 +101,13 @@ pub(super) enum Order {
     /// A port is to go. Its number may then be used again: orders are obeyed one after the other.
     Remove(PortId),
     /// Tell which addresses are known.
-    Addresses(Sender<Vec<(u16, MacAddress, PortId, u32)>>),
+    Addresses(Sender<Vec<Known>>),
+    /// Let no frame pass, and tell which addresses are known.
+    Freeze(Sender<Vec<Known>>),
+    /// Know these addresses.
+    Learn(Vec<Known>),
+    /// Let frames pass again.
+    Thaw,
     /// End.
     End,
 }
@@ -116,6 +125,9 @@ impl std::fmt::Debug for Order {
             Self::Add(..) => "Add",
             Self::Remove(_) => "Remove",
             Self::Addresses(_) => "Addresses",
+            Self::Freeze(_) => "Freeze",
+            Self::Learn(_) => "Learn",
+            Self::Thaw => "Thaw",
             Self::End => "End",
         })
     }
@@ -195,7 +207,7 @@ struct Fabric {
     room: Room,
     /// Ports that were given frames in this round, as bits.
     touched: u64,
-    /// Nanoseconds since the switch began.
+    /// Nanoseconds of CLOCK_MONOTONIC: all programs that take each other's place go by it.
     now: u64,
 }
 
@@ -216,6 +228,8 @@ pub(super) struct Worker {
     idle: Option<(Instant, Duration)>,
     /// It was told to end, or cannot go on.
     ended: bool,
+    /// No frame passes.
+    frozen: bool,
     /// Those whose limits make them wait, and until when.
     throttled: Vec<(u64, PortId, usize)>,
     signals: Signals,
@@ -224,7 +238,6 @@ pub(super) struct Worker {
     /// Where frames from links arrive.
     bounce: Box<[u8]>,
     nothing: IoList,
-    began: Instant,
 }
 
 /// How a turn of a port ended.
@@ -260,20 +273,28 @@ impl Worker {
                 owners: Vec::new(),
                 room: Room::new(),
                 touched: 0,
-                now: 0,
+                now: now(),
             },
             row: VecDeque::new(),
             hot: Vec::new(),
             poll: PollWindow::new(poll),
             idle: None,
             ended: false,
+            frozen: false,
             throttled: Vec::new(),
             signals: Signals::new()?,
             batch: Batch::new(),
             bounce: vec![0; MAX_HEADER + MAX_FRAME].into(),
             nothing: IoList::new(Arc::new(Memory::new())),
-            began: Instant::now(),
         })
+    }
+
+    /// Lets no frame pass until [`Order::Thaw`].
+    pub(super) fn frozen(self) -> Self {
+        Self {
+            frozen: true,
+            ..self
+        }
     }
 
     /// Serves until [`Order::End`].
@@ -321,8 +342,10 @@ impl Worker {
     /// milliseconds.
     fn work(&mut self) -> i32 {
         for _ in 0..ROUNDS {
-            let passed = self.began.elapsed().as_nanos();
-            self.fabric.now = u64::try_from(passed).unwrap_or(u64::MAX);
+            if self.frozen {
+                return -1;
+            }
+            self.fabric.now = now();
             self.wake_throttled();
             self.look_at_polled();
             self.round();
@@ -566,7 +589,26 @@ impl Worker {
                     // Who asked may have gone.
                     let _ = to.send(self.fabric.table.dump(self.fabric.seconds()));
                 }
+                // All that was sent has arrived: a round is done before orders are taken.
+                Order::Freeze(to) => {
+                    self.frozen = true;
+                    let _ = to.send(self.fabric.table.dump(self.fabric.seconds()));
+                }
+                Order::Learn(known) => self.learn(known),
+                Order::Thaw => self.frozen = false,
                 Order::End => self.ended = true,
+            }
+        }
+    }
+
+    /// Goes by what another switch has learnt.
+    fn learn(&mut self, known: Vec<Known>) {
+        for (vlan, address, port, seen) in known {
+            let ingress = self.ingress.get(usize::from(port)).and_then(Option::as_ref);
+            if let Some(Ingress { shared, .. }) = ingress {
+                let key = Key::new(vlan, number(address));
+                // What does not fit is learnt again, or not.
+                let _ = self.fabric.table.learn(key, port, shared.quota, seen);
             }
         }
     }
@@ -813,6 +855,12 @@ impl Worker {
         self.forget(|of, ring| of == port && ring == pair);
         Some(vring)
     }
+}
+
+/// An address as a number of 48 bits.
+fn number(address: MacAddress) -> u64 {
+    let [a, b, c, d, e, f] = address.octets();
+    u64::from_be_bytes([0, 0, a, b, c, d, e, f])
 }
 
 /// A guest's transmit ring, if it is there.
@@ -1270,10 +1318,7 @@ impl Fabric {
                 let own = shared.mac.into_iter();
                 own.chain(shared.policy.macs.iter().copied())
             });
-            addresses.map(move |address| {
-                let [a, b, c, d, e, f] = address.octets();
-                (u64::from_be_bytes([0, 0, a, b, c, d, e, f]), port)
-            })
+            addresses.map(move |address| (number(address), port))
         });
         self.owners = owners.collect();
         self.owners.sort_unstable();

@@ -12,8 +12,8 @@ use vhost::vhost_user::message::{
 
 use super::super::device::Device;
 use super::super::handover::{
-    Area, Connection, Descriptors, LogArea, Parts, Region, Ring, RingAddresses, RingKick, State,
-    TakeOverError, now,
+    Area, Connection, Descriptors, LogArea, Parts, PortState, Region, Ring, RingAddresses,
+    RingKick, TakeOverError,
 };
 use super::super::inflight::Notes;
 use super::super::memory::MemoryTable;
@@ -67,20 +67,19 @@ impl<D: Device> Handler<D> {
     pub(in crate::shell) fn freeze(
         &mut self,
         connection: Option<&UnixStream>,
-    ) -> Result<(State, Descriptors), ApiError> {
+    ) -> Result<(PortState, Descriptors), ApiError> {
         self.check_runs()?;
-        let stopped = now();
         self.device.freeze();
         let running: Vec<u16> = self.running().collect();
         for index in running {
             self.stop(index).map_err(|error| failed(&error))?;
         }
+        self.device.leave()?;
         let mut descriptors = Descriptors::default();
         let connection = connection
             .map(|socket| self.connection(socket, &mut descriptors))
             .transpose();
-        let state = State {
-            stopped,
+        let state = PortState {
             connection: connection.map_err(|error| failed(&error))?,
             device: self.device.save().map_err(|error| failed(&error))?,
             settings: self.device.settings(),
@@ -177,7 +176,7 @@ impl<D: Device> Handler<D> {
     /// [`go_on`](Self::go_on) has their kicks.
     pub(in crate::shell) fn adopt(
         &mut self,
-        state: &State,
+        state: &PortState,
         descriptors: &mut Descriptors,
     ) -> Result<Kicks, TakeOverError> {
         let mut kicks = Vec::new();

@@ -5,14 +5,18 @@
 //! ```text
 //!  new                                                             old
 //!  {"command":"hand-over", …} ───────────────────────────────────▶ goes on serving
-//!  opens the device with what it gets,         ◀──────────── Offer: sockets, what the device is made of, what it offers
-//!  starts its threads, confines itself
+//!  opens the device with what it gets,         ◀──────────── Offer: what all ports have in common; Port, for each of
+//!  starts its threads, confines itself                       them: sockets, what the device is made of, what it offers
 //!  Ready ────────────────────────────────────────────────────────▶ stops its rings: what is in flight ends      ┐
-//!  puts features, memory, rings in place       ◀──────────── State: the connection, and all that was said on it  │ the pause
+//!  puts features, memory, rings in place       ◀──────────── State; PortState, for each port: the connection,    │
+//!                                                            and all that was said on it                          │ the pause
 //!  Taken ────────────────────────────────────────────────────────▶                                              │
 //!  starts the rings                            ◀──────────── Go: nothing of it is the old program's any more     ┘
 //!  Done: how long the pause was ─────────────────────────────────▶ ends, and leaves the sockets' files
 //! ```
+//!
+//! A program that serves one device has one port. In one with several, what they have in common stops before the first of them,
+//! and goes on after the last: nothing passes between ports of which some are stopped.
 //!
 //! If the new program fails, or goes, before Go, the old one starts its rings again and goes on. Descriptors are handed over as
 //! they are: who is connected stays so, packets that wait in a TAP interface stay there, and a disk stays locked, for its lock
@@ -28,20 +32,24 @@ mod taking;
 mod talk;
 
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use ringside_control::{ApiError, ErrorCode};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
+use tracing::info;
 
 pub(super) use taking::Predecessor;
 pub use taking::TakeOverError;
 pub(crate) use taking::same;
+pub(super) use talk::Descriptors;
 pub use talk::TalkError;
-pub(super) use talk::{Descriptors, Talk, VERSION};
+use talk::{Talk, VERSION};
+
+use super::ports::PortOptions;
 
 /// How long a program may take to open its device and to start its threads.
 pub(super) const PREPARE: Duration = Duration::from_secs(60);
@@ -49,6 +57,14 @@ pub(super) const PREPARE: Duration = Duration::from_secs(60);
 const DRAIN: Duration = Duration::from_secs(60);
 /// How long each of the other steps may take.
 pub(super) const STEP: Duration = Duration::from_secs(10);
+
+/// Arguments of the request by which another program comes.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub(super) struct HandOver {
+    /// By which version it speaks.
+    version: u32,
+}
 
 /// What a device is made of: what the program that takes its place is to open it by, besides its options.
 #[derive(Debug, Default)]
@@ -69,12 +85,52 @@ pub(super) enum Meeting {
     Connecting(PathBuf),
 }
 
-/// What the new program begins with.
+/// What a program serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) enum Serves {
+    /// One device.
+    OneDevice,
+    /// Ports, that come and go.
+    Ports,
+}
+
+/// What something is made of. Descriptors are numbers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Piece {
+    pub(super) description: Value,
+    pub(super) parts: Vec<u32>,
+}
+
+impl Piece {
+    pub(super) fn new(parts: Parts, descriptors: &mut Descriptors) -> Self {
+        let add = |part| descriptors.add(part);
+        Self {
+            description: parts.description,
+            parts: parts.descriptors.into_iter().map(add).collect(),
+        }
+    }
+}
+
+/// What the new program begins with, besides its ports.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Offer {
     /// Kind of device, as in QEMU's `vhost-user.json`.
     pub(super) kind: String,
+    pub(super) serves: Serves,
     pub(super) pid: u32,
+    pub(super) control: u32,
+    /// What all ports have in common.
+    pub(super) common: Piece,
+    /// How many there are.
+    pub(super) ports: usize,
+}
+
+/// A port.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct PortOffer {
+    /// What it is made from, if there can be several.
+    pub(super) options: PortOptions,
     pub(super) features: u64,
     pub(super) protocol_features: u64,
     pub(super) queues: u16,
@@ -82,17 +138,21 @@ pub(super) struct Offer {
     pub(super) meeting: Meeting,
     /// Number of the descriptor, if front-ends connect.
     pub(super) listener: Option<u32>,
-    pub(super) control: Option<u32>,
-    pub(super) description: Value,
-    /// Numbers of the descriptors of the device.
-    pub(super) parts: Vec<u32>,
+    pub(super) device: Piece,
 }
 
-/// What the new program goes on from.
+/// What the new program goes on from, besides its ports.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct State {
     /// When the rings were about to be stopped, in nanoseconds of CLOCK_MONOTONIC.
     pub(super) stopped: u64,
+    /// Of what all ports have in common.
+    pub(super) common: Value,
+}
+
+/// What a port goes on from.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct PortState {
     pub(super) connection: Option<Connection>,
     /// What a driver has set, as for a guest that moves.
     pub(super) device: Vec<u8>,
@@ -180,8 +240,10 @@ pub(super) enum RingKick {
 #[serde(rename_all = "kebab-case")]
 pub(super) enum Message {
     Offer(Box<Offer>),
+    Port(Box<PortOffer>),
     Ready,
     State(Box<State>),
+    PortState(Box<PortState>),
     Taken,
     Go,
     /// The pause in microseconds.
@@ -191,52 +253,88 @@ pub(super) enum Message {
 }
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes share.
-pub(super) fn now() -> u64 {
+pub(crate) fn now() -> u64 {
     let time = clock_gettime(ClockId::CLOCK_MONOTONIC).map(std::time::Duration::from);
     let nanoseconds = time.map_or(0, |time| time.as_nanos());
     u64::try_from(nanoseconds).unwrap_or(u64::MAX)
 }
 
-/// The old program's side of the conversation.
-pub(super) struct Handing<'s>(Talk<'s>);
+/// What a program needs to have another one in its place.
+#[derive(Debug)]
+pub(super) struct Place {
+    /// Of device.
+    pub(super) kind: &'static str,
+    pub(super) serves: Serves,
+    /// The control socket.
+    pub(super) control: UnixListener,
+}
 
-impl<'s> Handing<'s> {
-    pub(super) fn new(client: &'s UnixStream) -> Self {
-        Self(Talk(client))
-    }
+/// Something that goes with its descriptors.
+pub(super) type With<T> = (T, Descriptors);
 
-    /// Sends what the other program begins with, and waits until it is ready.
-    pub(super) fn offer(&self, offer: Offer, parts: &Descriptors) -> Result<(), ApiError> {
-        let message = Message::Offer(Box::new(offer));
-        self.0.send(&message, parts, STEP).map_err(failed)?;
-        match self.next(PREPARE)? {
-            Message::Ready => Ok(()),
-            _ => Err(failed(TalkError::Order)),
-        }
-    }
-
-    /// Sends what it goes on from. All is its own when this has returned.
-    pub(super) fn hand_over(
+impl Place {
+    /// Has the program at the other end of `client` take the place of this one. `ports` says what there is, `freeze` stops it;
+    /// after `leave` nothing of it is this program's any more. Without that it goes on when what `freeze` returned is dropped.
+    pub(super) fn hand_over<F>(
         &self,
-        state: State,
-        descriptors: &Descriptors,
-    ) -> Result<(), ApiError> {
-        let message = Message::State(Box::new(state));
-        self.0.send(&message, descriptors, STEP).map_err(failed)?;
-        match self.next(STEP)? {
-            Message::Taken => {}
-            _ => return Err(failed(TalkError::Order)),
+        HandOver { version }: HandOver,
+        client: &UnixStream,
+        ports: impl FnOnce() -> Result<(Parts, Vec<With<PortOffer>>), ApiError>,
+        freeze: impl FnOnce() -> Result<(Value, Vec<With<PortState>>, F), ApiError>,
+        leave: impl FnOnce(F),
+    ) -> Result<Value, ApiError> {
+        if version != VERSION {
+            let message =
+                format!("this program hands over by version {VERSION}, and not {version}");
+            return Err(ApiError::of(ErrorCode::Conflict, message));
         }
+        let handing = Handing(Talk(client));
+        let (common, ports) = ports()?;
+        let mut descriptors = Descriptors::default();
+        let control = self.control.try_clone();
+        let offer = Offer {
+            kind: self.kind.to_owned(),
+            serves: self.serves,
+            pid: std::process::id(),
+            control: descriptors.add(control.map_err(|e| ApiError::new(ErrorCode::Failed, &e))?),
+            common: Piece::new(common, &mut descriptors),
+            ports: ports.len(),
+        };
+        handing.send(Message::Offer(Box::new(offer)), &descriptors)?;
+        for (port, descriptors) in ports {
+            handing.send(Message::Port(Box::new(port)), &descriptors)?;
+        }
+        drop(descriptors);
+        handing.expect(PREPARE, |message| matches!(message, Message::Ready))?;
+        let stopped = now();
+        let (common, ports, frozen) = freeze()?;
+        let state = State { stopped, common };
         let none = Descriptors::default();
-        self.0.send(&Message::Go, &none, STEP).map_err(failed)
-    }
-
-    /// The pause in microseconds, as the other program measured it.
-    pub(super) fn pause(&self) -> Option<u64> {
-        match self.next(STEP) {
+        handing.send(Message::State(Box::new(state)), &none)?;
+        for (port, descriptors) in ports {
+            handing.send(Message::PortState(Box::new(port)), &descriptors)?;
+        }
+        handing.expect(STEP, |message| matches!(message, Message::Taken))?;
+        handing.send(Message::Go, &none)?;
+        leave(frozen);
+        let pause = match handing.next(STEP) {
             Ok(Message::Done(pause)) => Some(pause),
             _ => None,
+        };
+        match pause {
+            Some(pause) => info!("another process has taken over; the guest waited {pause} µs"),
+            None => info!("another process has taken over"),
         }
+        Ok(json!({ "pause-us": pause }))
+    }
+}
+
+/// The old program's side of the conversation.
+struct Handing<'s>(Talk<'s>);
+
+impl Handing<'_> {
+    fn send(&self, message: Message, descriptors: &Descriptors) -> Result<(), ApiError> {
+        self.0.send(&message, descriptors, STEP).map_err(failed)
     }
 
     fn next(&self, patience: Duration) -> Result<Message, ApiError> {
@@ -244,6 +342,17 @@ impl<'s> Handing<'s> {
             Message::Refused(why) => Err(failed(TalkError::Refused(why))),
             message => Ok(message),
         }
+    }
+
+    fn expect(
+        &self,
+        patience: Duration,
+        is_due: impl FnOnce(&Message) -> bool,
+    ) -> Result<(), ApiError> {
+        let message = self.next(patience)?;
+        is_due(&message)
+            .then_some(())
+            .ok_or_else(|| failed(TalkError::Order))
     }
 }
 

@@ -21,7 +21,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 /// What a message begins with.
 const MAGIC: [u8; 8] = *b"RINGHAND";
 /// Version of all messages, and of what follows them.
-pub(in crate::shell) const VERSION: u32 = 1;
+pub(in crate::shell) const VERSION: u32 = 2;
 /// Length of what comes before the JSON.
 const HEADER: usize = 24;
 /// The longest message in bytes, without descriptors: more than the state of any device.

@@ -48,7 +48,7 @@ struct Cli {
 fn switch(args: &[&str]) -> Switch {
     let fixed = ["x", "--tap", "unused", "--port", "/unused"];
     let cli = Cli::try_parse_from([&fixed, args].concat()).unwrap();
-    let mut switch = Switch::new(&cli.net, &cli.switch).unwrap();
+    let mut switch = Switch::new(&cli.net, &cli.switch, None).unwrap();
     switch.begin().unwrap();
     switch
 }
