@@ -222,6 +222,40 @@ fn requests_outlive_a_server_that_comes_back() {
     daemon.stop();
 }
 
+/// Connections go from program to program; a server that serves one client, and one that serves several, notice nothing.
+#[test]
+fn an_export_goes_from_program_to_program() {
+    let test = "an_export_goes_from_program_to_program";
+    for shared in ["--shared=1", "--shared=8"] {
+        let Some(server) = Server::new(test, &[shared]) else {
+            return;
+        };
+        let uri = server.uri();
+        let args = ["--path", &uri, "--queues", "2"];
+        let mut daemon = Daemon::start_controlled(BLK, &args);
+        let mut disk = connect(&daemon, 2, vec![0; 16 * MIB]);
+        for upgrade in 0..20 {
+            disk.load(60, true);
+            if upgrade % 5 == 0 {
+                let other = [&args[..], &["--physical-block-size", "8192"]].concat();
+                let mut child = daemon.successor(BLK, &other);
+                assert_eq!(child.wait().unwrap().code(), Some(1));
+                let log = daemon.log();
+                assert!(log.contains("configuration space"), "{log}");
+                disk.load(60, true);
+            }
+            daemon.upgrade(BLK, &args);
+            assert!(!daemon.log().contains("lost"), "{}", daemon.log());
+        }
+        disk.exercise(60, true);
+        assert!(!daemon.log().contains("lost"), "{}", daemon.log());
+        disk.verify();
+        disk.flush();
+        daemon.stop();
+        assert!(server.disk() == disk.model);
+    }
+}
+
 #[test]
 fn requests_fail_when_a_server_stays_away() {
     let test = "requests_fail_when_a_server_stays_away";

@@ -425,6 +425,58 @@ fn an_image_in_use_is_left_alone() {
     images.qemu_img(&["check", "u"]);
 }
 
+/// One program after the other has the image, under a driver that does not stop. One that is refused when it has opened the image
+/// to write it leaves it as it is.
+#[test]
+fn an_image_goes_from_program_to_program() {
+    let Some(images) = Images::new("an_image_goes_from_program_to_program") else {
+        return;
+    };
+    let base = pattern(4 * MIB, 3);
+    images.raw("base", &base);
+    images.qemu_img(&[
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        "cluster_size=4k",
+        "-b",
+        "base",
+        "-F",
+        "raw",
+        "image",
+    ]);
+    let path = images.path("image");
+    let args = [
+        "--path",
+        path.to_str().unwrap(),
+        "--format",
+        "qcow2",
+        "--queues",
+        "2",
+    ];
+    let mut daemon = Daemon::start_controlled(BLK, &args);
+    let mut disk = connect(&daemon, 2, base);
+    for upgrade in 0..20 {
+        disk.load(60, true);
+        if upgrade % 5 == 0 {
+            let other = [&args[..], &["--physical-block-size", "8192"]].concat();
+            let mut child = daemon.successor(BLK, &other);
+            assert_eq!(child.wait().unwrap().code(), Some(1));
+            let log = daemon.log();
+            assert!(log.contains("configuration space"), "{log}");
+            disk.load(60, true);
+        }
+        daemon.upgrade(BLK, &args);
+    }
+    assert!(images.refusal("image", &[]).contains("in use by another"));
+    disk.exercise(60, true);
+    disk.verify();
+    daemon.stop();
+    images.same("image", &disk.model);
+}
+
 fn open(path: &Path) -> Result<blk::Disk, blk::DiskError> {
     blk::Disk::open(&DiskOptions {
         taken: None,

@@ -256,8 +256,16 @@ fn message(body: &str) -> Vec<u8> {
 
 /// Takes the next one, without its descriptors.
 fn take(stream: &mut UnixStream) -> String {
+    try_take(stream).expect("a message")
+}
+
+/// The same, or `None` if the program does not hand over now.
+fn try_take(stream: &mut UnixStream) -> Option<String> {
     let mut header = [0; 24];
     stream.read_exact(&mut header).unwrap();
+    if header[0] == b'{' {
+        return None;
+    }
     let word = |at: usize| u32::from_le_bytes(header[at..at + 4].try_into().unwrap()) as usize;
     assert_eq!(
         &header[..8],
@@ -268,7 +276,23 @@ fn take(stream: &mut UnixStream) -> String {
     let mut body = vec![0; word(12)];
     stream.read_exact(&mut body).unwrap();
     stream.read_exact(&mut vec![0; word(16)]).unwrap();
-    String::from_utf8(body).unwrap()
+    Some(String::from_utf8(body).unwrap())
+}
+
+/// Asks for all of a program, as soon as it does not take another one for its successor any more.
+fn ask_for_all(control: &Path) -> (UnixStream, String) {
+    let start = Instant::now();
+    loop {
+        let mut stream = UnixStream::connect(control).unwrap();
+        let request = json!({"command": "hand-over", "arguments": {"version": 2}});
+        stream
+            .write_all(format!("{request}\n").as_bytes())
+            .unwrap();
+        if let Some(offer) = try_take(&mut stream) {
+            return (stream, offer);
+        }
+        assert!(start.elapsed() < PATIENCE);
+    }
 }
 
 /// Ways in which a program can break off that is about to take the place of one with so many ports.
@@ -281,10 +305,8 @@ fn break_off(control: &Path, ports: usize, mut goes_on: impl FnMut()) {
         &["\"ready\"", "{\"refused\":\"no\"}"],
         &["\"ready\"", "\"ready\""],
     ] {
-        let mut stream = UnixStream::connect(control).unwrap();
-        let request = json!({"command": "hand-over", "arguments": {"version": 2}});
-        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
-        assert!(take(&mut stream).starts_with("{\"offer\""));
+        let (mut stream, offer) = ask_for_all(control);
+        assert!(offer.starts_with("{\"offer\""));
         for _ in 0..ports {
             assert!(take(&mut stream).starts_with("{\"port\""));
         }
@@ -312,10 +334,7 @@ fn a_program_that_dies_in_the_middle_changes_nothing() {
     let ask = |version| client::call(&control, "hand-over", &json!({ "version": version }));
     let refused = ask(1).unwrap().unwrap_err();
     assert!(refused.message.contains("version 2"), "{}", refused.message);
-    let mut stream = UnixStream::connect(&control).unwrap();
-    let request = json!({"command": "hand-over", "arguments": {"version": 2}});
-    stream.write_all(format!("{request}\n").as_bytes()).unwrap();
-    take(&mut stream);
+    let (stream, _) = ask_for_all(&control);
     assert!(
         ask(1)
             .unwrap()

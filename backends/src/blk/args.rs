@@ -1,7 +1,6 @@
 //! The options of `ringside-blk`, and the checks that need no front-end.
 
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -278,13 +277,12 @@ impl BlkArgs {
     /// [`ArgsError`]
     pub fn open_as(&self, parts: Option<Parts>) -> Result<BlkConfig, ArgsError> {
         let taken = parts.is_some();
-        let file = parts.and_then(|parts| parts.descriptors.into_iter().next());
         if !self.queue_size.is_power_of_two() {
             return Err(ArgsError::QueueSize(self.queue_size));
         }
         let disk = match (&self.path, self.null) {
             (Some(path), _) => Some(Disk::open(&DiskOptions {
-                taken: file.map(|file| Arc::new(file.into())),
+                taken: parts.map(Into::into),
                 path: path.clone(),
                 read_only: self.read_only,
                 direct: self.direct,

@@ -19,7 +19,7 @@ use tracing::{debug, warn};
 use super::config::ZoneGeometry;
 use super::device::{BlockDevice, Device};
 use super::image::{
-    Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Rbd, RbdError, RbdTarget, Side, Target,
+    Action, Image, Nbd, NbdError, QCOW2_MAGIC, Qcow2Error, Rbd, RbdError, RbdTarget, Side, Target,
 };
 use super::request::SECTOR;
 use super::zones::Zones;
@@ -196,11 +196,30 @@ pub enum Lock {
     Running,
 }
 
+/// A disk of another program, whose place this one takes.
+#[derive(Debug, Clone)]
+pub struct Taken {
+    /// What it says about it.
+    pub description: Value,
+    /// Files, layer by layer; or connections.
+    pub files: Vec<Arc<File>>,
+}
+
+impl From<Parts> for Taken {
+    fn from(parts: Parts) -> Self {
+        let files = parts.descriptors.into_iter();
+        Self {
+            description: parts.description,
+            files: files.map(|file| Arc::new(file.into())).collect(),
+        }
+    }
+}
+
 /// How to open a disk.
 #[derive(Debug, Clone)]
 pub struct DiskOptions {
-    /// The file as another program has it open, and locked, if this one takes its place.
-    pub taken: Option<Arc<File>>,
+    /// What another program has open, and locked, if this one takes its place.
+    pub taken: Option<Taken>,
     /// Where it is.
     pub path: PathBuf,
     /// Open it for reading only.
@@ -375,9 +394,12 @@ impl Source {
     /// # Errors
     /// Why it cannot be had by another program.
     pub(super) fn parts(&self) -> Result<Parts, ApiError> {
+        let failed = |error: io::Error| ApiError::new(ErrorCode::Failed, &error);
         let files = match self {
             Self::Raw(file) => std::slice::from_ref(file),
-            Self::Qcow2(_) | Self::Nbd(_) | Self::Rbd(_) => {
+            Self::Qcow2(image) => image.files(),
+            Self::Nbd(nbd) => return nbd.parts().map_err(failed),
+            Self::Rbd(_) => {
                 let message = "an RBD image cannot go over to another program: end this one, and start the other; the guest \
                      waits for it if its VMM reconnects";
                 return Err(ApiError::of(ErrorCode::Conflict, message));
@@ -387,7 +409,7 @@ impl Source {
         let descriptors: io::Result<_> = clones.collect();
         Ok(Parts {
             description: Value::Null,
-            descriptors: descriptors.map_err(|e| ApiError::new(ErrorCode::Failed, &e))?,
+            descriptors: descriptors.map_err(failed)?,
         })
     }
 
@@ -397,7 +419,11 @@ impl Source {
     /// # Errors
     /// What the companion, or the system, said.
     pub(super) fn leave(&self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Self::Qcow2(image) => image.link()?.have(Action::Leave),
+            Self::Nbd(nbd) => nbd.leave(),
+            Self::Raw(_) | Self::Rbd(_) => Ok(()),
+        }
     }
 
     /// Goes on with what another program has left.
@@ -405,7 +431,10 @@ impl Source {
     /// # Errors
     /// What the companion, or the system, said.
     pub(super) fn adopt(&self) -> io::Result<()> {
-        Ok(())
+        match self {
+            Self::Qcow2(image) => image.link()?.have(Action::Adopt),
+            Self::Raw(_) | Self::Nbd(_) | Self::Rbd(_) => Ok(()),
+        }
     }
 
     /// Discarding and zeroing are possible.
@@ -443,10 +472,7 @@ impl Disk {
             let target = target.map_err(RbdError::from).map_err(Box::new)?;
             return Self::of_cluster(options, &target);
         }
-        let file = match &options.taken {
-            Some(file) => adopt(options, file)?,
-            None => Arc::new(open_locked(options)?),
-        };
+        let file = open_layer(options, 0)?;
         let meta = file.metadata().map_err(|source| DiskError::Open {
             path: path.clone(),
             source,
@@ -520,7 +546,20 @@ impl Disk {
         if options.format != Format::Raw {
             return Err(DiskError::FormatOfExport { path: path.clone() });
         }
-        let nbd = Nbd::open(target, options.read_only, options.patience).map_err(Box::new)?;
+        let (read_only, patience) = (options.read_only, options.patience);
+        let nbd = match &options.taken {
+            Some(Taken { description, files }) => {
+                let clones = files.iter().map(|socket| socket.try_clone());
+                let sockets = clones.collect::<io::Result<_>>();
+                let sockets = sockets.map_err(|source| DiskError::Open {
+                    path: path.clone(),
+                    source,
+                })?;
+                Nbd::adopt(target, description, sockets, read_only, patience)
+            }
+            None => Nbd::open(target, read_only, patience),
+        };
+        let nbd = nbd.map_err(Box::new)?;
         let sector = u32::try_from(SECTOR).unwrap_or(512);
         let needed = nbd.min_block().max(sector);
         let block_size = options.block_size.unwrap_or(needed);
@@ -633,7 +672,7 @@ pub(super) fn looks_like_qcow2(file: &File) -> bool {
 }
 
 /// Opens a file or device, and locks it.
-pub(super) fn open_locked(options: &DiskOptions) -> Result<File, DiskError> {
+fn open_locked(options: &DiskOptions) -> Result<File, DiskError> {
     let path = &options.path;
     let meta = fs::metadata(path).map_err(|source| match source.kind() {
         io::ErrorKind::NotFound => DiskError::Absent { path: path.clone() },
@@ -650,6 +689,19 @@ pub(super) fn open_locked(options: &DiskOptions) -> Result<File, DiskError> {
         lock(&file, path, options.read_only, options.lock_wait)?;
     }
     Ok(file)
+}
+
+/// A file of the disk: the first one, or the backing file of the one before. Opens and locks it, or takes it from another program.
+pub(super) fn open_layer(options: &DiskOptions, number: usize) -> Result<Arc<File>, DiskError> {
+    match &options.taken {
+        Some(Taken { files, .. }) => match files.get(number) {
+            Some(file) => adopt(options, file),
+            None => Err(DiskError::OtherwiseOpen {
+                path: options.path.clone(),
+            }),
+        },
+        None => Ok(Arc::new(open_locked(options)?)),
+    }
 }
 
 /// Goes on with the file of another program, whose lock belongs to it, if it is what these options open.

@@ -56,7 +56,7 @@ use crate::shell::{
 
 pub use args::{ArgsError, BlkArgs};
 pub use config::{Geometry, ZoneGeometry};
-pub use disk::{Disk, DiskError, DiskOptions, Format, Lock, Ranges, Source};
+pub use disk::{Disk, DiskError, DiskOptions, Format, Lock, Ranges, Source, Taken};
 pub use image::{
     HandshakeError, HeaderError, Image, LoadError, NameError, Nbd, NbdError, Qcow2Error, Rbd,
     RbdError, UriError,

@@ -18,6 +18,8 @@ const READY_LIMIT: Duration = Duration::from_secs(5);
 pub struct Switch {
     daemon: Daemon,
     control: String,
+    /// Besides that.
+    arguments: Vec<String>,
 }
 
 impl Switch {
@@ -27,16 +29,42 @@ impl Switch {
     /// Fails, with the end of its log, if it does not come up.
     pub fn start(site: &Site, ports: &[(&str, &str)], arguments: &[&str]) -> Result<Self> {
         let control = fresh_name(site, "switch", "ctl");
+        let ports = ports
+            .iter()
+            .map(|(name, options)| format!("--port={}", Self::port(name, options)));
+        let arguments = arguments.iter().map(ToString::to_string);
+        let arguments: Vec<String> = ports.chain(arguments).collect();
         let mut command = site.program("ringside-net");
         command.arg("--control-socket").arg(&control);
-        for (name, options) in ports {
-            command.arg("--port").arg(Self::port(name, options));
-        }
-        command.args(arguments);
+        command.args(&arguments);
         let mut daemon = Daemon::start(site, "ringside-net", command)?;
         let path = site.scratch.join(&control);
         daemon.wait_until("its sockets", site.limit(READY_LIMIT), || is_socket(&path))?;
-        Ok(Self { daemon, control })
+        Ok(Self {
+            daemon,
+            control,
+            arguments,
+        })
+    }
+
+    /// Starts another one with the same arguments, that is to take the place of this one.
+    ///
+    /// # Errors
+    /// Fails if it cannot be started.
+    pub fn successor(&self, site: &Site) -> Result<Self> {
+        let mut command = site.program("ringside-net");
+        command.arg("--take-over").arg(&self.control);
+        command.args(&self.arguments);
+        Ok(Self {
+            daemon: Daemon::start(site, "ringside-net", command)?,
+            control: self.control.clone(),
+            arguments: self.arguments.clone(),
+        })
+    }
+
+    /// Its process, to wait for.
+    pub fn daemon(&mut self) -> &mut Daemon {
+        &mut self.daemon
     }
 
     /// A port as the command line has it.

@@ -6,14 +6,23 @@ use std::time::Duration;
 use super::Test;
 use crate::ensure;
 use crate::error::{LabError, Result};
-use crate::harness::{BackEnd, Blk, Control, Guest, Net, Vmm, disk_file, iperf3_server};
+use crate::harness::{
+    BackEnd, Blk, Control, Daemon, Guest, Net, Switch, Vmm, disk_file, iperf3_server,
+};
 use crate::site::Site;
 
-pub(super) const TESTS: &[Test] = &[Test {
-    name: "upgrade::disk_and_card_go_on",
-    seconds: 120,
-    run: disk_and_card_go_on,
-}];
+pub(super) const TESTS: &[Test] = &[
+    Test {
+        name: "upgrade::disk_and_card_go_on",
+        seconds: 120,
+        run: disk_and_card_go_on,
+    },
+    Test {
+        name: "upgrade::switch_goes_unnoticed",
+        seconds: 60,
+        run: switch_goes_unnoticed,
+    },
+];
 
 /// How often each is upgraded.
 const UPGRADES: usize = 10;
@@ -29,22 +38,27 @@ fn upgrade(
     start: impl FnOnce(&BackEnd) -> Result<BackEnd>,
 ) -> Result<(BackEnd, u64)> {
     let mut new = start(&old)?;
-    let status = old.daemon().wait(site.limit(LIMIT))?;
+    let pause = pause(site, old.daemon(), new.daemon())?;
+    Ok((new, pause))
+}
+
+/// Waits until one program has taken the place of the other. Returns the pause in microseconds.
+fn pause(site: &Site, old: &mut Daemon, new: &mut Daemon) -> Result<u64> {
+    let status = old.wait(site.limit(LIMIT))?;
     ensure!(
         status.success(),
         "the one whose place was taken ended with {status}"
     );
-    let log = new.daemon().log_path().to_owned();
+    let log = new.log_path().to_owned();
     let text = || std::fs::read_to_string(&log).unwrap_or_default();
     let ready = || text().contains(" ready");
-    new.daemon()
-        .wait_until("it has taken over", site.limit(LIMIT), ready)?;
+    new.wait_until("it has taken over", site.limit(LIMIT), ready)?;
     let text = text();
     let pause = text
         .split_once("took over from process ")
         .and_then(|(_, rest)| rest.split_whitespace().nth(2)?.parse().ok());
     match pause {
-        Some(pause) => Ok((new, pause)),
+        Some(pause) => Ok(pause),
         None => Err(LabError::Ended {
             what: "it does not say that it has taken over".into(),
             output: text,
@@ -123,4 +137,59 @@ fn disk_and_card_go_on(site: &Site) -> Result<()> {
     guest.shut_down()?;
     disk.stop(site)?;
     card.stop(site)
+}
+
+/// Two guests of a switch, that send to each other and ping each other, while one switch after the other takes its place.
+fn switch_goes_unnoticed(site: &Site) -> Result<()> {
+    let ports = [("a", "mac=02:00:00:00:00:0a"), ("b", "")];
+    let uplink = ["--uplink=tap:up0,name=up", "--tap-ip=10.77.0.9/24"];
+    let mut switch = Switch::start(site, &ports, &uplink)?;
+    let guest = |port: &str, address: &str| -> Result<Guest> {
+        let mut guest = Guest::on(Vmm::Ringside)
+            .memory("256M")
+            .arg(&Switch::net(port))
+            .boot(site)?;
+        guest.network_up(address)?;
+        Ok(guest)
+    };
+    let mut a = guest("a", "10.77.0.1/24")?;
+    let mut b = guest("b", "10.77.0.2/24")?;
+    b.run_ok("iperf3 --server --daemon")?;
+    a.run_ok("ping -c 1 -W 60 10.77.0.2 && ping -c 1 -W 60 10.77.0.9")?;
+    // Each answer to a ping comes, however late.
+    a.run_ok(
+        "(while [ ! -e /run/enough ]; do iperf3 -c 10.77.0.2 -t 2 --bidir || touch /run/broken; done; touch /run/through) \
+         </dev/null >/run/iperf.log 2>&1 & \
+         for to in 2 9; do (ping -i 0.2 -W 60 10.77.0.$to & echo $! >/run/ping$to.pid; wait) </dev/null >/run/ping$to.log 2>&1 & done",
+    )?;
+    let mut pauses = Vec::new();
+    for _ in 0..UPGRADES {
+        sleep(Duration::from_millis(300));
+        let mut next = switch.successor(site)?;
+        pauses.push(pause(site, switch.daemon(), next.daemon())?);
+        switch = next;
+    }
+    println!("pauses of the switch: {pauses:?} µs");
+    a.run_ok_within(
+        "touch /run/enough; while [ ! -e /run/through ]; do sleep 0.1; done; \
+         [ ! -e /run/broken ] || { tail -n 40 /run/iperf.log; exit 1; }",
+        Duration::from_secs(30),
+    )?;
+    for to in ["2", "9"] {
+        let pings = a.run_ok(&format!(
+            "sleep 1; kill -INT $(cat /run/ping{to}.pid); sleep 1; cat /run/ping{to}.log"
+        ))?;
+        let summary = pings.lines().find(|line| line.contains("packet loss"));
+        println!("10.77.0.{to}: {}", summary.unwrap_or_default());
+        ensure!(
+            pings.contains(" 0% packet loss"),
+            "packets were lost:\n{pings}"
+        );
+    }
+    let frames = switch.count(site, "a", "tx-packets")?;
+    println!("frames of the first guest, counted from program to program: {frames}");
+    ensure!(frames > 1000, "only {frames} frames were counted");
+    a.shut_down()?;
+    b.shut_down()?;
+    switch.stop(site)
 }

@@ -41,6 +41,10 @@ pub(in crate::blk) enum Action {
         /// The space may be given back.
         unmap: bool,
     },
+    /// Let another program go on with the disk: nothing is in flight.
+    Leave,
+    /// Go on with a disk that another program has left.
+    Adopt,
 }
 
 /// An operation of the request in a slot.
@@ -275,9 +279,17 @@ impl Link {
     /// # Errors
     /// What the companion, or the system, said.
     pub(in crate::blk) fn flush(&self) -> io::Result<()> {
+        self.have(Action::Flush)
+    }
+
+    /// Has something done that is about no range, and waits until it is.
+    ///
+    /// # Errors
+    /// What the companion, or the system, said.
+    pub(in crate::blk) fn have(&self, action: Action) -> io::Result<()> {
         let op = Op {
             slot: 0,
-            action: Action::Flush,
+            action,
             offset: 0,
             len: 0,
             durable: true,

@@ -18,6 +18,11 @@
 //!   write under way must not end there. So the companion closes the [`Gate`] first: workers then hand over everything, and
 //!   when the last of their own operations has ended, nobody uses a place from the map. Then it discards.
 //!
+//! # When a program takes the place of another
+//!
+//! It gets all files, with their locks, opens the image to see what it is, and opens it once more when the other program has
+//! written its tables and writes nothing any more. Until then it writes nothing itself, and no worker looks into its map.
+//!
 //! # Durability
 //!
 //! Tables are cached by `imago` and written with a flush: reference counts before the entries that need them, so that
@@ -238,35 +243,24 @@ impl Image {
     /// # Errors
     /// [`Qcow2Error`]
     pub(in crate::blk) fn open(options: &DiskOptions, file: Arc<File>) -> Result<Self, Qcow2Error> {
-        let mut chain = Chain {
-            options,
-            files: Vec::new(),
-            granule_bits: u32::MAX,
-        };
         let own = Arc::clone(&file);
-        let (header, image) = chain.qcow2(&options.path, file, !options.read_only)?;
-        let Chain {
+        // What another program writes is not looked at, let alone written, before it has left it.
+        let write = !options.read_only && options.taken.is_none();
+        let opened = Opened::open(options, Known::First(file), write)?;
+        let Opened {
             files,
+            header,
             granule_bits,
-            ..
-        } = chain;
-        let access = FormatAccess::new(image);
-        let layers = access
-            .inner()
-            .collect_storage_dependencies()
-            .into_iter()
-            .filter_map(|storage| {
-                let path = storage.get_filename()?;
-                let layer = files.iter().position(|(known, _)| *known == path)?;
-                Some((address(storage), u8::try_from(layer).ok()?))
-            })
-            .collect();
+            access,
+            layers,
+        } = opened;
+        let files: Vec<Arc<File>> = files.into_iter().map(|(_, file)| file).collect();
         let capacity = access.size();
         let map = Arc::new(Map::new(granule_bits, capacity));
         let gate = Arc::<Gate>::default();
         let tables_changed = Arc::<AtomicBool>::default();
         Ok(Self {
-            files: files.into_iter().map(|(_, file)| file).collect(),
+            files: files.clone(),
             capacity,
             // Version 2 cannot mark clusters as zeroes.
             ranges: header.version >= 3,
@@ -275,7 +269,9 @@ impl Image {
                 file: own,
                 layers,
                 cluster: 1 << header.cluster_bits,
-                frozen: options.read_only,
+                frozen: !write,
+                options: options.clone(),
+                files,
                 map: Arc::clone(&map),
                 gate: Arc::clone(&gate),
                 tables_changed: Arc::clone(&tables_changed),
@@ -380,9 +376,72 @@ impl Drop for Image {
     }
 }
 
+/// Files that are open.
+enum Known {
+    /// The image's own.
+    First(Arc<File>),
+    /// All, layer by layer.
+    All(Vec<Arc<File>>),
+}
+
+/// An image and its layers.
+struct Opened {
+    files: Vec<(PathBuf, Arc<File>)>,
+    header: Header,
+    granule_bits: u32,
+    access: FormatAccess<Storage>,
+    /// Number of each storage object of the image.
+    layers: Vec<(usize, u8)>,
+}
+
+impl Opened {
+    fn open(options: &DiskOptions, known: Known, write: bool) -> Result<Self, Qcow2Error> {
+        let (first, known) = match known {
+            Known::First(file) => (Some(file), Vec::new()),
+            Known::All(files) => (files.first().cloned(), files),
+        };
+        let Some(first) = first else {
+            let path = options.path.clone();
+            return Err(DiskError::OtherwiseOpen { path }.into());
+        };
+        let mut chain = Chain {
+            options,
+            known,
+            files: Vec::new(),
+            granule_bits: u32::MAX,
+        };
+        let (header, image) = chain.qcow2(&options.path, first, write)?;
+        let Chain {
+            files,
+            granule_bits,
+            ..
+        } = chain;
+        let access = FormatAccess::new(image);
+        let layers = access
+            .inner()
+            .collect_storage_dependencies()
+            .into_iter()
+            .filter_map(|storage| {
+                let path = storage.get_filename()?;
+                let layer = files.iter().position(|(known, _)| *known == path)?;
+                Some((address(storage), u8::try_from(layer).ok()?))
+            })
+            .collect();
+        Ok(Self {
+            files,
+            header,
+            granule_bits,
+            access,
+            layers,
+        })
+    }
+}
+
 /// Opens one layer after the other.
 struct Chain<'o> {
     options: &'o DiskOptions,
+    /// Those that are open already.
+    known: Vec<Arc<File>>,
     files: Vec<(PathBuf, Arc<File>)>,
     granule_bits: u32,
 }
@@ -459,13 +518,18 @@ impl Chain<'_> {
             return Err(Qcow2Error::NotLocal { path, backing });
         }
         let target = path.parent().unwrap_or(Path::new("")).join(&backing);
-        let file = disk::open_locked(&DiskOptions {
-            taken: None,
-            path: target.clone(),
-            read_only: true,
-            ..self.options.clone()
-        })?;
-        let file = Arc::new(file);
+        let number = self.files.len();
+        let file = match self.known.get(number) {
+            Some(file) => Arc::clone(file),
+            None => {
+                let options = DiskOptions {
+                    path: target.clone(),
+                    read_only: true,
+                    ..self.options.clone()
+                };
+                disk::open_layer(&options, number)?
+            }
+        };
         match format.as_str() {
             "qcow2" => {
                 let (_, image) = self.qcow2(&target, file, false)?;
@@ -507,6 +571,9 @@ struct Companion {
     cluster: u64,
     /// Nothing is written.
     frozen: bool,
+    /// How it was opened, and all files: to open it once more.
+    options: DiskOptions,
+    files: Vec<Arc<File>>,
     map: Arc<Map>,
     gate: Arc<Gate>,
     tables_changed: Arc<AtomicBool>,
@@ -565,6 +632,17 @@ impl Companion {
                 self.flush()?;
                 return Ok(Outcome::Done);
             }
+            // The other program reads the tables from the file, which this one does not write any more.
+            Action::Leave => {
+                if !self.frozen {
+                    self.flush()?;
+                }
+                return Ok(Outcome::Done);
+            }
+            Action::Adopt => {
+                self.adopt().map_err(io::Error::other)?;
+                return Ok(Outcome::Done);
+            }
             Action::Write => {
                 let slices = op.slices(0, op.len).map_err(io::Error::other)?;
                 let (buffers, _guard) = IoVector::from_volatile_slice(&slices);
@@ -588,6 +666,22 @@ impl Companion {
             self.tables_changed.store(false, Ordering::Release);
         }
         Ok(Outcome::Done)
+    }
+
+    /// Opens the image once more: another program has written it.
+    fn adopt(&mut self) -> Result<(), Qcow2Error> {
+        let Self { options, files, .. } = self;
+        let write = !options.read_only;
+        let Opened { access, layers, .. } =
+            Opened::open(options, Known::All(files.clone()), write)?;
+        if access.size() != self.access.size() {
+            let path = options.path.clone();
+            return Err(DiskError::OtherwiseOpen { path }.into());
+        }
+        self.access = access;
+        self.layers = layers;
+        self.frozen = !write;
+        Ok(())
     }
 
     /// Changes what is in a range. The map then knows nothing of the clusters in it, whether that succeeded or not.

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::{Duration, Instant};
@@ -111,6 +111,10 @@ pub(super) struct Client {
     /// How many connections there are.
     connections: Arc<AtomicUsize>,
     socket: File,
+    /// The same, for a program that takes the place of this one.
+    shared: Arc<Mutex<File>>,
+    /// Another program has the connection: nothing is sent or received here until there is a request again.
+    away: bool,
     /// Since when no request succeeded, if the connection was lost since.
     lost: Option<Instant>,
     /// Before the next attempt to connect.
@@ -142,6 +146,8 @@ impl Client {
         export: Export,
         patience: Duration,
         socket: File,
+        shared: Arc<Mutex<File>>,
+        away: bool,
         ops: Receiver<Op>,
         wake: Arc<Wake>,
         connections: Arc<AtomicUsize>,
@@ -155,6 +161,8 @@ impl Client {
             wake,
             connections,
             socket,
+            shared,
+            away,
             lost: None,
             pause: Duration::ZERO,
             flights: Vec::new(),
@@ -183,6 +191,9 @@ impl Client {
                 return;
             }
         }
+        if self.away {
+            return;
+        }
         self.output.clear();
         proto::request(&mut self.output, (command::DISC, 0), 0, 0, 0);
         // A courtesy: closing the connection says the same.
@@ -193,8 +204,10 @@ impl Client {
     fn serve(&mut self) -> Result<(), Broken> {
         loop {
             self.accept();
-            let sent = self.send()?;
-            let received = self.receive()?;
+            let (sent, received) = match self.away {
+                true => (false, false),
+                false => (self.send()?, self.receive()?),
+            };
             self.tell();
             if self.ending && self.in_flight() == 0 {
                 return Ok(());
@@ -202,7 +215,7 @@ impl Client {
             if !sent && !received {
                 let waits = self.in_flight() > 0 && !self.patience.is_zero();
                 let timeout = waits.then_some(self.patience);
-                if !self.wait(true, timeout)? {
+                if !self.wait(!self.away, timeout)? {
                     return Err(Broken::Silent);
                 }
             }
@@ -255,9 +268,16 @@ impl Client {
             match self.ops.try_recv() {
                 Ok(op) => {
                     any = true;
+                    // After this, a request says that the connection is this program's.
+                    self.away = match op.action {
+                        Action::Leave => true,
+                        Action::Adopt => self.away,
+                        _ => false,
+                    };
                     let nothing = match op.action {
                         Action::Flush => !self.export.flushes(),
                         Action::Discard => !self.export.trims(),
+                        Action::Leave | Action::Adopt => true,
                         _ => false,
                     };
                     if nothing {
@@ -402,7 +422,9 @@ impl Client {
         let kind = match flight.op.action {
             Action::Read => (command::READ, 0),
             Action::Write => (command::WRITE, fua),
-            Action::Discard | Action::Flush => (command::TRIM, fua),
+            Action::Discard | Action::Flush | Action::Leave | Action::Adopt => {
+                (command::TRIM, fua)
+            }
             Action::WriteZeroes { unmap: true } => (command::WRITE_ZEROES, fua),
             Action::WriteZeroes { unmap: false } => {
                 (command::WRITE_ZEROES, fua | command::FLAG_NO_HOLE)
@@ -763,6 +785,9 @@ impl Client {
             });
             match connected {
                 Ok((socket, export)) => {
+                    if let Ok(clone) = socket.try_clone() {
+                        *self.shared.lock().unwrap_or_else(PoisonError::into_inner) = clone;
+                    }
                     info!("NBD: connected to {} again", self.target);
                     if self.in_flight() == 0 {
                         // The pauses grow until a request succeeds: a server may do no more than connect.

@@ -11,6 +11,9 @@
 //!    └── mailbox ◀── outcome ◀─────────────────────┘
 //! ```
 //!
+//! A program that takes the place of this one gets the connections: none is made anew, so that a server that serves one client only
+//! does not notice. Both look away from them while it is open which of the two goes on.
+//!
 //! When a server is gone, its requests are kept, and sent again when it is back: each of them does the same when it is done
 //! twice. What a server acknowledged before, and lost with its cache because nobody flushed, is lost, as with any disk.
 
@@ -19,21 +22,24 @@ mod proto;
 mod target;
 mod vectored;
 
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::{self, Read, Write};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ringside_sandbox::{Profile, ThreadKind};
+use serde::Deserialize;
+use serde_json::{Value, json};
 use thiserror::Error;
 use tracing::{error, info};
 
-use super::ops::{Link, Op, Wake};
+use super::ops::{Action, Link, Op, Wake};
 use super::side::Side;
-use crate::shell::confined;
+use crate::shell::{Parts, confined};
 use client::Client;
 use proto::Export;
 
@@ -75,8 +81,10 @@ pub struct Nbd {
     target: Target,
     export: Export,
     patience: Duration,
-    /// The first connection, until its thread starts.
-    socket: Option<File>,
+    /// Connections, until their threads start: the first one, or those of another program.
+    sockets: VecDeque<File>,
+    /// They are another program's until there is a request.
+    taken: bool,
     connections: Vec<Connection>,
     /// How many these are.
     count: Arc<AtomicUsize>,
@@ -86,6 +94,8 @@ pub struct Nbd {
 
 #[derive(Debug)]
 struct Connection {
+    /// For a program that takes the place of this one.
+    socket: Arc<Mutex<File>>,
     sender: Sender<Op>,
     wake: Arc<Wake>,
     thread: JoinHandle<()>,
@@ -106,6 +116,38 @@ impl Nbd {
             target: target.to_string(),
             source,
         })?;
+        let full = !export.multi_conn();
+        Self::on(target, export, [socket].into(), full, read_only, patience)
+    }
+
+    /// The same on the connections of another program, that was told this when it had opened it.
+    ///
+    /// # Errors
+    /// [`NbdError`]
+    pub(in crate::blk) fn adopt(
+        target: Target,
+        export: &Value,
+        sockets: VecDeque<File>,
+        read_only: bool,
+        patience: Duration,
+    ) -> Result<Self, NbdError> {
+        let export = Export::deserialize(export).map_err(|error| NbdError::Handshake {
+            target: target.to_string(),
+            source: HandshakeError::Io(error.into()),
+        })?;
+        let mut nbd = Self::on(target, export, sockets, true, read_only, patience)?;
+        nbd.taken = true;
+        Ok(nbd)
+    }
+
+    fn on(
+        target: Target,
+        export: Export,
+        sockets: VecDeque<File>,
+        full: bool,
+        read_only: bool,
+        patience: Duration,
+    ) -> Result<Self, NbdError> {
         if export.read_only() && !read_only {
             return Err(NbdError::ReadOnly {
                 target: target.to_string(),
@@ -115,11 +157,39 @@ impl Nbd {
             target,
             export,
             patience,
-            socket: Some(socket),
+            sockets,
+            taken: false,
             connections: Vec::new(),
             count: Arc::default(),
-            full: !export.multi_conn(),
+            full,
         })
+    }
+
+    /// What another program goes on with: what the server said, and the connections.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(in crate::blk) fn parts(&self) -> io::Result<Parts> {
+        let sockets = self.connections.iter().map(|connection| {
+            let socket = &connection.socket;
+            let socket = socket.lock().unwrap_or_else(PoisonError::into_inner);
+            Ok(socket.try_clone()?.into())
+        });
+        Ok(Parts {
+            description: json!(self.export),
+            descriptors: sockets.collect::<io::Result<_>>()?,
+        })
+    }
+
+    /// Leaves the connections alone until there is a request again: they may be another program's.
+    ///
+    /// # Errors
+    /// What the system said.
+    pub(in crate::blk) fn leave(&self) -> io::Result<()> {
+        for Connection { sender, wake, .. } in &self.connections {
+            Link::new(sender.clone(), Some(Arc::clone(wake)))?.have(Action::Leave)?;
+        }
+        Ok(())
     }
 
     /// Its threads connect to the server again when it was gone.
@@ -153,7 +223,7 @@ impl Nbd {
     /// What the system said.
     pub(in crate::blk) fn attach(&mut self) -> io::Result<Side> {
         let with_it = self.connections.len().saturating_add(1);
-        let socket = match self.socket.take() {
+        let socket = match self.sockets.pop_front() {
             Some(socket) => Some(socket),
             None if self.full => None,
             None => match connect(&self.target) {
@@ -202,11 +272,14 @@ impl Nbd {
     fn start(&mut self, socket: File) -> io::Result<()> {
         let (sender, ops) = mpsc::channel();
         let wake = Arc::new(Wake::new()?);
+        let shared = Arc::new(Mutex::new(socket.try_clone()?));
         let client = Client::new(
             self.target.clone(),
             self.export,
             self.patience,
             socket,
+            Arc::clone(&shared),
+            self.taken,
             ops,
             Arc::clone(&wake),
             Arc::clone(&self.count),
@@ -227,6 +300,7 @@ impl Nbd {
             .name(format!("blk-nbd-{number}"))
             .spawn(move || confined(ThreadKind::Server, || client.run()))?;
         self.connections.push(Connection {
+            socket: shared,
             sender,
             wake,
             thread,
@@ -240,6 +314,7 @@ impl Drop for Nbd {
     /// Takes leave of the server. All workers have ended.
     fn drop(&mut self) {
         for Connection {
+            socket: _,
             sender,
             wake,
             thread,

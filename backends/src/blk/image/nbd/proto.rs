@@ -2,6 +2,7 @@
 
 use std::io::{self, Read, Write};
 
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// "Newstyle negotiation": NBDMAGIC, IHAVEOPT.
@@ -122,7 +123,7 @@ pub enum HandshakeError {
 }
 
 /// What an export is like.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Export {
     /// Size in bytes.
     pub(super) size: u64,
