@@ -19,7 +19,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use frontend::disk::Disk;
-use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network};
+use frontend::{Daemon, FrontEnd, PATIENCE, Setup, own_network, skip};
 use ringside_control::client;
 use ringside_rings::Segment;
 use serde_json::{Value, json};
@@ -420,18 +420,24 @@ impl Switch {
     }
 
     fn station(&self, name: &str, setup: Setup) -> Station {
+        Station::new(&self.daemon.dir.path().join(name), setup)
+    }
+}
+
+impl Station {
+    fn new(socket: &Path, setup: Setup) -> Self {
         let setup = Setup {
             queues: 3,
             size: 256,
             ..setup
         };
-        let mut front = FrontEnd::new(&self.daemon.dir.path().join(name), setup);
+        let mut front = FrontEnd::new(socket, setup);
         for _ in 0..250 {
             let buffer = front.guest.alloc(2048, 64);
             let FrontEnd { queues, guest, .. } = &mut front;
             queues[0].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
         }
-        Station {
+        Self {
             place: front.guest.alloc(256 * 128, 4096).0,
             front,
             sent: 0,
@@ -439,9 +445,7 @@ impl Switch {
             received: 0,
         }
     }
-}
 
-impl Station {
     /// Sends frames with numbers to the other station.
     fn send(&mut self, to: u8, from: u8, count: u32) {
         let FrontEnd { queues, guest, .. } = &mut self.front;
@@ -602,6 +606,83 @@ fn a_switch_that_is_not_taken_over_goes_on() {
     switch.daemon.stop();
 }
 
+/// What this test is to a card, in the place of a passt, of which no frame may be lost, cut or sent twice.
+struct Peer {
+    stream: UnixStream,
+    sent: u32,
+    received: u32,
+    unread: Vec<u8>,
+}
+
+impl Peer {
+    fn exchange(&mut self, station: &mut Station) {
+        if station.sent - self.received < 64 {
+            station.send(2, 1, 8);
+        }
+        if self.sent - station.received < 64 {
+            let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2, 0x88, 0xb5];
+            frame.extend(self.sent.to_be_bytes());
+            frame.resize(60, 0);
+            let len = frame.len() as u32;
+            self.stream.write_all(&len.to_be_bytes()).unwrap();
+            self.stream.write_all(&frame).unwrap();
+            self.sent += 1;
+        }
+        self.take();
+        station.take();
+    }
+
+    fn take(&mut self) {
+        let mut piece = [0; 4096];
+        self.stream.set_nonblocking(true).unwrap();
+        while let Ok(count) = self.stream.read(&mut piece) {
+            assert!(count > 0, "the connection is gone");
+            self.unread.extend(&piece[..count]);
+        }
+        self.stream.set_nonblocking(false).unwrap();
+        while self.unread.len() >= 64 {
+            let frame: Vec<u8> = self.unread.drain(..64).collect();
+            assert_eq!(frame[..4], [0, 0, 0, 60]);
+            let found = frame[18..22].try_into().unwrap();
+            assert_eq!(u32::from_be_bytes(found), self.received);
+            self.received += 1;
+        }
+    }
+}
+
+#[test]
+fn a_network_card_on_passt_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("passt");
+    let listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let link = format!("passt:{}", path.display());
+    let args = ["--link", &link, "--mac", "02:00:00:00:00:01"];
+    let mut daemon = Daemon::start_controlled(NET, &args);
+    let mut peer = Peer {
+        stream: listener.accept().unwrap().0,
+        sent: 0,
+        received: 0,
+        unread: Vec::new(),
+    };
+    let mut station = Station::new(&daemon.socket(), Setup::default());
+    for _ in 0..UPGRADES / 4 {
+        let child = daemon.successor(NET, &args);
+        daemon.upgraded(child, || peer.exchange(&mut station));
+        peer.exchange(&mut station);
+    }
+    let start = Instant::now();
+    while (station.received, peer.received) != (peer.sent, station.sent) {
+        assert!(start.elapsed() < PATIENCE);
+        peer.take();
+        station.take();
+    }
+    assert!(station.received > 100 && peer.received > 100);
+    // It is the same connection.
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err());
+    daemon.stop();
+}
+
 /// A program that has no front-end is replaced as well, and one that was drained is not.
 #[test]
 fn an_idle_program_is_replaced() {
@@ -661,19 +742,13 @@ fn number(packet: &[u8]) -> Option<u32> {
     is_ours.then(|| u32::from_be_bytes(number))
 }
 
+const TAP: [&str; 4] = ["--tap", "ring0", "--tap-ip", "10.9.0.1/24"];
+
 /// Frames go both ways all the time. All come, once, and in order.
-fn frames_go_on(setup: Setup, upgrades: usize, pairs: u16) {
+fn frames_go_on(link: &[&str], setup: Setup, upgrades: usize, pairs: u16) {
     let count = pairs.to_string();
-    let args = [
-        "--tap",
-        "ring0",
-        "--tap-ip",
-        "10.9.0.1/24",
-        "--mac",
-        "52:54:00:00:00:05",
-        "--queue-pairs",
-        &count,
-    ];
+    let card = ["--mac", "52:54:00:00:00:05", "--queue-pairs", &count];
+    let args = [link, &card].concat();
     let mut daemon = Daemon::start_controlled(NET, &args);
     let setup = Setup {
         queues: usize::from(pairs) * 2 + 1,
@@ -799,7 +874,7 @@ fn frames_go_on(setup: Setup, upgrades: usize, pairs: u16) {
 fn a_network_card_goes_on() {
     if own_network("a_network_card_goes_on") {
         for setup in Setup::default().formats() {
-            frames_go_on(setup, UPGRADES / 4, 1);
+            frames_go_on(&TAP, setup, UPGRADES / 4, 1);
         }
     }
 }
@@ -807,6 +882,26 @@ fn a_network_card_goes_on() {
 #[test]
 fn a_network_card_with_two_queue_pairs_goes_on() {
     if own_network("a_network_card_with_two_queue_pairs_goes_on") {
-        frames_go_on(Setup::default(), UPGRADES / 4, 2);
+        frames_go_on(&TAP, Setup::default(), UPGRADES / 4, 2);
     }
+}
+
+#[test]
+fn a_network_card_on_a_packet_socket_goes_on() {
+    let test = "a_network_card_on_a_packet_socket_goes_on";
+    if !own_network(test) {
+        return;
+    }
+    for command in [
+        "link add p0 type veth peer name p1",
+        "address add 10.9.0.1/24 dev p1",
+        "link set p0 up",
+        "link set p1 up",
+    ] {
+        let done = Command::new("ip").args(command.split(' ')).status();
+        if !done.is_ok_and(|status| status.success()) {
+            return skip(test, format_args!("ip {command}"));
+        }
+    }
+    frames_go_on(&["--link", "packet:p0"], Setup::default(), UPGRADES / 4, 1);
 }

@@ -330,6 +330,7 @@ pub const STORAGE: &[Call] = &[
     call(libc::SYS_lseek, "holes"),
     call(libc::SYS_statx, "the size of an image"),
     rare(call(libc::SYS_fstat, "the size of an image")),
+    call(libc::SYS_fstatfs, "an image that is opened once more"),
 ];
 
 /// Sending and receiving on sockets that are connected.

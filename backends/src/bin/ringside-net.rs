@@ -33,7 +33,7 @@ const EXAMPLES: &str = "Examples:
     ringside-net --port socket=/run/vm1.sock,vlan=7 \\
       --port socket=/run/vm2.sock,vlan=7 --uplink tap:up0,vlan=7
 
-  Upgrade it under a running guest, which notices nothing but a pause:
+  Upgrade it under running guests, which notice nothing but a pause:
     ringside-net --socket-path /run/vm1-net.sock --tap vm1 \\
       --control-socket /run/vm1-net.ctl ...
     ringside-net (the same) --take-over /run/vm1-net.ctl

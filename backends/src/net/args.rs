@@ -6,7 +6,6 @@ use std::net::Ipv4Addr;
 use std::os::fd::{OwnedFd, RawFd};
 use std::path::PathBuf;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -19,7 +18,7 @@ use super::device::Net;
 use super::features::{Extras, Offloads, offered};
 use super::hash::HASH_TYPES;
 use super::link::{
-    AnyLink, Described, Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP,
+    Described, Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP,
     Opened, Tap,
 };
 use crate::shell::{Chain as Causes, OnOff, OpenError, Parts, PollLimits, TakeOverError, same};
@@ -278,39 +277,21 @@ pub(super) fn adopt_link(
     descriptors: Vec<OwnedFd>,
     options: LinkOptions<'_>,
 ) -> Result<Opened, ArgsError> {
-    let Described {
-        link,
-        mac,
-        offloads,
-    } = described;
-    let mac = MacAddress::new(mac);
+    let mac = MacAddress::new(described.mac);
     same("the address", &mac, &options.mac.unwrap_or(mac))?;
-    if let Some(spec) = spec
-        // A name with a pattern was chosen by the kernel.
-        && !spec.to_string().contains('%')
-    {
-        same("the link", &link, &spec.to_string())?;
+    let Some(spec) = spec else {
+        let tap = LinkSpec::Tap(String::new());
+        return Ok(tap.adopt(described, descriptors, options)?);
+    };
+    // A name with a pattern was chosen by the kernel.
+    if !spec.to_string().contains('%') {
+        same("the link", &described.link, &spec.to_string())?;
     }
-    match spec {
-        Some(spec @ (LinkSpec::Null | LinkSpec::Generate(_))) => {
-            let mac = Some(mac);
-            Ok(spec.open(LinkOptions { mac, ..options })?)
-        }
-        spec => {
-            let count = descriptors.len();
-            if spec.is_some() {
-                same("a number of queue pairs of", &count, &options.queues.into())?;
-            }
-            let (tap, queues) = Tap::adopt(descriptors).map_err(LinkError::from)?;
-            Ok(Opened {
-                name: link,
-                interface: Arc::new(tap),
-                queues: queues.into_iter().map(AnyLink::Tap).collect(),
-                offloads,
-                mac,
-            })
-        }
+    if matches!(spec, LinkSpec::Tap(_) | LinkSpec::Macvtap(_)) {
+        let count = descriptors.len();
+        same("a number of queue pairs of", &count, &options.queues.into())?;
     }
+    Ok(spec.adopt(described, descriptors, options)?)
 }
 
 impl NetArgs {

@@ -81,7 +81,10 @@ impl Net {
 
     /// It takes the place of another program's, which has its link as well.
     pub(super) fn taken(self) -> Self {
-        self.shared.change(|settings| settings.frozen = true);
+        self.shared.change(|settings| {
+            settings.frozen = true;
+            settings.left = true;
+        });
         self
     }
 
@@ -128,6 +131,7 @@ impl Net {
             *settings = Settings {
                 rarp: settings.rarp,
                 frozen: settings.frozen,
+                left: settings.left,
                 ..Settings::new(filter, self.config.pairs)
             };
         });
@@ -369,6 +373,7 @@ impl Device for Net {
             link: self.name.clone(),
             mac: self.config.mac.octets(),
             offloads: tun_offloads(guest_offloads(self.features)),
+            attached: self.interface.order(),
         };
         Ok(Parts {
             description: json!(described),
@@ -382,6 +387,7 @@ impl Device for Net {
         json!({
             "link-up": link_up,
             "order": self.interface.order(),
+            "left": self.interface.left(),
             "counters": counters.collect::<Vec<_>>(),
         })
     }
@@ -392,11 +398,13 @@ impl Device for Net {
         struct HostSettings {
             link_up: bool,
             order: Vec<u16>,
+            left: Value,
             counters: Vec<Value>,
         }
         let HostSettings {
             link_up,
             order,
+            left,
             counters,
         } = HostSettings::deserialize(settings).map_err(StateError::Content)?;
         for (pair, from) in self.counters.iter().zip(&counters) {
@@ -405,6 +413,9 @@ impl Device for Net {
         self.interface
             .adopt_order(order)
             .map_err(|error| StateError::Misfit(Causes(&error).to_string()))?;
+        self.interface
+            .adopt_left(&left)
+            .map_err(|error| StateError::Misfit(error.to_string()))?;
         self.shared
             .change(|settings| settings.filter.link_up = link_up);
         Ok(())
@@ -417,6 +428,17 @@ impl Device for Net {
         }
     }
 
+    fn leave(&mut self) -> Result<(), ApiError> {
+        let left = self.shared.change(|settings| settings.left = true);
+        match self.shared.wait(left) {
+            true => Ok(()),
+            false => {
+                let message = "a queue pair takes no notice: it is very busy; try again";
+                Err(ApiError::of(ErrorCode::Busy, message))
+            }
+        }
+    }
+
     fn thaw(&mut self) {
         let driver = self.shared.get().offloads;
         let offloads = driver.unwrap_or(guest_offloads(self.acked));
@@ -426,7 +448,10 @@ impl Device for Net {
                 Causes(&error)
             );
         }
-        self.shared.change(|settings| settings.frozen = false);
+        self.shared.change(|settings| {
+            settings.frozen = false;
+            settings.left = false;
+        });
     }
 
     fn reset(&mut self) {

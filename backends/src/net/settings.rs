@@ -39,6 +39,8 @@ pub(super) struct Settings {
     pub(super) pairs: Pairs,
     /// Another program has the link as well: queues stay attached to it, or detached, as they are.
     pub(super) frozen: bool,
+    /// No link is touched: it may be another program's.
+    pub(super) left: bool,
     /// The driver is asked to make itself known to the network (VIRTIO_NET_S_ANNOUNCE), and has not answered yet.
     pub(super) announce: bool,
     /// The offloads with which the driver takes packets, as bits of the features, since it has changed its mind about them.
@@ -58,6 +60,7 @@ impl Settings {
             filter,
             pairs: Pairs::Enabled,
             frozen: false,
+            left: false,
             announce: false,
             offloads: None,
             rarp: Default::default(),

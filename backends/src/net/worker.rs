@@ -186,7 +186,17 @@ impl<L: Link> PairWorker<L> {
         }
         if self.shared.is_newer(self.version) {
             let (_, asked) = self.settings.rarp;
+            let left = self.settings.left;
             (self.version, self.settings) = self.shared.latest();
+            match (left, self.settings.left) {
+                (false, true) => self.link.leave(),
+                (true, false) => {
+                    self.link.go_on();
+                    // Something may be there since.
+                    self.readable = true;
+                }
+                _ => {}
+            }
             self.attach();
             self.coalesce();
             if self.settings.rarp.1 != asked {

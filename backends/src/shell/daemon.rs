@@ -149,7 +149,13 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
         peers.clone(),
     )?;
     if let Some(predecessor) = predecessor {
-        daemon.take_over(predecessor)?;
+        daemon.take_over(predecessor).inspect_err(|_| {
+            // The device itself is the other program's.
+            handler
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .shut_down();
+        })?;
         if let Some(path) = &args.socket_path {
             adopt_file(&mut endpoint, path);
         }

@@ -726,7 +726,8 @@ fn serve_port<D: Device>(
         Ok((mut daemon, clients)) => {
             let _ = ready.send(Ok(clients));
             let Ok(begin) = told.recv() else {
-                // The other program keeps its port.
+                // The device itself is the other program's.
+                lock(handler).shut_down();
                 return Ok(());
             };
             if let Some(session) = begin {

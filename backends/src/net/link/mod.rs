@@ -36,6 +36,7 @@ use std::slice::ChunksExactMut;
 
 use epoll::Events;
 use ringside_sandbox::Profile;
+use serde_json::Value;
 use thiserror::Error;
 
 pub(super) use idle::{Generate, Null};
@@ -205,6 +206,13 @@ pub(super) trait Link: Send {
         Ok(())
     }
 
+    /// Another program may go on with it: nothing is sent or received here, and what it has of frames is in its interface
+    /// ([`Interface::left`]), until [`go_on`](Self::go_on).
+    fn leave(&mut self) {}
+
+    /// It is this program's, with what another one, or this one, has left.
+    fn go_on(&mut self) {}
+
     /// What to do about an error of [`send`](Self::send), if that is known.
     fn advice(&self, error: &io::Error) -> Option<&'static str> {
         let _ = error;
@@ -273,6 +281,14 @@ impl<L: Link + ?Sized> Link for Box<L> {
 
     fn set_attached(&mut self, attached: bool) -> io::Result<()> {
         (**self).set_attached(attached)
+    }
+
+    fn leave(&mut self) {
+        (**self).leave();
+    }
+
+    fn go_on(&mut self) {
+        (**self).go_on();
     }
 
     fn advice(&self, error: &io::Error) -> Option<&'static str> {
@@ -362,6 +378,20 @@ pub(super) trait Interface: Debug + Send + Sync {
     /// What the link said.
     fn adopt_order(&self, order: Vec<u16>) -> Result<(), LinkError> {
         let _ = order;
+        Ok(())
+    }
+
+    /// What its queues have of frames, once they were [left](Link::leave).
+    fn left(&self) -> Value {
+        Value::Null
+    }
+
+    /// The queues are to go on with what those of another program have left.
+    ///
+    /// # Errors
+    /// It is none.
+    fn adopt_left(&self, left: &Value) -> io::Result<()> {
+        let _ = left;
         Ok(())
     }
 

@@ -4,15 +4,18 @@
 //! The host's own network goes on to use the interface. Segments pass whole: the socket has a virtio-net header of its own
 //! (PACKET_VNET_HDR), which is the guest's without `num_buffers`.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
 use nix::net::if_::if_nametoindex;
 use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
+use ringside_sandbox::Profile;
 use thiserror::Error;
 
-use super::{Link, MAX_HEADER};
+use super::{Interface, Link, LinkError, LinkSpec, MAX_HEADER};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 
@@ -90,9 +93,66 @@ fn explained(name: &str, what: &'static str, errno: Errno) -> PacketError {
     }
 }
 
+/// The sockets once more, by which another program goes on with them.
+#[derive(Debug)]
+pub(super) struct Sockets {
+    spec: LinkSpec,
+    /// By queue: `None` while it takes no part.
+    queues: Mutex<Vec<Option<OwnedFd>>>,
+}
+
+impl Sockets {
+    fn new(name: &str, count: u16) -> Arc<Self> {
+        Arc::new(Self {
+            spec: LinkSpec::Packet(name.to_owned()),
+            queues: Mutex::new((0..count).map(|_| None).collect()),
+        })
+    }
+
+    fn queues(&self) -> MutexGuard<'_, Vec<Option<OwnedFd>>> {
+        self.queues.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The socket of a queue is this one now.
+    fn set(&self, number: u16, socket: Option<&OwnedFd>) {
+        if let Some(place) = self.queues().get_mut(usize::from(number)) {
+            // Without it, another program opens one of its own.
+            *place = socket.and_then(|socket| socket.try_clone().ok());
+        }
+    }
+}
+
+impl Interface for Sockets {
+    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
+        Ok(())
+    }
+
+    fn set_offloads(&self, _offloads: u32) -> Result<(), LinkError> {
+        Ok(())
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        self.spec.needs(profile);
+    }
+
+    fn parts(&self) -> io::Result<Option<Vec<OwnedFd>>> {
+        let queues = self.queues();
+        let sockets = queues.iter().flatten().map(OwnedFd::try_clone);
+        sockets.collect::<io::Result<_>>().map(Some)
+    }
+
+    fn order(&self) -> Vec<u16> {
+        let queues = self.queues();
+        let open = (0..).zip(queues.iter()).filter(|(_, queue)| queue.is_some());
+        open.map(|(number, _)| number).collect()
+    }
+}
+
 /// One socket of those that share what arrives at an interface.
 #[derive(Debug)]
 pub(super) struct Packet {
+    number: u16,
+    sockets: Arc<Sockets>,
     name: String,
     index: libc::c_int,
     /// Number of the group (PACKET_FANOUT), if there are several.
@@ -104,28 +164,54 @@ pub(super) struct Packet {
 
 impl Packet {
     /// Opens `count` sockets on the interface `name`, that share its flows.
-    pub(super) fn open(name: &str, count: u16) -> Result<Vec<Self>, PacketError> {
+    pub(super) fn open(
+        name: &str,
+        count: u16,
+    ) -> Result<(Arc<Sockets>, Vec<Self>), PacketError> {
+        Self::adopt(name, count, Vec::new())
+    }
+
+    /// The same with sockets of another program, with the numbers of their queues.
+    pub(super) fn adopt(
+        name: &str,
+        count: u16,
+        taken: Vec<(u16, OwnedFd)>,
+    ) -> Result<(Arc<Sockets>, Vec<Self>), PacketError> {
         let index = interface_index(name)?;
-        let mut group = None;
-        (0..count)
-            .map(|_| {
+        let sockets = Sockets::new(name, count);
+        let goes_on = !taken.is_empty();
+        let mut taken = BTreeMap::from_iter(taken);
+        let mut group = match taken.values().next() {
+            Some(socket) if count > 1 => sys::group_of(socket.as_fd()).ok(),
+            _ => None,
+        };
+        let queues = (0..count)
+            .map(|number| {
                 let mut queue = Self {
+                    number,
+                    sockets: Arc::clone(&sockets),
                     name: name.to_owned(),
                     index,
                     group,
                     socket: None,
                     watcher: None,
                 };
-                let socket = queue.socket()?;
-                if count > 1 && group.is_none() {
-                    let found = sys::new_group(socket.as_fd());
-                    group = Some(queue.request("making a fan-out group", found)?);
-                    queue.group = group;
+                queue.socket = taken.remove(&number);
+                // One that took no part does so when it is to.
+                if !goes_on {
+                    let socket = queue.socket()?;
+                    if count > 1 && group.is_none() {
+                        let found = sys::new_group(socket.as_fd());
+                        group = Some(queue.request("making a fan-out group", found)?);
+                        queue.group = group;
+                    }
+                    queue.socket = Some(socket);
                 }
-                queue.socket = Some(socket);
+                sockets.set(number, queue.socket.as_ref());
                 Ok(queue)
             })
-            .collect()
+            .collect::<Result<_, _>>()?;
+        Ok((sockets, queues))
     }
 
     fn request<T>(&self, what: &'static str, result: Result<T, Errno>) -> Result<T, PacketError> {
@@ -206,6 +292,7 @@ impl Link for Packet {
             return Ok(());
         }
         if !attached {
+            self.sockets.set(self.number, None);
             self.socket = None;
             return Ok(());
         }
@@ -213,6 +300,7 @@ impl Link for Packet {
         if let Some(watcher) = &self.watcher {
             watcher.add(socket.as_fd())?;
         }
+        self.sockets.set(self.number, Some(&socket));
         self.socket = Some(socket);
         Ok(())
     }
@@ -298,6 +386,11 @@ mod sys {
     pub(super) fn new_group(socket: BorrowedFd<'_>) -> Result<u16, Errno> {
         let wanted = (PACKET_FANOUT_HASH | PACKET_FANOUT_FLAG_UNIQUEID) << 16;
         set(socket, libc::PACKET_FANOUT, wanted)?;
+        group_of(socket)
+    }
+
+    /// The number of the group whose member the socket is.
+    pub(super) fn group_of(socket: BorrowedFd<'_>) -> Result<u16, Errno> {
         let mut value: libc::c_int = 0;
         let mut len = libc::socklen_t::try_from(size_of_val(&value)).map_err(|_| Errno::EINVAL)?;
         // SAFETY: the kernel writes one int and its length, which live until after the call.

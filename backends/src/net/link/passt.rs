@@ -8,14 +8,17 @@
 //! passt knows no virtio-net header, so there are no offloads. A frame of which the socket took only a part is finished before
 //! the next one: its rest is kept here. When passt goes, it is connected to or started again, at growing intervals; frames from the
 //! guest are dropped meanwhile.
+//!
+//! A program that takes the place of this one gets the connection, what was read from it and is not the guest's yet, and the starter.
 
 use std::ffi::OsString;
 use std::io;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use epoll::Events;
@@ -27,11 +30,14 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use ringside_sandbox::Profile;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use thiserror::Error;
 use tracing::{debug, info, warn};
 
 use super::starter::{PROGRAM, Starter};
-use super::{Link, MAX_HEADER, Ready};
+use super::{Interface, Link, LinkError, LinkSpec, MAX_HEADER, Ready};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 use crate::net::tx::MAX_FRAME;
@@ -233,8 +239,74 @@ struct Connection {
     since: Instant,
 }
 
+/// What another program goes on with.
+#[derive(Debug)]
+pub(super) struct Handle {
+    spec: LinkSpec,
+    starter: Option<UnixStream>,
+    /// The present connection.
+    stream: Mutex<Option<UnixStream>>,
+    left: Mutex<Left>,
+}
+
+/// What of frames is on neither side of the connection while a program takes the place of another.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Left {
+    /// From passt, for the guest.
+    received: Vec<u8>,
+    /// The rest of a frame of the guest.
+    pending: Vec<u8>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Handle {
+    fn connected(&self, connection: Option<&Connection>) {
+        let stream = connection.and_then(|connection| connection.stream.try_clone().ok());
+        *lock(&self.stream) = stream;
+    }
+}
+
+impl Interface for Handle {
+    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
+        Ok(())
+    }
+
+    fn set_offloads(&self, _offloads: u32) -> Result<(), LinkError> {
+        Ok(())
+    }
+
+    fn needs(&self, profile: &mut Profile) {
+        self.spec.needs(profile);
+    }
+
+    /// The starter's socket, if there is one, and the connection, if there is one.
+    fn parts(&self) -> io::Result<Option<Vec<OwnedFd>>> {
+        let stream = lock(&self.stream);
+        let all = self.starter.iter().chain(stream.as_ref());
+        let all = all.map(|socket| Ok(socket.try_clone()?.into()));
+        all.collect::<io::Result<_>>().map(Some)
+    }
+
+    fn left(&self) -> Value {
+        json!(*lock(&self.left))
+    }
+
+    fn adopt_left(&self, left: &Value) -> io::Result<()> {
+        let left = Left::deserialize(left)?;
+        if left.received.len() > BUFFER || left.pending.len() > PREFIX + MAX_FRAME {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        *lock(&self.left) = left;
+        Ok(())
+    }
+}
+
 /// The link to a passt.
 pub(super) struct Passt {
+    handle: Arc<Handle>,
     source: Source,
     connection: Option<Connection>,
     watcher: Option<Watcher>,
@@ -255,16 +327,57 @@ pub(super) struct Passt {
 impl Passt {
     /// Connects to a passt, or starts one.
     pub(super) fn open(source: Source) -> Result<Self, PasstError> {
+        let connection = source.connect()?;
+        source.await_life(&connection)?;
+        Self::on(source, Some(connection))
+    }
+
+    /// Goes on with the passt of another program: at `path`, or that which its starter has started.
+    pub(super) fn adopt(
+        path: Option<&Path>,
+        descriptors: Vec<OwnedFd>,
+    ) -> Result<Self, PasstError> {
+        let mut sockets = descriptors.into_iter().map(UnixStream::from);
+        let source = match path {
+            Some(path) => Source::Listening(path.to_owned()),
+            None => {
+                let socket = sockets.next().ok_or(io::ErrorKind::NotConnected);
+                let starter = socket.map_err(io::Error::from).and_then(Starter::adopt);
+                Source::Started(starter.map_err(PasstError::Starter)?)
+            }
+        };
+        let connection = sockets.next().map(|stream| Connection {
+            stream,
+            since: Instant::now(),
+        });
+        let mut link = Self::on(source, connection)?;
+        if link.connection.is_none() {
+            link.try_later();
+        }
+        Ok(link)
+    }
+
+    fn on(source: Source, connection: Option<Connection>) -> Result<Self, PasstError> {
         let timer = TimerFd::new(
             ClockId::CLOCK_MONOTONIC,
             TimerFlags::TFD_NONBLOCK | TimerFlags::TFD_CLOEXEC,
         )
         .map_err(|errno| PasstError::System(errno.into()))?;
-        let connection = source.connect()?;
-        source.await_life(&connection)?;
+        let (path, starter) = match &source {
+            Source::Listening(path) => (Some(path.clone()), None),
+            Source::Started(starter) => (None, Some(starter.socket().map_err(PasstError::System)?)),
+        };
+        let handle = Arc::new(Handle {
+            spec: LinkSpec::Passt(path),
+            starter,
+            stream: Mutex::default(),
+            left: Mutex::default(),
+        });
+        handle.connected(connection.as_ref());
         Ok(Self {
+            handle,
             source,
-            connection: Some(connection),
+            connection,
             watcher: None,
             timer,
             backoff: BACKOFF.0,
@@ -277,11 +390,17 @@ impl Passt {
         })
     }
 
+    /// What a driver, and another program, sees of it.
+    pub(super) fn handle(&self) -> Arc<Handle> {
+        Arc::clone(&self.handle)
+    }
+
     /// The connection is over. There will be another one after a while.
     fn lose(&mut self, why: &dyn std::fmt::Display) {
         let Some(connection) = self.connection.take() else {
             return;
         };
+        self.handle.connected(None);
         if let Some(held_back) = self.log.check() {
             warn!(
                 held_back,
@@ -320,6 +439,7 @@ impl Passt {
                 if let Some(held_back) = self.log.check() {
                     info!(held_back, "passt is back");
                 }
+                self.handle.connected(Some(&connection));
                 self.connection = Some(connection);
             }
             Err(error) => {
@@ -487,6 +607,26 @@ impl Link for Passt {
                 Err(len) => self.lose(&format_args!("it sent a frame of {len} bytes")),
             }
         }
+    }
+
+    fn leave(&mut self) {
+        let received = self.buffer.get(self.start..self.end);
+        let pending = self.pending.get(self.sent..);
+        *lock(&self.handle.left) = Left {
+            received: received.unwrap_or_default().to_vec(),
+            pending: pending.unwrap_or_default().to_vec(),
+        };
+        (self.start, self.end, self.sent) = (0, 0, 0);
+        self.pending.clear();
+    }
+
+    fn go_on(&mut self) {
+        let Left { received, pending } = std::mem::take(&mut *lock(&self.handle.left));
+        if let Some(place) = self.buffer.get_mut(..received.len()) {
+            place.copy_from_slice(&received);
+            self.end = received.len();
+        }
+        self.pending.extend_from_slice(&pending);
     }
 
     fn advice(&self, error: &io::Error) -> Option<&'static str> {

@@ -1,6 +1,7 @@
 //! The option --link, and how a link is opened.
 
 use std::fmt;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::sync::Arc;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use super::idle::{MAX_GENERATED, MIN_GENERATED};
-use super::packet::Packet;
+use super::packet::{self, Packet};
 use super::passt::{Forward, Passt, Source};
 use super::pcap::tee;
 use super::xdp::Xdp;
@@ -165,6 +166,8 @@ pub(in crate::net) struct Described {
     pub(in crate::net) mac: [u8; 6],
     /// The `TUN_F_*` offloads that it takes and gives.
     pub(in crate::net) offloads: u32,
+    /// The queues that are attached.
+    pub(in crate::net) attached: Vec<u16>,
 }
 
 impl LinkSpec {
@@ -203,6 +206,50 @@ impl LinkSpec {
         }
     }
 
+    /// Goes on with the link of another program, which has it open until it ends.
+    ///
+    /// # Errors
+    /// [`LinkError`]
+    pub(in crate::net) fn adopt(
+        &self,
+        described: Described,
+        descriptors: Vec<OwnedFd>,
+        options: LinkOptions<'_>,
+    ) -> Result<Opened, LinkError> {
+        let Described {
+            link: name,
+            mac,
+            offloads,
+            attached,
+        } = described;
+        let mac = MacAddress::new(mac);
+        match self {
+            Self::Tap(_) | Self::Macvtap(_) => {
+                let (tap, queues) = Tap::adopt(descriptors)?;
+                Ok(Opened {
+                    name,
+                    offloads,
+                    interface: Arc::new(tap),
+                    queues: queues.into_iter().map(AnyLink::Tap).collect(),
+                    mac,
+                })
+            }
+            Self::Packet(interface) => {
+                let sockets = attached.into_iter().zip(descriptors).collect();
+                let packet = Packet::adopt(interface, options.queues, sockets)?;
+                Ok(Opened::packet(name, packet, offloads, mac))
+            }
+            Self::Passt(path) => {
+                let passt = Passt::adopt(path.as_deref(), descriptors)?;
+                Ok(Opened::passt(name, passt, mac))
+            }
+            Self::Xdp(_) | Self::Null | Self::Generate(_) => self.open(LinkOptions {
+                mac: Some(mac),
+                ..options
+            }),
+        }
+    }
+
     /// Opens it.
     ///
     /// # Errors
@@ -235,16 +282,9 @@ impl LinkSpec {
                 let opened = Opened::tap(tap, queues, mac, offloads, host)?;
                 Opened { name, ..opened }
             }
-            Self::Packet(interface) => Opened {
-                name,
-                interface: Arc::new(Fixed(self.clone())),
-                queues: Packet::open(interface, queues)?
-                    .into_iter()
-                    .map(|queue| AnyLink::Other(Box::new(queue)))
-                    .collect(),
-                offloads: whole,
-                mac,
-            },
+            Self::Packet(interface) => {
+                Opened::packet(name, Packet::open(interface, queues)?, whole, mac)
+            }
             Self::Xdp(interface) => Opened {
                 name,
                 interface: Arc::new(Fixed(self.clone())),
@@ -261,13 +301,7 @@ impl LinkSpec {
                     Some(path) => Source::Listening(path.clone()),
                     None => Source::started(forwards, passt_arguments, host.mtu)?,
                 };
-                Opened {
-                    name,
-                    interface: Arc::new(Fixed(self.clone())),
-                    queues: vec![AnyLink::Other(Box::new(Passt::open(source)?))],
-                    offloads: 0,
-                    mac,
-                }
+                Opened::passt(name, Passt::open(source)?, mac)
             }
             Self::Null => Opened {
                 name,
@@ -297,6 +331,36 @@ impl Opened {
     pub(in crate::net) fn captured(self, path: &Path, snap: u32) -> Result<Self, LinkError> {
         let queues = tee(self.queues, path, snap)?;
         Ok(Self { queues, ..self })
+    }
+
+    /// Packet sockets that are open.
+    fn packet(
+        name: String,
+        (interface, queues): (Arc<packet::Sockets>, Vec<Packet>),
+        offloads: u32,
+        mac: MacAddress,
+    ) -> Self {
+        let queues = queues.into_iter();
+        Self {
+            name,
+            interface,
+            queues: queues
+                .map(|queue| AnyLink::Other(Box::new(queue)))
+                .collect(),
+            offloads,
+            mac,
+        }
+    }
+
+    /// A passt that is connected.
+    fn passt(name: String, link: Passt, mac: MacAddress) -> Self {
+        Self {
+            name,
+            interface: link.handle(),
+            queues: vec![AnyLink::Other(Box::new(link))],
+            offloads: 0,
+            mac,
+        }
     }
 
     /// A TAP interface that is open.

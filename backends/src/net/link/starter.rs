@@ -52,6 +52,17 @@ impl Starter {
         Ok(Self { socket: ours })
     }
 
+    /// Goes on with that of another program.
+    pub(super) fn adopt(socket: UnixStream) -> io::Result<Self> {
+        socket.set_read_timeout(Some(PATIENCE))?;
+        Ok(Self { socket })
+    }
+
+    /// Its socket, for a program that goes on with it.
+    pub(super) fn socket(&self) -> io::Result<UnixStream> {
+        self.socket.try_clone()
+    }
+
     /// A connection to a new passt.
     pub(super) fn start(&self) -> io::Result<UnixStream> {
         (&self.socket).write_all(&[START])?;

@@ -97,8 +97,10 @@ struct SwitchParts {
 struct SwitchState {
     /// VLAN, address, port, and in which second of CLOCK_MONOTONIC a frame came from there.
     addresses: Vec<(u16, [u8; 6], String, u32)>,
-    /// By name.
+    /// Of uplinks, by name.
     uplinks: BTreeMap<String, PortSettings>,
+    /// What uplinks have of frames.
+    left: Vec<Value>,
     counters: Value,
 }
 
@@ -288,6 +290,7 @@ impl Switch {
                 link: link_name.clone(),
                 mac: opened.mac.octets(),
                 offloads,
+                attached: opened.interface.order(),
             },
         });
         let port = PortShared::new(&name, None, policy, UPLINK_QUOTA, rates, offloads);
@@ -456,6 +459,11 @@ impl Hub for Switch {
             uplinks: uplinks
                 .map(|port| (port.name.clone(), port.save()))
                 .collect(),
+            left: self
+                .uplinks
+                .iter()
+                .map(|uplink| uplink.interface.left())
+                .collect(),
             counters: counters_to_json(self.all.own()),
         }))
     }
@@ -464,12 +472,17 @@ impl Hub for Switch {
         let SwitchState {
             addresses,
             uplinks,
+            left,
             counters,
         } = SwitchState::deserialize(state).map_err(StateError::Content)?;
         for port in self.uplink_ports() {
             if let Some(settings) = uplinks.get(&port.name) {
                 port.adopt(settings)?;
             }
+        }
+        for (uplink, left) in self.uplinks.iter().zip(&left) {
+            let adopted = uplink.interface.adopt_left(left);
+            adopted.map_err(|error| StateError::Misfit(error.to_string()))?;
         }
         counters_go_on(self.all.own(), &counters);
         let ports = (0..).zip(&self.ports);

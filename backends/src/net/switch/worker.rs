@@ -592,11 +592,32 @@ impl Worker {
                 // All that was sent has arrived: a round is done before orders are taken.
                 Order::Freeze(to) => {
                     self.frozen = true;
+                    for egress in self.fabric.egress.iter_mut().flatten() {
+                        if let Outlet::Link(outlet) = &mut egress.outlet {
+                            outlet.link.leave();
+                        }
+                    }
                     let _ = to.send(self.fabric.table.dump(self.fabric.seconds()));
                 }
                 Order::Learn(known) => self.learn(known),
-                Order::Thaw => self.frozen = false,
+                Order::Thaw => self.thaw(),
                 Order::End => self.ended = true,
+            }
+        }
+    }
+
+    /// Lets frames pass again.
+    fn thaw(&mut self) {
+        self.frozen = false;
+        for port in 0..MAX_PORTS {
+            let egress = self.fabric.egress.get_mut(usize::from(port));
+            if let Some(Some(Egress {
+                outlet: Outlet::Link(outlet),
+                ..
+            })) = egress
+            {
+                outlet.link.go_on();
+                self.enqueue(port, 0);
             }
         }
     }
