@@ -285,9 +285,7 @@ fn ask_for_all(control: &Path) -> (UnixStream, String) {
     loop {
         let mut stream = UnixStream::connect(control).unwrap();
         let request = json!({"command": "hand-over", "arguments": {"version": 2}});
-        stream
-            .write_all(format!("{request}\n").as_bytes())
-            .unwrap();
+        stream.write_all(format!("{request}\n").as_bytes()).unwrap();
         if let Some(offer) = try_take(&mut stream) {
             return (stream, offer);
         }
@@ -391,7 +389,12 @@ impl Switch {
             let mac = format!("02:00:00:00:00:{number:02x}");
             format!("socket={},name={name},mac={mac}", socket.display())
         };
-        let ports = ["--port".to_owned(), port(1, "a"), "--port".to_owned(), port(2, "b")];
+        let ports = [
+            "--port".to_owned(),
+            port(1, "a"),
+            "--port".to_owned(),
+            port(2, "b"),
+        ];
         let options: Vec<String> = ports
             .into_iter()
             .chain(more.iter().map(ToString::to_string))
@@ -482,7 +485,12 @@ impl Station {
             let found = frame[HEADER + 14..HEADER + 18].try_into().unwrap();
             assert_eq!(u32::from_be_bytes(found), self.received);
             self.received += 1;
-            queues[0].submit(guest, &[], &[Segment::new(GuestAddress(buffer), 2048)], buffer);
+            queues[0].submit(
+                guest,
+                &[],
+                &[Segment::new(GuestAddress(buffer), 2048)],
+                buffer,
+            );
         }
     }
 }

@@ -50,8 +50,8 @@ use tracing::{info, warn};
 use vhost::vhost_user::VhostUserProtocolFeatures;
 
 use crate::shell::{
-    Chain, Commands, Device, DeviceError, Drained, LogLimit, Parts, PollLimits, StateError, Statistics,
-    WorkerThread, config_range, open_state, seal_state,
+    Chain, Commands, Device, DeviceError, Drained, LogLimit, Parts, PollLimits, StateError,
+    Statistics, WorkerThread, config_range, open_state, seal_state,
 };
 
 pub use args::{ArgsError, BlkArgs};

@@ -362,8 +362,7 @@ impl NetArgs {
             description,
             descriptors,
         } = parts;
-        let described =
-            Described::deserialize(&description).map_err(TakeOverError::Description)?;
+        let described = Described::deserialize(&description).map_err(TakeOverError::Description)?;
         let spec = match (&self.tap, &self.link) {
             (Some(name), _) => Some(LinkSpec::Tap(name.clone())),
             (None, given) => given.clone(),
@@ -475,7 +474,7 @@ impl NetArgs {
         let features = offered(offloads, extras);
         let poll = self.poll_limits();
         Net::new(config, features, &name, interface, queues)
-            .map(|net| net.spinning(poll))
+            .map(|net| net.spinning(poll).captured(self.pcap.is_some()))
             .map(|net| if taken { net.taken() } else { net })
             .map_err(ArgsError::System)
     }

@@ -109,7 +109,9 @@ impl fmt::Display for Counters {
 
 impl Counters {
     fn named(&self) -> impl Iterator<Item = (&'static str, &Counter)> {
-        self.all().into_iter().map(|(name, _, counter)| (name, counter))
+        self.all()
+            .into_iter()
+            .map(|(name, _, counter)| (name, counter))
     }
 
     /// For another program.

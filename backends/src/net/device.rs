@@ -65,9 +65,7 @@ impl Net {
         Ok(Self {
             shared: Arc::new(Shared::new(settings, config.pairs)?),
             counters: queues.iter().map(|_| Arc::default()).collect(),
-            plain: !queues
-                .iter()
-                .any(|queue| matches!(queue, AnyLink::Other(_))),
+            plain: true,
             queues: queues.into_iter().map(Some).collect(),
             config,
             features,
@@ -86,6 +84,12 @@ impl Net {
             settings.left = true;
         });
         self
+    }
+
+    /// A capture file hears what passes its link, or not.
+    pub(super) fn captured(self, captured: bool) -> Self {
+        let plain = !captured;
+        Self { plain, ..self }
     }
 
     /// Lets the threads of its queue pairs spin before they sleep.

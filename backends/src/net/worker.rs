@@ -210,6 +210,9 @@ impl<L: Link> PairWorker<L> {
     /// Moves packets until there are none, or it is time to look at the descriptors. Returns how long to wait for those, in
     /// milliseconds.
     fn work(&mut self) -> i32 {
+        if self.settings.left {
+            return -1;
+        }
         for _ in 0..TURNS {
             if !self.turn() && !self.spin() {
                 return if self.arm() {

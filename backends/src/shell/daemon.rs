@@ -168,7 +168,11 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
             let place = daemon.hands_over(&endpoint, path)?.then(|| {
                 let control = socket.listener()?;
                 let serves = Serves::OneDevice;
-                Ok(Place { kind: program.kind, serves, control })
+                Ok(Place {
+                    kind: program.kind,
+                    serves,
+                    control,
+                })
             });
             let place = place.transpose().map_err(system("duplicate a socket"))?;
             let clients = daemon.clients(program, place)?;

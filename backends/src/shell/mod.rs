@@ -76,8 +76,8 @@ pub use device::{Device, DeviceError, Drained, OpenError, WorkerThread, config_r
 pub(crate) use dirty::{GuestSlice, is_logged, mark_pieces, mark_slices};
 pub use dirty::{LogError, Memory, PageLog, PageSlice};
 pub use handler::HandlerError;
-pub(crate) use handover::{now, same};
 pub use handover::{Parts, TakeOverError, TalkError};
+pub(crate) use handover::{now, same};
 pub use limit::LogLimit;
 pub use memory::MemoryError;
 pub use options::{LogFormat, OnOff, Program, ShellArgs};

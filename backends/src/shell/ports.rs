@@ -33,9 +33,7 @@ use thiserror::Error;
 use tracing::{error, info, info_span};
 
 use super::confine::confine;
-use super::control::{
-    Clients, Frozen, Link, LinkState, Reply, Request, Statistics, answered,
-};
+use super::control::{Clients, Frozen, Link, LinkState, Reply, Request, Statistics, answered};
 use super::daemon::{
     Daemon, ShellError, adopt_control, adopt_file, bind_control, end, ends, prepare, system,
 };

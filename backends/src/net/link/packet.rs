@@ -143,7 +143,9 @@ impl Interface for Sockets {
 
     fn order(&self) -> Vec<u16> {
         let queues = self.queues();
-        let open = (0..).zip(queues.iter()).filter(|(_, queue)| queue.is_some());
+        let open = (0..)
+            .zip(queues.iter())
+            .filter(|(_, queue)| queue.is_some());
         open.map(|(number, _)| number).collect()
     }
 }
@@ -164,10 +166,7 @@ pub(super) struct Packet {
 
 impl Packet {
     /// Opens `count` sockets on the interface `name`, that share its flows.
-    pub(super) fn open(
-        name: &str,
-        count: u16,
-    ) -> Result<(Arc<Sockets>, Vec<Self>), PacketError> {
+    pub(super) fn open(name: &str, count: u16) -> Result<(Arc<Sockets>, Vec<Self>), PacketError> {
         Self::adopt(name, count, Vec::new())
     }
 

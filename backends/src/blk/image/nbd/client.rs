@@ -5,9 +5,9 @@ use std::fs::File;
 use std::io::{self, Read, Write};
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, TryRecvError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -422,9 +422,7 @@ impl Client {
         let kind = match flight.op.action {
             Action::Read => (command::READ, 0),
             Action::Write => (command::WRITE, fua),
-            Action::Discard | Action::Flush | Action::Leave | Action::Adopt => {
-                (command::TRIM, fua)
-            }
+            Action::Discard | Action::Flush | Action::Leave | Action::Adopt => (command::TRIM, fua),
             Action::WriteZeroes { unmap: true } => (command::WRITE_ZEROES, fua),
             Action::WriteZeroes { unmap: false } => {
                 (command::WRITE_ZEROES, fua | command::FLAG_NO_HOLE)
