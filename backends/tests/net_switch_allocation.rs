@@ -168,7 +168,7 @@ fn allocations(len: u32, header: [u8; 10], without: u64) -> u64 {
     let args = ["x", "--tap", "unused", "--port", "/unused"];
     let cli = Cli::try_parse_from(args).unwrap();
     assert!(!cli.print_capabilities);
-    let mut switch = Switch::new(&cli.net, &cli.switch).unwrap();
+    let mut switch = Switch::new(&cli.net, &cli.switch, None).unwrap();
     switch.begin().unwrap();
     let mut from = Guest::new(&mut switch, 1, 1, !0);
     let mut to = Guest::new(&mut switch, 2, 0, !without);

@@ -256,7 +256,7 @@ fn message(body: &str) -> Vec<u8> {
 
 /// Takes the next one, without its descriptors.
 fn take(stream: &mut UnixStream) -> String {
-    try_take(stream).expect("a message")
+    try_take(stream).unwrap()
 }
 
 /// The same, or `None` if the program does not hand over now.

@@ -99,6 +99,16 @@ enum Expect {
     },
 }
 
+/// A connection to a server that gives the export.
+#[derive(Debug)]
+pub(super) struct Line {
+    pub(super) socket: File,
+    /// The same, for a program that takes the place of this one.
+    pub(super) shared: Arc<Mutex<File>>,
+    /// It is another program's until there is a request.
+    pub(super) away: bool,
+}
+
 /// One end of a connection, on its thread.
 #[derive(Debug)]
 pub(super) struct Client {
@@ -145,13 +155,16 @@ impl Client {
         target: Target,
         export: Export,
         patience: Duration,
-        socket: File,
-        shared: Arc<Mutex<File>>,
-        away: bool,
+        line: Line,
         ops: Receiver<Op>,
         wake: Arc<Wake>,
         connections: Arc<AtomicUsize>,
     ) -> io::Result<Self> {
+        let Line {
+            socket,
+            shared,
+            away,
+        } = line;
         set_nonblocking(&socket)?;
         Ok(Self {
             target,

@@ -40,7 +40,7 @@ use tracing::{error, info};
 use super::ops::{Action, Link, Op, Wake};
 use super::side::Side;
 use crate::shell::{Parts, confined};
-use client::Client;
+use client::{Client, Line};
 use proto::Export;
 
 pub use proto::HandshakeError;
@@ -277,9 +277,11 @@ impl Nbd {
             self.target.clone(),
             self.export,
             self.patience,
-            socket,
-            Arc::clone(&shared),
-            self.taken,
+            Line {
+                socket,
+                shared: Arc::clone(&shared),
+                away: self.taken,
+            },
             ops,
             Arc::clone(&wake),
             Arc::clone(&self.count),
