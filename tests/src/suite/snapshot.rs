@@ -65,11 +65,28 @@ fn bridge() -> Result<()> {
     Ok(())
 }
 
-/// A card whose TAP is a port of the bridge. The guest keeps the address that it has found.
+/// What a guest gives its card as an address; the cards come with another one.
+const OWN_MAC: &str = "52:54:00:77:00:09";
+
+/// A card whose TAP is a port of the bridge.
 fn card(site: &Site, tap: &str) -> Result<BackEnd> {
-    let net = Net::tap(tap).arg("--mac=52:54:00:77:00:02").start(site)?;
+    let net = Net::tap(tap)
+        .arg("--mac=52:54:00:77:00:02")
+        .arg(&format!("--control-socket={tap}.ctl"))
+        .start(site)?;
     command::run_line(&format!("ip link set {tap} master br0"))?;
     Ok(net)
+}
+
+/// A card has the address that the guest has given it by the control queue.
+fn keeps_its_address(site: &Site, tap: &str) -> Result<()> {
+    let status = Control::new(site, &format!("{tap}.ctl")).ask_json(&["status"])?;
+    let address = status.pointer("/interface/mac").and_then(Value::as_str);
+    ensure!(
+        address == Some(OWN_MAC),
+        "the guest gave its card the address {OWN_MAC}, and that of {tap} is {status}"
+    );
+    Ok(())
 }
 
 fn guest<'a>(disk: &'a BackEnd, card: &'a BackEnd, control: &Control) -> GuestBuilder<'a> {
@@ -96,6 +113,7 @@ fn a_guest_goes_on_from_a_file(site: &Site) -> Result<()> {
         .arg("--snapshots")
         .arg(&folder.display().to_string())
         .boot(site)?;
+    before.run_ok(&format!("ip link set eth0 address {OWN_MAC}"))?;
     let boot = load(&mut before)?;
     for words in [
         &["snapshot", "first"][..],
@@ -105,6 +123,7 @@ fn a_guest_goes_on_from_a_file(site: &Site) -> Result<()> {
         println!("{}: {told}", words.join(" "));
         if words.len() == 2 {
             before.run_ok("before=$(wc -l </run/rounds); until [ $(wc -l </run/rounds) -gt $before ]; do sleep 0.2; done; [ ! -e /run/fio.failed ]")?;
+            keeps_its_address(site, "tap0")?;
         }
     }
     let status = before.ended()?;
@@ -116,6 +135,7 @@ fn a_guest_goes_on_from_a_file(site: &Site) -> Result<()> {
     let control = Control::new(site, "after.sock");
     let mut after = guest(&blk, &net, &control).restore(site, &folder.join("second"))?;
     same_guest(&mut after, &boot)?;
+    keeps_its_address(site, "tap1")?;
     let status = after.shut_down()?;
     ensure!(status.success(), "the VMM ended with {status}");
     blk.stop(site)?;
@@ -142,6 +162,7 @@ fn a_guest_moves_while_it_runs(site: &Site) -> Result<()> {
         .arg(&format!("--migrate-to={TARGET}"))
         .arg(&format!("--migrate-to={CUT_SHORT}"))
         .boot(site)?;
+    source.run_ok(&format!("ip link set eth0 address {OWN_MAC}"))?;
     let boot = load(&mut source)?;
 
     let there = Control::new(site, "target.sock");
@@ -176,6 +197,7 @@ fn a_guest_moves_while_it_runs(site: &Site) -> Result<()> {
     blk.stop(site)?;
     net.stop(site)?;
     same_guest(&mut target, &boot)?;
+    keeps_its_address(site, "tap1")?;
     let status = target.shut_down()?;
     ensure!(status.success(), "the VMM ended with {status}");
     blk_there.stop(site)?;

@@ -282,7 +282,7 @@ struct Running {
     inflight: Option<Inflight>,
     /// Each queue's base is where it was stopped, so it need not be found out.
     stopped: bool,
-    /// What the back-end before kept, which the next one takes over.
+    /// What the back-end kept, which it, or the next one, takes over when it starts.
     kept: Option<Vec<u8>>,
     /// No back-end is to have them now.
     suspended: bool,
@@ -804,7 +804,12 @@ impl Shared {
         suspended.bases = halted.ok_or_else(|| MoveError::Gone { socket: socket() })?;
         if let Some(connection) = state.connection.as_mut().filter(|_| self.offer.has_state()) {
             let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| link.save_state());
-            suspended.back_end = Some(self.moved(state, "tell", told)?);
+            let kept = self.moved(state, "tell", told)?;
+            if let Some(running) = &mut state.running {
+                // If it goes on here after all: a back-end forgets what a driver has set when it hears of features.
+                running.kept = Some(kept.clone());
+            }
+            suspended.back_end = Some(kept);
         }
         Ok(suspended)
     }
