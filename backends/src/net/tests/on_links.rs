@@ -498,6 +498,6 @@ fn frames_pass_af_xdp_in_order_and_in_numbers() {
     drop(pair);
     // The kernel may still free what the last one had.
     for _ in 0..8 {
-        assert!(again().is_ok());
+        again().map(drop).unwrap();
     }
 }

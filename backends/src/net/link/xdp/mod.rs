@@ -86,8 +86,8 @@ pub enum XdpError {
     },
 }
 
-/// How often a queue that is busy is tried, and how long to wait in between: half a second in all.
-const ATTEMPTS: u32 = 26;
+/// How often a queue that is busy is tried, and how long to wait in between: two seconds in all, for a busy machine.
+const ATTEMPTS: u32 = 101;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// What was tried, and what the system said.
