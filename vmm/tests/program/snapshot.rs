@@ -254,7 +254,7 @@ fn who_is_no_vmm_is_heard_no_further() {
     std::fs::create_dir(dir.join("snapshots")).unwrap();
     for (said, message) in [
         (&b"GET / HTTP/1.1\r\n\r\n"[..], "this is no snapshot"),
-        (b"RINGSIDE\x01\0\0\0", "cut short"),
+        (b"RINGSIDE\x01\0\0\0", "the VMM that has the guest keeps it"),
         (
             b"RINGSIDE\x01\0\0\0\x01\0\0\0\xff\xff\xff\xff\0\0\0\0",
             "damaged",
