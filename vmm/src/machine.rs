@@ -263,6 +263,8 @@ struct Control {
     whole: Whole,
     /// Held by whoever changes the machine: one at a time.
     changing: Mutex<()>,
+    /// The functions of a guest that may be elsewhere now, for when it is said to be here.
+    doubtful: Mutex<Option<Vec<VfioConfig>>>,
 }
 
 impl Control {
@@ -284,6 +286,7 @@ impl Control {
             let memory = self.memory.current();
             out.write(&self.whole.description(), &memory, &state)
         });
+        let took = start.elapsed();
         if stop && written.is_ok() {
             self.exit.end(ExitReason::Requested("the control socket"));
         } else {
@@ -294,7 +297,7 @@ impl Control {
         Ok(json!({
             "file": path,
             "memory": memory,
-            "milliseconds": u64::try_from(start.elapsed().as_millis()).unwrap_or(u64::MAX),
+            "milliseconds": u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
         }))
     }
 }
@@ -414,6 +417,7 @@ impl Control {
             }
         };
         if let Err(error) = connection.hear(transport::RUNNING) {
+            *host::lock(&self.doubtful) = Some(functions);
             return Err(moving_failed(snapshot::Error::Doubt(error)));
         }
         let downtime = stands_still.elapsed();
@@ -588,7 +592,11 @@ impl Service for Control {
             Command::Resume => {
                 // Those of a guest that was to move.
                 host::resume(&self.whole.pci);
-                paused(self.gate.resume())
+                let resumed = paused(self.gate.resume())?;
+                if let Some(functions) = host::lock(&self.doubtful).take() {
+                    self.stay(&functions);
+                }
+                Ok(resumed)
             }
             Command::PowerOff => {
                 self.exit.end(ExitReason::Requested("the control socket"));
@@ -768,6 +776,7 @@ impl Machine {
                 platform: OnceLock::new(),
             },
             changing: Mutex::default(),
+            doubtful: Mutex::default(),
         };
         Ok(Self {
             processors,
@@ -829,7 +838,7 @@ impl Machine {
         }
         let vcpus = Vcpus::start(processors, &context)?;
         if before.is_some() && !config.vfio.is_empty() {
-            plug_later(&control.passthrough, &config.vfio)?;
+            plug_later(&control, &config.vfio);
         }
         events.run().map_err(Error::Events)?;
         drop(vcpus);
@@ -842,13 +851,21 @@ impl Machine {
 }
 
 /// Gives the guest functions in a thread of its own: a slot that another has just left is waited for.
-fn plug_later(passthrough: &Arc<Passthrough>, functions: &[VfioConfig]) -> Result<(), Error> {
-    let (passthrough, functions) = (Arc::clone(passthrough), functions.to_vec());
-    std::thread::Builder::new()
-        .name("vfio plug".into())
-        .spawn(move || passthrough.plug(&functions))
-        .map_err(Error::Events)?;
-    Ok(())
+fn plug_later(control: &Arc<Control>, functions: &[VfioConfig]) {
+    let (control, functions) = (Arc::clone(control), functions.to_vec());
+    let plug = move || {
+        // Who asks for a snapshot meanwhile is to find them.
+        let _changing = host::lock(&control.changing);
+        control.passthrough.plug(&functions);
+    };
+    let thread = std::thread::Builder::new().name("vfio plug".into());
+    if let Err(error) = thread.spawn(plug) {
+        // The guest runs, and a card stands in for them.
+        tracing::error!(
+            error = &error as &dyn std::error::Error,
+            "the guest does without its devices: plug them in (device-add)"
+        );
+    }
 }
 
 /// Signals that ask for an orderly end.

@@ -27,7 +27,7 @@ use serde_json::{Map, Value, json};
 use tracing::warn;
 
 use super::device::Drained;
-use super::handover::{HandOver, Parts, Place, PortOffer, PortState, With};
+use super::handover::{DRAIN, HandOver, Parts, Place, PortOffer, PortState, With};
 use super::options::Program;
 
 /// How long a drain may take unless the client says otherwise.
@@ -229,27 +229,53 @@ impl Clients {
     }
 
     fn put<T>(&self, asked: impl FnOnce(Answer<T>) -> Asked) -> Result<T, ApiError> {
-        let ending = || {
-            let message = format!("{} is ending", self.program.name);
-            ApiError::of(ErrorCode::Busy, message)
-        };
+        self.send(asked)?.recv().map_err(|_| self.ending())?
+    }
+
+    /// The same, if the answer is there in time. Who is later finds nobody to give it to, and takes back what it has done.
+    fn put_until<T>(
+        &self,
+        end: Instant,
+        asked: impl FnOnce(Answer<T>) -> Asked,
+    ) -> Result<T, ApiError> {
+        let left = end.saturating_duration_since(Instant::now());
+        match self.send(asked)?.recv_timeout(left) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Disconnected) => Err(self.ending()),
+            Err(RecvTimeoutError::Timeout) => {
+                let message = "a front-end holds its device up: try again, or have it disconnected";
+                Err(ApiError::of(ErrorCode::Busy, message))
+            }
+        }
+    }
+
+    fn ending(&self) -> ApiError {
+        let message = format!("{} is ending", self.program.name);
+        ApiError::of(ErrorCode::Busy, message)
+    }
+
+    fn send<T>(
+        &self,
+        asked: impl FnOnce(Answer<T>) -> Asked,
+    ) -> Result<Receiver<Result<T, ApiError>>, ApiError> {
         let (answer, answered) = mpsc::channel();
-        self.requests.send(asked(answer)).map_err(|_| ending())?;
+        let sent = self.requests.send(asked(answer));
+        sent.map_err(|_| self.ending())?;
         self.waker
             .wake()
             .map_err(|e| ApiError::new(ErrorCode::Failed, &e))?;
-        answered.recv().map_err(|_| ending())?
+        Ok(answered)
     }
 
     /// What there is for another program.
-    pub(super) fn offer(&self) -> Result<With<PortOffer>, ApiError> {
-        self.put(Asked::Offer)
+    pub(super) fn offer(&self, end: Instant) -> Result<With<PortOffer>, ApiError> {
+        self.put_until(end, Asked::Offer)
     }
 
     /// Stops the rings, and says what another program goes on from.
-    pub(super) fn freeze(&self) -> Result<(With<PortState>, Frozen), ApiError> {
+    pub(super) fn freeze(&self, end: Instant) -> Result<(With<PortState>, Frozen), ApiError> {
         let (tell, taken) = mpsc::channel();
-        let state = self.put(|answer| Asked::HandOver { answer, taken })?;
+        let state = self.put_until(end, |answer| Asked::HandOver { answer, taken })?;
         Ok((state, Frozen(tell)))
     }
 
@@ -264,12 +290,13 @@ impl Clients {
                 "this program was given its socket by number (--fd), and cannot pass it on";
             return Err(ApiError::of(ErrorCode::Conflict, message));
         };
+        let end = || Instant::now() + DRAIN;
         place.hand_over(
             arguments,
             client,
-            || Ok((Parts::default(), vec![self.offer()?])),
+            || Ok((Parts::default(), vec![self.offer(end())?])),
             || {
-                let (state, frozen) = self.freeze()?;
+                let (state, frozen) = self.freeze(end())?;
                 Ok((Value::Null, vec![state], frozen))
             },
             Frozen::leave,

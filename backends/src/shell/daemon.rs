@@ -116,6 +116,14 @@ extern "C" fn on_wake(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
     // That the system call was interrupted is all that is wanted.
 }
 
+/// A control socket for a program that has taken the place of another, which serves its guest in any case: nobody else does.
+pub(super) fn or_without<C>(control: Result<Option<C>, ShellError>) -> Option<C> {
+    control.unwrap_or_else(|error| {
+        warn!("there is no control socket any more: {}", Chain(&error));
+        None
+    })
+}
+
 /// Runs a back-end from start to end: returns when it was told to end, or cannot go on. Call it from the
 /// main thread before any other is started, so that signals reach nobody else.
 ///
@@ -178,7 +186,11 @@ pub fn run(program: &Program, device: impl Device, args: &ShellArgs) -> Result<(
             let clients = daemon.clients(program, place)?;
             Ok::<_, ShellError>(socket.start(Arc::new(clients))?)
         })
-        .transpose()?;
+        .transpose();
+    let control = match predecessor {
+        Some(_) => or_without(control),
+        None => control?,
+    };
     let served = daemon.serve(program.name, endpoint);
     let handed_over = daemon.handed_over;
     drop(daemon);

@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
 
 use mio::unix::SourceFd;
 use mio::{Events, Interest, Poll, Token, Waker};
@@ -35,7 +36,8 @@ use tracing::{error, info, info_span};
 use super::confine::confine;
 use super::control::{Clients, Frozen, Link, LinkState, Reply, Request, Statistics, answered};
 use super::daemon::{
-    Daemon, ShellError, adopt_control, adopt_file, bind_control, end, ends, prepare, system,
+    Daemon, ShellError, adopt_control, adopt_file, bind_control, end, ends, or_without, prepare,
+    system,
 };
 use super::device::{Device, OpenError};
 use super::handler::Handler;
@@ -48,6 +50,9 @@ use super::state::StateError;
 
 const SIGNALS: Token = Token(0);
 const WAKE: Token = Token(1);
+
+/// How long front-ends, all together, may hold up the hand-over of ports. From some point on the guests of all of them stand still.
+const HELD_UP: Duration = Duration::from_secs(5);
 
 /// What a port is made from, as written on the command line or in a request.
 pub type PortOptions = BTreeMap<String, String>;
@@ -337,7 +342,15 @@ pub fn run_ports<H: Hub>(
             .map(|()| control)
             .map_err(ShellError::Port),
     };
-    let served = begun.and_then(|control| serve(&ports, control, &mut signals, &mut poll));
+    let served = begun.and_then(|control| {
+        serve(
+            &ports,
+            control,
+            &mut signals,
+            &mut poll,
+            predecessor.is_some(),
+        )
+    });
     if end.handed_over.load(Ordering::Acquire) {
         // What the ports' end would undo is the other program's now.
         std::mem::forget(ports);
@@ -381,6 +394,7 @@ fn serve<H: Hub>(
     control: Option<BoundSocket>,
     signals: &mut SignalFd,
     poll: &mut Poll,
+    took_over: bool,
 ) -> Result<(), ShellError> {
     // To the end: what was asked before is answered.
     let control = control
@@ -394,7 +408,12 @@ fn serve<H: Hub>(
             let _ = ports.place.set(place);
             Ok::<_, ShellError>(socket.start(Arc::clone(ports))?)
         })
-        .transpose()?;
+        .transpose();
+    let control = if took_over {
+        or_without(control)
+    } else {
+        control?
+    };
     info!("{} ready", ports.program.name);
     let mut events = Events::with_capacity(4);
     loop {
@@ -411,6 +430,12 @@ fn serve<H: Hub>(
         }
         let asked = ports.end.asked.load(Ordering::Acquire);
         if asked || lock(&ports.end.failure).is_some() || ends(signals, || {}) {
+            // A program that is about to take all of it has it after this, or has not.
+            let _alone = (ports.members.write()).unwrap_or_else(PoisonError::into_inner);
+            if let (true, Some(control)) = (ports.end.handed_over.load(Ordering::Acquire), control)
+            {
+                control.leave();
+            }
             return Ok(());
         }
     }
@@ -594,15 +619,17 @@ impl<H: Hub> Ports<H> {
         };
         let ports: Vec<Arc<Port>> = lock(&self.ports).values().cloned().collect();
         let offers = || {
+            let end = Instant::now() + HELD_UP;
             let common = lock(&self.hub).parts()?;
             let offers = ports.iter().map(|port| {
-                let (mut offer, descriptors) = port.clients.offer()?;
+                let (mut offer, descriptors) = port.clients.offer(end)?;
                 offer.options = port.options.clone();
                 Ok((offer, descriptors))
             });
             Ok((common, offers.collect::<Result<_, ApiError>>()?))
         };
         let freeze = || {
+            let end = Instant::now() + HELD_UP;
             let common = lock(&self.hub).freeze()?;
             let mut frozen = FrozenPorts {
                 ports: self,
@@ -610,7 +637,7 @@ impl<H: Hub> Ports<H> {
             };
             let mut states = Vec::new();
             for port in &ports {
-                let (state, stopped) = port.clients.freeze()?;
+                let (state, stopped) = port.clients.freeze(end)?;
                 states.push(state);
                 frozen.stopped.push((Arc::clone(port), stopped));
             }

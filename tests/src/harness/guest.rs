@@ -13,7 +13,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use nix::sys::signal::Signal;
 
 use super::backend::{BackEnd, Blk, Kind};
-use super::daemon::{fresh_name, is_socket, signal_child};
+use super::daemon::{fresh_name, signal_child};
 use crate::command::{as_ordinary_user, describe, wait_for};
 use crate::ensure;
 use crate::error::{Doing, LabError, Result, last_lines};
@@ -166,7 +166,7 @@ impl<'a> GuestBuilder<'a> {
         };
         let mut guest = self.arg(option).arg(address).start(site)?;
         let start = Instant::now();
-        while !listens(site, address)? {
+        while !listens(address)? {
             let ended = wait_for(&mut guest.child, Duration::from_millis(20))?;
             if ended.is_some() || start.elapsed() > limit {
                 return Err(guest.failed("the VMM does not listen for the guest".into()));
@@ -698,18 +698,20 @@ impl Drop for Guest {
 }
 
 /// Whether somebody listens at `unix:PATH` or `tcp:127.0.0.1:PORT`: nobody connects, as only one may.
-fn listens(site: &Site, address: &str) -> Result<bool> {
+fn listens(address: &str) -> Result<bool> {
+    let read = |table: &str| fs::read_to_string(table).doing(|| format!("read {table}"));
     if let Some(socket) = address.strip_prefix("unix:") {
-        return Ok(is_socket(&site.scratch.join(socket)));
+        // The file is there a moment before. Of the flags in the fourth column, this one says that somebody listens.
+        return Ok(read("/proc/self/net/unix")?.lines().any(|row| {
+            row.ends_with(socket) && row.split_whitespace().nth(3) == Some("00010000")
+        }));
     }
     let unknown = || LabError::Setup(format!("`{address}` is no address to wait at"));
     let (_, port) = address.rsplit_once(':').ok_or_else(unknown)?;
     let port: u16 = port.parse().map_err(|_| unknown())?;
-    let table = "/proc/self/net/tcp";
-    let table = fs::read_to_string(table).doing(|| format!("read {table}"))?;
     // Local address, remote address, state, of which 0A is LISTEN.
     let row = format!(":{port:04X} 00000000:0000 0A ");
-    Ok(table.contains(&row))
+    Ok(read("/proc/self/net/tcp")?.contains(&row))
 }
 
 /// The same command on one CPU only.

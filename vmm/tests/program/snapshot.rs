@@ -167,11 +167,25 @@ fn what_is_no_such_snapshot_is_refused(dir: &Path, good: &Path) {
     refused(&bad, &same, "the snapshot is cut short");
 }
 
-/// Waits until there is such a socket.
-fn wait_for_socket(path: &Path) {
+/// Waits until a program listens for a guest: the socket's file is there a moment before.
+fn wait_for_listener(child: &Child) {
     let start = Instant::now();
-    while !path.exists() {
-        assert!(start.elapsed() < LIMIT, "nobody listens at {path:?}");
+    let listens = || {
+        let table = std::fs::read_to_string("/proc/net/unix").unwrap();
+        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", child.id())).unwrap();
+        let own: Vec<_> = descriptors
+            .filter_map(|entry| std::fs::read_link(entry.ok()?.path()).ok())
+            .collect();
+        // Number, counter, protocol, flags (one says that it listens), type, state, inode, path.
+        table.lines().any(|row| {
+            let columns: Vec<_> = row.split_whitespace().collect();
+            columns.len() == 8
+                && (columns[3], columns[7]) == ("00010000", "move")
+                && own.contains(&format!("socket:[{}]", columns[6]).into())
+        })
+    };
+    while !listens() {
+        assert!(start.elapsed() < LIMIT, "nobody listens for a guest");
         std::thread::sleep(std::time::Duration::from_millis(2));
     }
 }
@@ -214,7 +228,7 @@ fn a_guest_moves_while_it_runs() {
         .args(["--incoming=unix:move", "--cpus=2"])
         .spawn()
         .unwrap();
-    wait_for_socket(&dir.join("move"));
+    wait_for_listener(&other);
     let answer = ask(&control, &["migrate", "unix:move"]);
     assert_eq!(status(&answer), 1, "{answer:?}");
     let output = finish(other);
@@ -229,7 +243,7 @@ fn a_guest_moves_while_it_runs() {
         .arg("--incoming=unix:move")
         .spawn()
         .unwrap();
-    wait_for_socket(&dir.join("move"));
+    wait_for_listener(&child);
     let answer = ask(&control, &["migrate", "unix:move"]);
     assert_eq!(status(&answer), 0, "{answer:?}");
     assert!(
@@ -265,7 +279,7 @@ fn who_is_no_vmm_is_heard_no_further() {
             .spawn()
             .unwrap();
         let socket = dir.join("move");
-        wait_for_socket(&socket);
+        wait_for_listener(&child);
         let mut stream = UnixStream::connect(&socket).unwrap();
         stream.write_all(said).unwrap();
         stream.shutdown(std::net::Shutdown::Write).unwrap();

@@ -681,6 +681,8 @@ impl Companion {
         self.access = access;
         self.layers = layers;
         self.frozen = !write;
+        // The other program has written its tables, and not synced them.
+        self.tables_changed.store(write, Ordering::Release);
         Ok(())
     }
 

@@ -181,7 +181,10 @@ impl Packet {
         let goes_on = !taken.is_empty();
         let mut taken = BTreeMap::from_iter(taken);
         let mut group = match taken.values().next() {
-            Some(socket) if count > 1 => sys::group_of(socket.as_fd()).ok(),
+            Some(socket) if count > 1 => {
+                let found = sys::group_of(socket.as_fd());
+                Some(found.map_err(|errno| explained(name, "finding its fan-out group", errno))?)
+            }
             _ => None,
         };
         let queues = (0..count)

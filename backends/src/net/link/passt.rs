@@ -321,6 +321,8 @@ pub(super) struct Passt {
     pending: Vec<u8>,
     /// Bytes of it that are gone by now.
     sent: usize,
+    /// It may be another program's, and so may its starter.
+    left: bool,
     log: LogLimit,
 }
 
@@ -351,9 +353,7 @@ impl Passt {
             since: Instant::now(),
         });
         let mut link = Self::on(source, connection)?;
-        if link.connection.is_none() {
-            link.try_later();
-        }
+        link.left = true;
         Ok(link)
     }
 
@@ -386,6 +386,7 @@ impl Passt {
             end: 0,
             pending: Vec::with_capacity(PREFIX + MAX_FRAME),
             sent: 0,
+            left: false,
             log: LogLimit::default(),
         })
     }
@@ -535,6 +536,13 @@ impl Link for Passt {
     }
 
     fn ready(&mut self, events: Events) -> Ready {
+        if self.left {
+            // An end of it shows with the next frame.
+            return Ready {
+                readable: false,
+                writable: false,
+            };
+        }
         // Both descriptors have one token. The timer runs only while there is no connection.
         if self.connection.is_none() {
             let mut rung = [0; 8];
@@ -610,6 +618,7 @@ impl Link for Passt {
     }
 
     fn leave(&mut self) {
+        self.left = true;
         let received = self.buffer.get(self.start..self.end);
         let pending = self.pending.get(self.sent..);
         *lock(&self.handle.left) = Left {
@@ -622,6 +631,12 @@ impl Link for Passt {
 
     fn go_on(&mut self) {
         let Left { received, pending } = std::mem::take(&mut *lock(&self.handle.left));
+        self.left = false;
+        if self.connection.is_none() {
+            // They belong to one that is gone, and the timer may have rung meanwhile.
+            self.try_later();
+            return;
+        }
         if let Some(place) = self.buffer.get_mut(..received.len()) {
             place.copy_from_slice(&received);
             self.end = received.len();

@@ -240,12 +240,11 @@ impl<D: Device> Handler<D> {
         descriptors: &mut Descriptors,
     ) -> Result<Kick, TakeOverError> {
         let number = u8::try_from(index).unwrap_or(u8::MAX);
-        if ring.size > 0 {
-            obeyed(self.set_vring_num(index, ring.size.into()))?;
-        }
-        if let Some(base) = ring.base {
-            obeyed(self.set_vring_base(index, base))?;
-        }
+        let queue = self.queue(index)?;
+        let state = self.state(queue)?;
+        // The front-end may have said so before it chose other features. They are looked at when the ring starts.
+        state.size = ring.size;
+        state.base = ring.base;
         if let Some(RingAddresses {
             desc,
             avail,
@@ -260,7 +259,6 @@ impl<D: Device> Handler<D> {
             let log = log.unwrap_or(0);
             obeyed(self.set_vring_addr(index, flags, desc, used, avail, log))?;
         }
-        let queue = self.queue(index)?;
         let call = super::event_descriptor(number, descriptors.take_file(ring.call)?)?;
         let err = super::event_descriptor(number, descriptors.take_file(ring.err)?)?;
         let state = self.state(queue)?;

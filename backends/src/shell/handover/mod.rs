@@ -54,7 +54,7 @@ use super::ports::PortOptions;
 /// How long a program may take to open its device and to start its threads.
 pub(super) const PREPARE: Duration = Duration::from_secs(60);
 /// How long requests in flight may take to end. The old program goes on if they take longer.
-const DRAIN: Duration = Duration::from_secs(60);
+pub(super) const DRAIN: Duration = Duration::from_secs(60);
 /// How long each of the other steps may take.
 pub(super) const STEP: Duration = Duration::from_secs(10);
 

@@ -32,7 +32,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ringside_sandbox::{Profile, ThreadKind};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use thiserror::Error;
 use tracing::{error, info};
@@ -73,6 +73,23 @@ pub enum NbdError {
         /// The export.
         target: String,
     },
+    /// The program whose place is taken has another one.
+    #[error(
+        "NBD: the other program has {theirs} open, and this one was given {target}: start it with the same --path"
+    )]
+    Otherwise {
+        /// What was asked for.
+        target: String,
+        /// What is open.
+        theirs: String,
+    },
+}
+
+/// What a program tells the one that takes its place.
+#[derive(Debug, Serialize, Deserialize)]
+struct Described {
+    target: String,
+    export: Export,
 }
 
 /// An export that is open.
@@ -126,15 +143,24 @@ impl Nbd {
     /// [`NbdError`]
     pub(in crate::blk) fn adopt(
         target: Target,
-        export: &Value,
+        described: &Value,
         sockets: VecDeque<File>,
         read_only: bool,
         patience: Duration,
     ) -> Result<Self, NbdError> {
-        let export = Export::deserialize(export).map_err(|error| NbdError::Handshake {
+        let described = Described::deserialize(described);
+        let Described {
+            target: theirs,
+            export,
+        } = described.map_err(|error| NbdError::Handshake {
             target: target.to_string(),
             source: HandshakeError::Io(error.into()),
         })?;
+        // Where the connections are made again.
+        if theirs != target.to_string() {
+            let target = target.to_string();
+            return Err(NbdError::Otherwise { target, theirs });
+        }
         let mut nbd = Self::on(target, export, sockets, true, read_only, patience)?;
         nbd.taken = true;
         Ok(nbd)
@@ -176,7 +202,10 @@ impl Nbd {
             Ok(socket.try_clone()?.into())
         });
         Ok(Parts {
-            description: json!(self.export),
+            description: json!(Described {
+                target: self.target.to_string(),
+                export: self.export,
+            }),
             descriptors: sockets.collect::<io::Result<_>>()?,
         })
     }
