@@ -237,12 +237,19 @@ fn an_export_goes_from_program_to_program() {
         for upgrade in 0..20 {
             disk.load(60, true);
             if upgrade % 5 == 0 {
-                let other = [&args[..], &["--physical-block-size", "8192"]].concat();
-                let mut child = daemon.successor(BLK, &other);
-                assert_eq!(child.wait().unwrap().code(), Some(1));
-                let log = daemon.log();
-                assert!(log.contains("configuration space"), "{log}");
-                disk.load(60, true);
+                let otherwise = [&args[..], &["--physical-block-size", "8192"]].concat();
+                let elsewhere = uri.replace("/disk?", "/other?");
+                let elsewhere = ["--path", &elsewhere, "--queues", "2"];
+                for (other, why) in [
+                    (&otherwise[..], "configuration space"),
+                    (&elsewhere, "start it with the same --path"),
+                ] {
+                    let mut child = daemon.successor(BLK, other);
+                    assert_eq!(child.wait().unwrap().code(), Some(1));
+                    let log = daemon.log();
+                    assert!(log.contains(why), "{log}");
+                    disk.load(60, true);
+                }
             }
             daemon.upgrade(BLK, &args);
             assert!(!daemon.log().contains("lost"), "{}", daemon.log());
