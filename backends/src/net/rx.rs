@@ -298,8 +298,12 @@ impl Rx {
         Ok((end, interrupt))
     }
 
-    /// Gives the ring back, and the buffers taken from it to the ring. A packet that was held is lost.
-    pub(super) fn into_vring(mut self) -> Box<Vring> {
+    /// Gives the ring back, and the buffers taken from it to the ring. Packets that were held are lost.
+    pub(super) fn into_vring(mut self, counters: &Counters) -> Box<Vring> {
+        let lost = self.state.held.len();
+        counters
+            .rx_dropped
+            .add(u64::try_from(lost).unwrap_or(u64::MAX));
         if let Err(error) = self.unpost() {
             self.ring.fail(&error);
         }
@@ -371,7 +375,7 @@ impl State {
 
     /// Holds packet `number` of a call, which has read `len` bytes; `used` buffers of that call are not in the row any more.
     /// `false` if it cannot be: it is lost.
-    #[cold]
+    #[inline(never)]
     fn hold(&mut self, list: &IoList, number: usize, used: usize, len: usize) -> bool {
         let before = number.saturating_sub(used);
         let Some(buffer) = self.posted.get(before).copied() else {
@@ -379,10 +383,12 @@ impl State {
         };
         let fitted = len.min(buffer.len);
         let rest = len.saturating_sub(fitted);
-        if len < self.header_len || rest >= SPILL || rest > 0 && !self.mergeable {
+        // Without mergeable buffers it may still fit another buffer than its own.
+        let alone = before == 0 && !self.mergeable;
+        if len < self.header_len || rest >= SPILL || rest > 0 && alone {
             return false;
         }
-        if rest > 0 {
+        if rest > 0 && self.mergeable {
             self.long_for = LONG_FOR;
         }
         let mut held = Held {
@@ -474,10 +480,13 @@ impl State {
         self.pieces.extend(posted.map(|posted| posted.pieces));
         let spills = self.spills.chunks_exact_mut(SPILL);
         link.receive_all(list, &self.pieces, spills, &mut self.results);
-        match self.results.last() {
-            Some(Err(error)) => self.may_go_on(error),
-            _ => true,
+        // Each error is told; the last result says whether there may be more.
+        let mut more = true;
+        for result in &self.results {
+            let error = result.as_ref().err();
+            more = error.is_none_or(|error| self.may_go_on(error));
         }
+        more
     }
 
     /// Whether to read again after an error.
@@ -548,7 +557,8 @@ impl State {
                 Ok(None)
             }
             Ok(len) if len <= room => {
-                if len > SHORT {
+                // One that fits the first buffer needs no others beside it.
+                if len > SHORT && !self.fits(len) {
                     self.long_for = LONG_FOR;
                 }
                 Ok(Some(len))

@@ -442,7 +442,7 @@ impl<L: Link> PairWorker<L> {
             let mut rx = self.rx.take_if(|rx| rx.ring.vring.index == index)?;
             rx.ring.flush(&self.counters);
             self.attach();
-            rx.into_vring()
+            rx.into_vring(&self.counters)
         } else {
             let mut tx = self.tx.take_if(|tx| tx.ring.vring.index == index)?;
             tx.ring.flush(&self.counters);

@@ -1,9 +1,9 @@
 //! Many frames for a descriptor with one system call, by a ring of io_uring.
 //!
-//! None of them waits for room, so that the kernel has done all of it, in order, when the call returns.
+//! None of them waits, for room or for a frame, so that the kernel has done all of it, in order, when the call returns.
 #![allow(
     unsafe_code,
-    reason = "submission entries carry pointers to the pieces of a list, and into guest memory"
+    reason = "submission entries carry pointers to the pieces of a list, into guest memory, and to spills"
 )]
 
 use std::io;
@@ -33,7 +33,8 @@ pub(super) struct Batch {
     places: Vec<libc::iovec>,
 }
 
-// SAFETY: it has no pointers but during a call.
+// SAFETY: `IoUring` may be sent by itself. `places` is empty between calls, so that no other thread sees its pointers; entries that a
+// failed submission left in the queue are not submitted, as a ring that is `broken` is not used again.
 unsafe impl Send for Batch {}
 
 impl std::fmt::Debug for Batch {
@@ -79,6 +80,9 @@ impl Batch {
         frames: &[usize],
         results: &mut Vec<io::Result<()>>,
     ) {
+        if self.broken {
+            return;
+        }
         let fd = Fd(fd.as_raw_fd());
         let before = results.len();
         let mut queue = self.ring.submission();
@@ -99,8 +103,8 @@ impl Batch {
         self.complete(results.get_mut(before..).unwrap_or_default(), |_| ());
     }
 
-    /// Reads as many frames as there are spills, of the pieces of the list each into so many, and into its spill what does not
-    /// fit there. Appends the length of each, in their order. At most [`AT_ONCE`] of them.
+    /// Reads frames, each into so many pieces of the list, and into its spill what does not fit there. Appends the length of
+    /// each, in their order: of fewer than were asked for if their pieces are too many for one call. At most [`AT_ONCE`] of them.
     pub(super) fn read(
         &mut self,
         fd: BorrowedFd<'_>,
@@ -109,6 +113,9 @@ impl Batch {
         spills: ChunksExactMut<'_, u8>,
         results: &mut Vec<io::Result<usize>>,
     ) {
+        if self.broken {
+            return;
+        }
         let fd = Fd(fd.as_raw_fd());
         let before = results.len();
         let mut rest = list.live();

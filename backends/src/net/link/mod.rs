@@ -181,7 +181,8 @@ pub(super) trait Link: Send {
 
     /// Gives frames in order, the first into the first `pieces[0]` pieces of the list, the next one into those behind, and so on,
     /// and what does not fit there into the spill of the same number; appends to `results` what came of each, as
-    /// [`receive`](Self::receive) does. There may be none between others that are there.
+    /// [`receive`](Self::receive) does, of the first ones only if their pieces are too many. There may be none between others
+    /// that are there.
     fn receive_all(
         &mut self,
         list: &mut IoList,
