@@ -298,6 +298,16 @@ fn a_guest_moves_with_its_function(site: &Site) -> Result<()> {
     let pings =
         target.run_ok("kill -INT $(cat /run/ping.pid); sleep 0.5; tail -n 3 /run/ping.log")?;
     println!("{}", pings.trim());
+    // It takes the guest some five seconds to let go of a function: had nothing gone over the card, many more were missing.
+    let words: Vec<_> = pings.split_whitespace().collect();
+    let lost = words.windows(2).find_map(|pair| match pair {
+        [percent, "packet"] => percent.strip_suffix('%')?.parse::<u32>().ok(),
+        _ => None,
+    });
+    ensure!(
+        lost.is_some_and(|percent| percent <= 10),
+        "too many packets were lost:\n{pings}"
+    );
     let list = there_control.ask_json(&["device-list"])?;
     ensure!(
         list.to_string().contains(there.as_str()),
