@@ -415,7 +415,7 @@ impl State {
         true
     }
 
-    /// Returns the first `buffers` buffers of the row with a packet of `len` bytes. Returns how many those are.
+    /// Returns the first `buffers` buffers of the row with a packet of `len` bytes.
     #[inline]
     fn give(
         &mut self,
@@ -423,7 +423,7 @@ impl State {
         list: &mut IoList,
         len: usize,
         buffers: usize,
-    ) -> Result<usize, RingError> {
+    ) -> Result<(), RingError> {
         let mut rest = len;
         for _ in 0..buffers {
             let Some(posted) = self.posted.pop_front() else {
@@ -435,7 +435,7 @@ impl State {
             self.room = self.room.saturating_sub(posted.len);
             rest = rest.saturating_sub(used);
         }
-        Ok(buffers)
+        Ok(())
     }
 
     /// Returns the packets of a call that stand where they belong, and holds the others. Returns how much of the turn that takes.
@@ -453,7 +453,8 @@ impl State {
             read += 1;
             if number == used && self.fits(len) {
                 let buffers = self.accept(list, len, settings, counters);
-                used += self.give(session, list, len, buffers)?;
+                self.give(session, list, len, buffers)?;
+                used += buffers;
             } else if self.hold(list, number, used, len) {
                 continue;
             } else {

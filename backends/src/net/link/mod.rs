@@ -323,17 +323,23 @@ impl AnyLink {
 
 /// What a driver can change about a link, all queues of it.
 pub(super) trait Interface: Debug + Send + Sync {
-    /// Sets how many bytes precede each packet.
+    /// Sets how many bytes precede each packet, unless the link hears it with each call.
     ///
     /// # Errors
     /// What the link said.
-    fn set_header_len(&self, len: u8) -> Result<(), LinkError>;
+    fn set_header_len(&self, len: u8) -> Result<(), LinkError> {
+        let _ = len;
+        Ok(())
+    }
 
-    /// Says which packets the driver takes as they are: a set of `TUN_F_*`.
+    /// Says which packets the driver takes as they are: a set of `TUN_F_*`. A link without offloads has nothing to do.
     ///
     /// # Errors
     /// What the link said.
-    fn set_offloads(&self, offloads: u32) -> Result<(), LinkError>;
+    fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
+        let _ = offloads;
+        Ok(())
+    }
 
     /// Makes ready to have packets go to the queues that a driver wants. Called once, before the queues have threads.
     ///
@@ -407,14 +413,6 @@ pub(super) trait Interface: Debug + Send + Sync {
 struct Fixed(LinkSpec);
 
 impl Interface for Fixed {
-    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
-        Ok(())
-    }
-
-    fn set_offloads(&self, _offloads: u32) -> Result<(), LinkError> {
-        Ok(())
-    }
-
     fn needs(&self, profile: &mut Profile) {
         self.0.needs(profile);
     }

@@ -15,7 +15,7 @@ use nix::sys::socket::{AddressFamily, SockFlag, SockProtocol, SockType, socket};
 use ringside_sandbox::Profile;
 use thiserror::Error;
 
-use super::{Interface, Link, LinkError, LinkSpec, MAX_HEADER};
+use super::{Interface, Link, LinkSpec, MAX_HEADER};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 
@@ -123,14 +123,6 @@ impl Sockets {
 }
 
 impl Interface for Sockets {
-    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
-        Ok(())
-    }
-
-    fn set_offloads(&self, _offloads: u32) -> Result<(), LinkError> {
-        Ok(())
-    }
-
     fn needs(&self, profile: &mut Profile) {
         self.spec.needs(profile);
     }

@@ -37,7 +37,7 @@ use thiserror::Error;
 use tracing::{debug, info, warn};
 
 use super::starter::{PROGRAM, Starter};
-use super::{Interface, Link, LinkError, LinkSpec, MAX_HEADER, Ready};
+use super::{Interface, Link, LinkSpec, MAX_HEADER, Ready};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 use crate::net::tx::MAX_FRAME;
@@ -270,14 +270,6 @@ impl Handle {
 }
 
 impl Interface for Handle {
-    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
-        Ok(())
-    }
-
-    fn set_offloads(&self, _offloads: u32) -> Result<(), LinkError> {
-        Ok(())
-    }
-
     fn needs(&self, profile: &mut Profile) {
         self.spec.needs(profile);
     }

@@ -222,13 +222,8 @@ impl PortShared {
     }
 }
 
-/// What a driver can change about its port.
+/// What a driver can change about its port. Its rings say how long headers are.
 impl Interface for PortShared {
-    /// Its rings say how long headers are.
-    fn set_header_len(&self, _len: u8) -> Result<(), LinkError> {
-        Ok(())
-    }
-
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
         debug!(port = self.name, "offloads {offloads:#x}");
         self.offloads.store(offloads, Ordering::Relaxed);
