@@ -419,7 +419,19 @@ impl Switch {
 
     fn ask(&self, command: &str, arguments: &Value) -> Value {
         let control = self.daemon.dir.path().join("ctl");
-        client::call(&control, command, arguments).unwrap().unwrap()
+        let start = Instant::now();
+        loop {
+            match client::call(&control, command, arguments).unwrap() {
+                // It sees a moment later that the other program has gone.
+                Err(error)
+                    if error.message.contains("another program is about to take")
+                        && start.elapsed() < Duration::from_secs(5) =>
+                {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                answer => return answer.unwrap(),
+            }
+        }
     }
 
     fn station(&self, name: &str, setup: Setup) -> Station {
