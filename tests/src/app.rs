@@ -1,12 +1,10 @@
 //! The `lab` command line and what its commands do.
 
-use std::collections::BTreeMap;
-use std::io::Write;
-use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
 use crate::bench::{self, BlkBench, NetBench};
 use crate::calls;
@@ -16,20 +14,18 @@ use crate::error::{Doing, LabError, Result};
 use crate::fuzz;
 use crate::inside;
 use crate::l1::{self, Run};
-use crate::link::Link;
+use crate::lab::{Lab, Where, build_programs};
 use crate::native;
 use crate::power_cut;
 use crate::probe;
-use crate::programs;
-use crate::protocol::{Event, Half, Outcome, Request, Tally};
+use crate::protocol::{Half, Request, Tally};
 use crate::setup::{Cache, Systems, Wishes};
-use crate::site::{Effort, Place, Site};
+use crate::site::{Effort, Site};
 use crate::suite;
+use crate::testing::{self, Plan, show};
 
-/// Longer than any test may be silent.
+/// Longer than the demonstration, or a command, may be silent.
 const SILENCE_LIMIT: Duration = Duration::from_secs(3600);
-/// Until `lab inside` on this machine is ready.
-const HOST_LIMIT: Duration = Duration::from_secs(20);
 
 const EXAMPLES: &str = "\
 Examples:
@@ -89,17 +85,6 @@ struct Common {
     verbose: bool,
 }
 
-/// Where guests run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Where {
-    /// On this machine if its KVM boots Linux, else in the lab VM
-    Auto,
-    /// On this machine
-    Host,
-    /// In the lab VM
-    Lab,
-}
-
 /// What is measured.
 #[derive(Debug, Subcommand)]
 enum Bench {
@@ -149,6 +134,11 @@ enum Action {
         /// Print the names of the end-to-end tests and do nothing
         #[arg(long)]
         list: bool,
+        /// How many lab VMs run tests at the same time [default: one for each processor, if there is memory for them]
+        ///
+        /// Ratios that a test prints are steadiest with one. On this machine's own KVM tests run one after the other.
+        #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+        jobs: Option<u16>,
         #[command(flatten)]
         effort: Effort,
     },
@@ -240,17 +230,34 @@ fn run(action: Action) -> Result<ExitCode> {
     match action {
         Action::Demo { common } => {
             let mut lab = Lab::start(systems(&common)?, common.place)?;
-            let status = lab
-                .link
-                .request(&Request::Demo, SILENCE_LIMIT, |event| show(event, true))?;
+            let status = lab.request(&Request::Demo, SILENCE_LIMIT, |event| show(event, true))?;
             Ok(exit_code(status))
+        }
+        Action::Test {
+            filters,
+            list: true,
+            ..
+        } => {
+            for name in testing::names(&filters) {
+                println!("{name}");
+            }
+            Ok(ExitCode::SUCCESS)
         }
         Action::Test {
             common,
             filters,
-            list,
+            list: false,
+            jobs,
             effort,
-        } => test(&common, &filters, list, effort),
+        } => Ok(test(
+            &common,
+            &Plan {
+                filters: &filters,
+                effort,
+                jobs: jobs.map(usize::from),
+                verbose: common.verbose,
+            },
+        )),
         Action::Check { no_tests } => check(no_tests),
         Action::Fuzz {
             targets,
@@ -331,92 +338,11 @@ fn systems(common: &Common) -> Result<Systems> {
     })
 }
 
-/// A connected lab.
-struct Lab {
-    // Fields are dropped in this order: the other side ends before its files go.
-    link: Link,
-    place: Place,
-    programs: PathBuf,
-    run: Run,
-    systems: Systems,
-}
-
-impl Lab {
-    fn start(systems: Systems, place: Where) -> Result<Self> {
-        let programs = build_programs()?;
-        let run = Run::create(&systems)?;
-        let start = Instant::now();
-        let place = choose(place, &systems, &programs, &run)?;
-        let link = match place {
-            Place::Host => host_link(&systems.host_site(&programs, run.path()), &programs, &run)?,
-            Place::Lab => l1::boot(&systems, &run, &programs)?,
-        };
-        eprintln!("lab: ready after {:.1} s", start.elapsed().as_secs_f64());
-        Ok(Self {
-            link,
-            place,
-            programs,
-            run,
-            systems,
-        })
-    }
-
-    /// Cuts the power of the lab VM while a guest writes, and looks for what was on its disks; gives what there is to say.
-    fn cut_power(mut self) -> Result<String> {
-        if self.place == Place::Host {
-            return Err(LabError::Skipped("this machine's power is not cut".into()));
-        }
-        let told = power_cut::wait_for_writes(&mut self.link)?;
-        self.link.cut()?;
-        let mut link = l1::boot(&self.systems, &self.run, &self.programs)?;
-        power_cut::compare(&told, &mut link)
-    }
-}
-
-fn build_programs() -> Result<PathBuf> {
-    eprintln!("lab: building the programs (static, release)");
-    programs::build()
-}
-
-/// Starts `lab inside` on this machine.
-fn host_link(site: &Site, programs: &Path, run: &Run) -> Result<Link> {
-    let mut command = Command::new(programs.join("lab"));
-    let site = serde_json::to_string(site).map_err(|error| LabError::Protocol {
-        from: "host",
-        text: error.to_string(),
-    })?;
-    command.arg("inside").env(crate::site::SITE_VARIABLE, site);
-    let log = run.path().join("inside.log");
-    Link::start("lab program beside KVM", command, &log, &[], HOST_LIMIT)
-}
-
-/// Decides where guests run, and says so.
-fn choose(wanted: Where, systems: &Systems, programs: &Path, run: &Run) -> Result<Place> {
-    if wanted == Where::Lab {
-        eprintln!("lab: guests run in the lab VM");
-        return Ok(Place::Lab);
-    }
-    let site = systems.host_site(programs, run.path());
-    match probe::host_obstacle(systems, &site, wanted == Where::Host)? {
-        None => {
-            eprintln!("lab: guests run on this machine's own KVM");
-            Ok(Place::Host)
-        }
-        Some(obstacle) if wanted == Where::Host => Err(LabError::Setup(format!(
-            "guests cannot run on this machine: {obstacle}; use --where lab"
-        ))),
-        Some(obstacle) => {
-            eprintln!("lab: guests run in the lab VM, not on this machine: {obstacle}");
-            Ok(Place::Lab)
-        }
-    }
-}
-
 fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
     if command.is_empty() && common.place != Where::Host {
         let systems = systems(common)?;
         let programs = build_programs()?;
-        let run = Run::create(&systems)?;
+        let run = Run::create(&systems, 0)?;
         l1::shell(&systems, &run, &programs)?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -431,9 +357,7 @@ fn shell(common: &Common, command: &[String]) -> Result<ExitCode> {
     let request = Request::Shell {
         command: script(command),
     };
-    let status = lab
-        .link
-        .request(&request, SILENCE_LIMIT, |event| show(event, true))?;
+    let status = lab.request(&request, SILENCE_LIMIT, |event| show(event, true))?;
     Ok(exit_code(status))
 }
 
@@ -488,133 +412,18 @@ fn compare_calls() -> Result<ExitCode> {
     })
 }
 
-fn test(common: &Common, filters: &[String], list: bool, effort: Effort) -> Result<ExitCode> {
-    if list {
-        for name in suite::names(filters).iter().chain(cut_name(filters)) {
-            println!("{name}");
-        }
-        return Ok(ExitCode::SUCCESS);
-    }
+fn test(common: &Common, plan: &Plan) -> ExitCode {
     let mut tally = Tally::default();
-    let outcome = test_all(common, filters, effort, &mut tally);
-    if let Err(error) = &outcome {
+    if let Err(error) = testing::run(plan, common.place, || systems(common), &mut tally) {
         // What could not even be run has failed.
         eprintln!("lab: {error}");
         tally.failed += 1;
     }
     println!("{tally}");
-    Ok(if tally.failed == 0 {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    })
-}
-
-/// The name of the test that no part of the suite is, as it ends the machine that runs the suite; if it is selected.
-fn cut_name(filters: &[String]) -> Option<&'static &'static str> {
-    const NAME: &str = "crash::power_is_cut";
-    suite::is_selected(NAME, filters).then_some(&NAME)
-}
-
-fn test_all(common: &Common, filters: &[String], effort: Effort, tally: &mut Tally) -> Result<()> {
-    let expected = suite::names(filters);
-    let cut = cut_name(filters);
-    if expected.is_empty() && cut.is_none() {
-        return Err(LabError::Setup(format!(
-            "no end-to-end test has a name with {}; `cargo lab test --list` shows them",
-            filters.join(" or ")
-        )));
+    match tally.failed {
+        0 => ExitCode::SUCCESS,
+        _ => ExitCode::FAILURE,
     }
-    // What it asks comes before all that takes long.
-    let systems = systems(common)?;
-    if filters.is_empty() {
-        let native = native::test(common.verbose)?;
-        println!("lab: native tests: {native}");
-        tally.add(native);
-    }
-    let mut lab = Lab::start(systems, common.place)?;
-    let mut outcomes = BTreeMap::new();
-    let request = Request::Suite {
-        filters: filters.to_vec(),
-        effort,
-    };
-    let result = lab.link.request(&request, SILENCE_LIMIT, |event| {
-        if let Event::Ended { name, outcome, .. } = event {
-            outcomes.insert(name.clone(), *outcome);
-        }
-        show(event, common.verbose);
-    });
-    for outcome in outcomes.values() {
-        tally.count(*outcome);
-    }
-    result?;
-    let missing = expected.len().saturating_sub(outcomes.len());
-    if missing > 0 {
-        return Err(LabError::Setup(format!("{missing} tests gave no result")));
-    }
-    if let Some(name) = cut {
-        let outcome = show_cut(lab, name, common.verbose);
-        tally.count(outcome);
-    }
-    Ok(())
-}
-
-/// Runs the test that ends the lab VM, the last one.
-fn show_cut(lab: Lab, name: &str, verbose: bool) -> Outcome {
-    let started = Event::Started { name: name.into() };
-    show(&started, verbose);
-    let start = Instant::now();
-    let (outcome, detail) = match lab.cut_power() {
-        Ok(detail) => (Outcome::Passed, detail),
-        Err(LabError::Skipped(why)) => (Outcome::Skipped, why),
-        Err(error) => (Outcome::Failed, error.to_string()),
-    };
-    let ended = Event::Ended {
-        name: name.into(),
-        outcome,
-        seconds: start.elapsed().as_secs_f64(),
-        detail,
-    };
-    show(&ended, verbose);
-    outcome
-}
-
-/// Shows an event on the terminal.
-fn show(event: &Event, verbose: bool) {
-    let mut out = std::io::stdout().lock();
-    let written = match event {
-        Event::Output { text } => write!(out, "{text}"),
-        Event::Started { name } => write!(out, "test {name} ... "),
-        Event::Ended {
-            outcome,
-            seconds,
-            detail,
-            ..
-        } => {
-            let word = match outcome {
-                Outcome::Passed => "ok",
-                Outcome::Failed => "FAILED",
-                Outcome::Skipped => "skipped",
-            };
-            let indented = detail
-                .lines()
-                .map(|line| format!("    {line}\n"))
-                .collect::<String>();
-            // What a passed test printed is a result: figures that belong into the log.
-            match outcome {
-                Outcome::Skipped => writeln!(out, "{word} ({seconds:.1} s): {detail}"),
-                Outcome::Passed if !verbose && detail.len() > 2000 => {
-                    writeln!(out, "{word} ({seconds:.1} s)")
-                }
-                _ => write!(out, "{word} ({seconds:.1} s)\n{indented}"),
-            }
-        }
-        Event::Ready | Event::Done { .. } => Ok(()),
-    };
-    // Nobody looks any more; the exit status still tells.
-    let _ = written
-        .and_then(|()| out.flush())
-        .doing(|| "write to standard output".into());
 }
 
 #[cfg(test)]

@@ -81,12 +81,12 @@ pub fn serve(input: impl Read, output: Box<dyn Write + Send>, site: &Site) -> Re
                     .current_dir(&site.scratch),
                 &events,
             )?,
-            Request::Suite { filters, effort } => {
+            Request::Test { name, effort } => {
                 let site = Site {
                     effort,
                     ..site.clone()
                 };
-                suite::run(&site, &filters, &events)?
+                suite::run(&site, &name, &events)?
             }
             Request::Demo => stream(
                 &mut suite::isolated(site, &site.scratch, &["run-demo"])?,

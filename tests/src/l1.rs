@@ -26,26 +26,31 @@ const RAW_DISK_SIZE: u64 = 4 << 30;
 const NAMESPACE_SIZE: u64 = 1 << 30;
 /// Size of the SATA disk, sparse on the machine.
 const SATA_DISK_SIZE: u64 = 1 << 30;
-/// Memory of the lab VM: a guest of 6 GiB fits. The machine provides what is touched, no more.
+/// Memory of a lab VM at most. The machine provides what is touched, no more.
 const MEMORY_MIB: u64 = 10 * 1024;
+/// For less than this there is no second lab VM: a guest of 6 GiB fits.
+const ROOMY_MEMORY_MIB: u64 = 7 * 1024;
 /// Less than this does not run the suite.
 const LEAST_MEMORY_MIB: u64 = 3 * 1024;
 /// From power-on to the first event; it takes 6 s when the machine has nothing else to do.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 
-/// Directory with the files of one run of `cargo lab`; removed when this goes.
+/// Directory with the files of one lab of one run of `cargo lab`; removed when this goes.
 #[derive(Debug)]
 pub struct Run {
     directory: PathBuf,
 }
 
 impl Run {
-    /// Creates the directory, with the guest's initramfs in it.
+    /// Creates the directory, with the guest's initramfs in it; `number` tells the labs of this process apart.
     ///
     /// # Errors
     /// Fails if it cannot be written.
-    pub fn create(systems: &Systems) -> Result<Self> {
-        let directory = systems.path().join(format!("run-{}", std::process::id()));
+    pub fn create(systems: &Systems, number: usize) -> Result<Self> {
+        let directory = systems
+            .path()
+            .join(format!("run-{}", std::process::id()))
+            .join(number.to_string());
         fs::create_dir_all(directory.join("scratch"))
             .doing(|| format!("create {}", directory.display()))?;
         let run = Self { directory };
@@ -64,6 +69,8 @@ impl Drop for Run {
     fn drop(&mut self) {
         // What cannot be removed now is removed by the next run.
         let _ = remove_tree(&self.directory);
+        // The last of the process's labs takes what they share with it.
+        let _ = self.directory.parent().map(fs::remove_dir);
     }
 }
 
@@ -71,9 +78,9 @@ impl Drop for Run {
 ///
 /// # Errors
 /// Fails, with the console's tail, if it does not come up.
-pub fn boot(systems: &Systems, run: &Run, programs: &Path) -> Result<Link> {
+pub fn boot(systems: &Systems, run: &Run, programs: &Path, memory_mib: u64) -> Result<Link> {
     let console = run.path().join("l1-console.log");
-    let mut qemu = machine(systems, run, programs, "quiet")?;
+    let mut qemu = machine(systems, run, programs, memory_mib, "quiet")?;
     qemu.args(["-display", "none", "-monitor", "none"]);
     qemu.arg("-serial")
         .arg(format!("file:{}", console.display()));
@@ -95,7 +102,8 @@ pub fn boot(systems: &Systems, run: &Run, programs: &Path) -> Result<Link> {
 /// # Errors
 /// Fails if QEMU cannot be run, or ends with an error.
 pub fn shell(systems: &Systems, run: &Run, programs: &Path) -> Result<()> {
-    let mut qemu = machine(systems, run, programs, "quiet lab.shell")?;
+    let (_, memory_mib) = shares(None, 1)?;
+    let mut qemu = machine(systems, run, programs, memory_mib, "quiet lab.shell")?;
     qemu.args(["-display", "none", "-serial", "mon:stdio"]);
     let status = qemu.status().doing(|| "run the lab's QEMU".into())?;
     if status.success() {
@@ -107,7 +115,13 @@ pub fn shell(systems: &Systems, run: &Run, programs: &Path) -> Result<()> {
     })
 }
 
-fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Result<Command> {
+fn machine(
+    systems: &Systems,
+    run: &Run,
+    programs: &Path,
+    memory_mib: u64,
+    cmdline: &str,
+) -> Result<Command> {
     let root = systems.root();
     let site = Site {
         root: root.clone(),
@@ -128,12 +142,13 @@ fn machine(systems: &Systems, run: &Run, programs: &Path, cmdline: &str) -> Resu
         "-machine",
         "q35",
         "-cpu",
-        "max",
+        // Five levels of page tables, of the guest and of the lab VM below it, would only make each walk longer.
+        "max,la57=off",
         "-smp",
         "2",
     ]);
     qemu.args(["-run-with", "exit-with-parent=on"]);
-    qemu.arg("-m").arg(format!("{}M", memory_mib()?));
+    qemu.arg("-m").arg(format!("{memory_mib}M"));
     qemu.args(["-nodefaults", "-no-reboot"]);
     qemu.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
     add_assignable(&mut qemu, run)?;
@@ -242,17 +257,31 @@ fn escaped(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// How much memory the lab VM gets: all it wants, or three quarters of what this machine has left.
-fn memory_mib() -> Result<u64> {
+/// How many lab VMs there are, `most` at most, and how much memory each gets, in MiB: all it wants, or its share of three quarters of what this
+/// machine has left. Without a wish it is one for each processor, as an emulated machine keeps one of its two busy, if they have
+/// room.
+///
+/// # Errors
+/// Fails if the memory is not enough.
+pub fn shares(wanted: Option<usize>, most: usize) -> Result<(usize, u64)> {
     let info = fs::read_to_string("/proc/meminfo").doing(|| "read /proc/meminfo".into())?;
     let available = available_mib(&info).unwrap_or(MEMORY_MIB);
-    let memory = (available / 4 * 3).min(MEMORY_MIB);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let wanted = wanted.map(|wanted| wanted.min(most));
+    let (count, memory) = shared_out(available, wanted, processors.min(most));
     if memory < LEAST_MEMORY_MIB {
         return Err(LabError::Setup(format!(
-            "the lab VM needs {LEAST_MEMORY_MIB} MiB, and this machine has {available} MiB of memory left"
+            "{count} lab VMs need {LEAST_MEMORY_MIB} MiB each, and this machine has {available} MiB of memory left"
         )));
     }
-    Ok(memory)
+    Ok((count, memory))
+}
+
+fn shared_out(available: u64, wanted: Option<usize>, processors: usize) -> (usize, u64) {
+    let to_give = available / 4 * 3;
+    let roomy = usize::try_from(to_give / ROOMY_MEMORY_MIB).unwrap_or(usize::MAX);
+    let count = wanted.unwrap_or(processors.min(roomy)).max(1);
+    (count, (to_give / count as u64).min(MEMORY_MIB))
 }
 
 fn available_mib(meminfo: &str) -> Option<u64> {
@@ -272,6 +301,15 @@ mod tests {
         let text = "MemTotal: 100 kB\nMemAvailable:   2097152 kB\n";
         assert_eq!(available_mib(text), Some(2048));
         assert_eq!(available_mib("MemTotal: 1 kB\n"), None);
+    }
+
+    #[test]
+    fn memory_is_shared_out() {
+        assert_eq!(shared_out(22_000, None, 2), (2, 8250));
+        assert_eq!(shared_out(64_000, None, 4), (4, MEMORY_MIB));
+        assert_eq!(shared_out(12_000, None, 4), (1, 9000));
+        assert_eq!(shared_out(12_000, Some(2), 4), (2, 4500));
+        assert_eq!(shared_out(1000, None, 2), (1, 750));
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //!
 //! ```text
 //! cargo lab ──── app ──── setup     Debian systems in the user's cache
-//!   on the machine │ ───── programs  static builds of what is tested
+//!   on the machine │ ───── testing   what `cargo lab test` runs, in several labs at a time
+//!                  │ ───── lab       a connected lab; programs: static builds of what is tested
 //!                  │ ───── l1        the lab VM, unless the machine's own KVM serves (probe)
 //!                  │ link: requests, events (protocol)
 //!                inside              in the lab VM, or on the machine: beside KVM
@@ -29,6 +30,7 @@ pub mod harness;
 pub mod initramfs;
 pub mod inside;
 pub mod l1;
+pub mod lab;
 pub mod link;
 pub mod native;
 pub mod power_cut;
@@ -38,3 +40,4 @@ pub mod protocol;
 pub mod setup;
 pub mod site;
 pub mod suite;
+pub mod testing;

@@ -117,11 +117,11 @@ impl Link {
         }
     }
 
-    /// Ends the other side by SIGKILL, in the middle of whatever it does.
+    /// Ends the other side by SIGKILL, in the middle of whatever it does; nothing more can be asked.
     ///
     /// # Errors
-    /// Fails if it has ended before.
-    pub fn cut(mut self) -> Result<()> {
+    /// Fails if the kernel does not let it.
+    pub fn cut(&mut self) -> Result<()> {
         let doing = || format!("kill the {}", self.what);
         self.child.kill().doing(doing)?;
         self.child.wait().doing(doing).map(drop)

@@ -15,10 +15,10 @@ pub enum Request {
         /// What `sh -c` gets.
         command: String,
     },
-    /// Run the tests of the suite.
-    Suite {
-        /// Only tests whose name contains one of these; all, if empty.
-        filters: Vec<String>,
+    /// Run a test of the suite.
+    Test {
+        /// Its name.
+        name: String,
         /// How much is done by tests that do the same again and again.
         effort: Effort,
     },

@@ -33,7 +33,7 @@ use crate::harness::readable;
 use crate::inside::Events;
 use crate::protocol::{Event, Outcome};
 use crate::setup::sorted_names;
-use crate::site::{SITE_VARIABLE, Site};
+use crate::site::{Effort, SITE_VARIABLE, Site};
 
 /// Exit status of the process of a test that cannot run here.
 const SKIPPED_STATUS: i32 = 77;
@@ -82,11 +82,10 @@ fn tests() -> impl Iterator<Item = &'static Test> {
 /// Names of the tests that `filters` select: all when there are none, else those that contain one of them.
 #[must_use]
 pub fn names(filters: &[String]) -> Vec<&'static str> {
-    selected(filters).map(|test| test.name).collect()
-}
-
-fn selected(filters: &[String]) -> impl Iterator<Item = &'static Test> {
-    tests().filter(move |test| is_selected(test.name, filters))
+    tests()
+        .map(|test| test.name)
+        .filter(|name| is_selected(name, filters))
+        .collect()
 }
 
 /// Whether `filters` select the test of this name.
@@ -95,31 +94,38 @@ pub fn is_selected(name: &str, filters: &[String]) -> bool {
     filters.is_empty() || filters.iter().any(|filter| name.contains(filter.as_str()))
 }
 
-/// Runs the selected tests; the status is 1 when one failed.
+/// The test of this name.
+fn named(name: &str) -> Result<&'static Test> {
+    tests()
+        .find(|test| test.name == name)
+        .ok_or_else(|| LabError::Setup(format!("there is no test {name}")))
+}
+
+/// How long a test may take.
+#[must_use]
+pub fn limit(name: &str, effort: Effort, site: &Site) -> Duration {
+    let seconds = named(name).map_or(0, |test| test.seconds);
+    site.limit(Duration::from_secs(seconds) + effort.duration())
+}
+
+/// Runs a test; the status is 1 when it failed.
 ///
 /// # Errors
-/// Fails if nobody takes the events.
-pub fn run(site: &Site, filters: &[String], events: &Events) -> Result<i32> {
-    let mut status = 0;
-    for test in selected(filters) {
-        events.tell(&Event::Started {
-            name: test.name.into(),
-        })?;
-        let start = Instant::now();
-        let (outcome, detail) = run_in_process(site, test)
-            .unwrap_or_else(|error| (Outcome::Failed, format!("It cannot be run: {error}")));
-        if outcome == Outcome::Failed {
-            status = 1;
-        }
-        let seconds = start.elapsed().as_secs_f64();
-        events.tell(&Event::Ended {
-            name: test.name.into(),
-            outcome,
-            seconds,
-            detail,
-        })?;
-    }
-    Ok(status)
+/// Fails if there is no such test, or nobody takes the events.
+pub fn run(site: &Site, name: &str, events: &Events) -> Result<i32> {
+    let test = named(name)?;
+    events.tell(&Event::Started { name: name.into() })?;
+    let start = Instant::now();
+    let (outcome, detail) = run_in_process(site, test)
+        .unwrap_or_else(|error| (Outcome::Failed, format!("It cannot be run: {error}")));
+    let seconds = start.elapsed().as_secs_f64();
+    events.tell(&Event::Ended {
+        name: name.into(),
+        outcome,
+        seconds,
+        detail,
+    })?;
+    Ok(i32::from(outcome == Outcome::Failed))
 }
 
 fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
@@ -136,7 +142,7 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
         .stderr(errors)
         .spawn()
         .doing(|| "run unshare".into())?;
-    let limit = site.limit(Duration::from_secs(test.seconds) + site.effort.duration());
+    let limit = limit(test.name, site.effort, site);
     let status = wait_for(&mut child, limit)?;
     if status.is_none() {
         // The kernel ends all in the process namespace with it.
@@ -233,9 +239,7 @@ fn failure(directory: &Path, why: &str) -> String {
 /// Fails if there is no such test, or this is not a process of the suite.
 pub fn run_test(name: &str) -> Result<i32> {
     let site = Site::current()?;
-    let test = tests()
-        .find(|test| test.name == name)
-        .ok_or_else(|| LabError::Setup(format!("there is no test {name}")))?;
+    let test = named(name)?;
     Ok(match (test.run)(&site) {
         Ok(()) => 0,
         Err(LabError::Skipped(why)) => {
