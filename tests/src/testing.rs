@@ -185,7 +185,7 @@ pub fn show(event: &Event, verbose: bool) {
             // What a passed test printed is a result: figures that belong into the log.
             match outcome {
                 Outcome::Skipped => writeln!(out, "{line}: {detail}"),
-                Outcome::Passed if !verbose && detail.len() > 2000 => writeln!(out, "{line}"),
+                Outcome::Passed if !verbose && detail.len() > 8000 => writeln!(out, "{line}"),
                 _ => write!(out, "{line}\n{indented}"),
             }
         }

@@ -7,6 +7,7 @@
 //! | `rings` | the device side of both kinds of virtqueue, on memory that its driver writes as it likes |
 //! | `pci` | registers of the VMM: the virtio transport's, and those of a device that is passed through |
 //! | `images` | kernels that a guest is to boot |
+//! | `snapshots` | snapshots that a guest is to go on from |
 //! | [`mutate`] | other inputs, made of those that are kept |
 //!
 //! What is private to the back-ends is driven by a module `fuzz` of theirs, under their feature `fuzzing`.
@@ -23,6 +24,7 @@ mod input;
 pub mod mutate;
 mod pci;
 mod rings;
+mod snapshots;
 
 use ringside_backends::{blk, net, shell};
 
@@ -83,6 +85,11 @@ pub const TARGETS: &[Target] = &[
         name: "boot",
         about: "kernels and initial RAM disks",
         run: images::boot,
+    },
+    Target {
+        name: "snapshot",
+        about: "snapshots, and the state of a virtio device in them",
+        run: snapshots::snapshot,
     },
 ];
 

@@ -13,10 +13,10 @@ use ringside_vfio::device::{
 };
 use ringside_vmm::irq::{self, MsiMessage};
 use ringside_vmm::kvm::{self, SlotId};
-use ringside_vmm::pci::{InterruptRouting, PciFunction};
+use ringside_vmm::pci::{FunctionState, InterruptRouting, PciFunction};
 use ringside_vmm::vfio::{MemorySlots, Routing, VfioPci};
 use ringside_vmm::virtio::pci::Doorbells;
-use ringside_vmm::virtio::{Activation, Notifier, VirtioDevice, VirtioPci};
+use ringside_vmm::virtio::{Activation, Notifier, Suspended, VirtioDevice, VirtioPci};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::input::Input;
@@ -177,29 +177,80 @@ impl VirtioDevice for Device {
     fn reset(&mut self) {
         *self.active.lock().unwrap() = false;
     }
+    fn suspend(&mut self) -> Result<Suspended, Box<dyn StdError + Send + Sync>> {
+        Ok(Suspended::default())
+    }
+    fn restore(
+        &mut self,
+        activation: Option<Activation>,
+        _: &Suspended,
+    ) -> Result<(), Box<dyn StdError + Send + Sync>> {
+        activation.map_or(Ok(()), |activation| self.activate(activation))
+    }
 }
 
+/// What a guest does to a device.
 pub(crate) fn virtio(bytes: &[u8]) {
-    let mut input = Input::new(bytes);
-    let kvm = Arc::new(Kvm::default());
-    let active = Arc::default();
-    let device = Device {
-        notifier: Arc::default(),
-        active: Arc::clone(&active),
-    };
-    let (routing, doorbells) = (Arc::clone(&kvm), Arc::clone(&kvm));
-    let mut function = VirtioPci::new(Box::new(device), routing, doorbells).unwrap();
-    function.bar_moved(0, None, Some(0x1_0000));
-    access(&mut function, &mut input);
-    function.bar_moved(0, Some(0x1_0000), Some(0x8_0000));
-    // Whatever was done, a driver that resets the device finds it as new.
-    function.write_bar(0, STATUS, &[0]);
-    let mut status = [0xff];
-    function.read_bar(0, STATUS, &mut status);
-    assert_eq!(status, [0]);
-    assert!(!*active.lock().unwrap());
-    drop(function);
-    assert!(kvm.is_clean());
+    drive(None, &mut Input::new(bytes));
+}
+
+/// What a guest does to a device that goes on from a state.
+pub(crate) fn restored(state: &FunctionState, input: &mut Input<'_>) {
+    drive(Some(state), input);
+}
+
+fn drive(state: Option<&FunctionState>, input: &mut Input<'_>) {
+    let mut made = Made::new();
+    if state.is_none_or(|state| made.function.restore(state).is_ok()) {
+        access(&mut made.function, input);
+        // Whatever a guest has done, it can go on elsewhere, where all is as it was here.
+        let state = made.function.suspend().unwrap();
+        let mut elsewhere = Made::new();
+        elsewhere.function.restore(&state).unwrap();
+        let same = [state, elsewhere.function.suspend().unwrap()]
+            .map(|state| serde_json::to_string(&state).unwrap());
+        assert_eq!(same[0], same[1]);
+        elsewhere.end();
+    }
+    made.end();
+}
+
+/// A virtio function, in the BAR of which accesses arrive.
+struct Made {
+    function: VirtioPci,
+    kvm: Arc<Kvm>,
+    active: Arc<Mutex<bool>>,
+}
+
+impl Made {
+    fn new() -> Self {
+        let kvm = Arc::new(Kvm::default());
+        let active = Arc::default();
+        let device = Device {
+            notifier: Arc::default(),
+            active: Arc::clone(&active),
+        };
+        let (routing, doorbells) = (Arc::clone(&kvm), Arc::clone(&kvm));
+        let mut function = VirtioPci::new(Box::new(device), routing, doorbells).unwrap();
+        function.bar_moved(0, None, Some(0x1_0000));
+        Self {
+            function,
+            kvm,
+            active,
+        }
+    }
+
+    /// A driver that resets the device finds it as new, and nothing of it stays.
+    fn end(mut self) {
+        self.function.bar_moved(0, Some(0x1_0000), Some(0x8_0000));
+        self.function.write_bar(0, STATUS, &[0]);
+        let mut status = [0xff];
+        self.function.read_bar(0, STATUS, &mut status);
+        assert_eq!(status, [0]);
+        assert!(!*self.active.lock().unwrap());
+        drop(self.function);
+        assert!(self.kvm.is_clean());
+    }
 }
 
 /// A device with any configuration space.

@@ -72,4 +72,5 @@ targets! {
     virtio_pci "virtio-pci"
     vfio_config "vfio-config"
     boot "boot"
+    snapshot "snapshot"
 }

@@ -286,7 +286,7 @@ fn errors_reach_the_guest(site: &Site) -> Result<()> {
 fn back_end_dies_under_load(site: &Site) -> Result<()> {
     let disk = disk_file(site, "disk.img", 64 * MIB)?;
     let mut blk = Blk::on(&disk).start(site)?;
-    let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(&blk).boot(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
     start_fio(&mut guest, "vdb", 16)?;
     blk.daemon().signal(Signal::SIGKILL)?;
     blk.daemon().wait(site.limit(Duration::from_secs(5)))?;

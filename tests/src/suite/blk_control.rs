@@ -108,7 +108,7 @@ fn reads_per_second(guest: &mut Guest) -> Result<u64> {
 /// A disk that is limited, counted and drained over its control socket.
 fn controlled(site: &Site, vmm: Vmm) -> Result<()> {
     let (blk, control) = serve(site, &["--limit=iops=40,iops-burst=4"])?;
-    let mut guest = Guest::on(vmm).cpus(2).device(&blk).boot(site)?;
+    let mut guest = Guest::on(vmm).device(&blk).boot(site)?;
     limits_change_at_run_time(&mut guest, &control)?;
     metrics_agree_with_fio(&mut guest, &control)?;
     drained_and_resumed_under_fio(site, &mut guest, &control)?;

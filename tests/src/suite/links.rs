@@ -157,7 +157,7 @@ fn reaches_outside(site: &Site, vmm: Vmm, link: &str) -> Result<()> {
         .arg(&format!("--pcap={}", capture.display()))
         .arg("--pcap-snap=96")
         .start(site)?;
-    let mut guest = Guest::on(vmm).cpus(2).device(&card).boot(site)?;
+    let mut guest = Guest::on(vmm).device(&card).boot(site)?;
     guest.network_up("10.98.0.3/24")?;
     guest.run_ok("ping -c 3 -i 0.2 -W 5 10.98.0.2")?;
     outside.run_line("ping -c 1 -W 5 10.98.0.3")?;

@@ -71,7 +71,7 @@ fn card(site: &Site, tap: &str) -> Result<BackEnd> {
 }
 
 fn guest<'a>(vmm: Vmm, packed: bool, (disk, card): &'a (BackEnd, BackEnd)) -> GuestBuilder<'a> {
-    let guest = Guest::on(vmm).cpus(2).memory("384M");
+    let guest = Guest::on(vmm).memory("384M");
     let guest = if packed { guest.packed() } else { guest };
     guest.device(disk).device(card)
 }
@@ -105,8 +105,10 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Res
          --iodepth=8 --rw=randwrite --bsrange=4k-64k --size=4M --verify=crc32c --verify_fatal=1 --do_verify=1 \
          || { touch /run/fio.failed; break; }; echo x >>/run/rounds; done >/run/fio.log 2>&1; touch /run/fio.ended) \
          </dev/null >/dev/null 2>&1 & \
+         (while [ ! -e /run/stop ]; do sleep 2; cat /proc/uptime; ss -tien dst 10.77.0.1; done >/run/sockets 2>&1) \
+         </dev/null >/dev/null 2>&1 & \
          (while [ ! -e /run/stop ]; do timeout -k 1 20 iperf3 --client 10.77.0.1 --time 2 --bitrate 20M >/run/iperf.log 2>&1 \
-         && echo x >>/run/sent || { cat /run/iperf.log >>/run/iperf.failed; sleep 1; }; done) </dev/null >/dev/null 2>&1 & \
+         && echo x >>/run/sent || { cat /run/iperf.log; tail -n 40 /run/sockets; } >>/run/iperf.failed; done) </dev/null >/dev/null 2>&1 & \
          while [ ! -e /run/rounds ]; do sleep 0.2; done",
     )?;
     let mut target = guest(vmm, packed, &to).await_migration(site, "unix:move.sock")?;
@@ -137,6 +139,11 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Res
     let failed = target.run_ok("cat /run/iperf.failed 2>/dev/null || true")?;
     if !failed.is_empty() {
         println!("iperf3 ended without success and was started again: {failed}");
+        // PAWSEstab, for one, counts what came with a time before that of what came earlier.
+        println!(
+            "of what the host counted: {}",
+            command::run_line("nstat -s")?
+        );
     }
     let read = target.run_ok(
         "echo 3 >/proc/sys/vm/drop_caches; \

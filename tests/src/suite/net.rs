@@ -70,7 +70,6 @@ fn tcp_with_and_without_offloads(site: &Site) -> Result<()> {
         .start(site)?;
     let _server = iperf3_server(site, None)?;
     let mut guest = Guest::on(Vmm::Ringside)
-        .cpus(2)
         .device(&on)
         .device(&off)
         .boot(site)?;

@@ -81,7 +81,7 @@ fn interrupts_are_held_back(site: &Site) -> Result<()> {
         .address(&format!("{HOST}/24"))
         .start(site)?;
     let _server = iperf3_server(site, None)?;
-    let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(&net).boot(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).device(&net).boot(site)?;
     guest.network_up("10.77.0.2/24")?;
     // Few packets at a time: each of them could have an interrupt of its own.
     let mut per_packet = |limits: &str| -> Result<f64> {
@@ -219,7 +219,6 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     let _server = iperf3_server(site, None)?;
     let control = Control::new(site, "api.sock");
     let mut guest = Guest::on(Vmm::Ringside)
-        .cpus(2)
         .device(&net)
         .arg(&format!("--api-socket={}", control.socket().display()))
         .boot(site)?;
