@@ -23,8 +23,8 @@ use crate::site::Site;
 const FEW: u64 = 2000;
 const MANY: u64 = 22_000;
 /// The same of frames.
-const FEW_FRAMES: u64 = 2000;
-const MANY_FRAMES: u64 = 12_000;
+const FEW_FRAMES: u64 = 1000;
+const MANY_FRAMES: u64 = 6000;
 /// Bytes of a frame.
 const FRAME: u32 = 64;
 /// Requests in flight.

@@ -18,17 +18,12 @@ pub(super) const TESTS: &[Test] = &[
     Test {
         name: "faults::storage_that_fails",
         seconds: 120,
-        run: |site| storage_that_fails(site, Vmm::Ringside),
+        run: storage_that_fails,
     },
     Test {
         name: "faults::storage_that_hangs",
         seconds: 120,
-        run: |site| storage_that_hangs(site, Vmm::Ringside),
-    },
-    Test {
-        name: "faults::storage_that_hangs_under_qemu",
-        seconds: 120,
-        run: |site| storage_that_hangs(site, Vmm::Qemu11),
+        run: storage_that_hangs,
     },
 ];
 
@@ -174,7 +169,7 @@ fn steady(guest: &mut Guest) -> Result<usize> {
 /// Requests fail, all of them, only writes, or now and then; a flush fails after a write that was in the cache only; a file ends too
 /// early. What the guest was told is written is there, each error is one of the back-end's statistics, another disk knows nothing of
 /// it, and all works when the storage does.
-fn storage_that_fails(site: &Site, vmm: Vmm) -> Result<()> {
+fn storage_that_fails(site: &Site) -> Result<()> {
     let device = block_device(site)?;
     let parts = [Part::new(device, 0), Part::new(device, 1)];
     let [direct_part, cached_part] = &parts;
@@ -192,7 +187,7 @@ fn storage_that_fails(site: &Site, vmm: Vmm) -> Result<()> {
         Blk::on(&cut).start(site)?,
         Blk::on(disk_file(site, "other.img", 16 * MIB)?).start(site)?,
     ];
-    let mut guest = Guest::on(vmm).cpus(2);
+    let mut guest = Guest::on(Vmm::Ringside).cpus(2);
     for disk in &disks {
         guest = guest.device(disk);
     }
@@ -304,7 +299,7 @@ fn fails(guest: &mut Guest, request: &str) -> Result<()> {
 
 /// Storage that is slow, and then does not answer at all for a while: the guest waits and goes on, contents are right, another disk
 /// of the guest and the back-end's control socket work meanwhile.
-fn storage_that_hangs(site: &Site, vmm: Vmm) -> Result<()> {
+fn storage_that_hangs(site: &Site) -> Result<()> {
     let device = block_device(site)?;
     let part = Part::new(device, 2);
     let slow = Mapped::create("ringside-slow", &part.linear())?;
@@ -315,7 +310,7 @@ fn storage_that_hangs(site: &Site, vmm: Vmm) -> Result<()> {
         .arg(&format!("--control-socket={}", control.socket().display()))
         .start(site)?;
     let other = Blk::on(disk_file(site, "other.img", 16 * MIB)?).start(site)?;
-    let mut guest = Guest::on(vmm)
+    let mut guest = Guest::on(Vmm::Ringside)
         .cpus(2)
         .device(&blk)
         .device(&other)

@@ -26,12 +26,7 @@ pub(super) const TESTS: &[Test] = &[
     Test {
         name: "formats::nbd",
         seconds: 120,
-        run: |site| nbd(site, Vmm::Ringside),
-    },
-    Test {
-        name: "formats::nbd_under_qemu_11",
-        seconds: 120,
-        run: |site| nbd(site, Vmm::Qemu11),
+        run: nbd,
     },
     Test {
         name: "formats::nbdkit",
@@ -69,7 +64,7 @@ fn qcow2(site: &Site, vmm: Vmm) -> Result<()> {
 }
 
 /// The same on an export of QEMU's server.
-fn nbd(site: &Site, vmm: Vmm) -> Result<()> {
+fn nbd(site: &Site) -> Result<()> {
     let disk = random_file(site, "disk.img")?;
     let mut server = site.root_program("usr/bin/qemu-nbd");
     server.args(["--format=raw", "--export-name=disk", "--persistent"]);
@@ -79,7 +74,7 @@ fn nbd(site: &Site, vmm: Vmm) -> Result<()> {
     let server = BackEnd::foreign(site, Kind::Blk, 1, "nbd.sock", server)?;
     let uri = format!("nbd+unix:///disk?socket={}", socket.display());
     let blk = Blk::on(uri).queues(2).start(site)?;
-    let seen = use_disk(site, vmm, &blk, &disk)?;
+    let seen = use_disk(site, Vmm::Ringside, &blk, &disk)?;
     blk.stop(site)?;
     drop(server);
     arrived(&disk, &seen)

@@ -17,11 +17,6 @@ use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
     Test {
-        name: "migration::qemu_moves_a_guest_with_disk_and_card",
-        seconds: 240,
-        run: |site| move_guest(site, Vmm::Qemu11, false, ours),
-    },
-    Test {
         name: "migration::qemu_moves_a_guest_with_packed_queues",
         seconds: 240,
         run: |site| move_guest(site, Vmm::Qemu11, true, ours),

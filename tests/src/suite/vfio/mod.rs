@@ -40,27 +40,17 @@ const TESTS: &[Test] = &[
     Test {
         name: "vfio::disk_function",
         seconds: 90,
-        run: |site| disk_function(site, Vmm::Ringside),
+        run: disk_function,
     },
     Test {
         name: "vfio::intx_msi_and_dma",
         seconds: 90,
-        run: |site| intx_msi_and_dma(site, Vmm::Ringside),
+        run: intx_msi_and_dma,
     },
     Test {
         name: "vfio::network_function_under_qemu",
         seconds: 90,
         run: |site| network_function(site, Vmm::Qemu11),
-    },
-    Test {
-        name: "vfio::disk_function_under_qemu",
-        seconds: 90,
-        run: |site| disk_function(site, Vmm::Qemu11),
-    },
-    Test {
-        name: "vfio::intx_msi_and_dma_under_qemu",
-        seconds: 90,
-        run: |site| intx_msi_and_dma(site, Vmm::Qemu11),
     },
 ];
 
@@ -162,7 +152,7 @@ fn reaches_host(guest: &mut Guest) -> Result<()> {
 }
 
 /// A virtual function of the NVMe controller: what the host has written, the guest reads, and the other way round.
-fn disk_function(site: &Site, vmm: Vmm) -> Result<()> {
+fn disk_function(site: &Site) -> Result<()> {
     const SUM: &str = "bs=1M count=8 iflag=direct 2>/dev/null | sha256sum";
     const FILL: &str = "bs=1M count=8 oflag=direct 2>/dev/null";
     let on_host = |line: &str| command::run(Command::new("sh").args(["-c", line]), HOST_LIMIT);
@@ -175,7 +165,10 @@ fn disk_function(site: &Site, vmm: Vmm) -> Result<()> {
     let functions = nvme.create::<1>(&[])?;
     let [function] = functions.addresses();
     nvme.equip(0, 3, 3)?;
-    let mut guest = Guest::on(vmm).diskless().vfio(function).boot(site)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .diskless()
+        .vfio(function)
+        .boot(site)?;
     let seen = guest.run_ok(&format!("dd if=/dev/nvme0n1 {SUM}"))?;
     ensure!(
         seen == written,
@@ -201,33 +194,29 @@ fn disk_function(site: &Site, vmm: Vmm) -> Result<()> {
 }
 
 /// A network card by INTx, a disk by MSI, and a device whose DMA ends where the guest's memory does.
-fn intx_msi_and_dma(site: &Site, vmm: Vmm) -> Result<()> {
+fn intx_msi_and_dma(site: &Site) -> Result<()> {
     let igb = Igb::take(site)?;
     igb.up(&format!("{HOST}/24"))?;
     let card = Assigned::bind(site, Device::E1000e)?;
     let disk = Assigned::bind(site, Device::Sata)?;
     let edu = Assigned::bind(site, Device::Edu)?;
     let mut log = KernelLog::follow()?;
-    let mut guest = Guest::on(vmm)
+    let mut guest = Guest::on(Vmm::Ringside)
         .diskless()
         .kernel_argument("e1000e.IntMode=0")
         .vfio(card.address())
         .vfio(disk.address())
-        .vfio(edu.address());
-    if vmm == Vmm::Ringside {
-        guest = guest.arg("--log-level=warn,ringside_vfio=debug");
-    }
-    let mut guest = guest.boot(site)?;
-    if vmm == Vmm::Ringside {
-        // None of them can be reset by itself, and each is alone on its bus. The link to the PCI Express one among them, the
-        // card, does not come back in time on the emulated port: it is reset by power management then.
-        let log = guest.vmm_log();
-        let by = |how: &str| log.matches(&format!("by={how}")).count();
-        ensure!(
-            by("Bus") >= 2 && by("Bus") + by("PowerManagement") == 3,
-            "the devices were not reset with their buses, or by power management:\n{log}"
-        );
-    }
+        .vfio(edu.address())
+        .arg("--log-level=warn,ringside_vfio=debug")
+        .boot(site)?;
+    // None of them can be reset by itself, and each is alone on its bus. The link to the PCI Express one among them, the card,
+    // does not come back in time on the emulated port: it is reset by power management then.
+    let vmm_log = guest.vmm_log();
+    let by = |how: &str| vmm_log.matches(&format!("by={how}")).count();
+    ensure!(
+        by("Bus") >= 2 && by("Bus") + by("PowerManagement") == 3,
+        "the devices were not reset with their buses, or by power management:\n{vmm_log}"
+    );
     guest.network_up("10.77.0.2/24")?;
     reaches_host(&mut guest)?;
     guest.run_ok(
