@@ -23,14 +23,9 @@ pub(super) const TESTS: &[Test] = &[
         run: |site| resized(site, Vmm::Qemu11),
     },
     Test {
-        name: "blk::controlled_under_ringside_vmm",
+        name: "blk::controlled",
         seconds: 120,
-        run: |site| controlled(site, Vmm::Ringside),
-    },
-    Test {
-        name: "blk::controlled_under_qemu_11",
-        seconds: 120,
-        run: |site| controlled(site, Vmm::Qemu11),
+        run: controlled,
     },
 ];
 
@@ -106,9 +101,9 @@ fn reads_per_second(guest: &mut Guest) -> Result<u64> {
 }
 
 /// A disk that is limited, counted and drained over its control socket.
-fn controlled(site: &Site, vmm: Vmm) -> Result<()> {
+fn controlled(site: &Site) -> Result<()> {
     let (blk, control) = serve(site, &["--limit=iops=40,iops-burst=4"])?;
-    let mut guest = Guest::on(vmm).device(&blk).boot(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).device(&blk).boot(site)?;
     limits_change_at_run_time(&mut guest, &control)?;
     metrics_agree_with_fio(&mut guest, &control)?;
     drained_and_resumed_under_fio(site, &mut guest, &control)?;

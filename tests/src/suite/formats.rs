@@ -16,12 +16,7 @@ pub(super) const TESTS: &[Test] = &[
     Test {
         name: "formats::qcow2_with_a_backing_file",
         seconds: 120,
-        run: |site| qcow2(site, Vmm::Ringside),
-    },
-    Test {
-        name: "formats::qcow2_with_a_backing_file_under_qemu_11",
-        seconds: 120,
-        run: |site| qcow2(site, Vmm::Qemu11),
+        run: qcow2,
     },
     Test {
         name: "formats::nbd",
@@ -44,7 +39,7 @@ pub(super) const TESTS: &[Test] = &[
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the backing file holds the guest reads; what the guest writes the image holds, and QEMU finds no fault with it.
-fn qcow2(site: &Site, vmm: Vmm) -> Result<()> {
+fn qcow2(site: &Site) -> Result<()> {
     let base = random_file(site, "base.img")?;
     let top = site.scratch.join("top.qcow2");
     let before = sha256(&base)?;
@@ -54,7 +49,7 @@ fn qcow2(site: &Site, vmm: Vmm) -> Result<()> {
         &[&base, &top],
     )?;
     let blk = Blk::on(&top).queues(2).arg("--format=qcow2").start(site)?;
-    let seen = use_disk(site, vmm, &blk, &base)?;
+    let seen = use_disk(site, &blk, &base)?;
     blk.stop(site)?;
     qemu_img(site, &["check", "-q"], &[&top])?;
     let flat = site.scratch.join("flat.img");
@@ -74,7 +69,7 @@ fn nbd(site: &Site) -> Result<()> {
     let server = BackEnd::foreign(site, Kind::Blk, 1, "nbd.sock", server)?;
     let uri = format!("nbd+unix:///disk?socket={}", socket.display());
     let blk = Blk::on(uri).queues(2).start(site)?;
-    let seen = use_disk(site, Vmm::Ringside, &blk, &disk)?;
+    let seen = use_disk(site, &blk, &disk)?;
     blk.stop(site)?;
     drop(server);
     arrived(&disk, &seen)
@@ -94,7 +89,7 @@ fn nbdkit(site: &Site) -> Result<()> {
     let socket = site.scratch.join("nbdkit.sock");
     let uri = format!("nbd+unix:///?socket={}", socket.display());
     let blk = Blk::on(uri).queues(2).start(site)?;
-    let seen = use_disk(site, Vmm::Ringside, &blk, &disk)?;
+    let seen = use_disk(site, &blk, &disk)?;
     blk.stop(site)?;
     drop(server);
     arrived(&disk, &seen)
@@ -114,7 +109,7 @@ fn rbd(site: &Site) -> Result<()> {
     let convert = ["convert", "-f", "raw", "-O", "raw"];
     qemu_img(site, &convert, &[&disk, Path::new(&image)])?;
     let blk = Blk::on(&image).dynamic().queues(2).start(site)?;
-    let seen = use_disk(site, Vmm::Ringside, &blk, &disk)?;
+    let seen = use_disk(site, &blk, &disk)?;
     blk.stop(site)?;
     qemu_img(site, &convert, &[Path::new(&image), &disk])?;
     arrived(&disk, &seen)
@@ -122,8 +117,8 @@ fn rbd(site: &Site) -> Result<()> {
 
 /// Contents both ways, then random writes on two queues that are read back. Gives the checksum of what the guest sees in the
 /// end.
-fn use_disk(site: &Site, vmm: Vmm, blk: &BackEnd, holds: &Path) -> Result<String> {
-    let mut guest = Guest::on(vmm).cpus(2).device(blk).boot(site)?;
+fn use_disk(site: &Site, blk: &BackEnd, holds: &Path) -> Result<String> {
+    let mut guest = Guest::on(Vmm::Ringside).cpus(2).device(blk).boot(site)?;
     exchange(&mut guest, "/dev/vdb", holds)?;
     guest.run_ok_within(
         "fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio --iodepth=8 \
