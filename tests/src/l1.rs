@@ -42,15 +42,17 @@ pub struct Run {
 }
 
 impl Run {
-    /// Creates the directory, with the guest's initramfs in it; `number` tells the labs of this process apart.
+    /// Creates the directory, with the guest's initramfs in it; `number` tells the labs of this process apart, which begin with 0.
     ///
     /// # Errors
     /// Fails if it cannot be written.
     pub fn create(systems: &Systems, number: usize) -> Result<Self> {
-        let directory = systems
-            .path()
-            .join(format!("run-{}", std::process::id()))
-            .join(number.to_string());
+        let all = systems.path().join(format!("run-{}", std::process::id()));
+        if number == 0 {
+            // A process that was killed may have had this number before.
+            remove_tree(&all)?;
+        }
+        let directory = all.join(number.to_string());
         fs::create_dir_all(directory.join("scratch"))
             .doing(|| format!("create {}", directory.display()))?;
         let run = Self { directory };
@@ -181,9 +183,10 @@ fn machine(
     }
     qemu.arg("-kernel").arg(site.kernel());
     qemu.arg("-initrd").arg(run.path().join("l1.cpio"));
-    // On a busy machine the emulated timer may not tick within the moment in which the kernel looks whether it does.
+    // On a busy machine the emulated timer may not tick within the moment in which the kernel looks whether it does; and an
+    // emulated processor does not speculate.
     qemu.arg("-append").arg(format!(
-        "console=ttyS0 panic=-1 no_timer_check intel_iommu=on iommu=pt {cmdline}"
+        "console=ttyS0 panic=-1 no_timer_check mitigations=off intel_iommu=on iommu=pt {cmdline}"
     ));
     Ok(qemu)
 }
@@ -257,9 +260,9 @@ fn escaped(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
 }
 
-/// How many lab VMs there are, `most` at most, and how much memory each gets, in MiB: all it wants, or its share of three quarters of what this
-/// machine has left. Without a wish it is one for each processor, as an emulated machine keeps one of its two busy, if they have
-/// room.
+/// How many lab VMs there are, `most` at most, and how much memory each gets, in MiB: all it wants, or its share of three
+/// quarters of what this machine has left. Without a wish it is one for each processor, as an emulated machine keeps one of its
+/// two busy, if they have room.
 ///
 /// # Errors
 /// Fails if the memory is not enough.
@@ -271,7 +274,8 @@ pub fn shares(wanted: Option<usize>, most: usize) -> Result<(usize, u64)> {
     let (count, memory) = shared_out(available, wanted, processors.min(most));
     if memory < LEAST_MEMORY_MIB {
         return Err(LabError::Setup(format!(
-            "{count} lab VMs need {LEAST_MEMORY_MIB} MiB each, and this machine has {available} MiB of memory left"
+            "{count} lab VM(s) need {LEAST_MEMORY_MIB} MiB each, and this machine has {available} MiB of memory left; \
+             end other programs, or ask for fewer --jobs"
         )));
     }
     Ok((count, memory))

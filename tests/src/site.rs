@@ -35,7 +35,7 @@ pub enum QemuVersion {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Args)]
 pub struct Effort {
     /// How often each test of `crash::` kills its back-end, and the guest of `boot::reboots_and_a_panic` reboots
-    #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
     pub kills: u32,
     /// How long `soak::` keeps its guests busy; without it, that test is skipped
     #[arg(long = "soak-seconds", default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u32).range(..=72_000))]
@@ -58,7 +58,7 @@ impl Effort {
 impl Default for Effort {
     fn default() -> Self {
         Self {
-            kills: 4,
+            kills: 3,
             soak_seconds: 0,
         }
     }

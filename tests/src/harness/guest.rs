@@ -17,7 +17,7 @@ use super::daemon::{fresh_name, signal_child};
 use crate::command::{as_ordinary_user, describe, wait_for};
 use crate::ensure;
 use crate::error::{Doing, LabError, Result, last_lines};
-use crate::site::{QemuVersion, Site};
+use crate::site::{Place, QemuVersion, Site};
 
 /// From start to the agent's first word, on plain hardware.
 const BOOT_LIMIT: Duration = Duration::from_secs(20);
@@ -26,7 +26,8 @@ const COMMAND_LIMIT: Duration = Duration::from_secs(15);
 /// From the power-off command to the end of the VMM, on plain hardware.
 const SHUTDOWN_LIMIT: Duration = Duration::from_secs(10);
 /// What spares an emulated machine work at boot, and concerns no device.
-const QUICK_BOOT: &str = "mitigations=off nokaslr io_delay=none rcupdate.rcu_expedited=1 cryptomgr.notests audit=0 nowatchdog";
+const QUICK_BOOT: &str =
+    " mitigations=off nokaslr io_delay=none rcupdate.rcu_expedited=1 cryptomgr.notests audit=0";
 /// Characters per line to the agent: a serial driver without flow control loses more than it can buffer.
 const LINE_LENGTH: usize = 512;
 
@@ -88,7 +89,7 @@ impl<'a> GuestBuilder<'a> {
         self
     }
 
-    /// Boots the kernel as an ELF file by PVH, in place of the bzImage.
+    /// Boots the kernel as an ELF file by PVH; with ringside-vmm that is the bzImage otherwise.
     #[must_use]
     pub fn pvh(mut self) -> Self {
         self.pvh = true;
@@ -215,8 +216,11 @@ impl<'a> GuestBuilder<'a> {
         }
     }
 
-    fn kernel_cmdline(&self) -> String {
-        let mut cmdline = format!("console=ttyS0 panic=-1 loglevel=5 {QUICK_BOOT}");
+    fn kernel_cmdline(&self, site: &Site) -> String {
+        let mut cmdline = "console=ttyS0 panic=-1 loglevel=5".to_owned();
+        if site.place == Place::Lab {
+            cmdline.push_str(QUICK_BOOT);
+        }
         if !self.diskless {
             cmdline.push_str(" lab.root=/dev/vda");
         }
@@ -234,7 +238,7 @@ impl<'a> GuestBuilder<'a> {
             .arg(self.kernel(site))
             .arg("--initramfs")
             .arg(&site.initramfs);
-        command.arg("--cmdline").arg(self.kernel_cmdline());
+        command.arg("--cmdline").arg(self.kernel_cmdline(site));
         command.arg(format!("--cpus={}", self.cpus));
         command.arg(format!("--memory=size={}", self.memory));
         command.arg("--serial=stdio");
@@ -280,7 +284,7 @@ impl<'a> GuestBuilder<'a> {
             .arg(self.kernel(site))
             .arg("-initrd")
             .arg(&site.initramfs);
-        qemu.arg("-append").arg(self.kernel_cmdline());
+        qemu.arg("-append").arg(self.kernel_cmdline(site));
         if !self.diskless {
             qemu.arg("-drive").arg(format!(
                 "if=none,id=root,format=raw,readonly=on,file={}",

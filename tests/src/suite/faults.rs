@@ -187,7 +187,7 @@ fn storage_that_fails(site: &Site) -> Result<()> {
         Blk::on(&cut).start(site)?,
         Blk::on(disk_file(site, "other.img", 16 * MIB)?).start(site)?,
     ];
-    let mut guest = Guest::on(Vmm::Ringside).cpus(2);
+    let mut guest = Guest::on(Vmm::Ringside);
     for disk in &disks {
         guest = guest.device(disk);
     }
@@ -311,7 +311,6 @@ fn storage_that_hangs(site: &Site) -> Result<()> {
         .start(site)?;
     let other = Blk::on(disk_file(site, "other.img", 16 * MIB)?).start(site)?;
     let mut guest = Guest::on(Vmm::Ringside)
-        .cpus(2)
         .device(&blk)
         .device(&other)
         .boot(site)?;

@@ -52,7 +52,7 @@ pub struct Test {
     pub run: fn(&Site) -> Result<()>,
 }
 
-/// All tests, in the order they run.
+/// All tests, in the order they are handed out.
 fn tests() -> impl Iterator<Item = &'static Test> {
     [
         boot::TESTS,

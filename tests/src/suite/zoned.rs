@@ -51,7 +51,7 @@ fn with_zones(site: &Site, test: fn(&Site, &Path) -> Result<()>) -> Result<()> {
 
 fn guest_zones(site: &Site, vmm: Vmm, device: &Path) -> Result<()> {
     let blk = Blk::on(device).queues(2).arg("--direct").start(site)?;
-    let guest = Guest::on(vmm);
+    let guest = Guest::on(vmm).cpus(2);
     let mut guest = match vmm {
         Vmm::Ringside => guest.device(&blk),
         // Its vhost-user-blk leaves out what it does not know; this one passes everything on.
