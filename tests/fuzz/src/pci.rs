@@ -13,7 +13,7 @@ use ringside_vfio::device::{
 };
 use ringside_vmm::irq::{self, MsiMessage};
 use ringside_vmm::kvm::{self, SlotId};
-use ringside_vmm::pci::{FunctionState, InterruptRouting, PciFunction};
+use ringside_vmm::pci::{FunctionKind, FunctionState, InterruptRouting, PciFunction};
 use ringside_vmm::vfio::{MemorySlots, Routing, VfioPci};
 use ringside_vmm::virtio::pci::Doorbells;
 use ringside_vmm::virtio::{Activation, Notifier, Suspended, VirtioDevice, VirtioPci};
@@ -194,9 +194,17 @@ pub(crate) fn virtio(bytes: &[u8]) {
     drive(None, &mut Input::new(bytes));
 }
 
-/// What a guest does to a device that goes on from a state.
-pub(crate) fn restored(state: &FunctionState, input: &mut Input<'_>) {
-    drive(Some(state), input);
+/// What a guest does to a device that goes on from a state, with a configuration space like that of a new one.
+pub(crate) fn goes_on(kind: FunctionKind, input: &mut Input<'_>) {
+    let mut state = Made::new().function.suspend().unwrap();
+    state.kind = kind;
+    for _ in 0..input.below(4) {
+        let place = usize::from(input.u16()) % CONFIG;
+        if let Some(byte) = state.config.get_mut(place) {
+            *byte = input.u8();
+        }
+    }
+    drive(Some(&state), input);
 }
 
 fn drive(state: Option<&FunctionState>, input: &mut Input<'_>) {
