@@ -5,9 +5,17 @@
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
+# Drivers of hardware, passed through or emulated, take time, and look for devices of QEMU: lab.drivers asks for them.
+case " $(cat /proc/cmdline) " in
+*" lab.drivers "*) wanted=all ;;
+*) wanted= ;;
+esac
 # A parameter of a module is given as modprobe takes it: MODULE.NAME=VALUE on the kernel's command line.
 for module in /modules/*.ko; do
     name=${module#/modules/*-}
+    case "$wanted$name" in
+    nvme* | igbvf* | e1000e* | scsi_* | libata* | libahci* | ahci* | sd_mod*) continue ;;
+    esac
     parameters=
     for word in $(cat /proc/cmdline); do
         case "$word" in

@@ -50,7 +50,7 @@ pub struct GuestBuilder<'a> {
     memory: String,
     diskless: bool,
     ordinary_user: bool,
-    pvh: bool,
+    bzimage: bool,
     back_ends: Vec<&'a BackEnd>,
     packed: bool,
     reconnects: bool,
@@ -89,10 +89,10 @@ impl<'a> GuestBuilder<'a> {
         self
     }
 
-    /// Boots the kernel as an ELF file by PVH; with ringside-vmm that is the bzImage otherwise.
+    /// Boots the bzImage, which unpacks itself, in place of the ELF file in it.
     #[must_use]
-    pub fn pvh(mut self) -> Self {
-        self.pvh = true;
+    pub fn bzimage(mut self) -> Self {
+        self.bzimage = true;
         self
     }
 
@@ -208,11 +208,10 @@ impl<'a> GuestBuilder<'a> {
     }
 
     fn kernel(&self, site: &Site) -> PathBuf {
-        // SeaBIOS and the bzImage, which unpacks itself, take an emulated machine ten seconds more.
-        if self.pvh || self.vmm != Vmm::Ringside {
-            site.elf_kernel()
-        } else {
+        if self.bzimage {
             site.kernel()
+        } else {
+            site.elf_kernel()
         }
     }
 
@@ -223,6 +222,9 @@ impl<'a> GuestBuilder<'a> {
         }
         if !self.diskless {
             cmdline.push_str(" lab.root=/dev/vda");
+        }
+        if !self.passed_through.is_empty() {
+            cmdline.push_str(" lab.drivers");
         }
         for argument in &self.kernel_arguments {
             cmdline.push(' ');
@@ -379,7 +381,7 @@ impl Guest {
             memory: "512M".into(),
             diskless: false,
             ordinary_user: false,
-            pvh: false,
+            bzimage: false,
             back_ends: Vec::new(),
             packed: false,
             reconnects: false,

@@ -96,7 +96,11 @@ fn no_complaints(guest: &mut Guest) -> Result<()> {
 
 /// The Debian disk is the guest's root; the machine is as asked for; a power-off ends the VMM with status 0.
 fn by_bzimage(site: &Site) -> Result<()> {
-    let mut guest = Guest::on(Vmm::Ringside).cpus(2).memory("1G").boot(site)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .bzimage()
+        .cpus(2)
+        .memory("1G")
+        .boot(site)?;
     agent_works(&mut guest)?;
     let release = guest.run_ok("cat /etc/os-release")?;
     ensure!(release.contains("trixie"), "not Debian trixie: {release}");
@@ -129,7 +133,7 @@ fn memory_kib(guest: &mut Guest) -> Result<u64> {
 
 /// The same kernel as an ELF file, by PVH. A guest that nobody asks to end ends with the VMM, on SIGTERM, with status 0.
 fn by_pvh(site: &Site) -> Result<()> {
-    let mut guest = Guest::on(Vmm::Ringside).pvh().diskless().boot(site)?;
+    let mut guest = Guest::on(Vmm::Ringside).diskless().boot(site)?;
     // What Linux calls its PVH entry (arch/x86/platform/pvh/enlighten.c) in the place of a boot loader's number.
     let loader = guest.run_ok("cat /proc/sys/kernel/bootloader_type")?;
     ensure!(

@@ -49,7 +49,7 @@ pub(super) const TESTS: &[Test] = &[
     },
 ];
 
-const QUEUES: u16 = 4;
+const QUEUES: u16 = 2;
 /// How many requests a back-end answers before it is killed, at least.
 const REQUESTS: u64 = 50;
 /// How long that may take on plain hardware.

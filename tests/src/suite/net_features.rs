@@ -220,6 +220,7 @@ fn stands_in_for_a_function(site: &Site) -> Result<()> {
     let control = Control::new(site, "api.sock");
     let mut guest = Guest::on(Vmm::Ringside)
         .device(&net)
+        .kernel_argument("lab.drivers")
         .arg(&format!("--api-socket={}", control.socket().display()))
         .boot(site)?;
     let master = guest.run_ok("basename $(readlink /sys/class/net/*/master)")?;

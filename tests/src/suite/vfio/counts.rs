@@ -116,6 +116,7 @@ fn counts_of_three_disks(site: &Site) -> Result<()> {
             disk.display()
         ))?;
         let mut guest = Guest::on(Vmm::Qemu11)
+            .kernel_argument("lab.drivers")
             .arg("-drive")
             .arg(&drive)
             .arg("-device")
