@@ -63,11 +63,6 @@ pub enum Event {
         /// The text, with its line ends.
         text: String,
     },
-    /// A test begins.
-    Started {
-        /// Its name.
-        name: String,
-    },
     /// A test ended.
     Ended {
         /// Its name.

@@ -203,7 +203,7 @@ pub fn show(event: &Event, verbose: bool) {
                 _ => write!(out, "{line}\n{indented}"),
             }
         }
-        Event::Started { .. } | Event::Ready | Event::Done { .. } => Ok(()),
+        Event::Ready | Event::Done { .. } => Ok(()),
     };
     // Nobody looks any more; the exit status still tells.
     let _ = written

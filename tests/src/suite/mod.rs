@@ -114,7 +114,6 @@ pub fn limit(name: &str, effort: Effort, site: &Site) -> Duration {
 /// Fails if there is no such test, or nobody takes the events.
 pub fn run(site: &Site, name: &str, events: &Events) -> Result<i32> {
     let test = named(name)?;
-    events.tell(&Event::Started { name: name.into() })?;
     let start = Instant::now();
     let (outcome, detail) = run_in_process(site, test)
         .unwrap_or_else(|error| (Outcome::Failed, format!("It cannot be run: {error}")));
