@@ -364,6 +364,7 @@ impl IoList {
 
     /// Puts `data` at byte `offset` of the first `count` pieces, and what does not fit there into `spill`, as if that lay
     /// behind them. `false` if `spill` is too short.
+    #[inline]
     pub(super) fn deliver(
         &self,
         offset: usize,
@@ -378,6 +379,11 @@ impl IoList {
             self.wrote(offset, data.len(), count);
             return true;
         }
+        self.deliver_parts(offset, data, count, spill)
+    }
+
+    #[inline(never)]
+    fn deliver_parts(&self, offset: usize, data: &[u8], count: usize, spill: &mut [u8]) -> bool {
         let room = self.room(count);
         let fits = room.saturating_sub(offset).min(data.len());
         let (inside, outside) = data.split_at_checked(fits).unwrap_or((data, &[]));
@@ -431,7 +437,7 @@ impl IoList {
     pub(super) fn put_u16(&self, offset: usize, number: u16) -> bool {
         let bytes = number.to_le_bytes();
         let Some(slice) = self.in_first(offset, bytes.len()) else {
-            return self.copy_in(offset, &bytes);
+            return self.put_parts(offset, &bytes);
         };
         if let Ok(place) = slice.get_ref::<[u8; 2]>(0) {
             place.store(bytes);
@@ -440,12 +446,22 @@ impl IoList {
         true
     }
 
+    #[inline(never)]
+    fn put_parts(&self, offset: usize, bytes: &[u8]) -> bool {
+        self.copy_in(offset, bytes)
+    }
+
     /// The first two bytes of the row; none if it is shorter.
     #[inline]
     pub(super) fn first_two(&self) -> Option<[u8; 2]> {
         if let Some(slice) = self.in_first(0, 2) {
             return slice.get_ref(0).ok().map(|place| place.load());
         }
+        self.first_two_of_parts()
+    }
+
+    #[inline(never)]
+    fn first_two_of_parts(&self) -> Option<[u8; 2]> {
         let mut bytes = [0; 2];
         self.copy_out(0, &mut bytes).then_some(bytes)
     }

@@ -326,6 +326,11 @@ impl Rx {
     }
 }
 
+#[inline(never)]
+fn clear_flags(list: &IoList) {
+    list.copy_in(0, &[0]);
+}
+
 impl State {
     /// Bytes of buffers to have posted before the next packet.
     fn wanted(&self) -> usize {
@@ -416,8 +421,22 @@ impl State {
     }
 
     /// Returns the first `buffers` buffers of the row with a packet of `len` bytes.
-    #[inline]
+    #[inline(always)]
     fn give(
+        &mut self,
+        session: &mut Session<'_, Memory>,
+        list: &mut IoList,
+        len: usize,
+        buffers: usize,
+    ) -> Result<(), RingError> {
+        if buffers == 1 {
+            return self.give_one(session, list, len).map(drop);
+        }
+        self.give_several(session, list, len, buffers)
+    }
+
+    #[inline(never)]
+    fn give_several(
         &mut self,
         session: &mut Session<'_, Memory>,
         list: &mut IoList,
@@ -426,16 +445,28 @@ impl State {
     ) -> Result<(), RingError> {
         let mut rest = len;
         for _ in 0..buffers {
-            let Some(posted) = self.posted.pop_front() else {
-                break;
-            };
-            let used = rest.min(posted.len);
-            session.push_used(posted.head, u32::try_from(used).unwrap_or(u32::MAX))?;
-            list.consume(posted.pieces);
-            self.room = self.room.saturating_sub(posted.len);
-            rest = rest.saturating_sub(used);
+            rest = self.give_one(session, list, rest)?;
         }
         Ok(())
+    }
+
+    /// Returns the first buffer of the row with the first of `len` bytes; gives the number of those that it has no room for.
+    // A call costs more than the common way through it.
+    #[inline(always)]
+    fn give_one(
+        &mut self,
+        session: &mut Session<'_, Memory>,
+        list: &mut IoList,
+        len: usize,
+    ) -> Result<usize, RingError> {
+        let Some(posted) = self.posted.pop_front() else {
+            return Ok(0);
+        };
+        let used = len.min(posted.len);
+        session.push_used(posted.head, u32::try_from(used).unwrap_or(u32::MAX))?;
+        list.consume(posted.pieces);
+        self.room = self.room.saturating_sub(posted.len);
+        Ok(len.saturating_sub(used))
     }
 
     /// Returns the packets of a call that stand where they belong, and holds the others. Returns how much of the turn that takes.
@@ -585,7 +616,8 @@ impl State {
 
     /// Decides on the packet in the first `len` bytes of the list and completes its header. Returns how many of
     /// the posted buffers it takes: 0 if it is not for the driver.
-    #[inline]
+    // A call costs more than the common way through it.
+    #[inline(always)]
     fn accept(
         &mut self,
         list: &IoList,
@@ -612,7 +644,7 @@ impl State {
         }
         // Without the feature the flags are 0 (VIRTIO 1.3, 5.1.6.4.1).
         if flags != 0 && !has(self.offloads, VIRTIO_NET_F_GUEST_CSUM) {
-            list.copy_in(0, &[0]);
+            clear_flags(list);
         }
         let buffers = match self.posted.front() {
             Some(first) if len <= first.len => 1,
@@ -633,6 +665,7 @@ impl State {
     }
 
     /// The filter lets the packet in the first `len` bytes of the list pass.
+    #[inline(never)]
     fn is_listed(&self, list: &IoList, len: usize, filter: &Filter) -> bool {
         let mut start = [0; PEEK];
         let seen = len.saturating_sub(self.header_len).min(PEEK);
@@ -641,6 +674,7 @@ impl State {
     }
 
     /// How many of the posted buffers `len` bytes take.
+    #[inline(never)]
     fn count_buffers(&self, len: usize) -> u16 {
         let mut buffers: u16 = 0;
         let mut rest = len;
@@ -655,6 +689,7 @@ impl State {
     }
 
     /// Writes the hash of the packet in the first `len` bytes of the list into its header.
+    #[inline(never)]
     fn report_hash(&self, list: &IoList, len: usize, hashing: &Hashing) {
         let mut start = [0; hash::PEEK];
         let seen = len.saturating_sub(self.header_len).min(hash::PEEK);
@@ -671,9 +706,11 @@ impl State {
     /// The driver accepted what the header asks of it (VIRTIO 1.3, 5.1.6.4.1).
     #[inline]
     fn readable(&self, flags: u8, gso: u8) -> bool {
-        if flags == 0 && u32::from(gso) == VIRTIO_NET_HDR_GSO_NONE {
-            return true;
-        }
+        flags == 0 && u32::from(gso) == VIRTIO_NET_HDR_GSO_NONE || self.accepted(flags, gso)
+    }
+
+    #[inline(never)]
+    fn accepted(&self, flags: u8, gso: u8) -> bool {
         let accepted = |feature| has(self.offloads, feature);
         let needs_csum = u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
         let segmented = match u32::from(gso) & !VIRTIO_NET_HDR_GSO_ECN {

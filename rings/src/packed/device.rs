@@ -277,12 +277,10 @@ impl<M: GuestMemory> Session<'_, M> {
     /// Takes the next available chain into `buf`, and returns its id.
     #[inline(never)]
     pub(crate) fn pop(&mut self, buf: &mut ChainBuf) -> Result<Option<u16>, PopError> {
-        if let Some(tracking) = &mut self.ring.tracking
-            && let Some((number, id)) = tracking.again.take()
+        if self.ring.tracking.is_some()
+            && let Some(popped) = self.pop_again(buf)
         {
-            self.gather_copies(number, buf)
-                .map_err(|error| PopError::Chain { head: id, error })?;
-            return Ok(Some(id));
+            return popped;
         }
         let Some(rest) = self.next()? else {
             return Ok(None);
@@ -296,12 +294,24 @@ impl<M: GuestMemory> Session<'_, M> {
         }
     }
 
+    /// Takes a chain of a former owner that is to be served again, if there is one.
+    #[inline(never)]
+    fn pop_again(&mut self, buf: &mut ChainBuf) -> Option<Result<Option<u16>, PopError>> {
+        let (number, id) = self.ring.tracking.as_mut()?.again.take()?;
+        let gathered = self.gather_copies(number, buf);
+        let malformed = |error| PopError::Chain { head: id, error };
+        Some(gathered.map(|()| Some(id)).map_err(malformed))
+    }
+
     /// Notes that a chain is in flight.
     #[inline]
     fn take(&mut self, id: u16, count: u16) -> Result<(), RingError> {
         let ring = &mut *self.ring;
         let next = ring.next_avail.after(count, ring.size);
-        let last = ring.next_avail.after(count.saturating_sub(1), ring.size);
+        let last = match count {
+            1 => ring.next_avail,
+            _ => ring.next_avail.after(count.saturating_sub(1), ring.size),
+        };
         if let (Some(held), Some(taken)) = (
             ring.counts.get_mut(usize::from(id)),
             ring.taken.get_mut(usize::from(last.at())),
@@ -312,18 +322,29 @@ impl<M: GuestMemory> Session<'_, M> {
             *held = count;
             *taken = id;
         }
-        if let Some(tracking) = &mut ring.tracking {
-            let (start, size, desc) = (ring.next_avail, ring.size, &self.desc);
-            tracking.took(id, count, |number| {
-                let offset = desc_offset(start.after(number, size).at());
-                let word = desc.load_u64(offset.wrapping_add(8))?;
-                Ok((desc.load_u64(offset)?, Rest::from_word(word)))
-            })?;
+        if ring.tracking.is_some() {
+            self.track(id, count)?;
         }
+        let ring = &mut *self.ring;
         ring.next_avail = next;
         ring.busy = ring.busy.saturating_add(count);
         ring.in_flight = ring.in_flight.saturating_add(1);
         Ok(())
+    }
+
+    /// Notes the chain at the next place in the memory that outlives the device.
+    #[inline(never)]
+    fn track(&mut self, id: u16, count: u16) -> Result<(), RingError> {
+        let ring = &mut *self.ring;
+        let (start, size, desc) = (ring.next_avail, ring.size, &self.desc);
+        let Some(tracking) = &mut ring.tracking else {
+            return Ok(());
+        };
+        tracking.took(id, count, |number| {
+            let offset = desc_offset(start.after(number, size).at());
+            let word = desc.load_u64(offset.wrapping_add(8))?;
+            Ok((desc.load_u64(offset)?, Rest::from_word(word)))
+        })
     }
 
     /// Takes a chain whose contents are malformed. Its id stands in its last descriptor.
@@ -396,7 +417,8 @@ impl<M: GuestMemory> Session<'_, M> {
 
     /// Writes one used descriptor that stands for `count` descriptors: those of chain `id`, and of chains
     /// before it that are skipped (VIRTIO 1.3, 2.8.8).
-    #[inline]
+    // A call costs more than the common way through it.
+    #[inline(always)]
     pub(crate) fn stage(&mut self, id: u16, len: u32, count: u16) -> Result<(), RingError> {
         let ring = &mut *self.ring;
         let cursor = ring.next_used.after(ring.staged, ring.size);

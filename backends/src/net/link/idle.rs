@@ -89,6 +89,7 @@ impl Link for Generate {
         Ok(())
     }
 
+    #[inline]
     fn receive(
         &mut self,
         list: &mut IoList,
