@@ -27,7 +27,7 @@ pub use daemon::{Daemon, threads};
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};
 pub use kernel_log::{KernelLog, dma_fault};
 pub use mapped::Mapped;
-pub use network::{Capture, Namespace, http_server, iperf3, iperf3_server, name_server};
+pub use network::{Capture, Namespace, bridge, http_server, iperf3, iperf3_server, name_server};
 pub use null_blk::with_null_blk;
 pub use passthrough::{Assigned, Device, PciId, VirtualFunctions, ringside_vfio};
 pub use qmp::Qmp;

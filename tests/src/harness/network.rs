@@ -125,6 +125,22 @@ impl Namespace {
     }
 }
 
+/// Makes the bridge br0, at 10.77.0.1, with an address of its own: one of its ports' would change when they come and go, and guests
+/// have it in their neighbour tables.
+///
+/// # Errors
+/// Fails if one of the steps does.
+pub fn bridge() -> Result<()> {
+    for line in [
+        "ip link add br0 address 52:54:00:77:00:01 type bridge",
+        "ip address add 10.77.0.1/24 dev br0",
+        "ip link set br0 up",
+    ] {
+        command::run_line(line)?;
+    }
+    Ok(())
+}
+
 /// Records the headers of what passes an interface of the test's own namespace.
 #[derive(Debug)]
 pub struct Capture {

@@ -15,7 +15,7 @@ use crate::command;
 use crate::ensure;
 use crate::error::{Doing, Result};
 use crate::harness::{
-    BackEnd, Blk, Control, Guest, GuestBuilder, Igb, Net, Vmm, disk_file, packets,
+    BackEnd, Blk, Control, Guest, GuestBuilder, Igb, Net, Vmm, bridge, disk_file, packets,
 };
 use crate::site::Site;
 
@@ -52,18 +52,6 @@ const FINISH: &str = "before=$(wc -l </run/rounds); \
 const BOOT: &str = "cat /proc/sys/kernel/random/boot_id";
 /// How long its load may take to end.
 const FINISH_LIMIT: Duration = Duration::from_secs(60);
-
-/// A bridge with an address of its own, which stays when its ports come and go: the guest has it in its neighbour table.
-fn bridge() -> Result<()> {
-    for line in [
-        "ip link add br0 address 52:54:00:77:00:01 type bridge",
-        "ip address add 10.77.0.1/24 dev br0",
-        "ip link set br0 up",
-    ] {
-        command::run_line(line)?;
-    }
-    Ok(())
-}
 
 /// What a guest gives its card as an address; the cards come with another one.
 const OWN_MAC: &str = "52:54:00:77:00:09";
