@@ -278,6 +278,11 @@ pub fn shares(wanted: Option<usize>, most: usize) -> Result<(usize, u64)> {
              end other programs, or ask for fewer --jobs"
         )));
     }
+    if memory < ROOMY_MEMORY_MIB {
+        eprintln!(
+            "lab: each lab VM gets {memory} MiB of memory; tests with a guest of 6 GiB want {ROOMY_MEMORY_MIB}"
+        );
+    }
     Ok((count, memory))
 }
 

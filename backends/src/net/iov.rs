@@ -417,7 +417,8 @@ impl IoList {
     }
 
     /// Copies `data` to byte `offset` of the row. `false` if the row ends before.
-    #[inline]
+    // In line it would take registers from those who hardly ever need it.
+    #[inline(never)]
     pub(super) fn copy_in(&self, offset: usize, data: &[u8]) -> bool {
         if let Some(slice) = self.in_first(offset, data.len()) {
             slice.copy_from(data);
@@ -437,7 +438,7 @@ impl IoList {
     pub(super) fn put_u16(&self, offset: usize, number: u16) -> bool {
         let bytes = number.to_le_bytes();
         let Some(slice) = self.in_first(offset, bytes.len()) else {
-            return self.put_parts(offset, &bytes);
+            return self.copy_in(offset, &bytes);
         };
         if let Ok(place) = slice.get_ref::<[u8; 2]>(0) {
             place.store(bytes);
@@ -446,28 +447,19 @@ impl IoList {
         true
     }
 
-    #[inline(never)]
-    fn put_parts(&self, offset: usize, bytes: &[u8]) -> bool {
-        self.copy_in(offset, bytes)
-    }
-
     /// The first two bytes of the row; none if it is shorter.
     #[inline]
     pub(super) fn first_two(&self) -> Option<[u8; 2]> {
         if let Some(slice) = self.in_first(0, 2) {
             return slice.get_ref(0).ok().map(|place| place.load());
         }
-        self.first_two_of_parts()
-    }
-
-    #[inline(never)]
-    fn first_two_of_parts(&self) -> Option<[u8; 2]> {
         let mut bytes = [0; 2];
         self.copy_out(0, &mut bytes).then_some(bytes)
     }
 
     /// Copies from byte `offset` of the row to `out`. `false` if the row ends before.
-    #[inline]
+    // As above.
+    #[inline(never)]
     pub(super) fn copy_out(&self, offset: usize, out: &mut [u8]) -> bool {
         let len = out.len();
         if let Some(slice) = self.in_first(offset, len) {

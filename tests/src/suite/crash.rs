@@ -54,7 +54,7 @@ const QUEUES: u16 = 2;
 /// How many requests a back-end answers before it is killed, at least.
 const REQUESTS: u64 = 50;
 /// How long that may take on plain hardware.
-const WORK_LIMIT: Duration = Duration::from_secs(10);
+const WORK_LIMIT: Duration = Duration::from_secs(20);
 const CONTROL: &str = "blk.ctl";
 const MIB: u64 = 1 << 20;
 
