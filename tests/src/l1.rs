@@ -171,13 +171,14 @@ fn machine(
     ));
     for (name, size) in [("scratch.img", SCRATCH_SIZE), ("disk.img", RAW_DISK_SIZE)] {
         let path = sparse_file(run, name, size)?;
-        // The raw disk is as it was when the power comes back; nobody looks for anything on the other one.
+        // The raw disk is as it was when the power comes back; nobody looks for anything on the other one. If this machine
+        // has no room for them, there is an error, and not a machine that stands still.
         let cache = match name {
             "disk.img" => "writeback",
             _ => "unsafe",
         };
         qemu.arg("-drive").arg(format!(
-            "if=virtio,format=raw,cache={cache},discard=unmap,file={}",
+            "if=virtio,format=raw,cache={cache},discard=unmap,werror=report,file={}",
             escaped(&path)
         ));
     }

@@ -74,7 +74,7 @@ fn guest<'a>(vmm: Vmm, packed: bool, (disk, card): &'a (BackEnd, BackEnd)) -> Gu
 /// A guest writes to its disk, reads all of it back, and sends over its card; meanwhile it moves. Back-ends are two of each: the
 /// disks' share a file, the cards' a bridge.
 fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Result<()> {
-    let disk = disk_file(site, "disk.img", 64 << 20)?;
+    let disk = disk_file(site, "disk.img", 16 << 20)?;
     bridge()?;
     let _server = iperf3_server(site, None)?;
     let from = (start_disk(site, &disk, "from")?, card(site, "tap0")?);
@@ -86,8 +86,8 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Res
     source.network_up("10.77.0.2/24")?;
     source.run_ok("ping -c 3 -i 0.2 -W 5 10.77.0.1")?;
     let written = source.run_ok(
-        "dd if=/dev/urandom of=/dev/vdb bs=64k count=128 seek=512 oflag=direct conv=notrunc 2>/dev/null; \
-         dd if=/dev/vdb bs=64k count=128 skip=512 iflag=direct 2>/dev/null | sha256sum",
+        "dd if=/dev/urandom of=/dev/vdb bs=64k count=64 seek=128 oflag=direct conv=notrunc 2>/dev/null; \
+         dd if=/dev/vdb bs=64k count=64 skip=128 iflag=direct 2>/dev/null | sha256sum",
     )?;
     source.run_ok(
         "(while [ ! -e /run/stop ]; do fio --name=verify --filename=/dev/vdb --direct=1 --ioengine=libaio \
@@ -130,7 +130,7 @@ fn move_guest(site: &Site, vmm: Vmm, packed: bool, start_disk: StartDisk) -> Res
     );
     let read = target.run_ok(
         "echo 3 >/proc/sys/vm/drop_caches; \
-         dd if=/dev/vdb bs=64k count=128 skip=512 iflag=direct 2>/dev/null | sha256sum",
+         dd if=/dev/vdb bs=64k count=64 skip=128 iflag=direct 2>/dev/null | sha256sum",
     )?;
     ensure!(
         read == written,
