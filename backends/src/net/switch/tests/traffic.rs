@@ -546,6 +546,8 @@ fn descriptors_that_block_hold_up_nobody() {
         let mut vring = give_back(&hostile.sender, 0);
         (vring.call, vring.err) = (call, blocking());
         hostile.own(vring);
+        // It has the receive ring again once it gives the other one.
+        hostile.own(give_back(&hostile.sender, 1));
         hostile.rx.want();
         if break_it {
             hostile.rx.corrupt_avail_index();
