@@ -382,6 +382,7 @@ impl IoList {
         self.deliver_parts(offset, data, count, spill)
     }
 
+    /// The same of data that does not fit the first piece.
     #[inline(never)]
     fn deliver_parts(&self, offset: usize, data: &[u8], count: usize, spill: &mut [u8]) -> bool {
         let room = self.room(count);

@@ -431,6 +431,7 @@ impl State {
         self.give_several(session, list, len, buffers)
     }
 
+    /// The same of none or of more than one.
     #[inline(never)]
     fn give_several(
         &mut self,
@@ -702,11 +703,12 @@ impl State {
     /// The driver accepted what the header asks of it (VIRTIO 1.3, 5.1.6.4.1).
     #[inline]
     fn readable(&self, flags: u8, gso: u8) -> bool {
-        flags == 0 && u32::from(gso) == VIRTIO_NET_HDR_GSO_NONE || self.accepted(flags, gso)
+        flags == 0 && u32::from(gso) == VIRTIO_NET_HDR_GSO_NONE || self.asked_for(flags, gso)
     }
 
+    /// The same of a header that asks for something.
     #[inline(never)]
-    fn accepted(&self, flags: u8, gso: u8) -> bool {
+    fn asked_for(&self, flags: u8, gso: u8) -> bool {
         let accepted = |feature| has(self.offloads, feature);
         let needs_csum = u32::from(flags) & VIRTIO_NET_HDR_F_NEEDS_CSUM != 0;
         let segmented = match u32::from(gso) & !VIRTIO_NET_HDR_GSO_ECN {
