@@ -28,6 +28,8 @@ pub struct Plan<'a> {
     pub effort: Effort,
     /// How many lab VMs.
     pub jobs: Option<usize>,
+    /// How often a test that failed is run once more.
+    pub retries: u16,
     /// Whether everything that tests write is shown.
     pub verbose: bool,
 }
@@ -69,6 +71,7 @@ pub fn run(
     let progress = Progress {
         waiting: Mutex::new(names.into()),
         tally: Mutex::new(Tally::default()),
+        failures: Mutex::new(Vec::new()),
     };
     thread::scope(|scope| {
         for prepared in prepared {
@@ -83,6 +86,10 @@ pub fn run(
             }
         }
     });
+    // At the end, where they are found.
+    for failure in locked(&progress.failures).iter() {
+        print!("{failure}");
+    }
     let ended = *locked(&progress.tally);
     tally.add(ended);
     let missing = total.saturating_sub(ended.passed + ended.failed + ended.skipped);
@@ -97,6 +104,8 @@ pub fn run(
 struct Progress {
     waiting: Mutex<VecDeque<&'static str>>,
     tally: Mutex<Tally>,
+    /// What is to be said at the end of tests that failed, be it once.
+    failures: Mutex<Vec<String>>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -110,69 +119,127 @@ fn work(prepared: Prepared, plan: &Plan, progress: &Progress) -> Result<()> {
         let Some(name) = locked(&progress.waiting).pop_front() else {
             return Ok(());
         };
-        // What hangs is to be seen.
-        eprintln!("lab: {name} begins");
-        let (outcome, sound) = match name {
-            CUT => cut_power(&mut lab),
-            _ => run_inside(&mut lab, name, plan),
+        let mut attempt = 0;
+        let ended = loop {
+            // What hangs is to be seen.
+            eprintln!("lab: {name} begins");
+            let ended = match name {
+                CUT => cut_power(&mut lab),
+                _ => run_inside(&mut lab, name, plan),
+            };
+            attempt += 1;
+            if ended.outcome == Outcome::Failed {
+                locked(&progress.failures).push(in_short(name, attempt, &ended.detail));
+            }
+            let over = ended.outcome != Outcome::Failed || attempt > plan.retries;
+            let last = over && locked(&progress.waiting).is_empty();
+            if !(ended.sound || last) {
+                // The other tests need not end with it.
+                lab.restart()?;
+            }
+            if over {
+                break ended;
+            }
         };
-        locked(&progress.tally).count(outcome);
-        if !sound && !locked(&progress.waiting).is_empty() {
-            // The other tests need not end with it.
-            lab.restart()?;
+        locked(&progress.tally).count(ended.outcome);
+        if attempt > 1 && ended.outcome == Outcome::Passed {
+            let passed = format!("{name} passed at attempt {attempt}\n");
+            locked(&progress.failures).push(passed);
         }
     }
 }
 
-/// Runs a test of the suite; gives how it ended, and whether the lab can run another.
-fn run_inside(lab: &mut Lab, name: &str, plan: &Plan) -> (Outcome, bool) {
+/// How a test ended.
+struct Ended {
+    outcome: Outcome,
+    detail: String,
+    /// Whether the lab can run another one.
+    sound: bool,
+}
+
+/// What is said of a failure at the end: what the test printed and its error, without logs.
+fn in_short(name: &str, attempt: u16, detail: &str) -> String {
+    const FIRST: usize = 4;
+    const LAST: usize = 12;
+    let lines: Vec<_> = detail
+        .lines()
+        .take_while(|line| !line.starts_with("--- end of "))
+        .collect();
+    let mut text = format!("{name} failed at attempt {attempt}:\n");
+    for (number, line) in lines.iter().enumerate() {
+        if number == FIRST && lines.len() > FIRST + LAST {
+            text.push_str("    […]\n");
+        }
+        if number < FIRST || number + LAST >= lines.len() {
+            text.push_str("    ");
+            text.extend(line.chars().take(300));
+            text.push('\n');
+        }
+    }
+    text
+}
+
+/// Runs a test of the suite.
+fn run_inside(lab: &mut Lab, name: &str, plan: &Plan) -> Ended {
     let request = Request::Test {
         name: name.into(),
         effort: plan.effort,
     };
     let limit = suite::limit(name, plan.effort, &Site::inside_lab()) + SILENCE_LIMIT;
     let start = Instant::now();
-    let mut outcome = None;
+    let mut told = None;
     let result = lab.request(&request, limit, |event| {
-        if let Event::Ended { outcome: how, .. } = event {
-            outcome = Some(*how);
+        if let Event::Ended {
+            outcome, detail, ..
+        } = event
+        {
+            told = Some((*outcome, detail.clone()));
         }
         show(event, plan.verbose);
     });
-    match (outcome, result) {
-        (Some(outcome), Ok(_)) => (outcome, true),
-        (Some(outcome), Err(error)) => {
-            eprintln!("lab: {error}");
-            (outcome, false)
+    match (told, result) {
+        (Some((outcome, detail)), result) => {
+            if let Err(error) = &result {
+                eprintln!("lab: {error}");
+            }
+            Ended {
+                outcome,
+                detail,
+                sound: result.is_ok(),
+            }
         }
         (None, result) => {
             let why = result.map_or_else(|error| error.to_string(), |_| "no result came".into());
-            show_end(name, Outcome::Failed, start, why);
-            (Outcome::Failed, false)
+            ended(name, Outcome::Failed, start, why, false)
         }
     }
 }
 
-/// Runs the test that ends the lab VM and starts it again; gives the same.
-fn cut_power(lab: &mut Lab) -> (Outcome, bool) {
+/// Runs the test that ends the lab VM and starts it again.
+fn cut_power(lab: &mut Lab) -> Ended {
     let start = Instant::now();
     let (outcome, detail) = match lab.cut_power() {
         Ok(detail) => (Outcome::Passed, detail),
         Err(LabError::Skipped(why)) => (Outcome::Skipped, why),
         Err(error) => (Outcome::Failed, error.to_string()),
     };
-    show_end(CUT, outcome, start, detail);
-    (outcome, outcome != Outcome::Failed)
+    ended(CUT, outcome, start, detail, outcome != Outcome::Failed)
 }
 
-fn show_end(name: &str, outcome: Outcome, start: Instant, detail: String) {
-    let ended = Event::Ended {
+/// Shows how a test ended that has not said it itself, and gives it.
+fn ended(name: &str, outcome: Outcome, start: Instant, detail: String, sound: bool) -> Ended {
+    let event = Event::Ended {
         name: name.into(),
         outcome,
         seconds: start.elapsed().as_secs_f64(),
-        detail,
+        detail: detail.clone(),
     };
-    show(&ended, true);
+    show(&event, true);
+    Ended {
+        outcome,
+        detail,
+        sound,
+    }
 }
 
 /// Shows an event on the terminal: a test when it has ended, as others run beside it.
@@ -209,4 +276,29 @@ pub fn show(event: &Event, verbose: bool) {
     let _ = written
         .and_then(|()| out.flush())
         .doing(|| "write to standard output".into());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_in_short_has_the_error_and_no_logs() {
+        let printed: String = (0..40).map(|number| format!("line {number}\n")).collect();
+        let detail = format!("{printed}it broke\n--- end of a.log\nnoise\n");
+        let text = in_short("a::test", 2, &detail);
+        assert!(
+            text.starts_with("a::test failed at attempt 2:\n    line 0\n"),
+            "{text}"
+        );
+        assert!(
+            text.contains("    line 3\n    […]\n    line 29\n"),
+            "{text}"
+        );
+        assert!(text.ends_with("    it broke\n"), "{text}");
+        assert_eq!(
+            in_short("b", 1, "why\n"),
+            "b failed at attempt 1:\n    why\n"
+        );
+    }
 }

@@ -89,20 +89,21 @@ pub fn count(site: &Site, directory: &Path) -> Result<Instructions> {
     Ok(Instructions { read, write })
 }
 
-/// Counts those of `ringside-net` for frames: nothing behind the card, each way and each format of rings; a TAP of this name,
-/// which has to be up; and from one guest to another.
+/// Counts those of `ringside-net` for frames: nothing behind the card, each way and each format of rings; from one guest to
+/// another; and a TAP of this name, which has to be up, if there is one.
 ///
 /// # Errors
 /// As [`count`].
-pub fn of_frames(site: &Site, directory: &Path, tap: &str) -> Result<FrameInstructions> {
+pub fn of_frames(site: &Site, directory: &Path, tap: Option<&str>) -> Result<FrameInstructions> {
     let card = |link: &str| format!("ringside-net --poll 0 --socket-path {{socket}} {link}");
     let null = card("--link null");
     let source = card(&format!("--link generate:{FRAME}"));
-    let tap = card(&format!("--tap {tap}"));
+    let tap = tap.map(|tap| card(&format!("--tap {tap}")));
     let other = second_socket(&socket_in(directory)).display().to_string();
     let port = command::quoted(&format!("socket={other}"));
     let switch = format!("ringside-net --poll 0 --port {port} --port socket={{socket}}");
-    let ways: [(_, &str, &[&str]); 6] = [
+    let joined = ["--to", other.as_str()];
+    let mut ways: Vec<(_, &str, &[&str])> = vec![
         ("from a guest to nothing", &null, &["--direction", "tx"]),
         ("in packed rings", &null, &["--direction", "tx", "--packed"]),
         ("from nothing to a guest", &source, &["--direction", "rx"]),
@@ -111,9 +112,11 @@ pub fn of_frames(site: &Site, directory: &Path, tap: &str) -> Result<FrameInstru
             &source,
             &["--direction", "rx", "--packed"],
         ),
-        ("from a guest to a TAP", &tap, &["--direction", "tx"]),
-        ("from a guest to another", &switch, &["--to", &other]),
+        ("from a guest to another", &switch, &joined),
     ];
+    if let Some(tap) = &tap {
+        ways.push(("from a guest to a TAP", tap, &["--direction", "tx"]));
+    }
     let frame = FRAME.to_string();
     let each = |callgrind: &Callgrind<'_>, back_end: &str, options: &[&str]| {
         let load = [&["net", "--frame", &frame], options].concat();

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use super::Test;
 use crate::bench::idle::{self, Idle};
-use crate::bench::instructions;
 use crate::command;
 use crate::ensure;
 use crate::error::{Doing, Result};
@@ -14,11 +13,6 @@ use crate::harness::{Blk, Net, with_null_blk};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
-    Test {
-        name: "bench::instructions_per_request",
-        seconds: 120,
-        run: instructions_per_request,
-    },
     Test {
         name: "bench::an_idle_disk_sleeps_and_is_small",
         seconds: 30,
@@ -48,11 +42,6 @@ pub(super) const TESTS: &[Test] = &[
 
 /// What may be resident besides guest memory.
 const MOST_RESIDENT: u64 = 8 << 20;
-
-fn instructions_per_request(site: &Site) -> Result<()> {
-    println!("{}", instructions::count(site, &site.scratch)?);
-    Ok(())
-}
 
 /// A back-end that has nothing to do is not woken, and is small besides guest memory.
 fn an_idle_disk_sleeps_and_is_small(site: &Site) -> Result<()> {

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::Test;
 use super::blk::per_unit;
-use crate::bench::instructions;
 use crate::command;
 use crate::ensure;
 use crate::error::{LabError, Result};
@@ -14,25 +13,11 @@ use crate::harness::{
 };
 use crate::site::Site;
 
-pub(super) const TESTS: &[Test] = &[
-    Test {
-        name: "bench::instructions_per_frame",
-        seconds: 120,
-        run: instructions_per_frame,
-    },
-    Test {
-        name: "bench::tcp_of_three_cards",
-        seconds: 180,
-        run: tcp_of_three_cards,
-    },
-];
-
-fn instructions_per_frame(site: &Site) -> Result<()> {
-    command::run_line("ip tuntap add dev tap0 mode tap")?;
-    command::run_line("ip link set dev tap0 up")?;
-    println!("{}", instructions::of_frames(site, &site.scratch, "tap0")?);
-    Ok(())
-}
+pub(super) const TESTS: &[Test] = &[Test {
+    name: "bench::tcp_of_three_cards",
+    seconds: 180,
+    run: tcp_of_three_cards,
+}];
 
 /// A card of a guest, and what is behind it.
 struct Card {

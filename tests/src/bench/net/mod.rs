@@ -31,6 +31,7 @@ use self::cells::Cell;
 use self::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, TCP_ADDRESS, TCP_TAP};
 use self::measure::{Bench, Sample};
 use self::outcome::{CellOutcome, Row};
+use super::instructions::{self, FrameInstructions};
 use super::load::parse_seconds;
 use super::measure::Processors;
 use super::notes::{Notes, contains, first_line, processor};
@@ -67,6 +68,10 @@ pub struct NetBench {
     #[arg(long, value_name = "DIR")]
     programs: Option<PathBuf>,
 
+    /// Only count the instructions of ringside-net for a frame, under valgrind
+    #[arg(long, conflicts_with_all = ["quick", "filter", "only", "rounds", "json", "svg"])]
+    instructions: bool,
+
     /// Write all samples as JSON
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -88,6 +93,7 @@ struct Outcome {
     seconds: f64,
     rounds: usize,
     cells: Vec<CellOutcome>,
+    instructions: Option<FrameInstructions>,
     /// What could not be measured, and why.
     skipped: Vec<String>,
 }
@@ -123,6 +129,13 @@ pub fn run(systems: &Systems, options: &NetBench) -> Result<()> {
         scratch: scratch.path().to_owned(),
         ..systems.host_site(&programs, scratch.path())
     };
+    let mut notes = Notes::default();
+    let tap = notes.keep(own_network()).map(|()| LONE_TAP);
+    let instructions = || instructions::of_frames(&site, scratch.path(), tap);
+    if options.instructions {
+        println!("{}", instructions()?);
+        return notes.verdict();
+    }
     let cells: Vec<Cell> = cells::all()
         .into_iter()
         .filter(|cell| contains(&cell.name(), options.filter.as_deref()))
@@ -149,12 +162,10 @@ pub fn run(systems: &Systems, options: &NetBench) -> Result<()> {
         directory: scratch.path(),
         seconds: options.seconds,
     };
-    let mut notes = Notes::default();
-    let tap = notes.keep(own_network()).is_some();
     let start = Instant::now();
     let mut outcomes = Vec::new();
     for (index, cell) in cells.iter().enumerate() {
-        if cell.needs_tap() && !tap {
+        if cell.needs_tap() && tap.is_none() {
             continue;
         }
         eprintln!(
@@ -168,12 +179,20 @@ pub fn run(systems: &Systems, options: &NetBench) -> Result<()> {
         println!("{}", outcome.table());
         outcomes.push(outcome);
     }
+    let instructions = match options.filter {
+        None => notes.keep(instructions()),
+        Some(_) => None,
+    };
+    if let Some(instructions) = &instructions {
+        println!("{instructions}");
+    }
     let outcome = Outcome {
         kernel: first_line("/proc/sys/kernel/osrelease"),
         processor: processor(),
         seconds: options.seconds,
         rounds,
         cells: outcomes,
+        instructions,
         skipped: notes.skipped.clone(),
     };
     println!("{}", outcome.machine());
