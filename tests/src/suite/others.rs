@@ -1,7 +1,6 @@
 //! Our back-ends under other people's VMMs, and our VMM with other people's back-ends.
 
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use super::Test;
@@ -116,9 +115,8 @@ fn our_vmm(site: &Site) -> Result<()> {
     ];
     let known = storage_daemon(site, &disks[0], "known.sock")?;
     let generic = storage_daemon(site, &disks[1], "generic.sock")?;
-    // passt answers for the guest's gateway itself, and connects to this side's loopback.
     command::run_line("ip link set lo up")?;
-    let passt = BackEnd::foreign(site, Kind::Net, 1, "passt.sock", passt(site))?;
+    let passt = passt(site, "passt.sock", ["10.79.0.2", "10.79.0.1"])?;
     let _server = iperf3_server(site, None)?;
     let mut guest = Guest::on(Vmm::Ringside)
         .device(&known)
@@ -152,10 +150,11 @@ fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Result<BackEnd> {
     BackEnd::foreign(site, Kind::Blk, 1, socket, storage)
 }
 
-fn passt(site: &Site) -> Command {
+/// A card of passt, by the addresses of guest and gateway. It answers for the gateway itself, and connects to this side's loopback.
+pub(super) fn passt(site: &Site, socket: &str, [guest, gateway]: [&str; 2]) -> Result<BackEnd> {
     let mut passt = site.root_program("usr/bin/passt");
     passt.args(["--foreground", "--vhost-user", "--runas", "0"]);
-    passt.args(["--socket", "passt.sock", "--address", "10.79.0.2"]);
-    passt.args(["--netmask", "24", "--gateway", "10.79.0.1", "--ipv4-only"]);
-    passt
+    passt.args(["--socket", socket, "--address", guest]);
+    passt.args(["--netmask", "24", "--gateway", gateway, "--ipv4-only"]);
+    BackEnd::foreign(site, Kind::Net, 1, socket, passt)
 }
