@@ -124,8 +124,8 @@ impl Bench<'_> {
             load.arg("--cpu").arg(front.to_string());
         }
         if cell.behind == Behind::TapSource {
-            // The source needs the processor as well. The queue has room for the frames of a few milliseconds.
-            load.args(["--pause", "250"]);
+            // The source needs the processor as well. The queue has room for the frames of some milliseconds.
+            load.args(["--pause", "1000"]);
         }
         self.run(load, cell).map_err(|error| LabError::Ended {
             what: error.to_string(),

@@ -114,7 +114,10 @@ impl Outcome {
 /// Fails if a back-end does, or nothing can be measured.
 pub fn run(systems: &Systems, options: &NetBench) -> Result<()> {
     let programs = match &options.programs {
-        Some(directory) => directory.clone(),
+        // Some of what is started works elsewhere.
+        Some(directory) => directory
+            .canonicalize()
+            .doing(|| format!("find {}", directory.display()))?,
         None => {
             eprintln!("lab: building the programs (static, release)");
             programs::build()?

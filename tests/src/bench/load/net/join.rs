@@ -265,11 +265,10 @@ impl<'c> End<'c> {
             let len = u32::try_from(len).unwrap_or(ROOM);
             let segment = [Segment::new(self.buffers.of(slot), len)];
             self.session.add(&segment, &[], slot)?;
+            // The back-end can take it while the next one is copied.
+            self.publish()?;
             free.pop();
             count += 1;
-        }
-        if count > 0 {
-            self.publish()?;
         }
         Ok(count > 0)
     }
