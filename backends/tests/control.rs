@@ -403,6 +403,7 @@ fn a_drain_that_takes_too_long_is_given_up_and_holds_up_nobody() {
     };
     front.messages.set_vring_call(0, &writer).unwrap();
     submit(&mut front, FLUSH, 0);
+    eventually(|| ask(&daemon, "stats", Value::Null)["queues"][0]["requests"]["flush"] == 1);
     let path = control(&daemon);
     let drain = std::thread::spawn(move || client::call(&path, "drain", &json!({"timeout": 1})));
     eventually(|| ask(&daemon, "status", Value::Null)["paused"] == true);

@@ -51,8 +51,16 @@ impl Switch {
 
     /// With more options for some of the ports.
     fn start_with(names: &[impl AsRef<str>], options: impl Fn(u8) -> &'static str) -> Self {
+        Self::start_as(Command::new(NET), names, options)
+    }
+
+    /// With more arguments.
+    fn start_as(
+        mut command: Command,
+        names: &[impl AsRef<str>],
+        options: impl Fn(u8) -> &'static str,
+    ) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let mut command = Command::new(NET);
         for (number, name) in (1..).zip(names) {
             let port = port(dir.path(), name.as_ref(), number);
             command.arg("--port").arg(port + options(number));
@@ -387,6 +395,33 @@ fn a_pulled_cable_is_seen_by_the_guest() {
 }
 
 #[test]
+fn an_uplink_has_limits_too() {
+    const RATE: u64 = 100;
+    const BURST: u64 = 10;
+    let mut command = Command::new(NET);
+    command.arg("--uplink").arg(format!(
+        "generate:60,name=up,tx-packets={RATE},tx-packets-burst={BURST}"
+    ));
+    let start = Instant::now();
+    let switch = Switch::start_as(command, &["a"], |_| "");
+    let counted = |counter: &str| {
+        let stats = switch.ask("stats", Value::Null).unwrap();
+        let ports = stats["ports"].as_array().unwrap().clone();
+        let up = ports.into_iter().find(|port| port["name"] == "up");
+        up.unwrap()[counter].as_u64().unwrap()
+    };
+    while counted("tx-packets") <= BURST {
+        assert!(start.elapsed() < Duration::from_secs(20));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let passed = counted("tx-packets");
+    let most = BURST + RATE * (start.elapsed().as_secs() + 1);
+    assert!(passed <= most, "{passed} frames, at most {most} may pass");
+    assert!(counted("tx-throttled") > passed);
+    switch.daemon.stop();
+}
+
+#[test]
 fn command_lines_that_cannot_be_served_end_with_a_reason() {
     let outcome = |args: &[&str]| {
         let dir = tempfile::tempdir().unwrap();
@@ -397,6 +432,33 @@ fn command_lines_that_cannot_be_served_end_with_a_reason() {
         (
             &["--port", "/x/a", "--socket-path", "/x/b"],
             "cannot be used with",
+        ),
+        (&["--port", "/x/a", "--pcap", "/x/p"], "cannot be used with"),
+        (&["--port", "/x/a", "--rss", "off"], "cannot be used with"),
+        (
+            &["--port", "/x/a", "--exit-on-disconnect"],
+            "cannot be used with",
+        ),
+        (
+            &["--port", "/x/a", "--uplink", "null", "--tap-up"],
+            "--tap-up is for a TAP",
+        ),
+        (
+            &["--port", "/x/a", "--forward", "tcp:80"],
+            "--forward is for a passt",
+        ),
+        (
+            &[
+                "--port",
+                "/x/a",
+                "--uplink",
+                "tap:a",
+                "--uplink",
+                "tap:b",
+                "--tap-ip",
+                "10.0.0.1/8",
+            ],
+            "--tap-ip is for one link",
         ),
         (&["--port", "vlan=3"], "socket= is missing"),
         (&["--uplink", "null"], "--port"),

@@ -139,7 +139,7 @@ enum Action {
         /// Ratios that a test prints are steadiest with one. On this machine's own KVM tests run one after the other.
         #[arg(long, short, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
         jobs: Option<u16>,
-        /// How often an end-to-end test that failed is run once more; what failed, be it once, is said at the end
+        /// How often a failed end-to-end test is run again; what failed, be it once, is said at the end
         ///
         /// It counts as passed if it passes in the end: the lab VM's emulator loses a guest now and then.
         #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(..=10))]

@@ -32,6 +32,23 @@ pub fn cargo() -> Command {
     command
 }
 
+/// The programs of a directory, if one is given, or fresh builds.
+///
+/// # Errors
+/// Fails if there is no such directory, or as [`build`] does.
+pub fn given_or_built(directory: Option<&Path>) -> Result<PathBuf> {
+    match directory {
+        // Some of them are started elsewhere, where a relative path leads nowhere.
+        Some(directory) => directory
+            .canonicalize()
+            .doing(|| format!("find {}", directory.display())),
+        None => {
+            eprintln!("lab: building the programs (static, release)");
+            build()
+        }
+    }
+}
+
 /// Builds all programs; gives the directory they are in.
 ///
 /// # Errors

@@ -28,7 +28,7 @@ pub struct Plan<'a> {
     pub effort: Effort,
     /// How many lab VMs.
     pub jobs: Option<usize>,
-    /// How often a test that failed is run once more.
+    /// How often a failed test is run again.
     pub retries: u16,
     /// Whether everything that tests write is shown.
     pub verbose: bool,
@@ -94,7 +94,7 @@ pub fn run(
     tally.add(ended);
     let missing = total.saturating_sub(ended.passed + ended.failed + ended.skipped);
     if missing > 0 {
-        eprintln!("lab: {missing} tests did not come to run, as no lab was left for them");
+        eprintln!("lab: {missing} tests did not come to an end, as no lab was left for them");
         tally.failed += missing;
     }
     Ok(())
@@ -131,20 +131,26 @@ fn work(prepared: Prepared, plan: &Plan, progress: &Progress) -> Result<()> {
             if ended.outcome == Outcome::Failed {
                 locked(&progress.failures).push(in_short(name, attempt, &ended.detail));
             }
-            let over = ended.outcome != Outcome::Failed || attempt > plan.retries;
-            let last = over && locked(&progress.waiting).is_empty();
-            if !(ended.sound || last) {
-                // The other tests need not end with it.
-                lab.restart()?;
-            }
-            if over {
+            if ended.outcome != Outcome::Failed || attempt > plan.retries {
                 break ended;
             }
+            if !ended.sound {
+                lab.restart()?;
+            }
         };
-        locked(&progress.tally).count(ended.outcome);
-        if attempt > 1 && ended.outcome == Outcome::Passed {
-            let passed = format!("{name} passed at attempt {attempt}\n");
-            locked(&progress.failures).push(passed);
+        let outcome = match ended.outcome {
+            // It could be run before.
+            Outcome::Skipped if attempt > 1 => Outcome::Failed,
+            outcome => outcome,
+        };
+        locked(&progress.tally).count(outcome);
+        if attempt > 1 {
+            let end = format!("{name} ended at attempt {attempt}: {}\n", word(outcome));
+            locked(&progress.failures).push(end);
+        }
+        if !ended.sound && !locked(&progress.waiting).is_empty() {
+            // The other tests need not end with it.
+            lab.restart()?;
         }
     }
 }
@@ -157,7 +163,7 @@ struct Ended {
     sound: bool,
 }
 
-/// What is said of a failure at the end: what the test printed and its error, without logs.
+/// What is said of a failure at the end: some of what the test printed, and its error.
 fn in_short(name: &str, attempt: u16, detail: &str) -> String {
     const FIRST: usize = 4;
     const LAST: usize = 12;
@@ -170,7 +176,9 @@ fn in_short(name: &str, attempt: u16, detail: &str) -> String {
         if number == FIRST && lines.len() > FIRST + LAST {
             text.push_str("    […]\n");
         }
-        if number < FIRST || number + LAST >= lines.len() {
+        // Behind that an error shows a log.
+        let error = line.ends_with("; the last it wrote:");
+        if number < FIRST || error || number + LAST >= lines.len() {
             text.push_str("    ");
             text.extend(line.chars().take(300));
             text.push('\n');
@@ -242,6 +250,14 @@ fn ended(name: &str, outcome: Outcome, start: Instant, detail: String, sound: bo
     }
 }
 
+fn word(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Passed => "ok",
+        Outcome::Failed => "FAILED",
+        Outcome::Skipped => "skipped",
+    }
+}
+
 /// Shows an event on the terminal: a test when it has ended, as others run beside it.
 pub fn show(event: &Event, verbose: bool) {
     let mut out = std::io::stdout().lock();
@@ -253,12 +269,7 @@ pub fn show(event: &Event, verbose: bool) {
             seconds,
             detail,
         } => {
-            let word = match outcome {
-                Outcome::Passed => "ok",
-                Outcome::Failed => "FAILED",
-                Outcome::Skipped => "skipped",
-            };
-            let line = format!("test {name} ... {word} ({seconds:.1} s)");
+            let line = format!("test {name} ... {} ({seconds:.1} s)", word(*outcome));
             let indented = detail
                 .lines()
                 .map(|line| format!("    {line}\n"))
@@ -296,6 +307,16 @@ mod tests {
             "{text}"
         );
         assert!(text.ends_with("    it broke\n"), "{text}");
+        let log = "line\n".repeat(30);
+        let text = in_short(
+            "c",
+            1,
+            &format!("{printed}it ended; the last it wrote:\n{log}"),
+        );
+        assert!(
+            text.contains("\n    it ended; the last it wrote:\n"),
+            "{text}"
+        );
         assert_eq!(
             in_short("b", 1, "why\n"),
             "b failed at attempt 1:\n    why\n"

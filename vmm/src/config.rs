@@ -144,8 +144,9 @@ pub struct Cli {
 
     /// A disk served by a vhost-user back-end; repeat for more. Keys: socket=PATH,
     /// num-queues=N [default: one for each CPU, as far as the back-end has them], queue-size=N
-    /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10]
-    /// (one that goes later is waited for without a limit), packed=on|off to offer packed virtqueues
+    /// [default: 256], reconnect-timeout=SECONDS to wait for the back-end at the start [default: 10],
+    /// loss-timeout=SECONDS to wait for one that goes while the guest uses the device, which is then told
+    /// that it needs a reset [default: no limit], packed=on|off to offer packed virtqueues
     /// [default: off for a device that goes on by itself when its back-end dies and another comes, which
     /// packed queues make impossible (cards) or dearer (disks), else on].
     #[arg(long, value_name = "socket=PATH,...", value_parser = parse::<BlkOptions>)]
@@ -332,6 +333,8 @@ pub struct BlkOptions {
     packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
+    #[serde(default, deserialize_with = "number")]
+    loss_timeout: Option<u32>,
 }
 
 /// `--net`.
@@ -349,6 +352,8 @@ pub struct NetOptions {
     packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
+    #[serde(default, deserialize_with = "number")]
+    loss_timeout: Option<u32>,
 }
 
 /// `--vhost-user`.
@@ -368,6 +373,8 @@ pub struct VhostUserOptions {
     packed: Option<bool>,
     #[serde(default, deserialize_with = "number")]
     reconnect_timeout: Option<u32>,
+    #[serde(default, deserialize_with = "number")]
+    loss_timeout: Option<u32>,
 }
 
 /// `--vfio`.
@@ -605,8 +612,10 @@ pub struct DeviceConfig {
     pub config_size: Option<u16>,
     /// Whether packed virtqueues are offered; `None` leaves it to the device.
     pub packed: Option<bool>,
-    /// How long to wait for the back-end.
+    /// How long to wait for the back-end at the start.
     pub reconnect_timeout: Duration,
+    /// How long a guest that uses the device waits for a back-end that went; `None` for as long as it takes.
+    pub loss_timeout: Option<Duration>,
 }
 
 /// A function of the host's PCI bus.
@@ -803,8 +812,12 @@ fn check_queues(
     Ok(value)
 }
 
-fn timeout(seconds: Option<u32>) -> Duration {
-    Duration::from_secs(u64::from(seconds.unwrap_or(DEFAULT_RECONNECT_SECONDS)))
+fn seconds(count: u32) -> Duration {
+    Duration::from_secs(count.into())
+}
+
+fn timeout(given: Option<u32>) -> Duration {
+    seconds(given.unwrap_or(DEFAULT_RECONNECT_SECONDS))
 }
 
 impl BlkOptions {
@@ -820,6 +833,7 @@ impl BlkOptions {
             config_size: None,
             packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
+            loss_timeout: self.loss_timeout.map(seconds),
         })
     }
 }
@@ -846,6 +860,7 @@ impl NetOptions {
             config_size: None,
             packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
+            loss_timeout: self.loss_timeout.map(seconds),
         })
     }
 }
@@ -863,6 +878,7 @@ impl VhostUserOptions {
             config_size: self.config_size,
             packed: self.packed,
             reconnect_timeout: timeout(self.reconnect_timeout),
+            loss_timeout: self.loss_timeout.map(seconds),
         })
     }
 }
@@ -1103,7 +1119,7 @@ mod tests {
                 "--kernel=k",
                 "--cpus=8",
                 "--memory=size=6G,max=8G,hugepages=2M,prefault=on",
-                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0,packed=off",
+                "--blk=socket=/a,num-queues=4,queue-size=1024,reconnect-timeout=0,loss-timeout=7,packed=off",
                 "--blk=/b,,c",
                 "--net=socket=/n,mac=52:54:00:01:02:03,num-queues=4",
                 "--vhost-user=type=fs,socket=/fs,config-size=40",
@@ -1122,6 +1138,7 @@ mod tests {
         };
         assert_eq!((a.num_queues, a.queue_size), (Some(4), 1024));
         assert_eq!(a.reconnect_timeout, Duration::ZERO);
+        assert_eq!(a.loss_timeout, Some(Duration::from_secs(7)));
         assert_eq!((a.packed, b.packed), (Some(false), None));
         assert_eq!(b.socket, PathBuf::from("/b,c"));
         assert_eq!((b.num_queues, b.queue_size), (None, 256));

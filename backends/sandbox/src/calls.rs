@@ -78,6 +78,15 @@ pub const fn ioctls(kind: u8, why: &'static str) -> Call {
     )
 }
 
+/// A request to fcntl.
+const fn fcntl(request: c_int, why: &'static str) -> Call {
+    only(
+        libc::SYS_fcntl,
+        Only::Is(1, request.unsigned_abs() as u64),
+        why,
+    )
+}
+
 /// A socket by its address family.
 #[must_use]
 pub const fn socket(family: c_int, why: &'static str) -> Call {
@@ -101,7 +110,12 @@ pub const RUNTIME: &[Call] = &[
     call(libc::SYS_write, "eventfds, logs, files, a frame"),
     call(libc::SYS_writev, "logs"),
     call(libc::SYS_close, "descriptors"),
-    call(libc::SYS_fcntl, "duplicates, and flags of descriptors"),
+    // None that has signals sent (F_SETOWN, F_SETSIG, F_SETLEASE, F_NOTIFY): they may go to any process.
+    fcntl(libc::F_DUPFD_CLOEXEC, "duplicates of descriptors"),
+    fcntl(libc::F_GETFD, "flags of descriptors"),
+    rare(fcntl(libc::F_SETFD, "flags of descriptors")),
+    fcntl(libc::F_GETFL, "modes of open files"),
+    fcntl(libc::F_SETFL, "sockets that do not block"),
     call(libc::SYS_brk, "memory"),
     only(
         libc::SYS_mmap,
@@ -221,7 +235,13 @@ pub const FILES: &[Call] = &[
     rare(call(libc::SYS_unlinkat, "the socket's file, at the end")),
     call(libc::SYS_memfd_create, "notes of requests in flight"),
     call(libc::SYS_ftruncate, "their size; the size of an image"),
-    rare(call(libc::SYS_sched_setaffinity, "where threads run")),
+    fcntl(libc::F_ADD_SEALS, "notes that keep their size"),
+    rare(fcntl(libc::F_OFD_SETLK, "locks of images")),
+    rare(only(
+        libc::SYS_sched_setaffinity,
+        Only::Is(0, 0),
+        "where the calling thread runs",
+    )),
 ];
 
 /// Opening files that Landlock leaves.

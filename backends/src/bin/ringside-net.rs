@@ -62,6 +62,7 @@ const EXAMPLES: &str = "Examples:
 /// With --port it serves several virtual machines and is the switch between them.
 #[derive(Parser)]
 #[command(mut_arg("socket_path", unless_a_switch), mut_arg("tap", |tap| unless_a_switch(tap)))]
+#[command(mut_args(no_part_of_a_switch))]
 #[command(name = PROGRAM.name, version, after_help = PROGRAM.after_help(), after_long_help = format!("{EXAMPLES}\n{}", PROGRAM.after_help()))]
 struct Cli {
     #[command(flatten)]
@@ -75,6 +76,28 @@ struct Cli {
 /// A switch's ports have sockets of their own, and links are its uplinks.
 fn unless_a_switch(arg: Arg) -> Arg {
     arg.required_unless_present("port").conflicts_with("port")
+}
+
+/// Options of one card, or of its one front-end. A port has some of them as keys.
+const OF_A_CARD: [&str; 10] = [
+    "exit_on_disconnect",
+    "hash_report",
+    "link",
+    "mac",
+    "pcap",
+    "pcap_snap",
+    "queue_pairs",
+    "rss",
+    "standby",
+    "tap_fd",
+];
+
+fn no_part_of_a_switch(arg: Arg) -> Arg {
+    if OF_A_CARD.contains(&arg.get_id().as_str()) {
+        arg.conflicts_with("port")
+    } else {
+        arg
+    }
 }
 
 /// What the command line asks for.
@@ -97,10 +120,10 @@ fn open(cli: Cli) -> (Result<Served, SwitchError>, ShellArgs) {
         card.map(|card| Served::Card(Box::new(card)))
             .map_err(SwitchError::from)
     } else {
-        let parts = shell.meet_ports(&PROGRAM).map_err(ArgsError::from);
-        parts
-            .map(|parts| Served::Switch(Box::new((net, switch, parts))))
-            .map_err(SwitchError::from)
+        Switch::check(&net, &switch).and_then(|()| {
+            let parts = shell.meet_ports(&PROGRAM).map_err(ArgsError::from)?;
+            Ok(Served::Switch(Box::new((net, switch, parts))))
+        })
     };
     (served, shell)
 }

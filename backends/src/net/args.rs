@@ -99,17 +99,12 @@ pub struct NetArgs {
     #[arg(long, value_name = "KIND[:…]", conflicts_with = "tap_fd")]
     pub link: Option<LinkSpec>,
 
-    /// Port of the host that leads to the guest, with --link passt: [ADDRESS/]PORT[:GUEST-PORT] behind tcp: or udp:, as in tcp:8080:80
-    #[arg(long, value_name = "PROTOCOL:PORTS", requires = "link")]
+    /// Port of the host that leads to the guest, with --link passt or --uplink passt: [ADDRESS/]PORT[:GUEST-PORT] behind tcp: or udp:, as in tcp:8080:80
+    #[arg(long, value_name = "PROTOCOL:PORTS")]
     pub forward: Vec<Forward>,
 
-    /// One more argument for passt, with --link passt; `passt --help` lists them
-    #[arg(
-        long,
-        value_name = "ARGUMENT",
-        requires = "link",
-        allow_hyphen_values = true
-    )]
+    /// One more argument for passt, with --link passt or --uplink passt; `passt --help` lists them
+    #[arg(long, value_name = "ARGUMENT", allow_hyphen_values = true)]
     pub passt_arg: Vec<String>,
 
     /// Inherited TAP queues to use, by number: one for each queue pair, all of one interface
@@ -238,11 +233,14 @@ pub enum ArgsError {
     #[error("--tap-fd: {0} queues; at most {MAX_QUEUES} can be served")]
     TooManyFds(usize),
     /// A setting for a TAP, and there is none.
-    #[error("{0} is for a TAP interface; a link of kind {1} has none")]
-    NoTap(&'static str, LinkSpec),
+    #[error("{0} is for a TAP interface, and no link is one")]
+    NoTap(&'static str),
     /// A setting for passt, and this program starts none.
-    #[error("{0} is for a passt that this program starts: --link passt, not {1}")]
-    NoPasst(&'static str, LinkSpec),
+    #[error("{0} is for a passt that this program starts: give --link passt, or --uplink passt")]
+    NoPasst(&'static str),
+    /// A setting for one link, and there are several that it could be for.
+    #[error("{0} is for one link, and there are several of its kind")]
+    Several(&'static str),
     /// The place of another program cannot be taken.
     #[error("cannot take over")]
     TakeOver(#[from] TakeOverError),
@@ -261,8 +259,9 @@ impl OpenError for ArgsError {
             Self::Offload(_)
             | Self::SameFd(_)
             | Self::TooManyFds(_)
-            | Self::NoTap(..)
-            | Self::NoPasst(..) => true,
+            | Self::NoTap(_)
+            | Self::NoPasst(_)
+            | Self::Several(_) => true,
             Self::Link(error) => error.is_usage(),
             Self::System(_) => false,
         }
@@ -386,35 +385,47 @@ impl NetArgs {
         }
     }
 
+    /// Refuses settings that none of these links has, or of which nobody knows whose they are.
+    pub(super) fn check_settings(&self, links: &[LinkSpec]) -> Result<(), ArgsError> {
+        let count = |is: fn(&LinkSpec) -> bool| links.iter().filter(|link| is(link)).count();
+        let taps = count(|link| matches!(link, LinkSpec::Tap(_) | LinkSpec::Macvtap(_)));
+        let passts = count(|link| matches!(link, LinkSpec::Passt(None)));
+        let for_tap = [
+            (self.tap_ip.is_some(), "--tap-ip"),
+            (self.tap_persist, "--tap-persist"),
+            (self.tap_up, "--tap-up"),
+        ];
+        let for_passt = [
+            (!self.forward.is_empty(), "--forward"),
+            (!self.passt_arg.is_empty(), "--passt-arg"),
+        ];
+        let given = |(given, option): (bool, &'static str)| given.then_some(option);
+        let first = |settings: &[_]| settings.iter().copied().find_map(given);
+        if let (0, Some(option)) = (taps, first(&for_tap)) {
+            return Err(ArgsError::NoTap(option));
+        }
+        if let (0, Some(option)) = (passts, first(&for_passt)) {
+            return Err(ArgsError::NoPasst(option));
+        }
+        // An address or a port of the host can be of one of them.
+        for (several, setting) in [(taps > 1, for_tap[0]), (passts > 1, for_passt[0])] {
+            if let (true, Some(option)) = (several, given(setting)) {
+                return Err(ArgsError::Several(option));
+            }
+        }
+        Ok(())
+    }
+
     fn open_link(&self, offloads: &[u32]) -> Result<Opened, ArgsError> {
         let link = match (&self.tap, &self.link) {
             (Some(name), _) => LinkSpec::Tap(name.clone()),
             (None, Some(link)) => link.clone(),
-            (None, None) => return self.inherit(offloads),
-        };
-        let given = |settings: &[(bool, &'static str)]| {
-            let first = settings.iter().find(|(given, _)| *given);
-            first.map(|(_, option)| *option)
-        };
-        let for_tap = given(&[
-            (self.tap_persist, "--tap-persist"),
-            (self.tap_up, "--tap-up"),
-            (self.tap_ip.is_some(), "--tap-ip"),
-        ]);
-        let for_passt = given(&[
-            (!self.forward.is_empty(), "--forward"),
-            (!self.passt_arg.is_empty(), "--passt-arg"),
-        ]);
-        match (&link, for_tap, for_passt) {
-            (LinkSpec::Tap(_) | LinkSpec::Macvtap(_), _, None)
-            | (LinkSpec::Passt(None), None, _)
-            | (_, None, None) => {}
-            (LinkSpec::Tap(_) | LinkSpec::Macvtap(_), _, Some(option))
-            | (_, None, Some(option)) => {
-                return Err(ArgsError::NoPasst(option, link));
+            (None, None) => {
+                self.check_settings(&[LinkSpec::Tap(String::new())])?;
+                return self.inherit(offloads);
             }
-            (_, Some(option), _) => return Err(ArgsError::NoTap(option, link)),
-        }
+        };
+        self.check_settings(std::slice::from_ref(&link))?;
         Ok(link.open(self.link_options(offloads))?)
     }
 

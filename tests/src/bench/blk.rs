@@ -114,16 +114,7 @@ impl Outcome {
 /// # Errors
 /// Fails if a back-end does, or nothing can be measured.
 pub fn run(systems: &Systems, options: &BlkBench) -> Result<()> {
-    let programs = match &options.programs {
-        // Some of what is started works elsewhere.
-        Some(directory) => directory
-            .canonicalize()
-            .doing(|| format!("find {}", directory.display()))?,
-        None => {
-            eprintln!("lab: building the programs (static, release)");
-            programs::build()?
-        }
-    };
+    let programs = programs::given_or_built(options.programs.as_deref())?;
     let mut scratch = tempfile::tempdir().doing(|| "make a directory for sockets".into())?;
     if options.keep {
         scratch.disable_cleanup(true);

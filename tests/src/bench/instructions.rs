@@ -36,11 +36,11 @@ const TOOL: &str = "usr/libexec/valgrind/callgrind-amd64-linux";
 
 /// User-space instructions per request.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Instructions {
+pub(super) struct Instructions {
     /// For a read of 4 KiB.
-    pub read: f64,
+    pub(super) read: f64,
     /// For a write of 4 KiB.
-    pub write: f64,
+    pub(super) write: f64,
 }
 
 impl fmt::Display for Instructions {
@@ -55,7 +55,7 @@ impl fmt::Display for Instructions {
 
 /// User-space instructions per frame of 64 bytes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct FrameInstructions(Vec<(&'static str, f64)>);
+pub(super) struct FrameInstructions(Vec<(&'static str, f64)>);
 
 impl fmt::Display for FrameInstructions {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -75,7 +75,7 @@ impl fmt::Display for FrameInstructions {
 ///
 /// # Errors
 /// [`LabError::Skipped`], with the reason, where there is no valgrind that can.
-pub fn count(site: &Site, directory: &Path) -> Result<Instructions> {
+pub(super) fn count(site: &Site, directory: &Path) -> Result<Instructions> {
     let each = |callgrind: &Callgrind<'_>, shape: Shape| {
         let back_end = "ringside-blk --socket-path {socket} --null 1G --poll 0";
         let depth = DEPTH.to_string();
@@ -94,7 +94,11 @@ pub fn count(site: &Site, directory: &Path) -> Result<Instructions> {
 ///
 /// # Errors
 /// As [`count`].
-pub fn of_frames(site: &Site, directory: &Path, tap: Option<&str>) -> Result<FrameInstructions> {
+pub(super) fn of_frames(
+    site: &Site,
+    directory: &Path,
+    tap: Option<&str>,
+) -> Result<FrameInstructions> {
     let card = |link: &str| format!("ringside-net --poll 0 --socket-path {{socket}} {link}");
     let null = card("--link null");
     let source = card(&format!("--link generate:{FRAME}"));
@@ -105,10 +109,14 @@ pub fn of_frames(site: &Site, directory: &Path, tap: Option<&str>) -> Result<Fra
     let joined = ["--to", other.as_str()];
     let mut ways: Vec<(_, &str, &[&str])> = vec![
         ("from a guest to nothing", &null, &["--direction", "tx"]),
-        ("in packed rings", &null, &["--direction", "tx", "--packed"]),
+        (
+            "from a guest to nothing in packed rings",
+            &null,
+            &["--direction", "tx", "--packed"],
+        ),
         ("from nothing to a guest", &source, &["--direction", "rx"]),
         (
-            "in packed rings",
+            "from nothing to a guest in packed rings",
             &source,
             &["--direction", "rx", "--packed"],
         ),

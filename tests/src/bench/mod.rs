@@ -30,7 +30,7 @@ mod picture;
 mod storage;
 
 pub mod idle;
-pub mod instructions;
+mod instructions;
 pub mod load;
 
 pub use blk::{BlkBench, run as blk};

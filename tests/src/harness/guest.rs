@@ -707,7 +707,10 @@ impl Drop for Guest {
 }
 
 /// Whether somebody listens at `unix:PATH` or `tcp:127.0.0.1:PORT`: nobody connects, as only one may.
-fn listens(address: &str) -> Result<bool> {
+///
+/// # Errors
+/// Fails if the address is none.
+pub fn listens(address: &str) -> Result<bool> {
     let read = |table: &str| fs::read_to_string(table).doing(|| format!("read {table}"));
     if let Some(socket) = address.strip_prefix("unix:") {
         // The file is there a moment before. Of the flags in the fourth column, this one says that somebody listens.

@@ -24,7 +24,7 @@ pub use counters::{
     URING_REQUEST, flushes, packets, sum_interrupts, sum_interrupts_by,
 };
 pub use daemon::{Daemon, threads};
-pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, readable};
+pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, listens, readable};
 pub use kernel_log::{KernelLog, dma_fault};
 pub use mapped::Mapped;
 pub use network::{Capture, Namespace, bridge, http_server, iperf3, iperf3_server, name_server};

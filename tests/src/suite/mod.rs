@@ -129,6 +129,8 @@ pub fn run(site: &Site, name: &str, events: &Events) -> Result<i32> {
 
 fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
     let directory = site.scratch.join(test.name.replace("::", "-"));
+    // An earlier attempt may have left something.
+    remove_soon(&directory).doing(|| format!("remove {}", directory.display()))?;
     fs::create_dir_all(&directory).doing(|| format!("create {}", directory.display()))?;
     let log_path = directory.join("test.log");
     let log = File::create(&log_path).doing(|| format!("create {}", log_path.display()))?;
@@ -158,7 +160,7 @@ fn run_in_process(site: &Site, test: &Test) -> Result<(Outcome, String)> {
         }
     };
     if let Err(error) = remove_soon(&directory) {
-        // It takes space, but is in no other test's way.
+        // It takes space, and is in the way of this test alone.
         detail.push_str(&format!("\n{} stays: {error}", directory.display()));
     }
     Ok((outcome, detail))

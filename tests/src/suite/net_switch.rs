@@ -6,9 +6,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use super::Test;
+use crate::command;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{Guest, Switch, Vmm, iperf3, packets};
+use crate::harness::{Guest, Switch, Vmm, iperf3, iperf3_server, packets};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -47,8 +48,16 @@ fn guest(site: &Site, port: &str) -> Result<Guest> {
         .boot(site)
 }
 
+/// A guest reaches an address, as soon as its port serves it.
+fn reaches(guest: &mut Guest, address: &str) -> Result<()> {
+    let ping = format!("for i in $(seq 30); do ping -c 1 -W 1 {address} && exit 0; done; exit 1");
+    guest
+        .run_ok_within(&ping, Duration::from_secs(40))
+        .map(drop)
+}
+
 /// Bulk traffic between guests touches neither the uplink nor the processor of the host's network; frames of 9000 bytes pass, and
-/// ports come and go meanwhile.
+/// ports come and go meanwhile. Bulk traffic with the host passes the uplink, segments whole.
 fn guests_are_joined(site: &Site) -> Result<()> {
     let ports = [("a", "mtu=9000"), ("b", "mtu=9000")];
     let switch = Switch::start(
@@ -73,17 +82,22 @@ fn guests_are_joined(site: &Site) -> Result<()> {
     );
 
     b.run_ok("iperf3 --server --daemon")?;
-    let before = switch.count(site, "up", "rx-packets")?;
+    let uplink = |way: &str| -> Result<(u64, u64)> {
+        let count = |what| switch.count(site, "up", &format!("{way}-{what}"));
+        Ok((count("packets")?, count("bytes")?))
+    };
+    let (before, _) = uplink("rx")?;
+    let tap_before = packets("up0")?.received;
     let rate = iperf3(&mut a, "10.77.0.2", 3, "")?;
     let back = iperf3(&mut a, "10.77.0.2", 3, "--reverse")?;
     println!("a to b {:.0} Mbit/s, b to a {:.0}", rate / 1e6, back / 1e6);
     ensure!(rate > 0.0 && back > 0.0, "nothing arrived");
-    let on_uplink = switch.count(site, "up", "rx-packets")? - before;
-    let tap = packets("up0")?.received;
-    println!("frames on the uplink meanwhile: {on_uplink}; on its TAP in all: {tap}");
+    let on_uplink = uplink("rx")?.0 - before;
+    let tap = packets("up0")?.received - tap_before;
+    println!("frames on the uplink meanwhile: {on_uplink}; on its TAP: {tap}");
     ensure!(
-        on_uplink < 10,
-        "{on_uplink} frames between guests reached the uplink"
+        on_uplink < 10 && tap < 10,
+        "{on_uplink} frames between guests reached the uplink, and {tap} its TAP"
     );
     let (frames, bytes) = (
         switch.count(site, "b", "rx-packets")?,
@@ -99,22 +113,47 @@ fn guests_are_joined(site: &Site) -> Result<()> {
         "segments were cut on their way"
     );
 
+    let _server = iperf3_server(site, None)?;
+    for (way, options) in [("rx", ""), ("tx", "--reverse")] {
+        let before = uplink(way)?;
+        let rate = iperf3(&mut a, "10.77.0.9", 2, options)?;
+        let after = uplink(way)?;
+        let (frames, bytes) = (after.0 - before.0, after.1 - before.1);
+        println!(
+            "over the uplink, {way}: {:.0} Mbit/s, frames of {} bytes on average",
+            rate / 1e6,
+            bytes / frames.max(1)
+        );
+        ensure!(
+            bytes / frames.max(1) > 1514,
+            "segments were cut on their way over the uplink"
+        );
+    }
+
     // A port goes and comes back while traffic passes.
     b.run_ok("ping -i 0.05 -c 2000 10.77.0.1 >/tmp/ping 2>&1 &")?;
     for _ in 0..3 {
         switch.control(site).ask(&["port-remove", "b"])?;
         switch.add(site, "b", "mtu=9000")?;
-        a.run_ok_within(
-            "for i in $(seq 30); do ping -c 1 -W 1 10.77.0.2 && exit 0; done; exit 1",
-            Duration::from_secs(40),
-        )?;
+        reaches(&mut a, "10.77.0.2")?;
     }
     a.shut_down()?;
     b.shut_down()?;
     switch.stop(site)
 }
 
-/// VLANs, isolation and address filters, against a guest that is its own administrator.
+/// What a guest sends that wants to be in VLAN 8: broadcast frames of a type for local experiments (IEEE 802, 9.2.3), with that tag,
+/// and with it behind one of VLAN 7.
+const TAGGED: &str = "python3 -c \"
+import socket
+card = socket.socket(socket.AF_PACKET, socket.SOCK_RAW)
+card.bind(('eth0', 0))
+for tags in ['81000008', '8100000781000008']:
+    for _ in range(5):
+        card.send(bytes.fromhex('ffffffffffff' + '02000000000e' + tags + '88b5').ljust(60, bytes(1)))
+\"";
+
+/// VLANs, isolation and address filters, against a guest that is its own administrator. The host is in both VLANs, by the uplink.
 fn rules_hold_against_a_forger(site: &Site) -> Result<()> {
     let ports = [
         ("a", "vlan=7,mac=02:00:00:00:00:0a"),
@@ -122,11 +161,33 @@ fn rules_hold_against_a_forger(site: &Site) -> Result<()> {
     ];
     let uplink = ["--uplink=tap:up0,name=up,trunk=7-8", "--tap-up"];
     let switch = Switch::start(site, &ports, &uplink)?;
+    for (vlan, address) in [(7, "10.77.0.9/24"), (8, "10.78.0.9/24")] {
+        for line in [
+            format!("ip link add link up0 name up0.{vlan} type vlan id {vlan}"),
+            format!("ip address add {address} dev up0.{vlan}"),
+            format!("ip link set up0.{vlan} up"),
+        ] {
+            command::run_line(&line)?;
+        }
+    }
     let mut a = guest(site, "a")?;
     let mut evil = guest(site, "evil")?;
     a.network_up("10.77.0.1/24")?;
     let card = evil.network_up("10.77.0.2/24")?;
-    evil.run_ok("ping -c 2 -W 5 10.77.0.1")?;
+    evil.run_ok("ping -c 2 -W 5 10.77.0.1 && ping -c 2 -W 5 10.77.0.9")?;
+
+    // Another VLAN's tag.
+    let refused = switch.count(site, "evil", "tx-wrong-vlan")?;
+    let seen = packets("up0.8")?.received;
+    evil.run_ok(TAGGED)?;
+    // They are behind them in the ring.
+    evil.run_ok("ping -c 2 -W 5 10.77.0.9")?;
+    let refused = switch.count(site, "evil", "tx-wrong-vlan")? - refused;
+    let seen = packets("up0.8")?.received - seen;
+    ensure!(
+        refused == 10 && seen == 0,
+        "of 10 frames with forged tags {refused} were refused, and {seen} seen in the other VLAN"
+    );
 
     // Another IP address.
     evil.run_ok(&format!("ip address add 10.77.0.3/24 dev {card}"))?;
@@ -158,41 +219,33 @@ fn rules_hold_against_a_forger(site: &Site) -> Result<()> {
     ))?;
     evil.run_ok("ping -c 2 -W 5 10.77.0.1")?;
 
-    // Another VLAN, and no way to other isolated ports.
+    // In another VLAN it reaches the host there, and not the guest.
     let control = switch.control(site);
-    for (options, what) in [
-        ("vlan=8", "another VLAN"),
-        ("vlan=7,isolated=on", "isolation"),
-    ] {
-        for port in ["a", "evil"] {
-            // The second time both are isolated; the first time only one moves to another VLAN.
-            if port == "a" && what == "another VLAN" {
-                continue;
-            }
-            control.ask(&["port-remove", port])?;
-            let mac = if port == "a" { "0a" } else { "0e" };
-            switch.add(site, port, &format!("{options},mac=02:00:00:00:00:{mac}"))?;
-        }
-        wait_for_front_ends(&switch, site)?;
-        let apart = evil.run("ping -c 3 -W 1 10.77.0.1")?;
-        ensure!(apart.status != 0, "{what} was passed:\n{}", apart.text);
-    }
+    evil.run_ok(&format!("ip address add 10.78.0.2/24 dev {card}"))?;
+    let again = |port: &str, options: &str, mac: &str| -> Result<()> {
+        control.ask(&["port-remove", port])?;
+        switch.add(site, port, &format!("{options},mac=02:00:00:00:00:{mac}"))?;
+        Ok(())
+    };
+    again("evil", "vlan=8", "0e")?;
+    reaches(&mut evil, "10.78.0.9")?;
+    let apart = evil.run("ping -c 3 -W 1 10.77.0.1")?;
+    ensure!(
+        apart.status != 0,
+        "another VLAN was passed:\n{}",
+        apart.text
+    );
+
+    // Isolated from each other, both reach the host, and neither the other one.
+    again("a", "vlan=7,isolated=on", "0a")?;
+    again("evil", "vlan=7,isolated=on", "0e")?;
+    reaches(&mut a, "10.77.0.9")?;
+    reaches(&mut evil, "10.77.0.9")?;
+    let apart = evil.run("ping -c 3 -W 1 10.77.0.1")?;
+    ensure!(apart.status != 0, "isolation was passed:\n{}", apart.text);
     a.shut_down()?;
     evil.shut_down()?;
     switch.stop(site)
-}
-
-/// Waits until a front-end is at each port.
-fn wait_for_front_ends(switch: &Switch, site: &Site) -> Result<()> {
-    for _ in 0..100 {
-        let list = switch.control(site).ask(&["port-list"])?;
-        if !list.contains("front-end=none") {
-            return Ok(());
-        }
-        std::thread::sleep(Duration::from_millis(200));
-    }
-    ensure!(false, "a VMM does not come back to its port");
-    Ok(())
 }
 
 /// A guest at a trunk is in one VLAN without tags, and gets the frames of another one with them.
@@ -267,8 +320,7 @@ fn wait_for_bytes(switch: &Switch, site: &Site, port: &str, bytes: u64) -> Resul
     Ok(())
 }
 
-/// Frames for a guest that is stopped are dropped, and others go on as if it were not there. How fast is printed: nothing but
-/// the clock tells, and what else the machine does weighs on it.
+/// Frames for a guest that is stopped are dropped, and others go on as if it were not there.
 fn a_stopped_guest_slows_nobody(site: &Site) -> Result<()> {
     let switch = Switch::start(site, &[("a", ""), ("b", ""), ("c", "")], &[])?;
     let mut a = guest(site, "a")?;
@@ -293,7 +345,14 @@ fn a_stopped_guest_slows_nobody(site: &Site) -> Result<()> {
         "ping -q -i 0.005 -c 600 -W 1 10.77.0.3 >/dev/null; true",
         Duration::from_secs(40),
     )?;
-    let stopped = iperf3(&mut a, "10.77.0.2", 2, "")?;
+    // What else the machine does weighs on a moment, but hardly on five.
+    let mut stopped = 0.0_f64;
+    for _ in 0..5 {
+        stopped = stopped.max(iperf3(&mut a, "10.77.0.2", 2, "")?);
+        if stopped > before / 4.0 {
+            break;
+        }
+    }
     let lost = switch.count(site, "c", "rx-starved")?;
     signal(Signal::SIGCONT).doing(|| "continue a VMM".into())?;
     println!(
@@ -305,8 +364,11 @@ fn a_stopped_guest_slows_nobody(site: &Site) -> Result<()> {
         lost > 0,
         "no frame was dropped for the guest that was stopped"
     );
-    ensure!(stopped > 0.0, "nothing is left of {before} bit/s");
-    a.run_ok("ping -c 2 -W 60 10.77.0.3")?;
+    ensure!(
+        stopped > before / 4.0,
+        "{stopped} bit/s are left of {before}"
+    );
+    reaches(&mut a, "10.77.0.3")?;
     for guest in [a, b, c] {
         guest.shut_down()?;
     }

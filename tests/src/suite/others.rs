@@ -115,7 +115,6 @@ fn our_vmm(site: &Site) -> Result<()> {
     ];
     let known = storage_daemon(site, &disks[0], "known.sock")?;
     let generic = storage_daemon(site, &disks[1], "generic.sock")?;
-    command::run_line("ip link set lo up")?;
     let passt = passt(site, "passt.sock", ["10.79.0.2", "10.79.0.1"])?;
     let _server = iperf3_server(site, None)?;
     let mut guest = Guest::on(Vmm::Ringside)
@@ -139,11 +138,13 @@ fn our_vmm(site: &Site) -> Result<()> {
     Ok(())
 }
 
-fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Result<BackEnd> {
+/// A disk of qemu-storage-daemon, which does not lock its file: another side may have it.
+pub(super) fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Result<BackEnd> {
     let mut storage = site.root_program("usr/bin/qemu-storage-daemon");
-    storage
-        .arg("--blockdev")
-        .arg(format!("file,node-name=disk,filename={}", disk.display()));
+    storage.arg("--blockdev").arg(format!(
+        "file,node-name=disk,locking=off,filename={}",
+        disk.display()
+    ));
     storage.arg("--export").arg(format!(
         "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={socket}"
     ));
@@ -152,6 +153,7 @@ fn storage_daemon(site: &Site, disk: &Path, socket: &str) -> Result<BackEnd> {
 
 /// A card of passt, by the addresses of guest and gateway. It answers for the gateway itself, and connects to this side's loopback.
 pub(super) fn passt(site: &Site, socket: &str, [guest, gateway]: [&str; 2]) -> Result<BackEnd> {
+    command::run_line("ip link set lo up")?;
     let mut passt = site.root_program("usr/bin/passt");
     passt.args(["--foreground", "--vhost-user", "--runas", "0"]);
     passt.args(["--socket", socket, "--address", guest]);

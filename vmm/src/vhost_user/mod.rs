@@ -288,6 +288,10 @@ struct Running {
     suspended: bool,
     /// A back-end has had them: what it did with them is not known if it goes.
     handed_over: bool,
+    /// Since when the guest has waited for a back-end, if there is none.
+    waiting_since: Instant,
+    /// It has waited too long.
+    given_up: bool,
     /// The connection whose back-end has them now.
     on: Option<u64>,
 }
@@ -525,6 +529,9 @@ impl Shared {
             self.events.remove(handler);
         }
         state.epoch += 1;
+        if let Some(running) = &mut state.running {
+            running.waiting_since = Instant::now();
+        }
         let waits = match &state.running {
             None => "the guest does not use the device now",
             Some(running) if self.goes_on(running) => "the guest waits for it",
@@ -553,7 +560,27 @@ impl Shared {
 
     /// Whether the device can go on with another back-end.
     fn goes_on(&self, running: &Running) -> bool {
-        !running.handed_over || self.offer.resumes(running.is_packed())
+        let resumes = !running.handed_over || self.offer.resumes(running.is_packed());
+        resumes && !running.given_up
+    }
+
+    /// Tells a guest that it has waited too long for its back-end, once.
+    fn give_up(&self, epoch: u64) {
+        let mut state = self.state();
+        let Some(limit) = self.wanted.loss_timeout.filter(|_| state.epoch == epoch) else {
+            return;
+        };
+        let waits = |running: &&mut Running| {
+            self.goes_on(running) && !running.suspended && running.waiting_since.elapsed() >= limit
+        };
+        if let Some(running) = state.running.as_mut().filter(waits) {
+            running.given_up = true;
+            self.notifier.needs_reset();
+            tracing::error!(
+                "{self}: the back-end has not come back in {} s (loss-timeout); the guest's driver must reset the device",
+                limit.as_secs()
+            );
+        }
     }
 
     /// One attempt at reaching a back-end that came back.
@@ -625,6 +652,8 @@ impl Shared {
             kept: None,
             suspended: false,
             handed_over: false,
+            waiting_since: Instant::now(),
+            given_up: false,
             on: None,
         })
     }
@@ -975,9 +1004,9 @@ fn wait_for_return(device: &Weak<Shared>, epoch: u64, pause: Duration) {
         };
         match shared.reconnect(epoch) {
             Attempt::Done => return,
-            Attempt::Again => {}
+            Attempt::Again => shared.give_up(epoch),
             // Each attempt ends like this; once is enough to say so.
-            Attempt::Unfit(_) if told => {}
+            Attempt::Unfit(_) if told => shared.give_up(epoch),
             Attempt::Unfit(error) => {
                 tracing::error!(
                     error = &*error,

@@ -45,6 +45,7 @@ fn wanted(device_type: DeviceType) -> DeviceConfig {
         config_size: None,
         packed: None,
         reconnect_timeout: Duration::from_millis(200),
+        loss_timeout: None,
     }
 }
 
@@ -1034,6 +1035,34 @@ fn a_disk_whose_back_end_crashed_goes_on_with_its_notes() {
     assert!(second.bodies(GET_INFLIGHT_FD).is_empty());
     assert_eq!(second.bodies(SET_INFLIGHT_FD), notes);
     assert_eq!(device.notifier().status(), 0);
+}
+
+#[test]
+fn a_back_end_that_stays_away_too_long_costs_a_reset() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let accepted = machine.serve_with(features, ALL | P_INFLIGHT, config.clone());
+    let wanted = DeviceConfig {
+        loss_timeout: Some(Duration::from_millis(100)),
+        ..machine.config(DeviceType::BLOCK)
+    };
+    let (events, exit) = (machine.events.clone(), machine.exit.clone());
+    let mut device = VhostUserDevice::connect(wanted, memory(), events, exit).unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let notifier = device.notifier();
+    assert_eq!(notifier.status(), 0);
+    accepted.join().unwrap().crash();
+    eventually("the guest is told", || {
+        notifier.status() & STATUS_NEEDS_RESET != 0
+    });
+    // It could go on with the notes, but its guest was told otherwise.
+    let server = machine.serve_with(features, ALL | P_INFLIGHT, config);
+    let server = server.join().unwrap();
+    eventually("it is back", || device.shared.state().connection.is_some());
+    assert!(server.bodies(SET_VRING_KICK).is_empty());
+    device.reset();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    assert_eq!(server.bodies(SET_VRING_KICK).len(), 1);
 }
 
 #[test]

@@ -70,6 +70,13 @@ pub const ENDED: &[(&str, Attempt)] = &[
     ("signal a thread of another", || {
         call(libc::SYS_tgkill, [parent(), parent(), 0])
     }),
+    ("have the kernel signal another", || {
+        // F_SETOWN
+        call(libc::SYS_fcntl, [0, 8, parent()])
+    }),
+    ("move a thread of another", || {
+        call(libc::SYS_sched_setaffinity, [parent(), 0, 0])
+    }),
     ("take descriptors of another", || {
         call(libc::SYS_pidfd_open, [parent(), 0, 0])
     }),

@@ -29,7 +29,7 @@ pub(super) struct Counters {
     pub(super) tx_storm: Counter,
     /// Frames that nobody could take or was to take.
     pub(super) tx_undelivered: Counter,
-    /// Times that the limits of rates made frames wait.
+    /// Times that the limits of rates made a guest's frames wait, and frames from a link that were more than they allow.
     pub(super) tx_throttled: Counter,
     /// Source addresses that were not learnt, as the port has its share of the table.
     pub(super) tx_unlearnt: Counter,
@@ -101,7 +101,7 @@ impl Counters {
             ),
             (
                 "tx_throttled",
-                "Times that limits of rates made frames wait.",
+                "Times that limits of rates made a guest's frames wait, and frames from an uplink beyond them.",
                 tx_throttled,
             ),
             (

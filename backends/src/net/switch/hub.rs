@@ -129,6 +129,17 @@ struct Uplink {
 }
 
 impl Switch {
+    /// Whether these options go together.
+    ///
+    /// # Errors
+    /// [`SwitchError`]
+    pub fn check(args: &NetArgs, switch: &SwitchArgs) -> Result<(), SwitchError> {
+        args.switched_offloads()?;
+        let links = switch.uplink.iter().map(UplinkOptions::read);
+        let links = links.map(|options| options.map(|options| options.link));
+        Ok(args.check_settings(&links.collect::<Result<Vec<_>, _>>()?)?)
+    }
+
     /// A switch that is joined to its uplinks, and has no thread yet: to those of another program, if it takes the place of that.
     ///
     /// # Errors

@@ -33,6 +33,8 @@ pub struct SwitchArgs {
     pub port: Vec<PortOptions>,
 
     /// Join the switch to what a --link can be, such as tap:NAME; with the keys of a --port that are not about a guest
+    ///
+    /// What comes from there beyond tx-packets= and tx-bytes= is dropped; a guest's frames wait in its ring.
     #[arg(long, value_name = "KIND[:…][,KEY=VALUE,…]", value_parser = parse_uplink, requires = "port")]
     pub uplink: Vec<PortOptions>,
 

@@ -1182,6 +1182,12 @@ fn serve_link(
         if !shared.is_up() {
             continue;
         }
+        // It is out of the link, which would not take it back.
+        let bytes = u64::try_from(len).unwrap_or(u64::MAX);
+        if shared.limits.of_tx() && shared.limits.take_tx(bytes, fabric.now).is_err() {
+            shared.counters.tx_throttled.add(1);
+            continue;
+        }
         let bytes = bounce.get(..len).unwrap_or_default();
         let begun = if bytes.len() < MAX_HEADER + MIN_FRAME {
             Err(Refused::Malformed)

@@ -113,16 +113,7 @@ impl Outcome {
 /// # Errors
 /// Fails if a back-end does, or nothing can be measured.
 pub fn run(systems: &Systems, options: &NetBench) -> Result<()> {
-    let programs = match &options.programs {
-        // Some of what is started works elsewhere.
-        Some(directory) => directory
-            .canonicalize()
-            .doing(|| format!("find {}", directory.display()))?,
-        None => {
-            eprintln!("lab: building the programs (static, release)");
-            programs::build()?
-        }
-    };
+    let programs = programs::given_or_built(options.programs.as_deref())?;
     let mut scratch = tempfile::tempdir().doing(|| "make a directory for sockets".into())?;
     if options.keep {
         scratch.disable_cleanup(true);
@@ -182,10 +173,8 @@ pub fn run(systems: &Systems, options: &NetBench) -> Result<()> {
         println!("{}", outcome.table());
         outcomes.push(outcome);
     }
-    let instructions = match options.filter {
-        None => notes.keep(instructions()),
-        Some(_) => None,
-    };
+    let whole = !options.quick && options.filter.is_none() && options.only.is_none();
+    let instructions = whole.then(instructions).and_then(|count| notes.keep(count));
     if let Some(instructions) = &instructions {
         println!("{instructions}");
     }
@@ -253,7 +242,7 @@ fn measure_cell(
 fn own_network() -> Result<()> {
     unshare(CloneFlags::CLONE_NEWNET).map_err(|errno| {
         LabError::Skipped(format!(
-            "cells with a TAP, and TCP: this process may not have a network namespace of its own ({errno}); run it as root"
+            "cells with a TAP, TCP, and instructions with a TAP: this process may not have a network namespace of its own ({errno}); run it as root"
         ))
     })?;
     let mut lines = vec![
