@@ -394,6 +394,58 @@ fn a_pulled_cable_is_seen_by_the_guest() {
     assert_eq!(status(&mut b), 3);
 }
 
+/// Length and kept bytes of each frame of a capture file.
+fn captured(path: &std::path::Path) -> Vec<(usize, Vec<u8>)> {
+    let bytes = std::fs::read(path).unwrap();
+    let (header, mut records) = bytes.split_at(24);
+    assert_eq!(header[..4], 0xa1b2_3c4d_u32.to_ne_bytes());
+    let mut frames = Vec::new();
+    while let Some((record, behind)) = records.split_at_checked(16) {
+        let word = |at: usize| u32::from_ne_bytes(record[at..at + 4].try_into().unwrap()) as usize;
+        let (kept, later) = behind.split_at(word(8));
+        frames.push((word(12), kept.to_vec()));
+        records = later;
+    }
+    frames
+}
+
+#[test]
+fn what_passes_a_port_is_kept_in_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let [of_a, of_b, of_up] = ["a.pcap", "b.pcap", "up.pcap"].map(|name| dir.path().join(name));
+    let options = [
+        format!(",vlan=7,pcap={}", of_a.display()),
+        format!(",trunk=7,pcap={},pcap-snap=20", of_b.display()),
+    ];
+    let options = options.map(|text| &*Box::leak(text.into_boxed_str()));
+    let mut command = Command::new(NET);
+    command
+        .arg("--uplink")
+        .arg(format!("null,vlan=7,pcap={}", of_up.display()));
+    let switch = Switch::start_as(command, &["a", "b"], |number| {
+        options[usize::from(number) - 1]
+    });
+    let mut a = switch.connect("a");
+    let mut b = switch.connect("b");
+    let sent = frame(2, 1, 7);
+    send(&mut a, &sent);
+    let tagged = receive(&mut b);
+    assert_eq!(tagged[12..16], [0x81, 0, 0, 7]);
+    let to_all = [&[0xff; 6][..], &sent[6..]].concat();
+    send(&mut a, &to_all);
+    receive(&mut b);
+    drop((a, b));
+    switch.daemon.stop();
+    assert_eq!(
+        captured(&of_a),
+        [(sent.len(), sent.clone()), (sent.len(), to_all.clone())]
+    );
+    let of_b = captured(&of_b);
+    assert_eq!(of_b[0], (tagged.len(), tagged[..20].to_vec()));
+    assert_eq!(of_b.len(), 2);
+    assert_eq!(captured(&of_up), [(sent.len(), to_all)]);
+}
+
 #[test]
 fn an_uplink_has_limits_too() {
     const RATE: u64 = 100;

@@ -15,6 +15,7 @@ mod qmp;
 mod registers;
 mod sriov;
 mod switch;
+mod testpmd;
 
 pub use backend::{BackEnd, Blk, Kind, Net, disk_file, sha256};
 pub use ceph::Ceph;
@@ -34,3 +35,4 @@ pub use qmp::Qmp;
 pub use registers::{Registers, Transfer, Width, edu_transfer, igbvf_transmit_from};
 pub use sriov::{HostNamespace, Igb, NvmePf};
 pub use switch::Switch;
+pub use testpmd::{Testpmd, last_shown, testpmd};

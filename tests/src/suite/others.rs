@@ -1,7 +1,8 @@
 //! Our back-ends under other people's VMMs, and our VMM with other people's back-ends.
 
 use std::path::Path;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use super::Test;
 use super::blk::{arrived, exchange, random_file};
@@ -9,7 +10,10 @@ use super::net::tcp_both_ways;
 use crate::command;
 use crate::ensure;
 use crate::error::Result;
-use crate::harness::{BackEnd, Blk, Guest, Kind, Net, Vmm, disk_file, iperf3_server};
+use crate::harness::{
+    BackEnd, Blk, Guest, Kind, Net, Switch, Testpmd, Vmm, disk_file, iperf3_server, last_shown,
+    testpmd,
+};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[
@@ -38,7 +42,15 @@ pub(super) const TESTS: &[Test] = &[
         seconds: 120,
         run: our_vmm,
     },
+    Test {
+        name: "others::dpdk_virtio_user",
+        seconds: 120,
+        run: dpdk_virtio_user,
+    },
 ];
+
+/// How long DPDK may take to start, or to end.
+const DPDK_LIMIT: Duration = Duration::from_secs(15);
 
 /// Disk and card of a guest under stock QEMU.
 fn our_back_ends(site: &Site, vmm: Vmm) -> Result<()> {
@@ -159,4 +171,58 @@ pub(super) fn passt(site: &Site, socket: &str, [guest, gateway]: [&str; 2]) -> R
     passt.args(["--socket", socket, "--address", guest]);
     passt.args(["--netmask", "24", "--gateway", gateway, "--ipv4-only"]);
     BackEnd::foreign(site, Kind::Net, 1, socket, passt)
+}
+
+/// DPDK's driver at two ports of a switch, with each kind of queue: what one sends the other receives.
+fn dpdk_virtio_user(site: &Site) -> Result<()> {
+    let ports = [
+        ("a", "mac=02:00:00:00:00:0a"),
+        ("b", "mac=02:00:00:00:00:0b"),
+    ];
+    let switch = Switch::start(site, &ports, &[])?;
+    for (packed, in_order) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
+        let start = |port: &str, mode, options: &[&str]| {
+            let device =
+                format!("net_virtio_user0,path={port}.sock,packed_vq={packed},in_order={in_order}");
+            let mut command = testpmd(site, port, &[device], mode, 64, None);
+            command.args(options);
+            let log = format!("testpmd-{port}-{packed}{in_order}.log");
+            Testpmd::start(command, site.scratch.join(log))
+        };
+        let before = switch.count(site, "b", "rx-packets")?;
+        let receiver = start("b", "rxonly", &[])?;
+        let sender = start("a", "txonly", &["--eth-peer=0,02:00:00:00:00:0b"])?;
+        wait_for_frames(site, &receiver)?;
+        sender.end(site.limit(DPDK_LIMIT))?;
+        let text = receiver.end(site.limit(DPDK_LIMIT))?;
+        let received = last_shown(&text, "RX-packets:").unwrap_or_default();
+        let passed = switch.count(site, "b", "rx-packets")? - before;
+        println!(
+            "packed {packed}, in order {in_order}: dpdk-testpmd received {received}, the switch counts {passed}"
+        );
+        // What is in the ring at the end it does not take.
+        ensure!(
+            received > 0.0 && received <= passed as f64 && passed as f64 - received <= 1024.0,
+            "the switch passed {passed} frames, and {received} came"
+        );
+    }
+    let forged = switch.count(site, "a", "tx-forged")? + switch.count(site, "a", "tx-dropped")?;
+    ensure!(forged == 0, "{forged} of its frames were refused");
+    switch.stop(site)
+}
+
+/// Waits until a DPDK that receives shows that it does.
+fn wait_for_frames(site: &Site, receiver: &Testpmd) -> Result<()> {
+    let deadline = Instant::now() + site.limit(DPDK_LIMIT);
+    loop {
+        let text = receiver.text()?;
+        if last_shown(&text, "Rx-pps:").is_some_and(|rate| rate > 0.0) {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < deadline,
+            "no frame came; dpdk-testpmd wrote:\n{text}"
+        );
+        sleep(Duration::from_millis(200));
+    }
 }

@@ -1,4 +1,4 @@
-//! A copy of all frames of a link in a file that Wireshark and tcpdump read: the capture format pcap with times in
+//! A copy of all frames of a link, or of a switch's port, in a file that Wireshark and tcpdump read: the capture format pcap with times in
 //! nanoseconds (draft-ietf-opsawg-pcap).
 //!
 //! ```text
@@ -52,6 +52,7 @@ pub struct PcapError {
 }
 
 /// A buffer of records, and where it goes when it is empty again.
+#[derive(Debug)]
 struct Batch {
     records: Vec<u8>,
     back: Sender<Vec<u8>>,
@@ -59,6 +60,7 @@ struct Batch {
 
 /// The thread that writes the file: it begins with the first queue that is used, when the program is confined, and ends with
 /// the last one.
+#[derive(Debug)]
 struct Writer {
     /// `None` at the end only.
     sender: Option<SyncSender<Batch>>,
@@ -142,9 +144,9 @@ fn write_all(mut file: File, batches: &Receiver<Batch>) {
     }
 }
 
-/// A link whose frames are kept in a file.
-pub(super) struct Tee {
-    inner: Box<dyn Link>,
+/// What keeps frames for a file.
+#[derive(Debug)]
+pub(in crate::net) struct Recorder {
     snap: usize,
     current: Option<Vec<u8>>,
     back: Sender<Vec<u8>>,
@@ -154,32 +156,37 @@ pub(super) struct Tee {
     log: LogLimit,
 }
 
-/// Puts a capture file behind each of these queues, with at most `snap` bytes of each frame.
-pub(super) fn tee(queues: Vec<AnyLink>, path: &Path, snap: u32) -> Result<Vec<AnyLink>, PcapError> {
-    let writer = Arc::new(Writer::open(path, queues.len(), snap)?);
-    let teed = queues.into_iter().map(|queue| {
+impl Recorder {
+    /// One that has a file of its own, with at most `snap` bytes of each frame.
+    pub(in crate::net) fn open(path: &Path, snap: u32) -> Result<Self, PcapError> {
+        let writer = Arc::new(Writer::open(path, 1, snap)?);
+        Ok(Self::new(&writer, snap))
+    }
+
+    fn new(writer: &Arc<Writer>, snap: u32) -> Self {
         let (back, empty) = channel();
         for _ in 0..BUFFERS {
             // Both ends are here.
             let _ = back.send(Vec::with_capacity(BUFFER));
         }
-        AnyLink::Other(Box::new(Tee {
-            inner: queue.boxed(),
+        Self {
             snap: usize::try_from(snap).unwrap_or(BUFFER),
             current: None,
             back,
             empty,
-            writer: Arc::clone(&writer),
+            writer: Arc::clone(writer),
             missing: 0,
             log: LogLimit::default(),
-        }))
-    });
-    Ok(teed.collect())
-}
+        }
+    }
 
-impl Tee {
+    /// Lets the file be written from now on.
+    pub(in crate::net) fn begin(&self) -> io::Result<()> {
+        self.writer.begin()
+    }
+
     /// Appends the record of a frame of `len` bytes, that `copy` gives the first bytes of.
-    fn keep(&mut self, len: usize, copy: impl FnOnce(&mut [u8])) {
+    pub(in crate::net) fn keep(&mut self, len: usize, copy: impl FnOnce(&mut [u8])) {
         let kept = len.min(self.snap);
         let room = RECORD.saturating_add(kept);
         if self
@@ -216,7 +223,8 @@ impl Tee {
         copy(buffer.get_mut(start..).unwrap_or_default());
     }
 
-    fn hand_over(&mut self) {
+    /// Hands over what is kept, as a batch ends.
+    pub(in crate::net) fn hand_over(&mut self) {
         if let Some(records) = self.current.take_if(|records| !records.is_empty()) {
             let back = self.back.clone();
             if let Some(writer) = &self.writer.sender {
@@ -227,15 +235,33 @@ impl Tee {
     }
 }
 
-impl Drop for Tee {
+impl Drop for Recorder {
     fn drop(&mut self) {
         self.hand_over();
     }
 }
 
+/// A link whose frames are kept in a file.
+pub(super) struct Tee {
+    inner: Box<dyn Link>,
+    recorder: Recorder,
+}
+
+/// Puts a capture file behind each of these queues, with at most `snap` bytes of each frame.
+pub(super) fn tee(queues: Vec<AnyLink>, path: &Path, snap: u32) -> Result<Vec<AnyLink>, PcapError> {
+    let writer = Arc::new(Writer::open(path, queues.len(), snap)?);
+    let teed = queues.into_iter().map(|queue| {
+        AnyLink::Other(Box::new(Tee {
+            inner: queue.boxed(),
+            recorder: Recorder::new(&writer, snap),
+        }))
+    });
+    Ok(teed.collect())
+}
+
 impl Link for Tee {
     fn watch(&mut self, watcher: Watcher) -> io::Result<()> {
-        self.writer.begin()?;
+        self.recorder.begin()?;
         self.inner.watch(watcher)
     }
 
@@ -246,7 +272,7 @@ impl Link for Tee {
     fn send(&mut self, frame: &mut IoList, header_len: usize) -> io::Result<()> {
         self.inner.send(frame, header_len)?;
         let len = frame.bytes().saturating_sub(header_len);
-        self.keep(len, |out| {
+        self.recorder.keep(len, |out| {
             frame.copy_out(header_len, out);
         });
         Ok(())
@@ -254,7 +280,7 @@ impl Link for Tee {
 
     fn flush(&mut self) {
         self.inner.flush();
-        self.hand_over();
+        self.recorder.hand_over();
     }
 
     fn receive(
@@ -266,13 +292,13 @@ impl Link for Tee {
     ) -> io::Result<usize> {
         match self.inner.receive(list, pieces, header_len, spill) {
             Ok(len) => {
-                self.keep(len.saturating_sub(header_len), |out| {
+                self.recorder.keep(len.saturating_sub(header_len), |out| {
                     list.collect(header_len, out, pieces, spill);
                 });
                 Ok(len)
             }
             Err(error) => {
-                self.hand_over();
+                self.recorder.hand_over();
                 Err(error)
             }
         }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -18,9 +19,9 @@ use super::super::args::{ArgsError, NetArgs, adopt_link};
 use super::super::config::{MacAddress, NetConfig};
 use super::super::device::{needs, no_other_program};
 use super::super::features::{Extras, offered};
-use super::super::link::{Described, Interface, LinkError, LinkOptions};
+use super::super::link::{Described, Interface, LinkError, LinkOptions, PcapError, Recorder};
 use super::counters::AllPorts;
-use super::options::{GuestOptions, OptionsError, SwitchArgs, UplinkOptions};
+use super::options::{Capture, GuestOptions, OptionsError, SwitchArgs, UplinkOptions};
 use super::policy::{MAX_PORTS, PortId};
 use super::port::SwitchPort;
 use super::shared::{PortSettings, PortShared};
@@ -67,6 +68,9 @@ pub enum SwitchError {
         #[source]
         source: LinkError,
     },
+    /// A capture file.
+    #[error(transparent)]
+    Capture(#[from] PcapError),
     /// The system refused something that every process needs.
     #[error("cannot create the switch's threads or event descriptors")]
     System(#[source] io::Error),
@@ -77,7 +81,7 @@ impl OpenError for SwitchError {
         match self {
             Self::Options(_) | Self::Name(_) | Self::Address { .. } => true,
             Self::Args(error) => error.is_usage(),
-            Self::Link { .. } | Self::Full | Self::System(_) => false,
+            Self::Link { .. } | Self::Full | Self::Capture(_) | Self::System(_) => false,
         }
     }
 }
@@ -112,6 +116,8 @@ pub struct Switch {
     /// By number: the ports there are.
     ports: Vec<Option<Arc<PortShared>>>,
     uplinks: Vec<Uplink>,
+    /// Capture files of ports on the command line, until those are there: later the program may open no file.
+    recorders: BTreeMap<PathBuf, Recorder>,
     /// Ports and links, as the command line had them.
     options: [Vec<PortOptions>; 2],
     ageing: u32,
@@ -165,6 +171,7 @@ impl Switch {
             offloads: candidates.first().copied().unwrap_or(0),
             ports: (0..MAX_PORTS).map(|_| None).collect(),
             uplinks: Vec::new(),
+            recorders: BTreeMap::new(),
             options,
             ageing: switch.ageing,
             all,
@@ -173,6 +180,12 @@ impl Switch {
             thread: None,
         };
         let mut taken = parts.map(|parts| opened.taken_links(parts)).transpose()?;
+        for options in &switch.port {
+            if let Some(Capture { path, snap }) = GuestOptions::read(options)?.capture {
+                let recorder = Recorder::open(&path, snap)?;
+                opened.recorders.insert(path, recorder);
+            }
+        }
         for options in &switch.uplink {
             let link = taken.as_mut().and_then(Iterator::next);
             opened.uplink(options, &candidates, link)?;
@@ -249,6 +262,17 @@ impl Switch {
         Ok(())
     }
 
+    /// What keeps a port's frames, if that is wanted.
+    fn recorder(&mut self, capture: Option<Capture>) -> Result<Option<Recorder>, PcapError> {
+        let opened = capture.map(
+            |Capture { path, snap }| match self.recorders.remove(&path) {
+                Some(recorder) => Ok(recorder),
+                None => Recorder::open(&path, snap),
+            },
+        );
+        opened.transpose()
+    }
+
     fn insert(&mut self, number: PortId, port: &Arc<PortShared>) {
         if let Some(place) = self.ports.get_mut(usize::from(number)) {
             *place = Some(Arc::clone(port));
@@ -267,6 +291,7 @@ impl Switch {
             link,
             policy,
             rates,
+            capture,
         } = UplinkOptions::read(options)?;
         let (number, name) = self.place(name)?;
         self.check_addresses(&policy.macs)?;
@@ -305,7 +330,7 @@ impl Switch {
             },
         });
         let port = PortShared::new(&name, None, policy, UPLINK_QUOTA, rates, offloads);
-        let port = Arc::new(port);
+        let port = Arc::new(port.recorded(self.recorder(capture)?));
         if let Some(queue) = opened.queues.into_iter().next() {
             info!(port = name, link = link_name, "uplink");
             self.insert(number, &port);
@@ -352,6 +377,7 @@ impl Hub for Switch {
             pairs,
             policy,
             rates,
+            capture,
         } = GuestOptions::read(options)?;
         let (number, name) = self.place(name)?;
         let mut options = options.clone();
@@ -382,7 +408,8 @@ impl Hub for Switch {
             in_order: self.args.in_order == OnOff::On,
         };
         let features = offered(self.offloads, extras);
-        let port = Arc::new(PortShared::new(&name, Some(mac), policy, QUOTA, rates, 0));
+        let port = PortShared::new(&name, Some(mac), policy, QUOTA, rates, 0);
+        let port = Arc::new(port.recorded(self.recorder(capture)?));
         let all = Arc::clone(&self.all);
         let inbox = Arc::clone(&self.inbox);
         let device = SwitchPort::new(number, config, features, Arc::clone(&port), inbox, all)
@@ -432,6 +459,9 @@ impl Hub for Switch {
     }
 
     fn parts(&self) -> Result<Parts, ApiError> {
+        if let Some(port) = self.ports.iter().flatten().find(|port| port.captured) {
+            return Err(no_other_program(&port.name));
+        }
         let mut descriptors = Vec::new();
         let mut links = Vec::new();
         for Uplink {

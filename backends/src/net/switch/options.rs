@@ -14,7 +14,7 @@ use super::super::config::MacAddress;
 use super::super::link::LinkSpec;
 use super::policy::{DEFAULT_VLAN, Policy, VlanRange, Vlans, parse_vlan};
 use super::shared::{FLOOD, LIMITS, PortRates};
-use crate::net::link::MAX_QUEUES;
+use crate::net::link::{MAX_QUEUES, MAX_SNAP};
 use crate::shell::{LimitError, NamedRates, PortOptions};
 
 /// Options of a switch.
@@ -27,7 +27,9 @@ pub struct SwitchArgs {
     /// queue-pairs=; vlan=N for the VLAN that it is in without knowing [1], or trunk=N+N-N for those that it sees with
     /// tags, with native=N for the one without; isolated=on so that it speaks with no other isolated port;
     /// mac-filter=MAC+MAC and ip-filter=IP+IP for the only addresses that it may send from; and limits in a second:
-    /// tx-packets=, tx-bytes=, rx-packets=, rx-bytes= (each with -burst=), and flood-packets= [20000] for what goes to all. Ports come
+    /// tx-packets=, tx-bytes=, rx-packets=, rx-bytes= (each with -burst=), and flood-packets= [20000] for what goes to all;
+    /// pcap=FILE for a copy of what the switch lets pass there (of ports that come later only with --sandbox off), of each frame at
+    /// most pcap-snap= bytes. Ports come
     /// and go while the program runs: ringside-ctl port-add, port-remove.
     #[arg(long, value_name = "socket=PATH,…", value_parser = parse_port)]
     pub port: Vec<PortOptions>,
@@ -79,6 +81,14 @@ pub enum OptionsError {
     /// Limits.
     #[error(transparent)]
     Limit(#[from] LimitError),
+}
+
+/// A file for a copy of a port's frames.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Capture {
+    pub(super) path: PathBuf,
+    /// Most bytes of each frame.
+    pub(super) snap: u32,
 }
 
 /// Longest name of a port, in bytes.
@@ -177,6 +187,25 @@ impl Reader {
         Ok((policy, rates))
     }
 
+    fn capture(&mut self) -> Result<Option<Capture>, OptionsError> {
+        let read = |text: &str| {
+            let snap = text.parse().ok();
+            let snap = snap.filter(|snap| (1..=MAX_SNAP).contains(snap));
+            snap.ok_or_else(|| format!("`{text}` is no number from 1 to {MAX_SNAP}"))
+        };
+        let snap = self.get("pcap-snap", read)?;
+        match self.text("pcap").filter(|path| !path.is_empty()) {
+            Some(path) => Ok(Some(Capture {
+                path: path.into(),
+                snap: snap.unwrap_or(MAX_SNAP),
+            })),
+            None if snap.is_some() => Err(OptionsError::Together(
+                "pcap-snap= is for a capture: give pcap=, too",
+            )),
+            None => Ok(None),
+        }
+    }
+
     fn end(self) -> Result<(), OptionsError> {
         match self.0.into_keys().next() {
             Some(key) => Err(OptionsError::Unknown(key)),
@@ -196,6 +225,7 @@ pub(super) struct GuestOptions {
     pub(super) pairs: u16,
     pub(super) policy: Policy,
     pub(super) rates: PortRates,
+    pub(super) capture: Option<Capture>,
 }
 
 fn number(range: std::ops::RangeInclusive<u16>) -> impl FnOnce(&str) -> Result<u16, String> {
@@ -212,6 +242,7 @@ impl GuestOptions {
     pub(super) fn read(options: &PortOptions) -> Result<Self, OptionsError> {
         let mut reader = Reader(options.clone());
         let (policy, rates) = reader.policy()?;
+        let capture = reader.capture()?;
         let mac = |text: &str| {
             text.parse()
                 .map_err(|e: super::super::config::MacError| e.to_string())
@@ -231,6 +262,7 @@ impl GuestOptions {
                 .unwrap_or(1),
             policy,
             rates,
+            capture,
         };
         reader.end()?;
         Ok(read)
@@ -244,12 +276,14 @@ pub(super) struct UplinkOptions {
     pub(super) link: LinkSpec,
     pub(super) policy: Policy,
     pub(super) rates: PortRates,
+    pub(super) capture: Option<Capture>,
 }
 
 impl UplinkOptions {
     pub(super) fn read(options: &PortOptions) -> Result<Self, OptionsError> {
         let mut reader = Reader(options.clone());
         let (policy, rates) = reader.policy()?;
+        let capture = reader.capture()?;
         let link = |text: &str| text.parse::<LinkSpec>().map_err(|e| e.to_string());
         let read = Self {
             name: reader.name()?,
@@ -258,6 +292,7 @@ impl UplinkOptions {
                 .ok_or(OptionsError::Missing("link"))?,
             policy,
             rates,
+            capture,
         };
         reader.end()?;
         Ok(read)
@@ -298,6 +333,8 @@ mod tests {
             ("/run/a,isolated=yes", "neither on nor off"),
             ("/run/a,ip-filter=10.0.0", "ip-filter: "),
             ("/run/a,colour=red", "no key `colour`"),
+            ("/run/a,pcap-snap=64", "give pcap="),
+            ("/run/a,pcap=/run/a.pcap,pcap-snap=0", "pcap-snap: "),
             ("/run/a,tx-bytes-burst=1", "of no use without"),
             ("/run/a,queue-pairs=0", "from 1 to 256"),
             ("/run/a,name=a\0b", "control characters"),
@@ -305,6 +342,15 @@ mod tests {
             let error = read(wrong).unwrap_err();
             assert!(error.contains(why), "{wrong}: {error}");
         }
+        assert_eq!(
+            read("/run/a,pcap=/run/a.pcap,pcap-snap=96")
+                .unwrap()
+                .capture,
+            Some(Capture {
+                path: "/run/a.pcap".into(),
+                snap: 96
+            })
+        );
         assert!(parse_uplink("tap:up0,trunk=1-4094").is_ok());
         assert!(parse_uplink("tap:up0,mac=02:00:00:00:00:01").is_err());
         assert!(parse_uplink("road:up0").is_err());

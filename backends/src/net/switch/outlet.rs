@@ -9,12 +9,12 @@ use std::sync::Arc;
 use ringside_rings::{Chain, ChainBuf, PopError, RingError, Segment, Session, write_segments};
 use tracing::{debug, warn};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{GuestAddress, Permissions};
+use vm_memory::{GuestAddress, Permissions, VolatileSlice};
 
 use super::super::features::{has, header_len};
 use super::super::filter::Filter;
 use super::super::iov::IoList;
-use super::super::link::Link;
+use super::super::link::{Link, Recorder};
 use super::super::ring::Ring;
 use super::super::settings::{Pairs, Settings, Shared};
 use super::frame::{Beginning, Bytes, FRONT, Frame, MAX_HEADER, Packet};
@@ -501,6 +501,25 @@ fn queue_of(chosen: &[usize], frame: &Frame<'_>) -> usize {
     chosen.get(place).copied().unwrap_or(0)
 }
 
+#[inline(never)]
+fn record<'a>(
+    recorder: &mut Recorder,
+    shared: &PortShared,
+    frames: impl Iterator<Item = Frame<'a>>,
+) {
+    for frame in frames {
+        let Some(form) = shared.policy.vlans.form(frame.vlan) else {
+            continue;
+        };
+        let mut tagged = [0; FRONT];
+        let packet = frame.packet(form, &mut tagged);
+        recorder.keep(packet.len(0), |out| {
+            // A guest that takes its memory away has the rest of it as zeros.
+            let _ = packet.bytes(0).copy_to(VolatileSlice::from(out));
+        });
+    }
+}
+
 /// What a port does with each frame that leaves there.
 impl PortShared {
     /// In which form a frame leaves here, if it does; `isolated` is the port where it came in.
@@ -651,9 +670,19 @@ pub(super) enum Outlet {
 pub(super) struct Egress {
     pub(super) shared: Arc<PortShared>,
     pub(super) outlet: Outlet,
+    /// Keeps what comes in here, too.
+    pub(super) recorder: Option<Recorder>,
 }
 
 impl Egress {
+    /// Keeps frames in the form that they have here, if that is wanted.
+    #[inline]
+    pub(super) fn record<'a>(&mut self, frames: impl Iterator<Item = Frame<'a>>) {
+        if let Some(recorder) = &mut self.recorder {
+            record(recorder, &self.shared, frames);
+        }
+    }
+
     /// Sends frames out. `now` is in nanoseconds.
     #[inline]
     pub(super) fn take<'a>(
@@ -662,7 +691,7 @@ impl Egress {
         room: &mut Room,
         now: u64,
     ) {
-        let Self { shared, outlet } = self;
+        let Self { shared, outlet, .. } = self;
         match outlet {
             Outlet::Guest(guest) => guest.take(frames, shared, room, now),
             Outlet::Link(link) => {
@@ -683,6 +712,9 @@ impl Egress {
     /// Ends a batch: what was sent is shown to who gets it.
     #[inline]
     pub(super) fn flush(&mut self, signals: &Signals) {
+        if let Some(recorder) = &mut self.recorder {
+            recorder.hand_over();
+        }
         match &mut self.outlet {
             Outlet::Guest(guest) => {
                 for ring in guest.rings.iter_mut().flatten() {

@@ -3,6 +3,7 @@
 use std::array;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use ringside_control::Size;
 use serde::{Deserialize, Serialize};
@@ -10,7 +11,7 @@ use serde_json::Value;
 use tracing::debug;
 
 use super::super::config::MacAddress;
-use super::super::link::{Interface, LinkError};
+use super::super::link::{Interface, LinkError, Recorder};
 use super::counters::Counters;
 use super::policy::Policy;
 use crate::shell::{Bucket, LimitError, LogLimit, NamedRates, StateError};
@@ -139,6 +140,10 @@ pub(super) struct PortShared {
     offloads: AtomicU32,
     /// What its driver does can fill no log.
     pub(super) log: LogLimit,
+    /// Its frames are kept in a file.
+    pub(super) captured: bool,
+    /// Until the switch's thread has it.
+    recorder: Mutex<Option<Recorder>>,
 }
 
 impl PortShared {
@@ -163,7 +168,24 @@ impl PortShared {
             up: AtomicBool::new(true),
             offloads: AtomicU32::new(offloads),
             log: LogLimit::default(),
+            captured: false,
+            recorder: Mutex::new(None),
         }
+    }
+
+    /// The same, with what keeps its frames, if something is to.
+    pub(super) fn recorded(self, recorder: Option<Recorder>) -> Self {
+        Self {
+            captured: recorder.is_some(),
+            recorder: Mutex::new(recorder),
+            ..self
+        }
+    }
+
+    /// What keeps its frames, for the switch's thread.
+    pub(super) fn take_recorder(&self) -> Option<Recorder> {
+        let mut recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
+        recorder.take()
     }
 
     /// The cable is plugged in.

@@ -684,9 +684,17 @@ impl Worker {
         else {
             return;
         };
+        let recorder = shared.take_recorder().filter(|recorder| {
+            let begun = recorder.begin();
+            if let Err(error) = &begun {
+                error!(port = shared.name, "its frames are not captured: {error}");
+            }
+            begun.is_ok()
+        });
         *egress = Some(Egress {
             shared: Arc::clone(&shared),
             outlet,
+            recorder,
         });
         *ingress = Some(Ingress {
             shared,
@@ -1119,7 +1127,7 @@ impl TxRing {
             session.push_used(head, 0)?;
             left = left.saturating_sub(1);
         };
-        fabric.deliver(batch.to, batch.slots(), |slot| Rest::Guest {
+        fabric.deliver(port, batch.to, batch.slots(), |slot| Rest::Guest {
             memory: &memory,
             segments: batch
                 .segments
@@ -1198,7 +1206,7 @@ fn serve_link(
             Ok(rest) => {
                 slot.to = fabric.route(port, shared, last, &slot.beginning).to;
                 let slots = std::slice::from_ref(&*slot);
-                fabric.deliver(slot.to, slots, |_| Rest::Bytes(rest));
+                fabric.deliver(port, slot.to, slots, |_| Rest::Bytes(rest));
             }
             Err(why) => refused(shared, why),
         }
@@ -1313,17 +1321,31 @@ impl Fabric {
     }
 
     /// Gives each of the ports in `to`, a set of bits, those of the frames that go there.
-    fn deliver<'a>(&mut self, to: u64, slots: &'a [Slot], rest: impl Fn(&Slot) -> Rest<'a>) {
+    fn deliver<'a>(
+        &mut self,
+        from: PortId,
+        to: u64,
+        slots: &'a [Slot],
+        rest: impl Fn(&Slot) -> Rest<'a>,
+    ) {
         self.touched |= to;
+        let frame = |slot: &'a Slot| Frame {
+            beginning: &slot.beginning,
+            rest: rest(slot),
+        };
+        if let Some(Some(egress)) = self.egress.get_mut(usize::from(from))
+            && egress.recorder.is_some()
+        {
+            self.touched |= bit(from);
+            egress.record(slots.iter().filter(|slot| slot.to != 0).map(frame));
+        }
         for port in ports(to) {
             let Some(Some(egress)) = self.egress.get_mut(port) else {
                 continue;
             };
             let slots = slots.iter().filter(|slot| slot.to >> port & 1 != 0);
-            let frames = slots.map(|slot| Frame {
-                beginning: &slot.beginning,
-                rest: rest(slot),
-            });
+            let frames = slots.map(frame);
+            egress.record(frames.clone());
             egress.take(frames, &mut self.room, self.now);
         }
     }

@@ -5,8 +5,8 @@ use std::process::Command;
 
 use super::super::load::Direction;
 use super::cells::{Behind, Cell};
-use super::testpmd;
 use crate::command::bound;
+use crate::harness::testpmd;
 use crate::site::Site;
 
 /// A TAP whose frames go to nobody.
@@ -111,7 +111,7 @@ impl Contender {
                 if cell.behind == Behind::Port {
                     devices.insert(0, device(1, &second_socket(socket)));
                 }
-                Some(testpmd::command(
+                Some(testpmd(
                     site,
                     "back-end",
                     &devices,

@@ -1,6 +1,5 @@
 //! One measurement: a fresh back-end under one load.
 
-use std::fs::File;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::thread;
@@ -13,9 +12,9 @@ use super::super::load::{Direction, NetReport, Usage};
 use super::super::measure::Processors;
 use super::cells::{Behind, Cell, Front};
 use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, second_socket};
-use super::testpmd;
 use crate::command::{self, GRACE, bound, end_tree};
 use crate::error::{Doing, LabError, Result};
+use crate::harness::{Testpmd, last_shown, testpmd};
 use crate::site::Site;
 
 /// How much longer than it measures a load may take.
@@ -198,20 +197,9 @@ impl Bench<'_> {
             u8::from(cell.packed)
         );
         let log = self.directory.join("testpmd.log");
-        let file = File::create(&log).doing(|| format!("create {}", log.display()))?;
-        let errors = file
-            .try_clone()
-            .doing(|| format!("write {}", log.display()))?;
         let pair = self.pair();
-        let mut command =
-            testpmd::command(self.site, "front-end", &[device], mode, cell.frame, pair);
-        // It ends when its standard input does; so that stays open.
-        let mut child = command
-            .stdin(Stdio::piped())
-            .stdout(file)
-            .stderr(errors)
-            .spawn()
-            .doing(|| "run dpdk-testpmd".into())?;
+        let command = testpmd(self.site, "front-end", &[device], mode, cell.frame, pair);
+        let front = Testpmd::start(command, log)?;
         let usage = || Usage::of(process.pid()).map_err(|error| LabError::Setup(error.to_string()));
         thread::sleep(TESTPMD_START);
         let before = usage();
@@ -219,10 +207,10 @@ impl Bench<'_> {
         let seconds = self.seconds.ceil().max(1.0);
         thread::sleep(Duration::from_secs_f64(seconds));
         let after = usage();
-        end_tree(&mut child, GRACE);
-        let text = std::fs::read_to_string(&log).doing(|| format!("read {}", log.display()))?;
-        let rates = testpmd::rates(&text).filter(|(received, sent)| received + sent > 0.0);
-        let Some((received, sent)) = rates else {
+        let text = front.text()?;
+        drop(front);
+        let rates = last_shown(&text, "Rx-pps:").zip(last_shown(&text, "Tx-pps:"));
+        let Some((received, sent)) = rates.filter(|(received, sent)| received + sent > 0.0) else {
             return Err(LabError::Ended {
                 what: "dpdk-testpmd moved nothing".into(),
                 output: format!("{text}\n{}", process.text()),

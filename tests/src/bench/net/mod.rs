@@ -3,7 +3,6 @@
 //! ```text
 //! cells ────── which way frames go, how long they are, what takes or gives them, and whose front-end moves them
 //! contender ── who stands behind the front-end: ringside-net, DPDK's vhost port, passt; or nobody, for a loop on the same TAP
-//! testpmd ──── DPDK's program, which is a front-end and a back-end
 //! measure ──── one of them, freshly started, for a moment
 //! tcp ──────── the same with a TCP stream between two network namespaces
 //! outcome ──── medians, and ratios to the limit of the row within each round
@@ -14,7 +13,6 @@ mod contender;
 mod measure;
 mod outcome;
 mod tcp;
-mod testpmd;
 
 pub(super) use self::contender::second_socket;
 
