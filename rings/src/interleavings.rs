@@ -118,11 +118,13 @@ fn run(orders: usize, layout: DriverLayout, event_idx: bool, requests: u32) {
     turns::scheduled(false);
 }
 
-fn layouts() -> [DriverLayout; 3] {
+fn layouts() -> [DriverLayout; 4] {
     let at = GuestAddress(0);
+    let split = DriverLayout::new(at, 2, 0).unwrap();
     let packed = DriverLayout::packed(at, 3, 0).unwrap();
     [
-        DriverLayout::new(at, 2, 0).unwrap(),
+        split,
+        split.in_order(),
         packed,
         packed.in_order(),
     ]
