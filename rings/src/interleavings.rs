@@ -122,12 +122,7 @@ fn layouts() -> [DriverLayout; 4] {
     let at = GuestAddress(0);
     let split = DriverLayout::new(at, 2, 0).unwrap();
     let packed = DriverLayout::packed(at, 3, 0).unwrap();
-    [
-        split,
-        split.in_order(),
-        packed,
-        packed.in_order(),
-    ]
+    [split, split.in_order(), packed, packed.in_order()]
 }
 
 /// One side publishes twice while the other one goes to sleep: the publisher is asked for a wake-up, or the sleeper sees what

@@ -5,6 +5,9 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
 use crate::command::{GRACE, bound, end_tree, wait_for};
 use crate::error::{Doing, LabError, Result};
 use crate::site::Site;
@@ -68,7 +71,7 @@ impl Testpmd {
         let doing = || format!("write {}", log.display());
         let file = File::create(&log).doing(doing)?;
         let errors = file.try_clone().doing(doing)?;
-        // It ends when its standard input does.
+        // It may end when its standard input does.
         let child = command
             .stdin(Stdio::piped())
             .stdout(file)
@@ -91,13 +94,17 @@ impl Testpmd {
     /// # Errors
     /// Fails if it does not.
     pub fn end(mut self, limit: Duration) -> Result<String> {
-        drop(self.child.stdin.take());
-        let status = wait_for(&mut self.child, limit)?;
+        let pid = Pid::from_raw(i32::try_from(self.child.id()).unwrap_or(i32::MAX));
+        kill(pid, Signal::SIGINT)
+            .map_err(std::io::Error::from)
+            .doing(|| "interrupt dpdk-testpmd".into())?;
+        let ended = wait_for(&mut self.child, limit)?;
         let text = self.text()?;
-        match status {
-            Some(status) if status.success() => Ok(text),
-            status => Err(LabError::Ended {
-                what: format!("dpdk-testpmd has not ended in order ({status:?})"),
+        match ended {
+            Some(_) => Ok(text),
+            None => Err(LabError::TimedOut {
+                what: "the end of dpdk-testpmd".into(),
+                limit,
                 output: text,
             }),
         }

@@ -3,7 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::socket::sockopt::SndBuf;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair};
@@ -382,6 +382,11 @@ fn interrupts_are_held_back_and_none_is_lost() {
         let mut each = [0; 2];
         for (direction, interrupts) in each.iter_mut().enumerate() {
             let before = pair.worker.counters.interrupts.get();
+            let moved = |pair: &Pair| {
+                let counters = &pair.worker.counters;
+                [&counters.rx_packets, &counters.tx_packets][direction].get()
+            };
+            let moved_before = moved(&pair);
             for _ in 0..40 {
                 let sent = packet(60);
                 if direction == 0 {
@@ -391,6 +396,12 @@ fn interrupts_are_held_back_and_none_is_lost() {
                     pair.tx.send(&[whole]);
                 }
                 std::thread::sleep(Duration::from_millis(2));
+            }
+            // A driver that looks before all is there asks for another interrupt.
+            let start = Instant::now();
+            while moved(&pair) - moved_before < 40 {
+                assert!(start.elapsed() < Duration::from_secs(20));
+                std::thread::sleep(Duration::from_millis(1));
             }
             // `used` fails if it sleeps and no interrupt comes.
             for _ in 0..40 {
