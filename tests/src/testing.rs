@@ -52,7 +52,10 @@ pub fn run(
     systems: impl FnOnce() -> Result<Systems>,
     tally: &mut Tally,
 ) -> Result<()> {
-    let names = names(plan.filters);
+    let mut names = names(plan.filters);
+    // The long ones first: so no lab is left alone with one at the end.
+    let limit = |name: &&str| suite::limit(name, plan.effort, &Site::inside_lab());
+    names.sort_by_key(|name| std::cmp::Reverse(limit(name)));
     if names.is_empty() {
         return Err(LabError::Setup(format!(
             "no end-to-end test has a name with {}; `cargo lab test --list` shows them",
