@@ -31,7 +31,7 @@ const MIB: u64 = 1 << 20;
 /// Size of a mapped disk, in the 512-byte sectors of its table.
 const SECTORS: u64 = 64 * MIB / 512;
 /// How long the storage hangs, in seconds.
-const HANG: u64 = 5;
+const HANG: u64 = 30;
 /// For loops of many small requests, on plain hardware.
 const LOOP_LIMIT: Duration = Duration::from_secs(40);
 /// What a guest says of a request that failed.
