@@ -14,6 +14,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -73,6 +74,66 @@ enum Outcome {
     Broken,
 }
 
+/// What is attacked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Target {
+    Disk,
+    /// A network card with a TAP.
+    Card,
+    /// A port of a switch that serves another guest, too.
+    Port,
+}
+
+/// The guest at another port of the switch: its memory is in the same process.
+struct Bystander(FrontEnd);
+
+impl Bystander {
+    /// What its memory is full of, where nothing has a place.
+    const FILLED: u8 = 0xa5;
+    /// Where that begins in the first region; all of the second one is.
+    const BEHIND: u64 = 4 << 20;
+
+    fn new(daemon: &Daemon) -> Self {
+        let setup = Setup {
+            queues: 2,
+            ..Setup::default()
+        };
+        let front = FrontEnd::new(&daemon.dir.path().join("bystander"), setup);
+        for (start, len) in Self::PLACES {
+            let bytes = vec![Self::FILLED; len as usize];
+            let memory = &front.guest.memory;
+            memory.write_slice(&bytes, GuestAddress(start)).unwrap();
+        }
+        Self(front)
+    }
+
+    const PLACES: [(u64, u64); 2] = [(Self::BEHIND, REGION - Self::BEHIND), (SECOND, REGION)];
+
+    /// It gets a frame, in the buffer that is for it, and nothing else.
+    fn receives(mut self, send: impl FnOnce()) {
+        let Self(front) = &mut self;
+        let buffer = GuestAddress(Self::BEHIND);
+        let segment = [Segment::new(buffer, 2048)];
+        front.queues[0].submit(&front.guest, &[], &segment, 9);
+        send();
+        let (token, len) = front.complete(0);
+        assert_eq!((token, len), (9, 72));
+        let len = u64::from(len);
+        for (start, end) in Self::PLACES.map(|(start, len)| (start, start + len)) {
+            let start = if start == Self::BEHIND {
+                start + len
+            } else {
+                start
+            };
+            let bytes = front
+                .guest
+                .read(GuestAddress(start), (end - start) as usize);
+            let other = bytes.iter().position(|byte| *byte != Self::FILLED);
+            assert_eq!(other, None, "behind {start:#x}");
+        }
+    }
+}
+
 /// A device that is attacked through one of its queues, and another queue that must not notice.
 struct Attack {
     daemon: Daemon,
@@ -82,6 +143,7 @@ struct Attack {
     queue: usize,
     other: usize,
     network: bool,
+    bystander: Option<Bystander>,
     /// Chains that were offered.
     offered: u16,
     /// Of a packed queue, where the next descriptor goes.
@@ -90,14 +152,24 @@ struct Attack {
 }
 
 impl Attack {
-    fn new(network: bool, packed: bool) -> Self {
-        let (program, args, queues): (_, &[&str], _) = if network {
-            let args = &["--tap", "ring0", "--queue-pairs", "2"];
-            (NET, args, 4)
-        } else {
-            (BLK, &["--null", "1G", "--queues", "2"], 2)
+    fn new(target: Target, packed: bool) -> Self {
+        let network = target != Target::Disk;
+        let daemon = match target {
+            Target::Disk => Daemon::start(BLK, &["--null", "1G", "--queues", "2"]),
+            Target::Card => Daemon::start(NET, &["--tap", "ring0", "--queue-pairs", "2"]),
+            Target::Port => {
+                let dir = tempfile::tempdir().unwrap();
+                let socket = |name| format!("socket={}", dir.path().join(name).display());
+                let mut switch = Command::new(NET);
+                switch.arg("--port").arg(socket("s") + ",queue-pairs=2");
+                switch.arg("--port").arg(socket("bystander"));
+                let daemon = Daemon::spawn_command(&mut switch, dir);
+                daemon.wait_for_line("ringside-net ready");
+                daemon
+            }
         };
-        let daemon = Daemon::start(program, args);
+        let bystander = (target == Target::Port).then(|| Bystander::new(&daemon));
+        let queues = if network { 4 } else { 2 };
         let setup = Setup {
             queues,
             packed,
@@ -113,6 +185,7 @@ impl Attack {
             queue,
             other,
             network,
+            bystander,
             offered: 0,
             at: 0,
             wrap: true,
@@ -131,6 +204,10 @@ impl Attack {
         // VIRTIO_BLK_T_FLUSH, or a header that asks for nothing.
         let kind = if self.network { 0 } else { 4 };
         self.store(head, &[kind]);
+        if self.network {
+            // Behind the header of 12 bytes: to all.
+            self.store(head + 12, &[0xff; 6]);
+        }
         let len = if self.network { 72 } else { 16 };
         [desc(head, len, 0), desc(tail, 1, WRITE)]
     }
@@ -291,26 +368,26 @@ impl Attack {
         self.daemon.assert_idle();
         self.connect();
         self.still_served();
+        if let Some(bystander) = self.bystander.take() {
+            bystander.receives(|| self.still_served());
+        }
         let lines = self.daemon.log().lines().count();
         assert!(lines < 60, "{}", self.daemon.log());
         self.daemon.stop();
     }
 }
 
-/// Attacks a disk and a network card, with both kinds of queues.
+/// Attacks a disk, a port of a switch and a network card, with both kinds of queues.
 fn attack(test: &str, with: impl Fn(&mut Attack)) {
-    for packed in [false, true] {
-        let mut disk = Attack::new(false, packed);
-        with(&mut disk);
-        disk.end();
-    }
-    if !own_network(test) {
-        return;
-    }
-    for packed in [false, true] {
-        let mut card = Attack::new(true, packed);
-        with(&mut card);
-        card.end();
+    for target in [Target::Disk, Target::Port, Target::Card] {
+        if target == Target::Card && !own_network(test) {
+            return;
+        }
+        for packed in [false, true] {
+            let mut device = Attack::new(target, packed);
+            with(&mut device);
+            device.end();
+        }
     }
 }
 
