@@ -5,15 +5,13 @@ mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t devtmpfs dev /dev
 for module in /modules/*.ko; do insmod "$module"; done
-nine=ro,trans=virtio,version=9p2000.L,msize=512000
 mkdir -p /lower /over /new
-mount -t 9p -o $nine,cache=loose root /lower || exit 1
+mount -t ext4 -o ro,noload /dev/vdd /lower || exit 1
 mount -t tmpfs tmpfs /over
 mkdir /over/upper /over/work
 mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work overlay /new || exit 1
-mkdir -p /new/lab/bin /new/lab/run /new/lab/scratch
-mount -t 9p -o $nine,cache=loose bin /new/lab/bin || exit 1
-mount -t 9p -o $nine,cache=loose run /new/lab/run || exit 1
+cp -r /lab /new/
+mkdir /new/lab/scratch
 mount --move /proc /new/proc
 mount --move /sys /new/sys
 mount --move /dev /new/dev

@@ -34,7 +34,7 @@ dpkg-deb --fsys-tarfile ./dpdk-dev_*.deb | tar -x -C / ./usr/bin/dpdk-testpmd
 cd /
 rm -rf "$work"
 
-# Over 9p, inside the lab VM, this takes a minute and a half; here a second.
+# Here this takes a second, in the emulated machine far longer.
 kernel=$(ls /lib/modules)
 depmod "$kernel"
 

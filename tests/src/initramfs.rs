@@ -14,12 +14,15 @@ const GUEST_INIT: &str = include_str!("../recipe/guest-init.sh");
 /// What a guest runs commands with.
 const GUEST_AGENT: &str = include_str!("../recipe/guest-agent.sh");
 
-/// Writes the initramfs of the lab VM.
+/// Writes the initramfs of the lab VM; `files` (name, content) are copied to its `/lab/bin` and `/lab/run`.
 ///
 /// # Errors
 /// Fails if a part cannot be read, or the image not written.
-pub fn write_l1(root: &Path, image: &Path) -> Result<()> {
-    write(root, "l1-modules", &[("init", L1_INIT)], image)
+pub fn write_l1(root: &Path, files: &[(String, Vec<u8>)], image: &Path) -> Result<()> {
+    let mut all = vec![("init", L1_INIT.as_bytes())];
+    all.extend(files.iter().map(|(name, text)| (name.as_str(), &**text)));
+    let directories = ["lab", "lab/bin", "lab/run"];
+    write(root, "l1-modules", &directories, &all, image)
 }
 
 /// Writes the initramfs of a guest.
@@ -30,21 +33,34 @@ pub fn write_guest(root: &Path, image: &Path) -> Result<()> {
     write(
         root,
         "guest-modules",
-        &[("init", GUEST_INIT), ("agent.sh", GUEST_AGENT)],
+        &[],
+        &[
+            ("init", GUEST_INIT.as_bytes()),
+            ("agent.sh", GUEST_AGENT.as_bytes()),
+        ],
         image,
     )
 }
 
-fn write(root: &Path, modules: &str, scripts: &[(&str, &str)], image: &Path) -> Result<()> {
+fn write(
+    root: &Path,
+    modules: &str,
+    directories: &[&str],
+    files: &[(&str, &[u8])],
+    image: &Path,
+) -> Result<()> {
     let parts = root.join("opt/lab");
     let read = |path: &Path| fs::read(path).doing(|| format!("read {}", path.display()));
     let making = || format!("make {}", image.display());
     let mut archive = Archive::new(Vec::new());
-    for directory in ["bin", "dev", "proc", "sys", "modules"] {
+    for directory in ["bin", "dev", "proc", "sys", "modules"]
+        .iter()
+        .chain(directories)
+    {
         archive.directory(directory).doing(making)?;
     }
-    for (name, text) in scripts {
-        archive.file(name, text.as_bytes()).doing(making)?;
+    for (name, content) in files {
+        archive.file(name, content).doing(making)?;
     }
     archive
         .file("bin/busybox", &read(&parts.join("busybox"))?)

@@ -1,6 +1,7 @@
 //! The lab VM ("L1"): QEMU in software emulation of a machine with AMD SVM, in which Linux has a real KVM.
 //!
-//! Its system is the lab's Debian root, shared read-only over 9p; the programs under test and the files of this run are two more shares.
+//! Its system is a read-only disk with the lab's Debian root; the programs under test and the files of this run come with its
+//! initramfs. (A share over 9p would need neither, but under load Linux 6.12 sometimes reads wrong bytes through it.)
 //! Requests and events go through a virtio-serial port on QEMU's standard input and output.
 
 use std::fs::{self, File};
@@ -11,7 +12,7 @@ use std::time::Duration;
 use crate::error::{Doing, LabError, Result};
 use crate::initramfs;
 use crate::link::Link;
-use crate::setup::{Systems, remove_tree};
+use crate::setup::{Systems, remove_tree, sorted_names};
 use crate::site::{QemuVersion, Site};
 
 /// What the interactive shell of the lab VM says first.
@@ -129,13 +130,8 @@ fn machine(
         root: root.clone(),
         ..Site::inside_lab()
     };
-    let write = |name: &str, text: &str| {
-        let path = run.path().join(name);
-        fs::write(&path, text).doing(|| format!("write {}", path.display()))
-    };
-    write("motd", MOTD)?;
-    write("l1-start.sh", START)?;
-    initramfs::write_l1(&root, &run.path().join("l1.cpio"))?;
+    let initrd = run.path().join("l1.cpio");
+    initramfs::write_l1(&root, &files(run, programs)?, &initrd)?;
 
     let mut qemu = site.qemu(QemuVersion::V11);
     qemu.args([
@@ -154,21 +150,14 @@ fn machine(
     qemu.args(["-nodefaults", "-no-reboot"]);
     qemu.args(["-device", "intel-iommu,intremap=on,caching-mode=on"]);
     add_assignable(&mut qemu, run)?;
-    for (tag, path) in [
-        ("root", root.as_path()),
-        ("bin", programs),
-        ("run", run.path()),
-    ] {
-        qemu.arg("-virtfs").arg(format!(
-            "local,path={},mount_tag={tag},security_model=none,readonly=on,multidevs=remap",
+    let read_only = |path: &Path| {
+        format!(
+            "if=virtio,format=raw,readonly=on,cache=unsafe,file={}",
             escaped(path)
-        ));
-    }
-    // In this order they are vda, vdb and vdc.
-    qemu.arg("-drive").arg(format!(
-        "if=virtio,format=raw,readonly=on,cache=unsafe,file={}",
-        escaped(&systems.guest_disk())
-    ));
+        )
+    };
+    // In this order they are vda, vdb, vdc and vdd.
+    qemu.arg("-drive").arg(read_only(&systems.guest_disk()));
     for (name, size) in [("scratch.img", SCRATCH_SIZE), ("disk.img", RAW_DISK_SIZE)] {
         let path = sparse_file(run, name, size)?;
         // The raw disk is as it was when the power comes back; nobody looks for anything on the other one. If this machine
@@ -182,14 +171,35 @@ fn machine(
             escaped(&path)
         ));
     }
+    qemu.arg("-drive").arg(read_only(&systems.lab_disk()));
     qemu.arg("-kernel").arg(site.kernel());
-    qemu.arg("-initrd").arg(run.path().join("l1.cpio"));
+    qemu.arg("-initrd").arg(initrd);
     // On a busy machine the emulated timer may not tick within the moment in which the kernel looks whether it does; and an
     // emulated processor does not speculate.
     qemu.arg("-append").arg(format!(
         "console=ttyS0 panic=-1 no_timer_check mitigations=off intel_iommu=on iommu=pt {cmdline}"
     ));
     Ok(qemu)
+}
+
+/// What the lab VM finds in `/lab`: start script, the guest's initramfs and all programs.
+fn files(run: &Run, programs: &Path) -> Result<Vec<(String, Vec<u8>)>> {
+    let read = |path: &Path| fs::read(path).doing(|| format!("read {}", path.display()));
+    let mut files = vec![
+        ("lab/run/motd".to_owned(), MOTD.into()),
+        ("lab/run/l1-start.sh".to_owned(), START.into()),
+        (
+            "lab/run/guest.cpio".to_owned(),
+            read(&run.path().join("guest.cpio"))?,
+        ),
+    ];
+    // Beside them are what cargo notes about them, and the objects that they were linked from.
+    for name in sorted_names(programs)? {
+        if !name.contains('.') && (name == "lab" || name.starts_with("ringside-")) {
+            files.push((format!("lab/bin/{name}"), read(&programs.join(name))?));
+        }
+    }
+    Ok(files)
 }
 
 /// What a guest can be given: each device behind a root port of its own, and so in an IOMMU group of its own.

@@ -559,7 +559,7 @@ impl Guest {
         let begin = format!("@@ringside begin {id}");
         let end = format!("@@ringside end {id} ");
         let mut started = false;
-        let mut encoded = String::new();
+        let mut lines = Vec::new();
         let status = self.wait_for_line(
             &format!("the end of `{command}` in the guest"),
             self.site.limit(limit),
@@ -568,20 +568,23 @@ impl Guest {
                     if let Some(status) = line.strip_prefix(&end) {
                         return Some(status.to_owned());
                     }
-                    encoded.push_str(line);
+                    lines.push(line.to_owned());
                 } else {
                     started = line.ends_with(&begin);
                 }
                 None
             },
         )?;
-        let damaged = || LabError::Protocol {
+        let damaged = |text: &str| LabError::Protocol {
             from: "guest agent",
-            text: encoded.clone(),
+            text: text.to_owned(),
         };
-        let bytes = BASE64.decode(&encoded).map_err(|_| damaged())?;
+        let mut bytes = Vec::new();
+        for line in &lines {
+            bytes.extend(BASE64.decode(line).map_err(|_| damaged(line))?);
+        }
         Ok(GuestOutput {
-            status: status.parse().map_err(|_| damaged())?,
+            status: status.parse().map_err(|_| damaged(&status))?,
             text: String::from_utf8_lossy(&bytes).into_owned(),
         })
     }

@@ -1,10 +1,11 @@
 //! Builds and checks the lab's systems in the user's cache: the Debian root that the lab VM runs on (with the QEMU that runs
-//! the VM itself) and the disk of a test's guest.
+//! the VM itself), as a directory and as a disk, and the disk of a test's guest.
 //!
 //! ```text
 //! CACHE/system/          complete, or not there: it is built as CACHE/building and renamed
 //!   stamp.json           the recipe it was built by, and what is compared on each start
 //!   root/                Debian trixie; /opt/lab has what the two initramfs images are made of
+//!   lab.ext4             the same as the lab VM's disk
 //!   guest.ext4           Debian trixie for guests
 //! CACHE/build.log        what the last build wrote
 //! CACHE/run-PID/         files of one run of `cargo lab`
@@ -44,10 +45,12 @@ const ROOT_PACKAGES: &str = "linux-image-amd64,busybox-static,ceph-common,ceph-m
 const GUEST_PACKAGES: &str = "e2fsprogs,ethtool,fio,iperf3,iproute2,iputils-ping,kmod,nvme-cli,\
     pciutils,procps,tcpdump,util-linux";
 /// Kernel modules of the lab VM's initramfs.
-const L1_MODULES: &str = "virtio_blk 9p 9pnet_virtio overlay";
+const L1_MODULES: &str = "virtio_blk ext4 overlay";
 /// Kernel modules of a guest's initramfs.
 const GUEST_MODULES: &str =
     "virtio_blk virtio_net ext4 overlay nvme igbvf e1000e ahci sd_mod pvpanic-mmio";
+/// Size of the lab VM's file system: twice what is in it.
+const LAB_DISK_SIZE: &str = "2500M";
 /// Size of the guest's file system: three times what is in it.
 const GUEST_DISK_SIZE: &str = "700M";
 /// To be raised when the code below builds something else from the same texts above.
@@ -63,7 +66,7 @@ const SAMPLE_SIZE: u64 = 64 << 10;
 /// Distance of samples.
 const SAMPLE_DISTANCE: u64 = 8 << 20;
 /// Disk space that a build needs while it runs.
-const SPACE_NEEDED_MIB: u64 = 3000;
+const SPACE_NEEDED_MIB: u64 = 4500;
 
 /// How the user wants setup to go about it.
 #[derive(Debug, Clone, Default)]
@@ -303,6 +306,12 @@ impl Systems {
         self.directory.join("system").join("root")
     }
 
+    /// The same root as the disk of the lab VM.
+    #[must_use]
+    pub fn lab_disk(&self) -> PathBuf {
+        self.directory.join("system").join("lab.ext4")
+    }
+
     /// The disk of a guest.
     #[must_use]
     pub fn guest_disk(&self) -> PathBuf {
@@ -334,6 +343,7 @@ fn recipe_hash() -> String {
         GUEST_PACKAGES,
         L1_MODULES,
         GUEST_MODULES,
+        LAB_DISK_SIZE,
         GUEST_DISK_SIZE,
         BUILD_REVISION,
     ] {
@@ -452,7 +462,7 @@ fn announce(directory: &Path, missing: &[&str], wishes: &Wishes) -> Result<()> {
     }
     eprintln!("  - download about 400 MB of Debian packages");
     eprintln!(
-        "  - build two Debian systems in {} (1.3 GB; `cargo lab clean` removes them)",
+        "  - build two Debian systems in {} (2.4 GB; `cargo lab clean` removes them)",
         directory.display()
     );
     eprintln!("It takes two to five minutes.");
@@ -581,7 +591,6 @@ impl Build<'_> {
                 ],
             ),
         )?;
-        // Unpacked as the user's own files, so that QEMU can share all of them without privilege.
         fs::create_dir(&root).doing(|| format!("create {}", root.display()))?;
         let mut unpack = Command::new("tar");
         unpack
@@ -594,13 +603,18 @@ impl Build<'_> {
             "guest root",
             self.mmdebstrap(GUEST_PACKAGES, &guest_tar, &["trixie"], &[]),
         )?;
-        let guest_disk = self.directory.join("guest.ext4");
-        let mut mke2fs = self.unpacked_site().root_program("usr/sbin/mke2fs");
-        mke2fs
-            .args(["-q", "-t", "ext4", "-L", "guest", "-d"])
-            .arg(&guest_tar);
-        mke2fs.arg(&guest_disk).arg(GUEST_DISK_SIZE);
-        self.step("guest disk", mke2fs)?;
+        for (name, tar, size) in [
+            ("lab", &root_tar, LAB_DISK_SIZE),
+            ("guest", &guest_tar, GUEST_DISK_SIZE),
+        ] {
+            let mut mke2fs = self.unpacked_site().root_program("usr/sbin/mke2fs");
+            mke2fs
+                .args(["-q", "-t", "ext4", "-L", name, "-d"])
+                .arg(tar)
+                .arg(self.directory.join(format!("{name}.ext4")))
+                .arg(size);
+            self.step(&format!("{name} disk"), mke2fs)?;
+        }
         for file in [root_tar, guest_tar, recipe] {
             fs::remove_file(&file).doing(|| format!("remove {}", file.display()))?;
         }
@@ -749,6 +763,7 @@ impl Build<'_> {
             "root/usr/bin/qemu-system-x86_64",
             "root/opt/qemu-10/usr/bin/qemu-system-x86_64",
             "root/lib64/ld-linux-x86-64.so.2",
+            "lab.ext4",
             "guest.ext4",
         ] {
             files.push(checked(path)?);
