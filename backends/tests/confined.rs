@@ -13,13 +13,13 @@ mod frontend;
 mod intruder;
 
 use std::env;
-use std::fs;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
 
@@ -30,8 +30,8 @@ use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
 use nix::unistd::geteuid;
 use ringside_backends::blk::{Blk, BlkArgs};
-use ringside_backends::net::NetArgs;
-use ringside_backends::shell::{Device, Program, ShellArgs, confine};
+use ringside_backends::net::{NetArgs, Switch, SwitchArgs};
+use ringside_backends::shell::{Device, Hub, Program, ShellArgs, confine};
 use ringside_sandbox::ThreadKind;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
 
@@ -80,47 +80,71 @@ struct NetCli {
     #[command(flatten)]
     net: NetArgs,
     #[command(flatten)]
+    switch: SwitchArgs,
+    #[command(flatten)]
     shell: ShellArgs,
 }
 
-fn confine_as(kind: &'static str, args: &ShellArgs, device: &impl Device) {
-    let program = Program {
+fn program(kind: &'static str) -> Program {
+    Program {
         name: "a back-end",
         kind,
         features: &[],
         hangup: "",
-    };
-    confine(&program, args, |profile| device.needs(profile)).unwrap();
+    }
 }
+
+fn confine_as(kind: &'static str, args: &ShellArgs, device: &impl Device) {
+    confine(&program(kind), args, |profile| device.needs(profile)).unwrap();
+}
+
+/// The image of a profile with that name.
+fn image(format: &str) -> PathBuf {
+    Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("intruder.{format}"))
+}
+
+/// What each profile serves, besides a disk.
+const CARDS: &[(&str, &[&str])] = &[
+    ("net", &["--link", "null"]),
+    ("tap", &["--tap", "ring0"]),
+    ("packet", &["--link", "packet:lo"]),
+];
 
 fn confine_profile(profile: &str) {
     let socket = env::temp_dir().join("ringside-confined");
     let args = ["x", "--socket-path", socket.to_str().unwrap()];
-    if profile == "net" {
-        let cli = NetCli::parse_from([&args[..], &["--link", "null"]].concat());
-        confine_as("net", &cli.shell, &cli.net.open().unwrap());
-    } else {
-        let mode = if profile == "blk" { "on" } else { "log" };
-        let disk = ["--null", "1M", "--sandbox", mode];
-        let cli = BlkCli::parse_from([&args[..], &disk].concat());
-        confine_as("block", &cli.shell, &Blk::new(cli.blk.open().unwrap()));
+    let card = CARDS.iter().find(|(name, _)| *name == profile);
+    if let Some((_, options)) = card {
+        let cli = NetCli::parse_from([&args[..], options].concat());
+        return confine_as("net", &cli.shell, &cli.net.open().unwrap());
     }
+    if profile == "switch" {
+        let ports = ["--link", "null", "--port", "socket=/run/none"];
+        let cli = NetCli::parse_from([&args[..], &ports].concat());
+        let switch = Switch::new(&cli.net, &cli.switch, None).unwrap();
+        return confine(&program("net"), &cli.shell, |profile| switch.needs(profile)).unwrap();
+    }
+    let image = image(profile);
+    let disk: &[&str] = match profile {
+        "blk" => &["--null", "1M"],
+        "blk-logged" => &["--null", "1M", "--sandbox", "log"],
+        format => &["--path", image.to_str().unwrap(), "--format", format],
+    };
+    let cli = BlkCli::parse_from([&args[..], disk].concat());
+    confine_as("block", &cli.shell, &Blk::new(cli.blk.open().unwrap()));
 }
 
 /// The other side of [`intruder::attempt`].
 #[test]
 fn intruder() {
+    let kinds = [("queue", ThreadKind::Queue), ("helper", ThreadKind::Helper)];
     let more = [ENDED_ON_QUEUES, REFUSED_BY_LANDLOCK].concat();
-    intrude(confine_profile, ThreadKind::Queue, &more);
+    intrude(confine_profile, &kinds, &more);
 }
 
 #[test]
 fn who_takes_a_disk_over_gets_nowhere() {
-    for thread in ["control", "queue"] {
-        ends("blk", thread, ENDED);
-        fails("blk", thread, REFUSED);
-    }
-    ends("blk", "queue", ENDED_ON_QUEUES);
+    ends_on("blk", &["control", "queue"], ENDED);
     if landlock() {
         fails("blk", "control", REFUSED_BY_LANDLOCK);
     } else {
@@ -132,12 +156,47 @@ fn who_takes_a_disk_over_gets_nowhere() {
 }
 
 #[test]
-fn who_takes_a_network_card_over_gets_nowhere() {
-    for thread in ["control", "queue"] {
-        ends("net", thread, ENDED);
-        fails("net", thread, REFUSED);
+fn who_takes_a_file_over_gets_no_further() {
+    let test = "who_takes_a_file_over_gets_no_further";
+    File::create(image("raw"))
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    ends_on("raw", &["control", "queue"], ENDED);
+    let mut create = Command::new("qemu-img");
+    create
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(image("qcow2"));
+    if create
+        .arg("1M")
+        .status()
+        .is_ok_and(|status| status.success())
+    {
+        // Its helpers read and write the image's tables.
+        ends_on("qcow2", &["control", "queue", "helper"], ENDED);
+    } else {
+        skip(test, "qemu-img is not installed (package qemu-utils)");
     }
-    ends("net", "queue", ENDED_ON_QUEUES);
+}
+
+fn ends_on(profile: &str, threads: &[&str], attempts: &[(&str, Attempt)]) {
+    for thread in threads {
+        ends(profile, thread, attempts);
+        fails(profile, thread, REFUSED);
+    }
+    ends(profile, "queue", ENDED_ON_QUEUES);
+}
+
+#[test]
+fn who_takes_a_network_card_over_gets_nowhere() {
+    for card in ["net", "switch"] {
+        ends_on(card, &["control", "queue"], ENDED);
+    }
+    if own_network("who_takes_a_network_card_over_gets_nowhere") {
+        for card in ["tap", "packet"] {
+            ends_on(card, &["control", "queue"], ENDED);
+        }
+    }
 }
 
 /// The value of a line of /proc/PID/task/TID/status.

@@ -36,7 +36,8 @@ fn confine_profile(profile: &str) {
 /// The other side of [`intruder::attempt`].
 #[test]
 fn intruder() {
-    intrude(confine_profile, ThreadKind::Processor, ENDED_ON_PROCESSORS);
+    let kinds = [("processor", ThreadKind::Processor)];
+    intrude(confine_profile, &kinds, ENDED_ON_PROCESSORS);
 }
 
 #[test]

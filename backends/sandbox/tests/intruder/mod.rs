@@ -112,8 +112,8 @@ pub const REFUSED: &[(&str, Attempt)] = &[
 ];
 
 /// In the program that is run again: confines the process by what `confine` does with the name of a profile, and tries what the
-/// environment says, on a thread of `kind` if that is wanted. In the first one it returns.
-pub fn intrude(confine: impl FnOnce(&str), kind: ThreadKind, more: &[(&str, Attempt)]) {
+/// environment says, on a thread of one of these kinds if it names that. In the first one it returns.
+pub fn intrude(confine: impl FnOnce(&str), kinds: &[(&str, ThreadKind)], more: &[(&str, Attempt)]) {
     let Ok(wanted) = env::var(ATTEMPT) else {
         return;
     };
@@ -129,14 +129,16 @@ pub fn intrude(confine: impl FnOnce(&str), kind: ThreadKind, more: &[(&str, Atte
         Ok(()) => 0,
         Err(error) => error.raw_os_error().unwrap_or(255),
     };
-    let outcome = if thread == "control" {
-        intrude()
-    } else {
-        let narrowed = move || {
-            narrow(kind).unwrap();
-            intrude()
-        };
-        thread::spawn(narrowed).join().unwrap()
+    let kind = kinds.iter().find(|(name, _)| *name == thread);
+    let outcome = match kind {
+        None => intrude(),
+        Some(&(_, kind)) => {
+            let narrowed = move || {
+                narrow(kind).unwrap();
+                intrude()
+            };
+            thread::spawn(narrowed).join().unwrap()
+        }
     };
     std::process::exit(outcome);
 }
