@@ -90,8 +90,12 @@ struct Bystander(FrontEnd);
 impl Bystander {
     /// What its memory is full of, where nothing has a place.
     const FILLED: u8 = 0xa5;
-    /// Where that begins in the first region; all of the second one is.
-    const BEHIND: u64 = 4 << 20;
+    /// Where that begins in the first region, behind its buffers; all of the second one is.
+    const BEHIND: u64 = Self::BUFFERS + (Self::COUNT + 1) * Self::SIZE;
+    /// Buffers for what the attacker sends to all, and one more.
+    const BUFFERS: u64 = 4 << 20;
+    const COUNT: u64 = 32;
+    const SIZE: u64 = 2048;
 
     fn new(daemon: &Daemon) -> Self {
         let setup = Setup {
@@ -104,30 +108,36 @@ impl Bystander {
             let memory = &front.guest.memory;
             memory.write_slice(&bytes, GuestAddress(start)).unwrap();
         }
-        Self(front)
+        let mut this = Self(front);
+        (0..Self::COUNT).for_each(|number| this.post(number));
+        this
     }
 
     const PLACES: [(u64, u64); 2] = [(Self::BEHIND, REGION - Self::BEHIND), (SECOND, REGION)];
 
-    /// It gets a frame, in the buffer that is for it, and nothing else.
+    fn post(&mut self, number: u64) {
+        let buffer = GuestAddress(Self::BUFFERS + number * Self::SIZE);
+        let segment = [Segment::new(buffer, Self::SIZE as u32)];
+        let Self(front) = self;
+        front.queues[0].submit(&front.guest, &[], &segment, number);
+    }
+
+    /// Whatever it was sent, it gets a frame in the next buffer, and nothing anywhere else.
     fn receives(mut self, send: impl FnOnce()) {
         let Self(front) = &mut self;
-        let buffer = GuestAddress(Self::BEHIND);
-        let segment = [Segment::new(buffer, 2048)];
-        front.queues[0].submit(&front.guest, &[], &segment, 9);
+        let mut next = 0;
+        let memory = &front.guest.memory;
+        let mut session = front.queues[0].ring.session(memory).unwrap();
+        while let Some((number, _)) = session.poll_used().unwrap() {
+            assert_eq!(number, next);
+            next += 1;
+        }
+        self.post(Self::COUNT);
         send();
-        let (token, len) = front.complete(0);
-        assert_eq!((token, len), (9, 72));
-        let len = u64::from(len);
-        for (start, end) in Self::PLACES.map(|(start, len)| (start, start + len)) {
-            let start = if start == Self::BEHIND {
-                start + len
-            } else {
-                start
-            };
-            let bytes = front
-                .guest
-                .read(GuestAddress(start), (end - start) as usize);
+        let Self(front) = &mut self;
+        assert_eq!(front.complete(0), (next, 72));
+        for (start, len) in Self::PLACES {
+            let bytes = front.guest.read(GuestAddress(start), len as usize);
             let other = bytes.iter().position(|byte| *byte != Self::FILLED);
             assert_eq!(other, None, "behind {start:#x}");
         }

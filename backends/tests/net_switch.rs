@@ -12,12 +12,14 @@ mod frontend;
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use frontend::{Daemon, FrontEnd, Setup, readable};
+use nix::fcntl::OFlag;
 use ringside_control::client::call;
 use ringside_rings::Segment;
 use serde_json::{Value, json};
@@ -435,6 +437,13 @@ fn what_passes_a_port_is_kept_in_a_file() {
     send(&mut a, &to_all);
     receive(&mut b);
     drop((a, b));
+    // Another program empties none of the files, whose one writer this one is.
+    let other = format!("{},pcap={}", dir.path().join("s").display(), of_a.display());
+    let mut command = Command::new(NET);
+    command.arg("--port").arg(other);
+    let (code, log) = Daemon::spawn_command(&mut command, tempfile::tempdir().unwrap()).outcome();
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("which something writes already"), "{log}");
     switch.daemon.stop();
     assert_eq!(
         captured(&of_a),
@@ -444,6 +453,45 @@ fn what_passes_a_port_is_kept_in_a_file() {
     assert_eq!(of_b[0], (tagged.len(), tagged[..20].to_vec()));
     assert_eq!(of_b.len(), 2);
     assert_eq!(captured(&of_up), [(sent.len(), to_all)]);
+}
+
+#[test]
+fn a_capture_that_nobody_takes_holds_up_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    let made = Command::new("mkfifo").arg(&fifo).status().unwrap();
+    assert!(made.success());
+    let captured = format!(",pcap={}", fifo.display());
+    let captured = &*Box::leak(captured.into_boxed_str());
+    let ports = ["a", "b", "slow"];
+    let options = |number| if number == 3 { captured } else { "" };
+    let mut command = Command::new(NET);
+    let without = dir.path().join("without");
+    command
+        .arg("--port")
+        .arg(format!("{}{captured}", without.display()));
+    let (code, log) = Daemon::spawn_command(&mut command, tempfile::tempdir().unwrap()).outcome();
+    assert_eq!(code, Some(1), "{log}");
+    assert!(log.contains("have somebody read this FIFO"), "{log}");
+    // It is there, and reads nothing.
+    let mut reader = File::options();
+    reader.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
+    let reader = reader.open(&fifo).unwrap();
+    let switch = Switch::start_with(&ports, options);
+    let mut slow = switch.connect("slow");
+    // More than a pipe takes.
+    for mark in 0..2000 {
+        send(&mut slow, &frame(9, 3, mark as u8));
+    }
+    drop(slow);
+    switch
+        .ask("port-remove", json!({ "port": "slow" }))
+        .unwrap();
+    let (mut a, mut b) = (switch.connect("a"), switch.connect("b"));
+    exchange(&mut a, &mut b, 1);
+    drop((a, b));
+    switch.daemon.stop();
+    drop(reader);
 }
 
 #[test]
@@ -469,7 +517,18 @@ fn an_uplink_has_limits_too() {
     let passed = counted("tx-packets");
     let most = BURST + RATE * (start.elapsed().as_secs() + 1);
     assert!(passed <= most, "{passed} frames, at most {most} may pass");
-    assert!(counted("tx-throttled") > passed);
+    assert!(counted("tx-limited") > passed);
+    // As those of a port, they change while it runs.
+    let changes = json!({ "port": "up", "limits": { "tx-packets": 7 } });
+    let limits = switch.ask("port-limits", changes).unwrap();
+    assert_eq!(limits["tx-packets"], 7);
+    let down = json!({ "port": "up", "state": "down" });
+    assert_eq!(switch.ask("port-link", down).unwrap()["changed"], true);
+    // What was on its way when it was asked for may have passed.
+    std::thread::sleep(Duration::from_millis(100));
+    let passed = counted("tx-packets");
+    std::thread::sleep(Duration::from_millis(300));
+    assert_eq!(counted("tx-packets"), passed);
     switch.daemon.stop();
 }
 
@@ -487,6 +546,11 @@ fn command_lines_that_cannot_be_served_end_with_a_reason() {
         ),
         (&["--port", "/x/a", "--pcap", "/x/p"], "cannot be used with"),
         (&["--port", "/x/a", "--rss", "off"], "cannot be used with"),
+        (&["--port", "/x/a", "--fd", "3"], "cannot be used with"),
+        (
+            &["--port", "/x/a,pcap=/x/p", "--uplink", "null,pcap=/x/p"],
+            "named twice",
+        ),
         (
             &["--port", "/x/a", "--exit-on-disconnect"],
             "cannot be used with",

@@ -358,7 +358,7 @@ fn what_cannot_go_over_says_so() {
     let mut child = daemon.successor(NET, &["--link", "null"]);
     assert_eq!(child.wait().unwrap().code(), Some(1));
     assert!(
-        daemon.log().contains("with a capture file"),
+        daemon.log().contains("has a capture file"),
         "{}",
         daemon.log()
     );

@@ -137,7 +137,7 @@ enum Request {
         #[arg(value_parser = ["up", "down"])]
         state: String,
     },
-    /// Switch: sets limits of a port's rates, and shows them.
+    /// Switch: sets limits of the rates of a port or an uplink, and shows them.
     PortLimits {
         /// Its name.
         port: String,

@@ -141,14 +141,25 @@ fn rules(calls: &[Call]) -> Result<BTreeMap<i64, Vec<SeccompRule>>, FilterError>
 }
 
 fn condition(only: Only) -> Result<Option<SeccompRule>, FilterError> {
-    let (argument, operator, value) = match only {
+    let is = |argument, value| (argument, SeccompCmpOp::Eq, value);
+    let has = |argument, mask, value| (argument, SeccompCmpOp::MaskedEq(mask), value);
+    let all = match only {
         Only::Always => return Ok(None),
-        Only::Is(argument, value) => (argument, SeccompCmpOp::Eq, value),
-        Only::Has(argument, mask, value) => (argument, SeccompCmpOp::MaskedEq(mask), value),
-        Only::Own(argument) => (argument, SeccompCmpOp::Eq, std::process::id().into()),
+        Only::Is(argument, value) => vec![is(argument, value)],
+        Only::Has(argument, mask, value) => vec![has(argument, mask, value)],
+        Only::IsWithout(argument, value, mask) => {
+            vec![
+                is(argument, value),
+                has(argument.saturating_add(1), mask, 0),
+            ]
+        }
+        Only::Own(argument) => vec![is(argument, std::process::id().into())],
     };
     // The kernel looks at 32 bits of all arguments that are told apart here.
     let len = SeccompCmpArgLen::Dword;
-    let condition = SeccompCondition::new(argument, len, operator, value)?;
-    Ok(Some(SeccompRule::new(vec![condition])?))
+    let all = all.into_iter();
+    let all = all.map(|(argument, operator, value)| {
+        SeccompCondition::new(argument, len.clone(), operator, value)
+    });
+    Ok(Some(SeccompRule::new(all.collect::<Result<_, _>>()?)?))
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{Arg, Parser};
 use ringside_backends::net::{
-    ArgsError, Net, NetArgs, Switch, SwitchArgs, SwitchError, start_passt,
+    ArgsError, Net, NetArgs, Switch, SwitchArgs, SwitchError, finish_captures, start_passt,
 };
 use ringside_backends::shell::{self, Parts, Program, ShellArgs};
 
@@ -79,8 +79,10 @@ fn unless_a_switch(arg: Arg) -> Arg {
 }
 
 /// Options of one card, or of its one front-end. A port has some of them as keys.
-const OF_A_CARD: [&str; 10] = [
+const OF_A_CARD: [&str; 12] = [
+    "client",
     "exit_on_disconnect",
+    "fd",
     "hash_report",
     "link",
     "mac",
@@ -132,12 +134,41 @@ fn main() -> ExitCode {
     if let Some(code) = start_passt(std::env::args_os()) {
         return code;
     }
-    shell::main_with(&PROGRAM, open, |program, served, shell| match served {
-        Served::Card(card) => shell::run(program, *card, shell),
-        Served::Switch(switch) => {
-            let (net, switch, parts) = *switch;
-            let hub = || Switch::new(&net, &switch, parts);
-            shell::run_ports(program, hub, &switch.port, shell)
-        }
+    shell::main_with(&PROGRAM, open, |program, served, shell| {
+        let ended = match served {
+            Served::Card(card) => shell::run(program, *card, shell),
+            Served::Switch(switch) => {
+                let (net, switch, parts) = *switch;
+                let hub = || Switch::new(&net, &switch, parts);
+                shell::run_ports(program, hub, &switch.port, shell)
+            }
+        };
+        finish_captures();
+        ended
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn what_is_of_a_card_is_refused_beside_a_port() {
+        let command = Cli::command();
+        let ids: Vec<&str> = command
+            .get_arguments()
+            .map(|arg| arg.get_id().as_str())
+            .collect();
+        for id in OF_A_CARD.iter().chain(&["socket_path", "tap"]) {
+            assert!(ids.contains(id), "there is no option {id}");
+            let of_card = command.get_arguments().find(|arg| arg.get_id() == id);
+            let conflicts = of_card.map(|arg| command.get_arg_conflicts_with(arg));
+            let ports = conflicts
+                .into_iter()
+                .flatten()
+                .filter(|arg| arg.get_id() == "port");
+            assert_eq!(ports.count(), 1, "{id}");
+        }
+    }
 }

@@ -23,7 +23,7 @@ use super::image::{
 };
 use super::request::SECTOR;
 use super::zones::Zones;
-use crate::shell::{Drained, Parts};
+use crate::shell::{Drained, Parts, set_lock};
 
 /// Most bytes to discard or zero at once, even if the storage would take more: other requests wait for it.
 const MAX_RANGE: u64 = 1 << 30;
@@ -762,11 +762,10 @@ pub(super) fn lock(
     } else {
         (libc::F_WRLCK, 0) // to the end, wherever it will be
     };
-    let flock = flock(kind, len);
     let mut patience = patience;
     loop {
-        match fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
-            Ok(_) => return Ok(()),
+        match set_lock(file, kind, len) {
+            Ok(()) => return Ok(()),
             // A program that was killed a moment ago has its lock until the kernel has torn down its io_uring.
             Err(Errno::EAGAIN | Errno::EACCES) if patience > Duration::ZERO => {
                 thread::sleep(LOCK_INTERVAL);
@@ -791,19 +790,8 @@ pub(super) fn lock(
 /// Gives the lock back at once. Closing the file does it too, but only when no io_uring has it any more, which the
 /// kernel finds out some time after the ring is closed.
 pub(super) fn unlock(file: &File) {
-    let flock = flock(libc::F_UNLCK, 0);
-    if let Err(e) = fcntl(file, FcntlArg::F_OFD_SETLK(&flock)) {
+    if let Err(e) = set_lock(file, libc::F_UNLCK, 0) {
         debug!("the disk's lock cannot be given back: {e}");
-    }
-}
-
-fn flock(kind: i32, len: i64) -> libc::flock {
-    libc::flock {
-        l_type: i16::try_from(kind).unwrap_or(0),
-        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
-        l_start: 0,
-        l_len: len,
-        l_pid: 0,
     }
 }
 

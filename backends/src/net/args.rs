@@ -416,16 +416,22 @@ impl NetArgs {
         Ok(())
     }
 
+    /// What the command line names; a TAP that is inherited has no name here.
+    fn link_spec(&self) -> LinkSpec {
+        match (&self.tap, &self.link) {
+            (None, Some(link)) => link.clone(),
+            (tap, _) => LinkSpec::Tap(tap.clone().unwrap_or_default()),
+        }
+    }
+
     fn open_link(&self, offloads: &[u32]) -> Result<Opened, ArgsError> {
         let link = match (&self.tap, &self.link) {
             (Some(name), _) => LinkSpec::Tap(name.clone()),
             (None, Some(link)) => link.clone(),
             (None, None) => {
-                self.check_settings(&[LinkSpec::Tap(String::new())])?;
                 return self.inherit(offloads);
             }
         };
-        self.check_settings(std::slice::from_ref(&link))?;
         Ok(link.open(self.link_options(offloads))?)
     }
 
@@ -443,6 +449,7 @@ impl NetArgs {
     /// [`ArgsError`]
     pub fn open_as(&self, parts: Option<Parts>) -> Result<Net, ArgsError> {
         let candidates = self.offloads()?.candidates();
+        self.check_settings(&[self.link_spec()])?;
         let taken = parts.is_some();
         let opened = match parts {
             Some(parts) => self.adopt_link(parts, &candidates)?,

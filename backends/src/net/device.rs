@@ -145,7 +145,7 @@ impl Net {
 /// Why a link stays where it is.
 pub(super) fn no_other_program(link: &str) -> ApiError {
     let message = format!(
-        "{link} cannot go over to another program, as AF_XDP sockets and links with a capture file cannot: end this one, and start \
+        "{link} cannot go over to another program, as AF_XDP sockets and what has a capture file cannot: end this one, and start \
          the other; the guest waits for it if its VMM reconnects"
     );
     ApiError::of(ErrorCode::Conflict, message)

@@ -65,6 +65,6 @@ pub use config::{MacAddress, MacError};
 pub use device::Net;
 pub use link::{
     Forward, ForwardError, LinkError, LinkSpec, LinkSpecError, PacketError, PasstError, PcapError,
-    Tap, TapError, TapQueue, XdpError, start_passt,
+    Tap, TapError, TapQueue, XdpError, finish_captures, start_passt,
 };
 pub use switch::{OptionsError, Switch, SwitchArgs, SwitchError, SwitchPort};

@@ -126,7 +126,7 @@ pub struct ShellArgs {
     /// For an upgrade: start the new program with the options of the old one, and this. It gets from the old one the sockets, the
     /// front-end's connection, and what the disk or network card is made of; the guest waits for some milliseconds, and loses
     /// nothing. Then the old one ends, with success. If the new one cannot take over, it says why, and the old one goes on. Its
-    /// own control socket is the same. RBD images, AF_XDP sockets and links with a capture file cannot go over.
+    /// own control socket is the same. RBD images, AF_XDP sockets, and links and ports with a capture file cannot go over.
     #[arg(long, value_name = "CONTROL_SOCKET", conflicts_with = "fd")]
     pub take_over: Option<PathBuf>,
 

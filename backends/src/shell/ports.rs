@@ -103,6 +103,17 @@ pub trait Hub: Send + 'static {
     /// What there is to say about all of them.
     fn status(&self) -> Map<String, Value>;
 
+    /// Changes limits of what is beside the ports, and gives those that hold; `None` if nothing there has this name.
+    fn uplink_limits(
+        &self,
+        name: &str,
+        changes: &BTreeMap<String, Size>,
+    ) -> Option<Result<Value, ApiError>>;
+
+    /// Plugs the cable of what is beside the ports in, or pulls it, and tells whether that is a change; `None` if nothing there
+    /// has this name.
+    fn set_uplink(&self, name: &str, up: bool) -> Option<bool>;
+
     /// Which addresses were found behind which port.
     ///
     /// # Errors
@@ -817,10 +828,17 @@ impl<H: Hub> Service for Ports<H> {
                 Ok(json!({}))
             }
             PortsRequest::PortLink(PortLink { port, state }) => {
-                self.ask(&port, Request::Link(Link { state }))
+                let _member = self.members()?;
+                let of_uplink = lock(&self.hub).set_uplink(&port, state == LinkState::Up);
+                match of_uplink {
+                    Some(changed) => Ok(json!({ "changed": changed })),
+                    None => self.ask(&port, Request::Link(Link { state })),
+                }
             }
             PortsRequest::PortLimits(PortLimits { port, limits }) => {
-                self.ask(&port, Request::Limits(Some(limits)))
+                let _member = self.members()?;
+                let of_uplink = lock(&self.hub).uplink_limits(&port, &limits);
+                of_uplink.unwrap_or_else(|| self.ask(&port, Request::Limits(Some(limits))))
             }
             PortsRequest::PortAnnounce(Name { port }) => self.ask(&port, Request::Announce),
             PortsRequest::Addresses => lock(&self.hub).addresses(),

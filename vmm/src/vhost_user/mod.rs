@@ -529,7 +529,11 @@ impl Shared {
             self.events.remove(handler);
         }
         state.epoch += 1;
-        if let Some(running) = &mut state.running {
+        let stable = state.since.is_none_or(|since| since.elapsed() >= STABLE);
+        // One that goes again and again has not been back.
+        if let Some(running) = &mut state.running
+            && (stable || state.losses == 0)
+        {
             running.waiting_since = Instant::now();
         }
         let waits = match &state.running {
@@ -541,7 +545,7 @@ impl Shared {
             }
         };
         tracing::error!("{self}: the back-end is gone: {why}; {waits}");
-        let stable = state.since.is_none_or(|since| since.elapsed() >= STABLE);
+        self.give_up_if_due(state);
         state.losses = if stable {
             0
         } else {
@@ -564,10 +568,17 @@ impl Shared {
         resumes && !running.given_up
     }
 
-    /// Tells a guest that it has waited too long for its back-end, once.
+    /// As [`Self::give_up_if_due`], unless a back-end has been here since this epoch.
     fn give_up(&self, epoch: u64) {
         let mut state = self.state();
-        let Some(limit) = self.wanted.loss_timeout.filter(|_| state.epoch == epoch) else {
+        if state.epoch == epoch {
+            self.give_up_if_due(&mut state);
+        }
+    }
+
+    /// Tells a guest that it has waited too long for its back-end, once.
+    fn give_up_if_due(&self, state: &mut State) {
+        let Some(limit) = self.wanted.loss_timeout else {
             return;
         };
         let waits = |running: &&mut Running| {
@@ -907,7 +918,11 @@ impl Shared {
     /// Goes on after [`Shared::suspend`].
     fn resume(self: &Arc<Self>, state: &mut State) {
         match &mut state.running {
-            Some(running) if running.suspended => running.suspended = false,
+            Some(running) if running.suspended => {
+                running.suspended = false;
+                // Until now the guest waited for nobody.
+                running.waiting_since = Instant::now();
+            }
             _ => return,
         }
         if let Err(error) = self.start(state) {

@@ -1066,6 +1066,38 @@ fn a_back_end_that_stays_away_too_long_costs_a_reset() {
 }
 
 #[test]
+fn a_back_end_that_goes_again_and_again_has_not_been_back() {
+    let machine = Machine::new();
+    let (features, config) = disk();
+    let limit = Duration::from_millis(1500);
+    let wanted = DeviceConfig {
+        loss_timeout: Some(limit),
+        ..machine.config(DeviceType::BLOCK)
+    };
+    let serve = || machine.serve_with(features, ALL | P_INFLIGHT, config.clone());
+    let mut accepted = serve();
+    let (events, exit) = (machine.events.clone(), machine.exit.clone());
+    let mut device = VhostUserDevice::connect(wanted, memory(), events, exit).unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    let notifier = device.notifier();
+    let told = || notifier.status() & STATUS_NEEDS_RESET != 0;
+    // It does not wait for it as long as its pauses grow.
+    let mut losses = 0;
+    while !told() {
+        let server = accepted.join().unwrap();
+        accepted = serve();
+        eventually("it goes on", || {
+            told() || server.bodies(SET_VRING_KICK).len() == 1
+        });
+        server.crash();
+        losses += 1;
+        assert!(losses < 8, "the guest is not told");
+        eventually("it is lost", || device.shared.state().connection.is_none());
+    }
+    assert!(losses > 2, "{losses} losses in {limit:?}");
+}
+
+#[test]
 fn memory_is_added_over_a_real_socket_whether_requests_are_acknowledged_or_not() {
     for protocol in [ALL, ALL & !P_REPLY_ACK] {
         let machine = Machine::new();

@@ -74,6 +74,10 @@ pub const ENDED: &[(&str, Attempt)] = &[
         // F_SETOWN
         call(libc::SYS_fcntl, [0, 8, parent()])
     }),
+    ("have a terminal signal others", || {
+        // F_SETFL, O_ASYNC
+        call(libc::SYS_fcntl, [0, 4, 0x2000])
+    }),
     ("move a thread of another", || {
         call(libc::SYS_sched_setaffinity, [parent(), 0, 0])
     }),

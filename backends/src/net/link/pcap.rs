@@ -7,25 +7,29 @@
 //! ```
 //!
 //! A queue has a fixed number of buffers. When the file is too slow for them, frames are missing in it, and that is said;
-//! the queue waits for nobody.
+//! the queue waits for nobody, nor does who removes it: the writer goes on by itself, and the program waits for it at its end.
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
-use std::thread::{self, JoinHandle};
-use std::time::SystemTime;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use epoll::Events;
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::SigSet;
+use ringside_sandbox::confined;
 use thiserror::Error;
 use tracing::{error, warn};
 
 use super::{AnyLink, Link, Ready};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
-use crate::shell::LogLimit;
+use crate::shell::{LogLimit, set_lock};
 
 /// Buffers of a queue.
 const BUFFERS: usize = 4;
@@ -42,13 +46,54 @@ const VERSION: [u16; 2] = [2, 4];
 /// Frames begin with an Ethernet header.
 const LINKTYPE_ETHERNET: u32 = 1;
 
+/// How long the end of a program waits for files that are still written.
+const END: Duration = Duration::from_secs(3);
+
+/// How many files are being written.
+static WRITERS: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
+
 /// A capture file cannot be had.
 #[derive(Debug, Error)]
-#[error("cannot write the capture file {path}", path = .path.display())]
+#[error("cannot write the capture file {path}{}", .source.hint(), path = .path.display())]
 pub struct PcapError {
     path: PathBuf,
     #[source]
     source: io::Error,
+}
+
+trait Hint {
+    /// What to do about it.
+    fn hint(&self) -> &'static str;
+}
+
+impl Hint for io::Error {
+    fn hint(&self) -> &'static str {
+        match self.kind() {
+            // Of the lock.
+            io::ErrorKind::WouldBlock => ", which something writes already: name another one",
+            io::ErrorKind::PermissionDenied if confined() => {
+                ": this program is confined and opens those of its first ports only; give it with --port, or use --sandbox off"
+            }
+            _ if self.raw_os_error() == Some(Errno::ENXIO as i32) => {
+                ": have somebody read this FIFO first"
+            }
+            _ => "",
+        }
+    }
+}
+
+/// Waits until capture files have all that was kept for them, as a program ends; not for long, as a file may hang.
+pub fn finish_captures() {
+    let (count, ended) = &WRITERS;
+    let count = count.lock().unwrap_or_else(PoisonError::into_inner);
+    let waited = ended.wait_timeout_while(count, END, |count| *count > 0);
+    let (count, _) = waited.unwrap_or_else(PoisonError::into_inner);
+    if *count > 0 {
+        warn!(
+            files = *count,
+            "capture files are too slow: their ends are missing"
+        );
+    }
 }
 
 /// A buffer of records, and where it goes when it is empty again.
@@ -58,15 +103,14 @@ struct Batch {
     back: Sender<Vec<u8>>,
 }
 
-/// The thread that writes the file: it begins with the first queue that is used, when the program is confined, and ends with
-/// the last one.
+/// The thread that writes the file: it begins with the first queue that is used, when the program is confined, and ends when
+/// the last one is gone and all is written.
 #[derive(Debug)]
 struct Writer {
-    /// `None` at the end only.
-    sender: Option<SyncSender<Batch>>,
+    path: PathBuf,
+    sender: SyncSender<Batch>,
     /// Until it begins.
     idle: Mutex<Option<(File, Receiver<Batch>)>>,
-    thread: OnceLock<JoinHandle<()>>,
 }
 
 impl Writer {
@@ -75,13 +119,13 @@ impl Writer {
             path: path.to_owned(),
             source,
         };
-        let mut file = File::create(path).map_err(failed)?;
+        let mut file = create(path).map_err(failed)?;
         file.write_all(&header(snap)).map_err(failed)?;
         let (sender, receiver) = sync_channel(queues.saturating_mul(BUFFERS));
         Ok(Self {
-            sender: Some(sender),
+            path: path.to_owned(),
+            sender,
             idle: Mutex::new(Some((file, receiver))),
-            thread: OnceLock::new(),
         })
     }
 
@@ -90,27 +134,55 @@ impl Writer {
         let Some((file, receiver)) = idle.take() else {
             return Ok(());
         };
-        let thread = thread::Builder::new()
-            .name("net-pcap".to_owned())
-            .spawn(move || {
-                // Signals are the control thread's.
-                let _ = SigSet::all().thread_block();
-                write_all(file, &receiver);
-            })?;
-        // Begun once.
-        let _ = self.thread.set(thread);
+        let path = self.path.clone();
+        let writing = Writing::begin();
+        let thread = thread::Builder::new().name("net-pcap".to_owned());
+        thread.spawn(move || {
+            // Signals are the control thread's.
+            let _ = SigSet::all().thread_block();
+            write_all(file, &path, &receiver);
+            drop(writing);
+        })?;
         Ok(())
     }
 }
 
-impl Drop for Writer {
-    fn drop(&mut self) {
-        self.sender = None;
-        if let Some(thread) = self.thread.take() {
-            // What it had to say, it has said.
-            let _ = thread.join();
-        }
+/// A file that is being written, while this lives.
+struct Writing;
+
+impl Writing {
+    fn change(by: impl FnOnce(usize) -> usize) {
+        let (count, changed) = &WRITERS;
+        let mut count = count.lock().unwrap_or_else(PoisonError::into_inner);
+        *count = by(*count);
+        changed.notify_all();
     }
+
+    fn begin() -> Self {
+        Self::change(|count| count.saturating_add(1));
+        Self
+    }
+}
+
+impl Drop for Writing {
+    fn drop(&mut self) {
+        Self::change(|count| count.saturating_sub(1));
+    }
+}
+
+/// Opens a file that nobody else writes, and empties it; or a FIFO that somebody reads.
+fn create(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    // Not emptied before it is known that nobody writes it; and nobody waits for the reader of a FIFO.
+    options.write(true).create(true).truncate(false);
+    let file = options.custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
+    if file.metadata()?.is_file() {
+        set_lock(&file, libc::F_WRLCK, 0)?;
+        file.set_len(0)?;
+    }
+    // Its thread waits for a reader that is slow.
+    fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
+    Ok(file)
 }
 
 fn header(snap: u32) -> [u8; 24] {
@@ -131,12 +203,15 @@ fn header(snap: u32) -> [u8; 24] {
     header
 }
 
-fn write_all(mut file: File, batches: &Receiver<Batch>) {
+fn write_all(mut file: File, path: &Path, batches: &Receiver<Batch>) {
     let mut broken = false;
     while let Ok(Batch { mut records, back }) = batches.recv() {
         if !broken && let Err(error) = file.write_all(&records) {
             broken = true;
-            error!("the capture ends: its file cannot be written: {error}");
+            error!(
+                file = %path.display(),
+                "the capture ends: its file cannot be written: {error}"
+            );
         }
         records.clear();
         // The queue may be gone.
@@ -204,6 +279,7 @@ impl Recorder {
             if let Some(held_back) = self.log.check() {
                 warn!(
                     held_back,
+                    file = %self.writer.path.display(),
                     missing = self.missing,
                     "frames are missing in the capture: its file is too slow"
                 );
@@ -227,10 +303,8 @@ impl Recorder {
     pub(in crate::net) fn hand_over(&mut self) {
         if let Some(records) = self.current.take_if(|records| !records.is_empty()) {
             let back = self.back.clone();
-            if let Some(writer) = &self.writer.sender {
-                // There is room for all buffers of all queues.
-                let _ = writer.try_send(Batch { records, back });
-            }
+            // There is room for all buffers of all queues.
+            let _ = self.writer.sender.try_send(Batch { records, back });
         }
     }
 }

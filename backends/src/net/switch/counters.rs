@@ -29,8 +29,10 @@ pub(super) struct Counters {
     pub(super) tx_storm: Counter,
     /// Frames that nobody could take or was to take.
     pub(super) tx_undelivered: Counter,
-    /// Times that the limits of rates made a guest's frames wait, and frames from a link that were more than they allow.
+    /// Times that the limits of rates made a guest's frames wait.
     pub(super) tx_throttled: Counter,
+    /// Frames from a link that were more than the limits of rates allow.
+    pub(super) tx_limited: Counter,
     /// Source addresses that were not learnt, as the port has its share of the table.
     pub(super) tx_unlearnt: Counter,
     /// Frames that went out.
@@ -53,7 +55,7 @@ pub(super) struct Counters {
 
 impl Counters {
     /// All of them, with names and descriptions.
-    fn all(&self) -> [(&'static str, &'static str, &Counter); 18] {
+    fn all(&self) -> [(&'static str, &'static str, &Counter); 19] {
         let Self {
             tx_packets,
             tx_bytes,
@@ -64,6 +66,7 @@ impl Counters {
             tx_storm,
             tx_undelivered,
             tx_throttled,
+            tx_limited,
             tx_unlearnt,
             rx_packets,
             rx_bytes,
@@ -101,8 +104,13 @@ impl Counters {
             ),
             (
                 "tx_throttled",
-                "Times that limits of rates made a guest's frames wait, and frames from an uplink beyond them.",
+                "Times that limits of rates made a guest's frames wait.",
                 tx_throttled,
+            ),
+            (
+                "tx_limited",
+                "Frames from an uplink that were more than limits of rates allow.",
+                tx_limited,
             ),
             (
                 "tx_unlearnt",

@@ -1,6 +1,6 @@
 //! The switch as a whole: its thread, and the ports that come and go.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use ringside_control::{ApiError, ErrorCode};
+use ringside_control::{ApiError, ErrorCode, Size};
 use ringside_sandbox::{Profile, ThreadKind, calls};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -71,6 +71,9 @@ pub enum SwitchError {
     /// A capture file.
     #[error(transparent)]
     Capture(#[from] PcapError),
+    /// The same capture file for two ports.
+    #[error("the capture file {path} is named twice: give each port its own", path = .0.display())]
+    OneCapture(PathBuf),
     /// The system refused something that every process needs.
     #[error("cannot create the switch's threads or event descriptors")]
     System(#[source] io::Error),
@@ -79,7 +82,7 @@ pub enum SwitchError {
 impl OpenError for SwitchError {
     fn is_usage(&self) -> bool {
         match self {
-            Self::Options(_) | Self::Name(_) | Self::Address { .. } => true,
+            Self::Options(_) | Self::Name(_) | Self::Address { .. } | Self::OneCapture(_) => true,
             Self::Args(error) => error.is_usage(),
             Self::Link { .. } | Self::Full | Self::Capture(_) | Self::System(_) => false,
         }
@@ -141,9 +144,20 @@ impl Switch {
     /// [`SwitchError`]
     pub fn check(args: &NetArgs, switch: &SwitchArgs) -> Result<(), SwitchError> {
         args.switched_offloads()?;
-        let links = switch.uplink.iter().map(UplinkOptions::read);
-        let links = links.map(|options| options.map(|options| options.link));
-        Ok(args.check_settings(&links.collect::<Result<Vec<_>, _>>()?)?)
+        let ports = switch.port.iter().map(GuestOptions::read);
+        let ports = ports.collect::<Result<Vec<_>, _>>()?;
+        let uplinks = switch.uplink.iter().map(UplinkOptions::read);
+        let uplinks = uplinks.collect::<Result<Vec<_>, _>>()?;
+        let captures = ports.into_iter().map(|port| port.capture);
+        let captures = captures.chain(uplinks.iter().map(|uplink| uplink.capture.clone()));
+        let mut files = BTreeSet::new();
+        for Capture { path, .. } in captures.flatten() {
+            if !files.insert(path.clone()) {
+                return Err(SwitchError::OneCapture(path));
+            }
+        }
+        let links: Vec<_> = uplinks.into_iter().map(|uplink| uplink.link).collect();
+        Ok(args.check_settings(&links)?)
     }
 
     /// A switch that is joined to its uplinks, and has no thread yet: to those of another program, if it takes the place of that.
@@ -180,7 +194,9 @@ impl Switch {
             thread: None,
         };
         let mut taken = parts.map(|parts| opened.taken_links(parts)).transpose()?;
-        for options in &switch.port {
+        // Another program has none to give away: a port that had one is gone, and its file is finished.
+        let first = if taken.is_none() { &*switch.port } else { &[] };
+        for options in first {
             if let Some(Capture { path, snap }) = GuestOptions::read(options)?.capture {
                 let recorder = Recorder::open(&path, snap)?;
                 opened.recorders.insert(path, recorder);
@@ -444,6 +460,20 @@ impl Hub for Switch {
         ])
     }
 
+    fn uplink_limits(
+        &self,
+        name: &str,
+        changes: &BTreeMap<String, Size>,
+    ) -> Option<Result<Value, ApiError>> {
+        let uplink = self.uplink_ports().find(|port| port.name == name)?;
+        Some(uplink.answer_limits(changes))
+    }
+
+    fn set_uplink(&self, name: &str, up: bool) -> Option<bool> {
+        let uplink = self.uplink_ports().find(|port| port.name == name)?;
+        Some(uplink.plug(up))
+    }
+
     fn addresses(&self) -> Result<Value, ApiError> {
         let known = self.known(Order::Addresses)?;
         let now = u32::try_from(now() / 1_000_000_000).unwrap_or(u32::MAX);
@@ -460,7 +490,7 @@ impl Hub for Switch {
 
     fn parts(&self) -> Result<Parts, ApiError> {
         if let Some(port) = self.ports.iter().flatten().find(|port| port.captured) {
-            return Err(no_other_program(&port.name));
+            return Err(no_other_program(&format!("port {}", port.name)));
         }
         let mut descriptors = Vec::new();
         let mut links = Vec::new();

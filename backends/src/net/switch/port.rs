@@ -228,18 +228,11 @@ impl Device for SwitchPort {
     }
 
     fn limits(&mut self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
-        let rates = self.shared.change_limits(changes);
-        rates
-            .map(|rates| rates.to_json())
-            .map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))
+        self.shared.answer_limits(changes)
     }
 
     fn set_link(&mut self, up: bool) -> Result<bool, ApiError> {
-        let changed = self.shared.set_up(up);
-        if changed {
-            info!("link {}", if up { "up" } else { "down" });
-        }
-        Ok(changed)
+        Ok(self.shared.plug(up))
     }
 
     fn announce(&mut self) -> Result<bool, ApiError> {

@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use ringside_control::Size;
+use ringside_control::{ApiError, ErrorCode, Size};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
-use tracing::debug;
+use tracing::{debug, info};
 
 use super::super::config::MacAddress;
 use super::super::link::{Interface, LinkError, Recorder};
@@ -228,6 +228,30 @@ impl PortShared {
         self.counters.go_on(&settings.counters);
         self.set_up(settings.link_up);
         Ok(())
+    }
+
+    /// Plugs the cable in, or pulls it, as somebody asked for. Returns whether that is a change.
+    pub(super) fn plug(&self, up: bool) -> bool {
+        let changed = self.set_up(up);
+        if changed {
+            let state = if up { "up" } else { "down" };
+            info!(port = self.name, "link {state}");
+        }
+        changed
+    }
+
+    /// Changes its limits, as somebody asked for, and gives those that hold.
+    ///
+    /// # Errors
+    /// They cannot be.
+    pub(super) fn answer_limits(
+        &self,
+        changes: &BTreeMap<String, Size>,
+    ) -> Result<Value, ApiError> {
+        let rates = self.change_limits(changes);
+        rates
+            .map(|rates| rates.to_json())
+            .map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))
     }
 
     /// Changes its limits.

@@ -1193,7 +1193,7 @@ fn serve_link(
         // It is out of the link, which would not take it back.
         let bytes = u64::try_from(len).unwrap_or(u64::MAX);
         if shared.limits.of_tx() && shared.limits.take_tx(bytes, fabric.now).is_err() {
-            shared.counters.tx_throttled.add(1);
+            shared.counters.tx_limited.add(1);
             continue;
         }
         let bytes = bounce.get(..len).unwrap_or_default();

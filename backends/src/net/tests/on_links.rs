@@ -250,6 +250,7 @@ fn all_that_passes_is_captured() {
     let packet = pair.receive();
     // The rest is written before the last queue is gone.
     drop(pair);
+    crate::net::finish_captures();
     let frames = captured(&path);
     assert_eq!(frames[1], (packet[HEADER..][..100].to_vec(), 700));
 }
