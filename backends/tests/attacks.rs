@@ -25,7 +25,7 @@ use frontend::request::{
 };
 use frontend::{
     Daemon, FrontEnd, Guest, PATIENCE, REGION, Raw, SECOND, Setup, negotiate, own_network,
-    readable, still_serves,
+    readable, skip, still_serves,
 };
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
@@ -846,6 +846,34 @@ fn errors_without_end() {
     });
 }
 
+/// Memory is removed while a queue works with it, and then cut off by whoever has its file: what is asked for there fails.
+#[test]
+fn memory_that_goes_away() {
+    attack("memory_that_goes_away", |attack| {
+        let region = attack.front.guest.regions()[1];
+        let mut chain = attack.valid();
+        let last = chain.last_mut().unwrap();
+        last.addr = SECOND;
+        attack.store(SECOND + 12, &[0xff; 6]);
+        let written = u32::from(!attack.network);
+        for _ in 0..15 {
+            assert_eq!(attack.answer(&chain), Outcome::Returned(written));
+        }
+        let place = (attack.at, attack.wrap);
+        attack.offer(&chain);
+        let messages = &mut attack.front.messages;
+        messages.remove_mem_region(&region).unwrap();
+        assert!(matches!(attack.outcome(place), Outcome::Returned(_)));
+        attack.is_malformed(&chain);
+        // From here on this process does not touch it, either.
+        attack.front.guest.file.set_len(0).unwrap();
+        for _ in 0..100 {
+            attack.kick();
+        }
+        attack.connect();
+    });
+}
+
 // Through the socket.
 
 struct Raws {
@@ -1091,29 +1119,50 @@ fn regions_that_overlap_or_overflow() {
     raws.end();
 }
 
+/// Of a raw file, and of a qcow2 image, whose helpers copy.
 #[test]
-fn memory_that_is_removed_while_requests_are_in_flight() {
-    let image = tempfile::NamedTempFile::new_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-    image.as_file().set_len(32 << 20).unwrap();
-    let daemon = Daemon::start(BLK, &["--path", image.path().to_str().unwrap()]);
-    for _ in 0..20 {
-        let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-        let region = front.guest.regions()[1];
-        let (head, status) = (front.guest.alloc(16, 16), front.guest.alloc(32, 16));
-        front.guest.memory.write_obj(0_u64, head).unwrap();
-        for token in 0..16 {
-            let data = Segment::new(GuestAddress(SECOND), 8 << 20);
-            let status = Segment::new(GuestAddress(status.0 + token), 1);
-            let readable = [Segment::new(head, 16)];
-            front.queues[0].submit(&front.guest, &readable, &[data, status], token);
+fn memory_that_goes_away_while_requests_are_in_flight() {
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    for format in ["raw", "qcow2"] {
+        let image = directory.path().join(format);
+        let mut create = Command::new("qemu-img");
+        create.args(["create", "-q", "-f", format]).arg(&image);
+        if format == "raw" {
+            File::create(&image).unwrap().set_len(32 << 20).unwrap();
+        } else if !create.arg("32M").status().is_ok_and(|s| s.success()) {
+            skip(
+                "memory_that_goes_away_while_requests_are_in_flight",
+                "qemu-img is not installed (package qemu-utils)",
+            );
+            continue;
         }
-        front.messages.remove_mem_region(&region).unwrap();
-        let mut tokens: Vec<u64> = (0..16).map(|_| front.complete(0).0).collect();
-        tokens.sort_unstable();
-        assert_eq!(tokens, (0..16).collect::<Vec<_>>());
+        let image = image.to_str().unwrap();
+        let daemon = Daemon::start(BLK, &["--path", image, "--format", format]);
+        for round in 0..20 {
+            let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
+            let region = front.guest.regions()[1];
+            let (head, status) = (front.guest.alloc(16, 16), front.guest.alloc(32, 16));
+            front.guest.memory.write_obj(0_u64, head).unwrap();
+            for token in 0..16 {
+                let data = Segment::new(GuestAddress(SECOND), 8 << 20);
+                let status = Segment::new(GuestAddress(status.0 + token), 1);
+                let readable = [Segment::new(head, 16)];
+                front.queues[0].submit(&front.guest, &readable, &[data, status], token);
+            }
+            if round % 2 == 1 {
+                // That of the second region alone: the rings are in the first one.
+                front.guest.file.set_len(REGION).unwrap();
+                let _ = readable(front.raw.0.as_raw_fd(), Duration::from_millis(100));
+                continue;
+            }
+            front.messages.remove_mem_region(&region).unwrap();
+            let mut tokens: Vec<u64> = (0..16).map(|_| front.complete(0).0).collect();
+            tokens.sort_unstable();
+            assert_eq!(tokens, (0..16).collect::<Vec<_>>());
+        }
+        still_serves(&daemon);
+        daemon.stop();
     }
-    still_serves(&daemon);
-    daemon.stop();
 }
 
 /// Its answers fill the socket: it is left at once, or waited for for seconds and then left.

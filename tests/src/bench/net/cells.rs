@@ -9,6 +9,8 @@ pub(super) enum Behind {
     Discard,
     /// Frames to the guest are there without end, made by the back-end itself.
     Source,
+    /// Both: what comes is dropped, and frames to the guest are there without end.
+    Exchange,
     /// A TAP whose frames nobody wants.
     Tap,
     /// A TAP with frames for the guest, from a loop that writes them to another TAP, over a bridge.
@@ -49,6 +51,7 @@ impl Cell {
         let behind = match self.behind {
             Behind::Discard => "discard",
             Behind::Source => "source",
+            Behind::Exchange => "both",
             Behind::Tap => "tap-tx",
             Behind::TapSource => "tap-rx",
             Behind::Port => "forward",
@@ -68,7 +71,7 @@ impl Cell {
         match self.behind {
             Behind::Discard | Behind::Tap => Direction::Tx,
             Behind::Source | Behind::TapSource => Direction::Rx,
-            Behind::Port => Direction::Both,
+            Behind::Exchange | Behind::Port => Direction::Both,
             Behind::Tcp(direction) => direction,
         }
     }
@@ -90,7 +93,7 @@ impl Cell {
 pub(super) fn all() -> Vec<Cell> {
     let mut cells = Vec::new();
     for front in [Front::Ringside, Front::Testpmd] {
-        for behind in [Behind::Discard, Behind::Source] {
+        for behind in [Behind::Discard, Behind::Source, Behind::Exchange] {
             for packed in [false, true] {
                 for frame in FRAMES {
                     cells.push(Cell {

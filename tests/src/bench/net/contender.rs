@@ -46,6 +46,15 @@ pub(in crate::bench) fn second_socket(first: &Path) -> PathBuf {
     first.with_extension("second")
 }
 
+/// The mode of `dpdk-testpmd` in which frames go this way, as seen from it.
+pub(super) fn mode(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Rx => "rxonly",
+        Direction::Tx => "txonly",
+        Direction::Both => "flowgen",
+    }
+}
+
 impl Contender {
     pub(super) fn name(self) -> &'static str {
         match self {
@@ -88,7 +97,7 @@ impl Contender {
                 command.arg("--socket-path").arg(socket);
                 match cell.behind {
                     Behind::Discard | Behind::Port => command.args(["--link", "null"]),
-                    Behind::Source => command
+                    Behind::Source | Behind::Exchange => command
                         .arg("--link")
                         .arg(format!("generate:{}", cell.frame)),
                     Behind::Tap => command.args(["--tap", LONE_TAP]),
@@ -98,10 +107,9 @@ impl Contender {
                 Some(command)
             }
             Self::Dpdk => {
-                let mode = match cell.direction() {
-                    Direction::Rx => "txonly",
-                    Direction::Tx => "rxonly",
-                    Direction::Both => "io",
+                let mode = match cell.behind {
+                    Behind::Port => "io",
+                    _ => mode(cell.direction().opposite()),
                 };
                 let tso = if cell.is_segment() { ",tso=1" } else { "" };
                 let device = |number: usize, socket: &Path| {

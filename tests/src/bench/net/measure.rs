@@ -8,10 +8,10 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::super::contender::{Process, socket_in};
-use super::super::load::{Direction, NetReport, Usage};
+use super::super::load::{NetReport, Usage};
 use super::super::measure::Processors;
 use super::cells::{Behind, Cell, Front};
-use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, second_socket};
+use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, mode, second_socket};
 use crate::command::{self, GRACE, bound, end_tree};
 use crate::error::{Doing, LabError, Result};
 use crate::harness::{Testpmd, last_shown, testpmd};
@@ -187,10 +187,7 @@ impl Bench<'_> {
 
     /// Loads with DPDK's front-end.
     fn testpmd(&self, process: &Process, cell: &Cell) -> Result<Sample> {
-        let mode = match cell.direction() {
-            Direction::Rx => "rxonly",
-            Direction::Tx | Direction::Both => "txonly",
-        };
+        let mode = mode(cell.direction());
         let device = format!(
             "net_virtio_user0,path={},queue_size=1024,packed_vq={}",
             process.socket.display(),

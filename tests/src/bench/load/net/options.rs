@@ -34,6 +34,15 @@ impl Direction {
         }
     }
 
+    /// As the other end sees it.
+    pub(in crate::bench) fn opposite(self) -> Self {
+        match self {
+            Self::Tx => Self::Rx,
+            Self::Rx => Self::Tx,
+            Self::Both => Self::Both,
+        }
+    }
+
     /// Frames go out.
     pub(super) fn sends(self) -> bool {
         self != Self::Rx
