@@ -1,5 +1,5 @@
-//! Four guests with a disk each, joined by one switch, busy for a long time while what they use is killed, unplugged, enlarged and
-//! limited: nothing goes wrong, and nothing grows.
+//! Four guests with a disk each, joined by one switch, busy for a long time while what they use is killed, unplugged, upgraded,
+//! enlarged and limited: nothing goes wrong, and nothing grows.
 
 use std::fmt;
 use std::fs;
@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use serde_json::Value;
 
 use super::Test;
+use super::upgrade::{pause, upgrade};
 use crate::ensure;
 use crate::error::{Doing, LabError, Result};
 use crate::harness::{BackEnd, Blk, Control, Guest, Switch, Vmm, disk_file, threads};
@@ -27,10 +28,10 @@ const GUESTS: [&str; 4] = ["a", "b", "c", "d"];
 /// The guest whose disk's back-end is killed, and no other; the others' have to last.
 const KILLED: usize = 3;
 /// How many things happen in turn.
-const EVENTS: usize = 5;
+const EVENTS: usize = 7;
 /// How long what happens is given to have its effect.
 const STEP: Duration = Duration::from_secs(1);
-/// How much memory of its own a back-end may have gained, in KiB: pages of its heap and stacks that were not touched before.
+/// How much memory of its own a process may have gained, in KiB: pages of its heap and stacks that were not touched before.
 const GAIN: u64 = 1024;
 /// For what ends when it is told to, on plain hardware.
 const END_LIMIT: Duration = Duration::from_secs(30);
@@ -86,19 +87,33 @@ fn control<'a>(site: &'a Site, kind: &str, number: usize) -> Control<'a> {
     Control::new(site, &format!("{kind}{number}.ctl"))
 }
 
-fn disk(site: &Site, number: usize, gone: Option<&BackEnd>) -> Result<BackEnd> {
+/// Why there is a back-end.
+#[derive(Clone, Copy)]
+enum Comes<'a> {
+    First,
+    /// This one is gone.
+    After(&'a BackEnd),
+    /// This one is to go.
+    InPlaceOf(&'a BackEnd),
+}
+
+fn disk(site: &Site, number: usize, comes: Comes<'_>) -> Result<BackEnd> {
     let name = format!("disk{number}.img");
-    let path = match gone {
-        Some(_) => site.scratch.join(&name),
-        None => disk_file(site, &name, 64 * MIB)?,
+    let path = match comes {
+        Comes::First => disk_file(site, &name, 64 * MIB)?,
+        Comes::After(_) | Comes::InPlaceOf(_) => site.scratch.join(&name),
     };
     let socket = control(site, "blk", number);
     let blk = Blk::on(path)
         .queues(2)
         .arg(&format!("--control-socket={}", socket.socket().display()));
-    match gone {
-        Some(gone) => blk.in_place_of(gone).start(site),
-        None => blk.start(site),
+    match comes {
+        Comes::First => blk.start(site),
+        Comes::After(gone) => blk.in_place_of(gone).start(site),
+        Comes::InPlaceOf(old) => blk
+            .arg(&format!("--take-over={}", socket.socket().display()))
+            .in_place_of(old)
+            .start(site),
     }
 }
 
@@ -112,7 +127,7 @@ impl<'a> Load<'a> {
             switch,
         };
         for (number, port) in GUESTS.iter().enumerate() {
-            let disk = disk(site, number, None)?;
+            let disk = disk(site, number, Comes::First)?;
             let api = control(site, "vmm", number);
             let mut guest = Guest::on(Vmm::Ringside)
                 .cpus(2)
@@ -135,11 +150,12 @@ impl<'a> Load<'a> {
         Ok(load)
     }
 
-    /// What each back-end holds: the switch, then the disks.
+    /// What each process holds: the switch, the disks, then the VMMs.
     fn held(&mut self) -> Result<Vec<Held>> {
-        let pids = self.disks.iter_mut().map(|disk| disk.daemon().pid());
-        let pids: Vec<u32> = [self.switch.pid()].into_iter().chain(pids).collect();
-        pids.into_iter().map(Held::by).collect()
+        let disks = self.disks.iter_mut().map(|disk| disk.daemon().pid());
+        let pids: Vec<u32> = [self.switch.pid()].into_iter().chain(disks).collect();
+        let vmms = self.guests.iter().map(Guest::vmm_pid);
+        pids.into_iter().chain(vmms).map(Held::by).collect()
     }
 
     /// Does one of the things that happen to guests; gives what.
@@ -159,7 +175,7 @@ impl<'a> Load<'a> {
                 killed
                     .daemon()
                     .wait(self.site.limit(Duration::from_secs(5)))?;
-                *killed = disk(self.site, KILLED, Some(killed))?;
+                *killed = disk(self.site, KILLED, Comes::After(killed))?;
                 Ok("kills")
             }
             1 => {
@@ -176,6 +192,19 @@ impl<'a> Load<'a> {
                 let size = format!("{}M", 65 + round);
                 disk_control.ask(&["resize", &size])?;
                 Ok("disks enlarged")
+            }
+            4 => {
+                let mut next = self.switch.successor(self.site)?;
+                pause(self.site, self.switch.daemon(), next.daemon())?;
+                self.switch = next;
+                Ok("switches upgraded")
+            }
+            5 => {
+                let start = |old: &BackEnd| disk(self.site, number, Comes::InPlaceOf(old));
+                let old = self.disks.remove(number);
+                let (new, _) = upgrade(self.site, old, start)?;
+                self.disks.insert(number, new);
+                Ok("disks upgraded")
             }
             _ => {
                 let limits = if round.is_multiple_of(2) {
@@ -319,7 +348,17 @@ fn four_guests_and_nothing_grows(site: &Site) -> Result<()> {
     ];
     println!("{counts:?}");
     let [first, middle, last] = &looks;
-    let names = ["switch", "disk a", "disk b", "disk c", "disk d (killed)"];
+    let names = [
+        "switch",
+        "disk a",
+        "disk b",
+        "disk c",
+        "disk d (killed)",
+        "VMM a",
+        "VMM b",
+        "VMM c",
+        "VMM d",
+    ];
     let mut grown = Vec::new();
     for (((name, first), middle), last) in names.iter().zip(first).zip(middle).zip(last) {
         println!("{name}: {first}; {middle}; {last}");

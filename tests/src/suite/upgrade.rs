@@ -32,7 +32,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 const MIB: u64 = 1 << 20;
 
 /// Takes the place of a back-end. Returns the new one, and the pause in microseconds.
-fn upgrade(
+pub(super) fn upgrade(
     site: &Site,
     mut old: BackEnd,
     start: impl FnOnce(&BackEnd) -> Result<BackEnd>,
@@ -43,7 +43,7 @@ fn upgrade(
 }
 
 /// Waits until one program has taken the place of the other. Returns the pause in microseconds.
-fn pause(site: &Site, old: &mut Daemon, new: &mut Daemon) -> Result<u64> {
+pub(super) fn pause(site: &Site, old: &mut Daemon, new: &mut Daemon) -> Result<u64> {
     let status = old.wait(site.limit(LIMIT))?;
     ensure!(
         status.success(),
