@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -144,6 +144,11 @@ enum Action {
         /// It counts as passed if it passes in the end: the lab VM's emulator loses a guest now and then.
         #[arg(long, default_value_t = 0, value_name = "N", value_parser = clap::value_parser!(u16).range(..=10))]
         retries: u16,
+        /// Begin no end-to-end test later than this; those that are left then are skipped, which is said of each
+        ///
+        /// Long ones come first. One that has begun takes its time.
+        #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u16).range(1..))]
+        within: Option<u16>,
         #[command(flatten)]
         effort: Effort,
     },
@@ -254,6 +259,7 @@ fn run(action: Action) -> Result<ExitCode> {
             list: false,
             jobs,
             retries,
+            within,
             effort,
         } => Ok(test(
             &common,
@@ -262,6 +268,8 @@ fn run(action: Action) -> Result<ExitCode> {
                 effort,
                 jobs: jobs.map(usize::from),
                 retries,
+                within: within.map(|minutes| Duration::from_secs(60 * u64::from(minutes))),
+                start: Instant::now(),
                 verbose: common.verbose,
             },
         )),

@@ -30,6 +30,10 @@ pub struct Plan<'a> {
     pub jobs: Option<usize>,
     /// How often a failed test is run again.
     pub retries: u16,
+    /// Within which time from `start` a test has to begin; later it is skipped.
+    pub within: Option<Duration>,
+    /// When all this began.
+    pub start: Instant,
     /// Whether everything that tests write is shown.
     pub verbose: bool,
 }
@@ -122,6 +126,15 @@ fn work(prepared: Prepared, plan: &Plan, progress: &Progress) -> Result<()> {
         let Some(name) = locked(&progress.waiting).pop_front() else {
             return Ok(());
         };
+        if let Some(within) = plan.within.filter(|within| plan.start.elapsed() >= *within) {
+            let why = format!(
+                "{} minutes are over (--within)",
+                within.as_secs().div_euclid(60)
+            );
+            ended(name, Outcome::Skipped, Instant::now(), why, true);
+            locked(&progress.tally).count(Outcome::Skipped);
+            continue;
+        }
         let mut attempt = 0;
         let ended = loop {
             // What hangs is to be seen.
