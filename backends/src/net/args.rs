@@ -115,7 +115,8 @@ pub struct NetArgs {
 
     /// File for a copy of all packets, in the format of tcpdump and Wireshark; one that is there is overwritten
     ///
-    /// A file that is slower than the packets gets not all of them, which is said; the guest does not wait for it.
+    /// A file that is slower than the packets gets not all of them, which is said; the guest does not wait for it. A file has one
+    /// writer; a FIFO, such as Wireshark reads, has to have its reader first.
     #[arg(long, value_name = "FILE")]
     pub pcap: Option<PathBuf>,
 

@@ -56,10 +56,11 @@ fn reaches(guest: &mut Guest, address: &str) -> Result<()> {
         .map(drop)
 }
 
-/// Bulk traffic between guests touches neither the uplink nor the processor of the host's network; frames of 9000 bytes pass, and
-/// ports come and go meanwhile. Bulk traffic with the host passes the uplink, segments whole.
+/// Bulk traffic between guests touches neither the uplink nor the processor of the host's network; packets of 9000 bytes and of the
+/// most that there are pass, and ports come and go meanwhile. Bulk traffic with the host passes the uplink, segments whole.
 fn guests_are_joined(site: &Site) -> Result<()> {
-    let ports = [("a", "mtu=9000"), ("b", "mtu=9000")];
+    const MTU: &str = "mtu=65535";
+    let ports = [("a", MTU), ("b", MTU)];
     let switch = Switch::start(
         site,
         &ports,
@@ -70,16 +71,25 @@ fn guests_are_joined(site: &Site) -> Result<()> {
     a.network_up("10.77.0.1/24")?;
     b.network_up("10.77.0.2/24")?;
     a.run_ok("ping -c 2 -W 5 10.77.0.9")?;
-    let long = switch.count(site, "b", "rx-bytes")?;
-    a.run_ok("grep -qx 9000 /sys/class/net/eth0/mtu && ping -c 2 -W 5 -s 8972 10.77.0.2")?;
-    let (frames, long) = (
-        switch.count(site, "b", "rx-packets")?,
-        switch.count(site, "b", "rx-bytes")? - long,
-    );
-    ensure!(
-        long >= 2 * 9014 && frames < 20,
-        "{frames} frames for two of 9014 bytes: they were cut"
-    );
+    a.run_ok("grep -qx 65535 /sys/class/net/eth0/mtu")?;
+    for mtu in [65_535, 9000] {
+        for guest in [&mut a, &mut b] {
+            guest.run_ok(&format!("ip link set eth0 mtu {mtu}"))?;
+        }
+        let received = |what: &str| switch.count(site, "b", what);
+        let before = (received("rx-packets")?, received("rx-bytes")?);
+        // The headers of IP and ICMP are no payload.
+        a.run_ok(&format!(
+            "/usr/bin/ping -M do -c 2 -W 5 -s {} 10.77.0.2",
+            mtu - 28
+        ))?;
+        let frames = received("rx-packets")? - before.0;
+        let bytes = received("rx-bytes")? - before.1;
+        ensure!(
+            bytes >= 2 * (mtu + 14) && frames < 20,
+            "{frames} frames of {bytes} bytes for two packets of {mtu}: they were cut"
+        );
+    }
 
     b.run_ok("iperf3 --server --daemon")?;
     let uplink = |way: &str| -> Result<(u64, u64)> {
@@ -134,7 +144,7 @@ fn guests_are_joined(site: &Site) -> Result<()> {
     b.run_ok("ping -i 0.05 -c 2000 10.77.0.1 >/tmp/ping 2>&1 &")?;
     for _ in 0..3 {
         switch.control(site).ask(&["port-remove", "b"])?;
-        switch.add(site, "b", "mtu=9000")?;
+        switch.add(site, "b", MTU)?;
         reaches(&mut a, "10.77.0.2")?;
     }
     a.shut_down()?;
