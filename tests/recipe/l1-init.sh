@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# First process of the lab VM ("L1"): lays a writable layer over the shared Debian root and goes there.
+# First process of the lab VM ("L1"): lays a writable layer over the disk with the Debian root and goes there.
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -10,7 +10,7 @@ mount -t ext4 -o ro,noload /dev/vdd /lower || exit 1
 mount -t tmpfs tmpfs /over
 mkdir /over/upper /over/work
 mount -t overlay -o lowerdir=/lower,upperdir=/over/upper,workdir=/over/work overlay /new || exit 1
-cp -r /lab /new/
+cp -r /lab /new/ || exit 1
 mkdir /new/lab/scratch
 mount --move /proc /new/proc
 mount --move /sys /new/sys

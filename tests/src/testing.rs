@@ -38,6 +38,14 @@ pub struct Plan<'a> {
     pub verbose: bool,
 }
 
+impl Plan<'_> {
+    /// Whether no test is to begin any more.
+    fn is_over(&self) -> bool {
+        self.within
+            .is_some_and(|within| self.start.elapsed() >= within)
+    }
+}
+
 /// The names of the end-to-end tests that are selected.
 #[must_use]
 pub fn names(filters: &[String]) -> Vec<&'static str> {
@@ -121,18 +129,19 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// Runs tests in a lab of this thread as long as there are some.
 fn work(prepared: Prepared, plan: &Plan, progress: &Progress) -> Result<()> {
+    if plan.is_over() {
+        while let Some(name) = locked(&progress.waiting).pop_front() {
+            skip(name, progress);
+        }
+        return Ok(());
+    }
     let mut lab = prepared.start()?;
     loop {
         let Some(name) = locked(&progress.waiting).pop_front() else {
             return Ok(());
         };
-        if let Some(within) = plan.within.filter(|within| plan.start.elapsed() >= *within) {
-            let why = format!(
-                "{} minutes are over (--within)",
-                within.as_secs().div_euclid(60)
-            );
-            ended(name, Outcome::Skipped, Instant::now(), why, true);
-            locked(&progress.tally).count(Outcome::Skipped);
+        if plan.is_over() {
+            skip(name, progress);
             continue;
         }
         let mut attempt = 0;
@@ -164,11 +173,18 @@ fn work(prepared: Prepared, plan: &Plan, progress: &Progress) -> Result<()> {
             let end = format!("{name} ended at attempt {attempt}: {}\n", word(outcome));
             locked(&progress.failures).push(end);
         }
-        if !ended.sound && !locked(&progress.waiting).is_empty() {
+        if !ended.sound && !plan.is_over() && !locked(&progress.waiting).is_empty() {
             // The other tests need not end with it.
             lab.restart()?;
         }
     }
+}
+
+/// Says of a test that there is no time for it.
+fn skip(name: &str, progress: &Progress) {
+    let why = "no time is left for it (--within)".to_owned();
+    ended(name, Outcome::Skipped, Instant::now(), why, true);
+    locked(&progress.tally).count(Outcome::Skipped);
 }
 
 /// How a test ended.

@@ -129,11 +129,11 @@ enum Request {
         /// Its name.
         port: String,
     },
-    /// Switch: plugs the cable of a port in, or pulls it.
+    /// Switch: plugs the cable of a port or an uplink in, or pulls it.
     PortLink {
         /// Its name.
         port: String,
-        /// What its guest is to see.
+        /// What its guest is to see, or what passes.
         #[arg(value_parser = ["up", "down"])]
         state: String,
     },

@@ -133,6 +133,9 @@ pub trait Hub: Send + 'static {
     /// It cannot be stopped, and goes on.
     fn freeze(&self) -> Result<Value, ApiError>;
 
+    /// Ends the threads that ports share. There is no port any more, and nothing else is called afterwards but what tells of it.
+    fn end(&mut self);
+
     /// Goes by the state of another program's, while nothing passes. Its ports are there.
     ///
     /// # Errors
@@ -203,9 +206,9 @@ enum PortsRequest {
     PortAdd(PortOptions),
     /// Ends one; its front-end is disconnected.
     PortRemove(Name),
-    /// Plugs the cable of a port in, or pulls it.
+    /// Plugs the cable of a port or an uplink in, or pulls it.
     PortLink(PortLink),
-    /// Changes limits of a port, by name, and shows them all.
+    /// Changes limits of a port or an uplink, by name, and shows them all.
     PortLimits(PortLimits),
     /// Has the guest at a port make itself known to the network.
     PortAnnounce(Name),
@@ -257,7 +260,7 @@ struct Ports<H: Hub> {
     end: Arc<Ending>,
     /// What another program needs to be where this one is, once it can be.
     place: OnceLock<Place>,
-    /// Held by who makes or ends a port, and alone by a client that is about to take the place of this program.
+    /// Held by who makes or ends a port, or changes what is beside them, and alone by a client that is about to take the place of this program.
     members: RwLock<()>,
 }
 
@@ -372,6 +375,8 @@ pub fn run_ports<H: Hub>(
         // Whoever else asked for the end of the port is welcome.
         let _ = ports.remove(&name);
     }
+    // Clients of the control socket may keep it for longer than this lasts.
+    lock(&ports.hub).end();
     match lock(&end.failure).take() {
         Some(failure) => Err(failure),
         None => served,
@@ -657,12 +662,18 @@ impl<H: Hub> Ports<H> {
         place.hand_over(arguments, client, offers, freeze, FrozenPorts::leave)
     }
 
-    /// Ports come and go only while no other program is about to take them.
+    /// Ports come and go, and uplinks change, only while no other program is about to take them.
     fn members(&self) -> Result<RwLockReadGuard<'_, ()>, ApiError> {
         self.members.try_read().map_err(|_| {
             let message = "another program is about to take the place of this one";
             ApiError::of(ErrorCode::Conflict, message)
         })
+    }
+
+    /// Asks for what is beside the ports.
+    fn beside<T>(&self, ask: impl FnOnce(&H) -> T) -> Result<T, ApiError> {
+        let _member = self.members()?;
+        Ok(ask(&lock(&self.hub)))
     }
 
     fn port(&self, name: &str) -> Result<Arc<Port>, ApiError> {
@@ -828,17 +839,17 @@ impl<H: Hub> Service for Ports<H> {
                 Ok(json!({}))
             }
             PortsRequest::PortLink(PortLink { port, state }) => {
-                let _member = self.members()?;
-                let of_uplink = lock(&self.hub).set_uplink(&port, state == LinkState::Up);
-                match of_uplink {
+                let up = state == LinkState::Up;
+                match self.beside(|hub| hub.set_uplink(&port, up))? {
                     Some(changed) => Ok(json!({ "changed": changed })),
                     None => self.ask(&port, Request::Link(Link { state })),
                 }
             }
             PortsRequest::PortLimits(PortLimits { port, limits }) => {
-                let _member = self.members()?;
-                let of_uplink = lock(&self.hub).uplink_limits(&port, &limits);
-                of_uplink.unwrap_or_else(|| self.ask(&port, Request::Limits(Some(limits))))
+                match self.beside(|hub| hub.uplink_limits(&port, &limits))? {
+                    Some(answer) => answer,
+                    None => self.ask(&port, Request::Limits(Some(limits))),
+                }
             }
             PortsRequest::PortAnnounce(Name { port }) => self.ask(&port, Request::Announce),
             PortsRequest::Addresses => lock(&self.hub).addresses(),

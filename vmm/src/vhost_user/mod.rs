@@ -290,6 +290,8 @@ struct Running {
     handed_over: bool,
     /// Since when the guest has waited for a back-end, if there is none.
     waiting_since: Instant,
+    /// There was a back-end that went.
+    lost: bool,
     /// It has waited too long.
     given_up: bool,
     /// The connection whose back-end has them now.
@@ -528,14 +530,17 @@ impl Shared {
         for handler in state.handlers.drain(..) {
             self.events.remove(handler);
         }
-        state.epoch += 1;
-        let stable = state.since.is_none_or(|since| since.elapsed() >= STABLE);
-        // One that goes again and again has not been back.
+        let stayed = |least| state.since.is_none_or(|since| since.elapsed() >= least);
+        let stable = stayed(STABLE);
+        // One that goes again at once has not been back.
+        let served = stable || self.wanted.loss_timeout.is_some_and(stayed);
         if let Some(running) = &mut state.running
-            && (stable || state.losses == 0)
+            && (served && running.on == Some(state.epoch) || !running.lost)
         {
             running.waiting_since = Instant::now();
+            running.lost = true;
         }
+        state.epoch += 1;
         let waits = match &state.running {
             None => "the guest does not use the device now",
             Some(running) if self.goes_on(running) => "the guest waits for it",
@@ -588,7 +593,7 @@ impl Shared {
             running.given_up = true;
             self.notifier.needs_reset();
             tracing::error!(
-                "{self}: the back-end has not come back in {} s (loss-timeout); the guest's driver must reset the device",
+                "{self}: the back-end has not come back to stay in {} s (loss-timeout); the guest's driver must reset the device",
                 limit.as_secs()
             );
         }
@@ -664,6 +669,7 @@ impl Shared {
             suspended: false,
             handed_over: false,
             waiting_since: Instant::now(),
+            lost: false,
             given_up: false,
             on: None,
         })

@@ -1094,7 +1094,8 @@ fn a_back_end_that_goes_again_and_again_has_not_been_back() {
         assert!(losses < 8, "the guest is not told");
         eventually("it is lost", || device.shared.state().connection.is_none());
     }
-    assert!(losses > 2, "{losses} losses in {limit:?}");
+    // The clock goes on over at least one return.
+    assert!(losses > 1, "{losses} losses in {limit:?}");
 }
 
 #[test]

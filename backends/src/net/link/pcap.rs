@@ -9,9 +9,9 @@
 //! A queue has a fixed number of buffers. When the file is too slow for them, frames are missing in it, and that is said;
 //! the queue waits for nobody, nor does who removes it: the writer goes on by itself, and the program waits for it at its end.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, SyncSender, channel, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -46,6 +46,10 @@ const VERSION: [u16; 2] = [2, 4];
 /// Frames begin with an Ethernet header.
 const LINKTYPE_ETHERNET: u32 = 1;
 
+/// How often, and how long after each other, a file that somebody writes is tried.
+const LOCK_ATTEMPTS: u32 = 20;
+const LOCK_INTERVAL: Duration = Duration::from_millis(50);
+
 /// How long the end of a program waits for files that are still written.
 const END: Duration = Duration::from_secs(3);
 
@@ -54,31 +58,26 @@ static WRITERS: (Mutex<usize>, Condvar) = (Mutex::new(0), Condvar::new());
 
 /// A capture file cannot be had.
 #[derive(Debug, Error)]
-#[error("cannot write the capture file {path}{}", .source.hint(), path = .path.display())]
+#[error("cannot write the capture file {path}{}", hint(.path, .source), path = .path.display())]
 pub struct PcapError {
     path: PathBuf,
     #[source]
     source: io::Error,
 }
 
-trait Hint {
-    /// What to do about it.
-    fn hint(&self) -> &'static str;
-}
-
-impl Hint for io::Error {
-    fn hint(&self) -> &'static str {
-        match self.kind() {
-            // Of the lock.
-            io::ErrorKind::WouldBlock => ", which something writes already: name another one",
-            io::ErrorKind::PermissionDenied if confined() => {
-                ": this program is confined and opens those of its first ports only; give it with --port, or use --sandbox off"
-            }
-            _ if self.raw_os_error() == Some(Errno::ENXIO as i32) => {
-                ": have somebody read this FIFO first"
-            }
-            _ => "",
+/// What to do about it.
+fn hint(path: &Path, error: &io::Error) -> &'static str {
+    let is_fifo = || fs::metadata(path).is_ok_and(|meta| meta.file_type().is_fifo());
+    match error.kind() {
+        // It is locked, or a pipe that is full.
+        io::ErrorKind::WouldBlock => ", which something writes already: name another one",
+        io::ErrorKind::PermissionDenied if confined() => {
+            ": this program is confined and opens those of its first ports only; give it with --port, or use --sandbox off"
         }
+        _ if error.raw_os_error() == Some(Errno::ENXIO as i32) && is_fifo() => {
+            ": have somebody read this FIFO first"
+        }
+        _ => "",
     }
 }
 
@@ -119,8 +118,7 @@ impl Writer {
             path: path.to_owned(),
             source,
         };
-        let mut file = create(path).map_err(failed)?;
-        file.write_all(&header(snap)).map_err(failed)?;
+        let file = create(path, &header(snap)).map_err(failed)?;
         let (sender, receiver) = sync_channel(queues.saturating_mul(BUFFERS));
         Ok(Self {
             path: path.to_owned(),
@@ -170,19 +168,36 @@ impl Drop for Writing {
     }
 }
 
-/// Opens a file that nobody else writes, and empties it; or a FIFO that somebody reads.
-fn create(path: &Path) -> io::Result<File> {
+/// Opens a file that nobody else writes, or a FIFO that somebody reads, and writes its header.
+fn create(path: &Path, header: &[u8]) -> io::Result<File> {
     let mut options = File::options();
     // Not emptied before it is known that nobody writes it; and nobody waits for the reader of a FIFO.
     options.write(true).create(true).truncate(false);
-    let file = options.custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
+    let mut file = options.custom_flags(OFlag::O_NONBLOCK.bits()).open(path)?;
     if file.metadata()?.is_file() {
-        set_lock(&file, libc::F_WRLCK, 0)?;
+        lock(&file, path)?;
         file.set_len(0)?;
     }
+    file.write_all(header)?;
     // Its thread waits for a reader that is slow.
     fcntl(&file, FcntlArg::F_SETFL(OFlag::empty()))?;
     Ok(file)
+}
+
+/// Locks the file for as long as it is open. Of a port that was removed a moment ago the last frames may still be written.
+fn lock(file: &File, path: &Path) -> io::Result<()> {
+    for _ in 0..LOCK_ATTEMPTS {
+        match set_lock(file, libc::F_WRLCK, 0) {
+            Ok(()) => return Ok(()),
+            Err(Errno::EAGAIN | Errno::EACCES) => thread::sleep(LOCK_INTERVAL),
+            Err(error) => {
+                let path = path.display();
+                warn!("capture file {path} cannot be locked against other writers: {error}");
+                return Ok(());
+            }
+        }
+    }
+    Err(io::ErrorKind::WouldBlock.into())
 }
 
 fn header(snap: u32) -> [u8; 24] {

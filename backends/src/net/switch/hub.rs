@@ -474,6 +474,15 @@ impl Hub for Switch {
         Some(uplink.plug(up))
     }
 
+    fn end(&mut self) {
+        self.inbox.send(Order::End);
+        if let Some(thread) = self.thread.take()
+            && thread.join().is_err()
+        {
+            error!("the switch's thread panicked");
+        }
+    }
+
     fn addresses(&self) -> Result<Value, ApiError> {
         let known = self.known(Order::Addresses)?;
         let now = u32::try_from(now() / 1_000_000_000).unwrap_or(u32::MAX);
@@ -575,11 +584,6 @@ impl Hub for Switch {
 
 impl Drop for Switch {
     fn drop(&mut self) {
-        self.inbox.send(Order::End);
-        if let Some(thread) = self.thread.take()
-            && thread.join().is_err()
-        {
-            error!("the switch's thread panicked");
-        }
+        self.end();
     }
 }

@@ -248,7 +248,7 @@ fn all_that_passes_is_captured() {
     assert_eq!(captured(&path), [(sent, 60)]);
     pair.post(20, 64);
     let packet = pair.receive();
-    // The rest is written before the last queue is gone.
+    // The rest is written when the last queue is gone.
     drop(pair);
     crate::net::finish_captures();
     let frames = captured(&path);
