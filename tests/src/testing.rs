@@ -130,20 +130,17 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Runs tests in a lab of this thread as long as there are some.
 fn work(prepared: Prepared, plan: &Plan, progress: &Progress) -> Result<()> {
     if plan.is_over() {
-        while let Some(name) = locked(&progress.waiting).pop_front() {
-            skip(name, progress);
-        }
+        skip_rest(progress);
         return Ok(());
     }
     let mut lab = prepared.start()?;
     loop {
+        if plan.is_over() {
+            skip_rest(progress);
+        }
         let Some(name) = locked(&progress.waiting).pop_front() else {
             return Ok(());
         };
-        if plan.is_over() {
-            skip(name, progress);
-            continue;
-        }
         let mut attempt = 0;
         let ended = loop {
             // What hangs is to be seen.
@@ -180,11 +177,13 @@ fn work(prepared: Prepared, plan: &Plan, progress: &Progress) -> Result<()> {
     }
 }
 
-/// Says of a test that there is no time for it.
-fn skip(name: &str, progress: &Progress) {
-    let why = "no time is left for it (--within)".to_owned();
-    ended(name, Outcome::Skipped, Instant::now(), why, true);
-    locked(&progress.tally).count(Outcome::Skipped);
+/// Says of the tests that are left that there is no time for them.
+fn skip_rest(progress: &Progress) {
+    for name in std::mem::take(&mut *locked(&progress.waiting)) {
+        let why = "no time is left for it (--within)".to_owned();
+        ended(name, Outcome::Skipped, Instant::now(), why, true);
+        locked(&progress.tally).count(Outcome::Skipped);
+    }
 }
 
 /// How a test ended.

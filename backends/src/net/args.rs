@@ -426,14 +426,10 @@ impl NetArgs {
     }
 
     fn open_link(&self, offloads: &[u32]) -> Result<Opened, ArgsError> {
-        let link = match (&self.tap, &self.link) {
-            (Some(name), _) => LinkSpec::Tap(name.clone()),
-            (None, Some(link)) => link.clone(),
-            (None, None) => {
-                return self.inherit(offloads);
-            }
-        };
-        Ok(link.open(self.link_options(offloads))?)
+        if self.tap.is_none() && self.link.is_none() {
+            return self.inherit(offloads);
+        }
+        Ok(self.link_spec().open(self.link_options(offloads))?)
     }
 
     /// Opens the link and makes the device.

@@ -260,7 +260,8 @@ struct Ports<H: Hub> {
     end: Arc<Ending>,
     /// What another program needs to be where this one is, once it can be.
     place: OnceLock<Place>,
-    /// Held by who makes or ends a port, or changes what is beside them, and alone by a client that is about to take the place of this program.
+    /// Held by who makes or ends a port, or changes what is beside them, and alone by a client that is about to take the place of
+    /// this program.
     members: RwLock<()>,
 }
 
