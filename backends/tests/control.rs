@@ -471,7 +471,7 @@ fn a_network_device_counts_and_announces() {
     assert!(metrics.as_str().unwrap().contains(line), "{metrics}");
     let nobody = refusal(&daemon, "announce", Value::Null, "GUEST_ANNOUNCE");
     assert_eq!(nobody, ErrorCode::Conflict);
-    for command in ["resize", "limits", "drain", "resume"] {
+    for command in ["resize", "drain", "resume"] {
         let code = refusal(&daemon, command, Value::Null, "no command");
         assert_eq!(code, ErrorCode::NotFound);
     }
@@ -515,5 +515,69 @@ fn a_network_device_counts_and_announces() {
     drop(front);
     let status = ask(&daemon, "status", Value::Null);
     assert_eq!(status["interface"]["state"], "down");
+    daemon.stop();
+}
+
+/// At least so many packets in a second, and a burst, are let pass; who gives and takes them has more.
+#[test]
+fn a_card_keeps_its_limits() {
+    const RATE: u32 = 200;
+    const BURST: u32 = 10;
+    const PACKETS: u32 = 60;
+    let least = Duration::from_secs(1) * (PACKETS - BURST - 1) / RATE;
+    let limit = format!("rx-packets={RATE},rx-packets-burst={BURST}");
+    let daemon = start(NET, &["--link", "generate:60", "--limit", &limit]);
+    let stats = |counter: &str| {
+        let stats = ask(&daemon, "stats", Value::Null);
+        stats["queue-pairs"][0][counter].as_u64().unwrap()
+    };
+    let status = ask(&daemon, "status", Value::Null);
+    assert_eq!(status["limits"]["rx-packets"], RATE);
+    let begin = Instant::now();
+    let setup = Setup {
+        queues: 3,
+        size: 256,
+        ..Setup::default()
+    };
+    let mut front = FrontEnd::new(&daemon.socket(), setup);
+    let post = |front: &mut FrontEnd| {
+        for _ in 0..PACKETS {
+            let buffer = front.guest.alloc(2048, 64);
+            let segment = [Segment::new(buffer, 2048)];
+            front.queues[0].submit(&front.guest, &[], &segment, buffer.0);
+        }
+    };
+    let receive = |front: &mut FrontEnd| {
+        for _ in 0..PACKETS {
+            front.complete(0);
+        }
+    };
+    post(&mut front);
+    receive(&mut front);
+    assert!(begin.elapsed() >= least, "{:?}", begin.elapsed());
+    assert!(stats("rx-throttled") > 0);
+
+    // Those for the driver go, and what it sends gets some.
+    let code = refusal(&daemon, "limits", json!({ "iops": 1 }), "no limit `iops`");
+    assert_eq!(code, ErrorCode::BadRequest);
+    let changes = json!({ "rx-packets": 0, "tx-bytes": RATE * 72, "tx-bytes-burst": BURST * 72 });
+    let limits = ask(&daemon, "limits", changes);
+    assert!(limits["rx-packets"].is_null(), "{limits}");
+    let before = stats("rx-throttled");
+    post(&mut front);
+    receive(&mut front);
+    assert!(stats("rx-throttled") <= before + 1);
+    let begin = Instant::now();
+    let packet = Segment::new(front.guest.alloc(72, 64), 72);
+    for number in 0..PACKETS {
+        front.queues[1].submit(&front.guest, &[packet], &[], number.into());
+    }
+    for number in 0..PACKETS {
+        assert_eq!(front.complete(1), (number.into(), 0));
+    }
+    assert!(begin.elapsed() >= least, "{:?}", begin.elapsed());
+    assert!(stats("tx-throttled") > 0);
+    assert_eq!(stats("tx-packets"), u64::from(PACKETS));
+    drop(front);
     daemon.stop();
 }

@@ -110,17 +110,6 @@ fn ask_host(front: &mut FrontEnd) -> u16 {
     receive_arp_reply(front)
 }
 
-fn command(front: &mut FrontEnd, queue: usize, bytes: &[u8]) -> u8 {
-    let at = front.guest.alloc(bytes.len() as u64 + 1, 64);
-    front.guest.memory.write_slice(bytes, at).unwrap();
-    let ack = vm_memory::GuestAddress(at.0 + bytes.len() as u64);
-    let readable = [Segment::new(at, bytes.len() as u32)];
-    let FrontEnd { queues, guest, .. } = front;
-    queues[queue].submit(guest, &readable, &[Segment::new(ack, 1)], at.0);
-    assert_eq!(front.complete(queue), (at.0, 1));
-    front.guest.read(ack, 1)[0]
-}
-
 #[test]
 fn the_host_answers_and_rings_come_back() {
     if !own_network("the_host_answers_and_rings_come_back") {
@@ -275,18 +264,15 @@ fn the_control_queue_is_obeyed() {
     post(&mut front, 32);
     const CONTROL: usize = 4;
     // Not promiscuous: the host's answer is for our address.
-    assert_eq!(command(&mut front, CONTROL, &[0, 0, 0]), OK);
+    assert_eq!(front.command(CONTROL, &[0, 0, 0]), OK);
     ask_host(&mut front);
-    assert_eq!(command(&mut front, CONTROL, &[4, 0, 2, 0]), OK);
-    assert_eq!(command(&mut front, CONTROL, &[4, 0, 3, 0]), ERR);
-    assert_eq!(command(&mut front, CONTROL, &[77, 0, 3, 0]), ERR);
-    assert_eq!(command(&mut front, CONTROL, &[4, 0, 1, 0]), OK);
+    assert_eq!(front.command(CONTROL, &[4, 0, 2, 0]), OK);
+    assert_eq!(front.command(CONTROL, &[4, 0, 3, 0]), ERR);
+    assert_eq!(front.command(CONTROL, &[77, 0, 3, 0]), ERR);
+    assert_eq!(front.command(CONTROL, &[4, 0, 1, 0]), OK);
     ask_host(&mut front);
     let new = [0x52, 0x54, 0, 0, 0, 6];
-    assert_eq!(
-        command(&mut front, CONTROL, &[&[1, 1][..], &new].concat()),
-        OK
-    );
+    assert_eq!(front.command(CONTROL, &[&[1, 1][..], &new].concat()), OK);
     let mut mac = || {
         let flags = VhostUserConfigFlags::empty();
         front.messages.get_config(0, 6, flags, &[0; 6]).unwrap().1
@@ -380,7 +366,7 @@ fn a_guest_that_goes_on_is_asked_to_announce_itself() {
         let mut message = [0; 12];
         channel.read_exact(&mut message).unwrap();
         assert_eq!(message, [2, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0]);
-        assert_eq!(command(&mut front, CONTROL, &[3, 0]), OK);
+        assert_eq!(front.command(CONTROL, &[3, 0]), OK);
         assert_eq!(told(&mut front, &channel), (false, LINK_UP));
         ask_host(&mut front);
 

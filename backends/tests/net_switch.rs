@@ -499,6 +499,125 @@ fn a_capture_that_nobody_takes_holds_up_nobody() {
     drop(reader);
 }
 
+/// A frame of the TCP connection whose hashes are published ("Verifying the RSS Hash Calculation" of Microsoft), from card 1 to 2.
+fn hashed_frame() -> Vec<u8> {
+    let mut frame = vec![2, 0, 0, 0, 0, 2, 2, 0, 0, 0, 0, 1, 8, 0];
+    frame.extend([0x45, 0, 0, 40, 0, 0, 0, 0, 64, 6, 0, 0]);
+    frame.extend([66, 9, 149, 187, 161, 142, 100, 80]);
+    frame.extend([2794_u16, 1766].map(u16::to_be_bytes).concat());
+    frame.resize(14 + 40, 0);
+    frame
+}
+
+/// A key of receive-side scaling, from the same publication.
+const KEY: [u8; 40] = [
+    0x6d, 0x5a, 0x56, 0xda, 0x25, 0x5b, 0x0e, 0xc2, 0x41, 0x67, 0x25, 0x3d, 0x43, 0xa3, 0x8f, 0xb0,
+    0xd0, 0xca, 0x2b, 0xcb, 0xae, 0x7b, 0x30, 0xb4, 0x77, 0xcb, 0x2d, 0xa3, 0x80, 0x30, 0xf2, 0x0c,
+    0x6a, 0x42, 0xb7, 0x3b, 0xbe, 0xac, 0x01, 0xfa,
+];
+
+/// RSS_CONFIG with this table of four (VIRTIO 1.3, 5.1.6.5.7.1), for addresses and TCP's ports of IPv4.
+fn rss(table: [u16; 4], unclassified: u16) -> Vec<u8> {
+    let mut command = vec![4, 1];
+    command.extend(3_u32.to_le_bytes());
+    command.extend(3_u16.to_le_bytes());
+    command.extend(unclassified.to_le_bytes());
+    command.extend(table.map(u16::to_le_bytes).concat());
+    command.extend(2_u16.to_le_bytes());
+    command.push(40);
+    command.extend(KEY);
+    command
+}
+
+#[test]
+fn a_port_steers_and_hashes_as_its_driver_says_and_holds_interrupts_back() {
+    const OTHER_RX: usize = 2;
+    const CONTROL: usize = 4;
+    /// With a hash (VIRTIO 1.3, 5.1.6).
+    const LONG_HEADER: usize = 20;
+    let switch = Switch::start_with(&["a", "b"], |number| match number {
+        2 => ",queue-pairs=2,hash-report=on,standby=on",
+        _ => "",
+    });
+    let mut a = switch.connect("a");
+    let setup = Setup {
+        queues: 5,
+        ..Setup::default()
+    };
+    let mut b = FrontEnd::new(&switch.socket("b"), setup);
+    let standby = 1 << virtio_bindings::virtio_net::VIRTIO_NET_F_STANDBY;
+    assert!(b.features & standby != 0 && a.features & standby == 0);
+    for queue in [RX, OTHER_RX] {
+        for _ in 0..32 {
+            let buffer = b.guest.alloc(2048, 64);
+            let FrontEnd { queues, guest, .. } = &mut b;
+            queues[queue].submit(guest, &[], &[Segment::new(buffer, 2048)], buffer.0);
+        }
+    }
+    let mut pass = |b: &mut FrontEnd, queue: usize, frame: &[u8]| -> Vec<u8> {
+        send(&mut a, frame);
+        let (buffer, len) = b.complete(queue);
+        let packet = b.guest.read(GuestAddress(buffer), len as usize);
+        assert_eq!(packet[LONG_HEADER..], *frame);
+        packet[10..18].to_vec()
+    };
+    // One buffer, the hash, and what was hashed (VIRTIO 1.3, 5.1.6.4.4).
+    let none = [1, 0, 0, 0, 0, 0, 0, 0];
+    let with_ports = [1, 0, 0x78, 0xc1, 0xcc, 0x51, 2, 0];
+    let plain = frame(2, 1, 7);
+    // The last two bits of the hash are 0.
+    for (table, unclassified, hashed, other) in [
+        ([1, 0, 0, 0], 0, OTHER_RX, RX),
+        ([0, 1, 1, 1], 1, RX, OTHER_RX),
+    ] {
+        assert_eq!(b.command(CONTROL, &rss(table, unclassified)), 0);
+        assert_eq!(pass(&mut b, hashed, &hashed_frame()), with_ports);
+        assert_eq!(pass(&mut b, other, &plain), none);
+    }
+    // A pair that is not there.
+    assert_eq!(b.command(CONTROL, &rss([2, 0, 0, 0], 0)), 1);
+    assert_eq!(pass(&mut b, RX, &hashed_frame()), with_ports);
+
+    // What it sends has the long header, too.
+    let packet = [&[0; LONG_HEADER][..], &frame(1, 2, 9)].concat();
+    let at = b.guest.alloc(packet.len() as u64, 64);
+    b.guest.memory.write_slice(&packet, at).unwrap();
+    let FrontEnd { queues, guest, .. } = &mut b;
+    queues[TX].submit(guest, &[Segment::new(at, packet.len() as u32)], &[], at.0);
+    assert_eq!(b.complete(TX), (at.0, 0));
+    assert_eq!(receive(&mut a), frame(1, 2, 9));
+
+    // An interrupt for four packets, as the time is far (VIRTIO 1.3, 5.1.6.5.9); then for one, as it is near.
+    let coalesce = |packets: u32, microseconds: u32| {
+        let values = [packets, microseconds].map(u32::to_le_bytes).concat();
+        [&[6, 1][..], &values].concat()
+    };
+    let arm = |b: &mut FrontEnd| {
+        b.queues[RX].settle();
+        let FrontEnd { queues, guest, .. } = b;
+        let mut session = queues[RX].ring.session(&guest.memory).unwrap();
+        while session.poll_used().unwrap().is_some() {}
+        assert!(!session.enable_interrupts().unwrap());
+    };
+    let interrupted = |b: &FrontEnd, within| readable(b.queues[RX].call.as_raw_fd(), within);
+    assert_eq!(b.command(CONTROL, &coalesce(4, 60_000_000)), 0);
+    arm(&mut b);
+    (0..3).for_each(|_| send(&mut a, &hashed_frame()));
+    assert!(!interrupted(&b, Duration::from_millis(100)));
+    send(&mut a, &hashed_frame());
+    assert!(interrupted(&b, PATIENCE));
+    arm(&mut b);
+    send(&mut a, &hashed_frame());
+    assert!(!interrupted(&b, Duration::from_millis(100)));
+    // What is held back comes out with another setting.
+    assert_eq!(b.command(CONTROL, &coalesce(0, 1000)), 0);
+    assert!(interrupted(&b, PATIENCE));
+    arm(&mut b);
+    send(&mut a, &hashed_frame());
+    assert!(interrupted(&b, PATIENCE));
+    switch.daemon.stop();
+}
+
 #[test]
 fn an_uplink_has_limits_too() {
     const RATE: u64 = 100;
@@ -529,6 +648,14 @@ fn an_uplink_has_limits_too() {
     assert_eq!(limits["tx-packets"], 7);
     let down = json!({ "port": "up", "state": "down" });
     assert_eq!(switch.ask("port-link", down).unwrap()["changed"], true);
+    let list = switch.ask("port-list", Value::Null).unwrap();
+    let listed = json!({ "name": "up", "uplink": "generate:60" });
+    assert_eq!(list["ports"][1], listed);
+    let status = switch.ask("port-status", json!({ "port": "up" })).unwrap();
+    assert_eq!(status["interface"]["link"], "down");
+    assert_eq!(status["limits"]["tx-packets"], 7);
+    let refused = switch.ask("port-announce", json!({ "port": "up" }));
+    assert!(refused.unwrap_err().contains("is an uplink"));
     // What was on its way when it was asked for may have passed.
     let start = Instant::now();
     let mut passed = 0;

@@ -619,7 +619,7 @@ fn a_switch_that_is_not_taken_over_goes_on() {
     let list = switch.ask("port-list", &Value::Null);
     let names: Vec<_> = list["ports"].as_array().unwrap().iter().collect();
     let names: Vec<_> = names.iter().map(|port| &port["name"]).collect();
-    assert_eq!(names, ["a", "b", "d"]);
+    assert_eq!(names, ["a", "b", "d", "up"]);
     drop(switch.station("d", setup));
     exchange(&mut a, &mut b);
     finish(&mut a, &mut b);
@@ -678,6 +678,9 @@ fn a_network_card_on_passt_goes_on() {
     let link = format!("passt:{}", path.display());
     let args = ["--link", &link, "--mac", "02:00:00:00:00:01"];
     let mut daemon = Daemon::start_controlled(NET, &args);
+    let control = daemon.dir.path().join("ctl");
+    let limits = |changes: Value| client::call(&control, "limits", &changes).unwrap();
+    limits(json!({ "tx-packets": 1_000_000 })).unwrap();
     let mut peer = Peer {
         stream: listener.accept().unwrap().0,
         sent: 0,
@@ -697,6 +700,8 @@ fn a_network_card_on_passt_goes_on() {
         station.take();
     }
     assert!(station.received > 100 && peer.received > 100);
+    // Limits go with the card.
+    assert_eq!(limits(json!({})).unwrap()["tx-packets"], 1_000_000);
     // It is the same connection.
     listener.set_nonblocking(true).unwrap();
     assert!(listener.accept().is_err());

@@ -111,9 +111,9 @@ enum Request {
         #[arg(value_parser = ["up", "down"])]
         state: String,
     },
-    /// Switch: lists the ports.
+    /// Switch: lists the ports and uplinks.
     PortList,
-    /// Switch: shows one port in full.
+    /// Switch: shows one port or uplink in full.
     PortStatus {
         /// Its name.
         port: String,

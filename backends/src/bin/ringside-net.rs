@@ -79,11 +79,12 @@ fn unless_a_switch(arg: Arg) -> Arg {
 }
 
 /// Options of one card, or of its one front-end. A port has some of them as keys.
-const OF_A_CARD: [&str; 12] = [
+const OF_A_CARD: [&str; 13] = [
     "client",
     "exit_on_disconnect",
     "fd",
     "hash_report",
+    "limit",
     "link",
     "mac",
     "pcap",

@@ -10,7 +10,6 @@ use std::array;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ringside_control::options::keys_and_values;
 use ringside_control::{Metrics, Size, metrics};
 use serde_json::Value;
 
@@ -48,12 +47,7 @@ impl RateLimits {
     /// # Errors
     /// [`LimitError`]
     pub fn parse(text: &str) -> Result<Self, LimitError> {
-        let read = || -> Result<BTreeMap<String, Size>, String> {
-            let pairs = keys_and_values(text, None)?.into_iter();
-            let sizes = pairs.map(|(key, value)| value.parse().map(|size| (key, size)));
-            sizes.collect()
-        };
-        Self::default().with(&read().map_err(LimitError::Text)?)
+        NamedRates::new(&NAMES).parse(text).map(Self)
     }
 
     /// These, and what is changed: a rate sets its burst, too, unless that is given as well; a rate of 0 takes the limit away.

@@ -17,11 +17,17 @@ use super::config::{MacAddress, NetConfig};
 use super::device::Net;
 use super::features::{Extras, Offloads, offered};
 use super::hash::HASH_TYPES;
+use super::limits::{CardRates, NAMES};
 use super::link::{
     Described, Forward, HostEnd, Interface, LinkError, LinkOptions, LinkSpec, MAX_QUEUES, MAX_SNAP,
     Opened, Tap,
 };
 use crate::shell::{Chain as Causes, OnOff, OpenError, Parts, PollLimits, TakeOverError, same};
+
+fn parse_limits(text: &str) -> Result<CardRates, String> {
+    let rates = CardRates::new(&NAMES).parse(text);
+    rates.map_err(|error| error.to_string())
+}
 
 /// Kinds of offload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -168,6 +174,15 @@ pub struct NetArgs {
     /// Most that spinning in vain may take of a queue pair's thread, in percent
     #[arg(help_heading = "Performance", long, value_name = "PERCENT", default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
     pub poll_budget: u32,
+
+    /// Limit the card's rates: keys tx-packets, tx-bytes, rx-packets and rx-bytes, each in a second
+    ///
+    /// tx is what the guest sends, which waits in its ring; rx what it gets, which waits in the link, as far as that holds it.
+    /// KEY-burst=N is how much may come at once after a pause; a tenth of a second's worth, unless given. Units K, M, G are
+    /// powers of 1024. A segment that the guest leaves to be cut is one packet. `ringside-ctl limits` changes the limits of a
+    /// card in use.
+    #[arg(help_heading = "Performance", long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
+    pub limit: Option<CardRates>,
 
     /// Offer to spread received packets over several queue pairs by a table of the guest's (receive-side scaling)
     ///
@@ -490,6 +505,10 @@ impl NetArgs {
         let poll = self.poll_limits();
         Net::new(config, features, &name, interface, queues)
             .map(|net| net.spinning(poll).captured(self.pcap.is_some()))
+            .map(|net| match self.limit {
+                Some(rates) => net.limited(rates),
+                None => net,
+            })
             .map(|net| if taken { net.taken() } else { net })
             .map_err(ArgsError::System)
     }

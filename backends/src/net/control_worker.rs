@@ -311,17 +311,21 @@ impl Target {
             ControlCommand::Pairs(pairs) => {
                 // From now on the kernel spreads packets (VIRTIO 1.3, 5.1.6.5.5).
                 self.steer(None)?;
-                self.shared
-                    .change(|settings| settings.pairs = Pairs::First(pairs))
+                self.shared.change(|settings| {
+                    settings.pairs = Pairs::First(pairs);
+                    settings.rss = None;
+                })
             }
             ControlCommand::Rss(rss) => {
                 let hashing = Arc::new(rss.hashing.clone());
-                let version = self.shared.change(|settings| {
+                // Packets are steered to queues that are there.
+                self.shared.change(|settings| {
                     settings.pairs = Pairs::First(rss.pairs());
                     settings.hashing = hashing;
                 });
-                self.steer(Some(rss))?;
-                version
+                self.steer(Some(rss.clone()))?;
+                self.shared
+                    .change(|settings| settings.rss = Some(Arc::new(rss)))
             }
             ControlCommand::Hash(hashing) => self
                 .shared

@@ -22,6 +22,8 @@ pub(super) struct Counters {
     pub(super) tx_dropped: Counter,
     /// Times the link was full.
     pub(super) tx_full: Counter,
+    /// Times limits made the driver's packets wait.
+    pub(super) tx_throttled: Counter,
     /// Packets that the driver got.
     pub(super) rx_packets: Counter,
     /// Bytes of those, headers included.
@@ -34,6 +36,8 @@ pub(super) struct Counters {
     pub(super) rx_dropped: Counter,
     /// Times there was no buffer for a packet.
     pub(super) rx_starved: Counter,
+    /// Times limits made packets for the driver wait.
+    pub(super) rx_throttled: Counter,
     /// Interrupts sent, both queues.
     pub(super) interrupts: Counter,
     /// Times the worker's loop woke up.
@@ -42,19 +46,21 @@ pub(super) struct Counters {
 
 impl Counters {
     /// All of them, with names and descriptions.
-    fn all(&self) -> [(&'static str, &'static str, &Counter); 13] {
+    fn all(&self) -> [(&'static str, &'static str, &Counter); 15] {
         let Self {
             tx_packets,
             tx_bytes,
             tx_calls,
             tx_dropped,
             tx_full,
+            tx_throttled,
             rx_packets,
             rx_bytes,
             rx_calls,
             rx_filtered,
             rx_dropped,
             rx_starved,
+            rx_throttled,
             interrupts,
             wakeups,
         } = self;
@@ -72,6 +78,11 @@ impl Counters {
                 tx_dropped,
             ),
             ("tx_full", "Times the link was full.", tx_full),
+            (
+                "tx_throttled",
+                "Times limits made the driver's packets wait.",
+                tx_throttled,
+            ),
             ("rx_packets", "Packets that the driver got.", rx_packets),
             ("rx_bytes", "Bytes of those, headers included.", rx_bytes),
             ("rx_calls", "Reads from the link.", rx_calls),
@@ -89,6 +100,11 @@ impl Counters {
                 "rx_starved",
                 "Times there was no buffer for a packet.",
                 rx_starved,
+            ),
+            (
+                "rx_throttled",
+                "Times limits made packets for the driver wait.",
+                rx_throttled,
             ),
             ("interrupts", "Interrupts sent, both queues.", interrupts),
             ("wakeups", "Times the worker's loop woke up.", wakeups),

@@ -1,10 +1,11 @@
 //! The network device as the daemon shell sees it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 use std::thread;
 
-use ringside_control::{ApiError, ErrorCode};
+use ringside_control::{ApiError, ErrorCode, Size};
 use ringside_sandbox::{Profile, ThreadKind, calls};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -19,6 +20,7 @@ use super::control_worker::ControlWorker;
 use super::counters::{AllCounters, Counters};
 use super::features::{control_queue, feature_name, guest_offloads, has, header_len, tun_offloads};
 use super::filter::Filter;
+use super::limits::{CardLimits, CardRates, NAMES};
 use super::link::{AnyLink, Described, Interface, Link};
 use super::settings::{Settings, Shared};
 use super::state;
@@ -46,6 +48,7 @@ pub struct Net {
     counters: Vec<Arc<Counters>>,
     shared: Arc<Shared>,
     poll: PollLimits,
+    limits: Arc<CardLimits>,
     log: LogLimit,
 }
 
@@ -73,6 +76,7 @@ impl Net {
             name: name.to_owned(),
             interface,
             poll: PollLimits::default(),
+            limits: Arc::new(CardLimits::new(&NAMES)),
             log: LogLimit::default(),
         })
     }
@@ -90,6 +94,12 @@ impl Net {
     pub(super) fn captured(self, captured: bool) -> Self {
         let plain = !captured;
         Self { plain, ..self }
+    }
+
+    /// All its queue pairs together keep these limits.
+    pub(super) fn limited(self, rates: CardRates) -> Self {
+        self.limits.set(rates);
+        self
     }
 
     /// Lets the threads of its queue pairs spin before they sleep.
@@ -159,6 +169,7 @@ struct PairStart {
     shared: Arc<Shared>,
     counters: Arc<Counters>,
     poll: PollLimits,
+    limits: Arc<CardLimits>,
 }
 
 impl PairStart {
@@ -170,9 +181,10 @@ impl PairStart {
             shared,
             counters,
             poll,
+            limits,
         } = self;
         let worker = PairWorker::new(pair, mtu, link, commands, shared, counters)?;
-        let worker = worker.spinning(poll);
+        let worker = worker.spinning(poll).limited(limits);
         thread::Builder::new()
             .name(format!("net-pair{pair}"))
             .spawn(move || confined(ThreadKind::Queue, || worker.run()))
@@ -277,6 +289,7 @@ impl Device for Net {
                     shared,
                     counters: Arc::clone(counters),
                     poll: self.poll,
+                    limits: Arc::clone(&self.limits),
                 };
                 match queue {
                     AnyLink::Tap(link) => start.spawn(link),
@@ -322,6 +335,7 @@ impl Device for Net {
                     "state": state,
                 }),
             ),
+            ("limits".to_owned(), self.limits.get().to_json()),
         ])
     }
 
@@ -355,8 +369,15 @@ impl Device for Net {
         Ok(changed)
     }
 
+    fn limits(&mut self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
+        let rates = self.limits.get().with(changes);
+        let rates = rates.map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))?;
+        self.limits.set(rates);
+        Ok(rates.to_json())
+    }
+
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        state::save(&self.shared, self.interface.as_ref())
+        state::save(&self.shared)
     }
 
     fn load(&mut self, bytes: &[u8]) -> Result<(), StateError> {
@@ -393,6 +414,8 @@ impl Device for Net {
             "order": self.interface.order(),
             "left": self.interface.left(),
             "counters": counters.collect::<Vec<_>>(),
+            "limits": self.limits.get().to_json(),
+            "levels": self.limits.levels(),
         })
     }
 
@@ -404,13 +427,22 @@ impl Device for Net {
             order: Vec<u16>,
             left: Value,
             counters: Vec<Value>,
+            limits: BTreeMap<String, Size>,
+            /// When their buckets will be full, in nanoseconds of CLOCK_MONOTONIC.
+            levels: [u64; NAMES.len()],
         }
         let HostSettings {
             link_up,
             order,
             left,
             counters,
+            limits,
+            levels,
         } = HostSettings::deserialize(settings).map_err(StateError::Content)?;
+        let rates = CardRates::new(&NAMES).with(&limits);
+        let rates = rates.map_err(|error| StateError::Misfit(error.to_string()))?;
+        self.limits.set(rates);
+        self.limits.set_levels(levels);
         for (pair, from) in self.counters.iter().zip(&counters) {
             pair.go_on(from);
         }
@@ -470,6 +502,7 @@ impl Device for Net {
             counters: _,
             shared: _,
             poll: _,
+            limits: _,
             log: _,
         } = self;
         *acked = 0;

@@ -27,6 +27,7 @@
 //! | `tx`, `rx`, `ring` | the data path |
 //! | `hash`, `steering` | hashes of packets, and receive-side scaling |
 //! | `coalesce` | interrupts that are held back |
+//! | `limits` | limits of rates |
 //! | `rarp` | making a guest known that has moved |
 //! | `worker`, `control_worker`, `epoll_set` | the threads |
 //! | `device` | what the shell sees |
@@ -47,6 +48,7 @@ mod filter;
 pub mod fuzz;
 mod hash;
 mod iov;
+mod limits;
 mod link;
 mod rarp;
 mod ring;

@@ -123,34 +123,52 @@ impl Ring {
         }
     }
 
+    /// The driver is to be interrupted for what is done. Returns whether it is now, or when it has said.
+    #[inline]
+    pub(super) fn wanted(&mut self, done: u64) -> bool {
+        self.coalescer.as_mut().is_none_or(|c| c.wanted(done))
+    }
+
+    /// A turn has ended. Returns whether the driver is to be interrupted for what was held back.
+    #[inline]
+    pub(super) fn ended(&mut self, done: u64) -> bool {
+        self.coalescer.as_mut().is_some_and(|c| c.turned(done))
+    }
+
+    /// An interrupt that is held back is to be held back no longer. Returns whether there is one.
+    pub(super) fn release(&mut self, done: u64) -> bool {
+        self.coalescer.as_mut().is_some_and(|c| c.flush(done))
+    }
+
+    /// From now on interrupts are held back like this. Returns whether the driver is to be interrupted now.
+    pub(super) fn hold_back(&mut self, limits: Coalescing, done: u64) -> bool {
+        self.coalescer.as_mut().is_some_and(|c| c.set(limits, done))
+    }
+
     /// Interrupts the driver, now or when it has said.
     pub(super) fn interrupt(&mut self, counters: &Counters) {
-        let done = self.done(counters);
-        if self.coalescer.as_mut().is_none_or(|c| c.wanted(done)) {
+        if self.wanted(self.done(counters)) {
             self.interrupt_now(counters);
         }
     }
 
     /// A turn has ended.
     pub(super) fn turned(&mut self, counters: &Counters) {
-        let done = self.done(counters);
-        if self.coalescer.as_mut().is_some_and(|c| c.turned(done)) {
+        if self.ended(self.done(counters)) {
             self.interrupt_now(counters);
         }
     }
 
     /// An interrupt that is held back is to be held back no longer.
     pub(super) fn flush(&mut self, counters: &Counters) {
-        let done = self.done(counters);
-        if self.coalescer.as_mut().is_some_and(|c| c.flush(done)) {
+        if self.release(self.done(counters)) {
             self.interrupt_now(counters);
         }
     }
 
     /// From now on interrupts are held back like this.
     pub(super) fn coalesce(&mut self, limits: Coalescing, counters: &Counters) {
-        let done = self.done(counters);
-        if self.coalescer.as_mut().is_some_and(|c| c.set(limits, done)) {
+        if self.hold_back(limits, self.done(counters)) {
             self.interrupt_now(counters);
         }
     }

@@ -38,11 +38,12 @@ use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
 use super::filter::{Filter, PEEK};
 use super::hash::{self, Hashing, Report};
 use super::iov::{AppendError, IoList};
+use super::limits::{CardLimits, Throttled};
 use super::link::Link;
 use super::ring::Ring;
 use super::settings::Settings;
 use super::tx::MAX_FRAME;
-use crate::shell::{Chain as Causes, LogLimit, Memory, Vring};
+use crate::shell::{Chain as Causes, LogLimit, Memory, Vring, now};
 
 /// Most packets of one turn, so that transmitting gets its share.
 const BUDGET: u32 = 128;
@@ -94,11 +95,15 @@ pub(super) enum RxEnd {
     Idle,
     /// The driver has no buffer.
     Starved,
+    /// Limits make it wait.
+    Throttled,
 }
 
 /// The receive queue of a pair.
 pub(super) struct Rx {
     pub(super) ring: Ring,
+    /// Limits make it wait.
+    pub(super) throttled: Throttled,
     fed: bool,
     state: State,
 }
@@ -166,6 +171,7 @@ impl Rx {
         };
         Self {
             ring: Ring::new(vring, log),
+            throttled: Throttled::default(),
             fed,
             state,
         }
@@ -181,9 +187,11 @@ impl Rx {
         &mut self,
         link: &mut L,
         settings: &Settings,
+        limits: &CardLimits,
         counters: &Counters,
     ) -> RxEnd {
-        match self.serve(link, settings, counters) {
+        let limits = limits.of_rx().then(|| (limits, now()));
+        match self.serve(link, settings, limits, counters) {
             Ok((end, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -201,15 +209,25 @@ impl Rx {
         &mut self,
         link: &mut L,
         settings: &Settings,
+        limits: Option<(&CardLimits, u64)>,
         counters: &Counters,
     ) -> Result<(RxEnd, bool), RingError> {
-        let Self { ring, state, .. } = self;
+        let Self {
+            ring,
+            throttled,
+            state,
+            ..
+        } = self;
         let (mut session, buf, list) = ring.parts()?;
         session.disable_notifications()?;
         let mut left = BUDGET;
         let end = loop {
             let wanted = state.wanted();
-            let at_once = state.at_once(link, left);
+            // How many packets a call gives is not known before it.
+            let at_once = match limits {
+                None => state.at_once(link, left),
+                Some(_) => 1,
+            };
             let mut full = false;
             while (state.room < wanted || state.posted.len() < at_once) && !full && left > 0 {
                 match session.pop(buf) {
@@ -256,6 +274,14 @@ impl Rx {
             if left == 0 {
                 break RxEnd::More;
             }
+            if let Some((limits, now)) = limits
+                && state.held.is_empty()
+                && let Err(wait) = limits.may_rx(now)
+            {
+                counters.rx_throttled.add(1);
+                throttled.begin(now, wait);
+                break RxEnd::Throttled;
+            }
             let len = match state.held.front().copied() {
                 Some(held) if state.is_room(&held) => {
                     state.held.pop_front();
@@ -277,14 +303,16 @@ impl Rx {
                     }
                     continue;
                 }
-                None if !state.posted.is_empty() => match state.read(link, list, counters) {
-                    Ok(Some(len)) => len,
-                    Ok(None) => {
-                        left = left.saturating_sub(1);
-                        continue;
+                None if !state.posted.is_empty() => {
+                    match state.read(link, list, limits, counters) {
+                        Ok(Some(len)) => len,
+                        Ok(None) => {
+                            left = left.saturating_sub(1);
+                            continue;
+                        }
+                        Err(()) => break RxEnd::Idle,
                     }
-                    Err(()) => break RxEnd::Idle,
-                },
+                }
                 _ => {
                     counters.rx_starved.add(1);
                     break RxEnd::Starved;
@@ -566,6 +594,7 @@ impl State {
         &mut self,
         link: &mut L,
         list: &mut IoList,
+        limits: Option<(&CardLimits, u64)>,
         counters: &Counters,
     ) -> Result<Option<usize>, ()> {
         let (pieces, room) = if self.mergeable {
@@ -580,6 +609,9 @@ impl State {
             Ok(_) => self.expected.saturating_mul(2),
             Err(_) => 1,
         };
+        if let (Some((limits, now)), Ok(len)) = (limits, &received) {
+            limits.charge_rx(u64::try_from(*len).unwrap_or(u64::MAX), now);
+        }
         match received {
             Ok(len) if len < self.header_len => {
                 self.dropped(counters, &"a packet shorter than its header");

@@ -15,9 +15,10 @@ use super::coalesce::Coalescing;
 use super::config::MacAddress;
 use super::filter::Filter;
 use super::hash::Hashing;
+use super::steering::Rss;
 
 /// How long a command may wait for the workers before it is answered as failed.
-const PATIENCE: Duration = Duration::from_secs(1);
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Which queue pairs receive, of those whose rings the front-end has enabled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,8 +48,10 @@ pub(super) struct Settings {
     pub(super) offloads: Option<u64>,
     /// The address that the back-end is to make known to the network, and how often it was asked to.
     pub(super) rarp: (MacAddress, u32),
-    /// What is hashed, for a driver that wants reports.
+    /// What is hashed, for a driver that wants reports, or its packets steered.
     pub(super) hashing: Arc<Hashing>,
+    /// How packets are steered to queue pairs, if the driver says so; the link was told.
+    pub(super) rss: Option<Arc<Rss>>,
     /// By queue: how its interrupts are held back.
     pub(super) coalescing: Box<[Coalescing]>,
 }
@@ -65,6 +68,7 @@ impl Settings {
             offloads: None,
             rarp: Default::default(),
             hashing: Arc::new(Hashing::off()),
+            rss: None,
             coalescing: vec![Coalescing::default(); usize::from(pairs) * 2].into(),
         }
     }

@@ -73,10 +73,9 @@ fn table(addresses: Option<Vec<[u8; 6]>>) -> Table {
 }
 
 /// What the driver of a device has set.
-pub(super) fn save(shared: &Shared, interface: &dyn Interface) -> Result<Vec<u8>, StateError> {
+pub(super) fn save(shared: &Shared) -> Result<Vec<u8>, StateError> {
     let settings = shared.get();
     let filter = &settings.filter;
-    let rss = interface.steering();
     let state = NetState {
         mac: filter.mac.octets(),
         modes: [
@@ -98,8 +97,8 @@ pub(super) fn save(shared: &Shared, interface: &dyn Interface) -> Result<Vec<u8>
         announce: settings.announce,
         hash_types: settings.hashing.types,
         hash_key: settings.hashing.toeplitz.key(),
-        rss: rss.map(|rss| RssState {
-            table: rss.table,
+        rss: settings.rss.as_ref().map(|rss| RssState {
+            table: rss.table.clone(),
             unclassified: rss.unclassified,
             max_tx: rss.max_tx,
         }),
@@ -192,7 +191,7 @@ pub(super) fn load(
     });
     let offloads = state.offloads.unwrap_or(guest_offloads(features));
     interface
-        .set_steering(rss)
+        .set_steering(rss.clone())
         .and_then(|()| interface.set_offloads(tun_offloads(offloads)))
         .map_err(|error| StateError::Misfit(Causes(&error).to_string()))?;
     shared.change(|settings: &mut Settings| {
@@ -221,6 +220,7 @@ pub(super) fn load(
         settings.announce = state.announce;
         settings.offloads = state.offloads;
         settings.hashing = Arc::new(hashing);
+        settings.rss = rss.map(Arc::new);
         settings.coalescing = state
             .coalescing
             .into_iter()
@@ -262,9 +262,6 @@ mod tests {
             self.0.lock().unwrap().0 = rss;
             Ok(())
         }
-        fn steering(&self) -> Option<Rss> {
-            self.0.lock().unwrap().0.clone()
-        }
     }
 
     fn device() -> (Shared, Told) {
@@ -277,8 +274,8 @@ mod tests {
         load(state, FEATURES, PAIRS, shared, told)
     }
 
-    fn save_of((shared, told): &(Shared, Told)) -> Vec<u8> {
-        save(shared, told).unwrap()
+    fn save_of((shared, _): &(Shared, Told)) -> Vec<u8> {
+        save(shared).unwrap()
     }
 
     /// One in which nothing is as it is at first.

@@ -19,7 +19,7 @@ use virtio_bindings::virtio_net::{
 };
 
 use super::config::MAX_TABLE;
-use super::hash::{EXTENSIONS, Hashing, INPUT, MAX_EXTENSIONS, PROTOCOL_TCP, PROTOCOL_UDP};
+use super::hash::{EXTENSIONS, Hashing, INPUT, MAX_EXTENSIONS, PROTOCOL_TCP, PROTOCOL_UDP, Report};
 
 /// What a driver wants: struct virtio_net_rss_config (VIRTIO 1.3, 5.1.6.5.7.1), made ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -35,6 +35,16 @@ pub(super) struct Rss {
 }
 
 impl Rss {
+    /// The pair of a packet with this hash.
+    pub(super) fn pair(&self, report: Report) -> u16 {
+        if report == Report::NONE {
+            return self.unclassified;
+        }
+        let places = self.table.len().max(1);
+        let place = usize::try_from(report.value).unwrap_or(0) % places;
+        self.table.get(place).copied().unwrap_or(self.unclassified)
+    }
+
     /// As many pairs as must be there for it, from the first on.
     pub(super) fn pairs(&self) -> u16 {
         let highest = self.table.iter().copied().max().unwrap_or(0);

@@ -9,9 +9,10 @@ use vm_memory::Permissions;
 use super::counters::Counters;
 use super::features::header_len;
 use super::iov::IoList;
+use super::limits::{CardLimits, Throttled};
 use super::link::Link;
 use super::ring::Ring;
-use crate::shell::{Chain as Causes, LogLimit, Memory, Vring};
+use crate::shell::{Chain as Causes, LogLimit, Memory, Vring, now};
 
 /// Most packets of one turn, so that receiving gets its share.
 const BUDGET: u32 = 128;
@@ -30,6 +31,8 @@ pub(super) struct Tx {
     row: Row,
     /// The link is full; go on when it is writable.
     full: bool,
+    /// Limits make it wait.
+    pub(super) throttled: Throttled,
     log: LogLimit,
 }
 
@@ -47,6 +50,8 @@ enum Next {
     Taken,
     /// A packet for which there is no room in the list before others are gone.
     NoRoom,
+    /// A packet that limits make wait for so many nanoseconds.
+    Throttled(u64),
     Nothing,
     Broken(RingError),
 }
@@ -95,13 +100,18 @@ impl Row {
                 if !way.enabled {
                 } else if !way.takes(bytes) {
                     way.dropped(&"a packet too short or too long");
+                } else if let Err(wait) = way.admits(bytes) {
+                    session.rewind(1);
+                    return Next::Throttled(wait);
                 } else if let Ok(pieces) = list.append(chain.readable(), Permissions::Read) {
                     self.pieces.push(pieces);
                     len = Some(bytes);
-                } else if list.len() > 0 {
-                    session.rewind(1);
-                    return Next::NoRoom;
                 } else {
+                    way.has_not_gone(1, bytes);
+                    if list.len() > 0 {
+                        session.rewind(1);
+                        return Next::NoRoom;
+                    }
                     way.dropped(&"a packet in too many pieces");
                 }
                 chain.head()
@@ -140,7 +150,8 @@ impl Row {
         let (mut packets, mut bytes) = (0, 0);
         let mut results = results.drain(..).enumerate();
         let mut left = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-        for Taken { head, len } in chains.drain(..) {
+        let mut chains = chains.drain(..);
+        for Taken { head, len } in chains.by_ref() {
             match len.map(|len| (len, results.next())) {
                 None => {}
                 Some((len, Some((_, Ok(()))))) => {
@@ -161,6 +172,9 @@ impl Row {
             }
             if sent != Sent::Done {
                 session.rewind(left);
+                let lens = len.into_iter().chain(chains.filter_map(|taken| taken.len));
+                let (count, sum) = lens.fold((0, 0), |(count, sum), len| (count + 1, sum + len));
+                way.has_not_gone(count, sum);
                 break;
             }
             session.push_used(head, 0)?;
@@ -184,6 +198,8 @@ struct Way<'t, L> {
     link: &'t mut L,
     /// Packets are sent, and not only taken.
     enabled: bool,
+    /// What packets are subject to, and the time in nanoseconds.
+    limits: Option<(&'t CardLimits, u64)>,
     header_len: usize,
     queue: u16,
     counters: &'t Counters,
@@ -197,6 +213,23 @@ impl<L: Link> Way<'_, L> {
             .ok()
             .and_then(|len| len.checked_sub(self.header_len));
         frame.is_some_and(|len| (MIN_FRAME..=MAX_FRAME).contains(&len))
+    }
+
+    /// Limits let a packet pass, or make it wait for so many nanoseconds.
+    #[inline]
+    fn admits(&self, bytes: u64) -> Result<(), u64> {
+        match self.limits {
+            Some((limits, now)) => limits.take_tx(bytes, now),
+            None => Ok(()),
+        }
+    }
+
+    /// Packets that were to pass are still there.
+    #[cold]
+    fn has_not_gone(&self, packets: u64, bytes: u64) {
+        if let Some((limits, _)) = self.limits {
+            limits.give_back_tx(packets, bytes);
+        }
     }
 
     /// A header that the kernel does not like, no memory.
@@ -232,6 +265,7 @@ impl Tx {
             ring: Ring::new(vring, log),
             row: Row::new(),
             full: false,
+            throttled: Throttled::default(),
             log: log.clone(),
         }
     }
@@ -246,14 +280,20 @@ impl Tx {
         self.full
     }
 
-    /// There is something to send.
-    pub(super) fn waiting(&mut self) -> bool {
-        !self.full && self.ring.waiting()
+    /// Whatever the driver does, nothing is sent before something else has happened.
+    fn blocked(&self) -> bool {
+        self.full || self.throttled.until().is_some()
     }
 
-    /// Asks the driver to kick, unless the link has to take packets first. Returns whether there is something to send already.
+    /// There is something to send.
+    pub(super) fn waiting(&mut self) -> bool {
+        !self.blocked() && self.ring.waiting()
+    }
+
+    /// Asks the driver to kick, unless the link has to take packets first, or time has to pass. Returns whether there is something
+    /// to send already.
     pub(super) fn arm(&mut self) -> bool {
-        !self.full && self.ring.arm()
+        !self.blocked() && self.ring.arm()
     }
 
     /// Sends what the driver has made available, into nothing unless the cable is in (`link_up`). Returns whether there is more.
@@ -261,12 +301,14 @@ impl Tx {
         &mut self,
         link: &mut L,
         link_up: bool,
+        limits: &CardLimits,
         counters: &Counters,
     ) -> bool {
-        if !self.ring.sound() || self.full {
+        if !self.ring.sound() || self.blocked() {
             return false;
         }
-        let served = self.serve(link, link_up, counters);
+        let limits = limits.of_tx().then(|| (limits, now()));
+        let served = self.serve(link, link_up, limits, counters);
         link.flush();
         match served {
             Ok((more, interrupt)) => {
@@ -286,6 +328,7 @@ impl Tx {
         &mut self,
         link: &mut L,
         link_up: bool,
+        limits: Option<(&CardLimits, u64)>,
         counters: &Counters,
     ) -> Result<(bool, bool), RingError> {
         let Self {
@@ -293,6 +336,7 @@ impl Tx {
             header_len,
             row,
             full,
+            throttled,
             log,
         } = self;
         let at_once = usize::from(link.at_once());
@@ -300,6 +344,7 @@ impl Tx {
             link,
             // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol).
             enabled: ring.vring.enabled && link_up,
+            limits,
             header_len: *header_len,
             queue: ring.vring.index,
             counters,
@@ -327,6 +372,12 @@ impl Tx {
             }
             match next {
                 Next::NoRoom => {}
+                Next::Throttled(wait) => {
+                    counters.tx_throttled.add(1);
+                    let now = limits.map_or(0, |(_, now)| now);
+                    throttled.begin(now, wait);
+                    break (false, None);
+                }
                 Next::Taken if left > 0 => {}
                 Next::Taken => break (true, None),
                 Next::Nothing => break (false, None),

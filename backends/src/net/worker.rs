@@ -27,12 +27,13 @@ use tracing::{debug, error, warn};
 
 use super::counters::Counters;
 use super::epoll_set::EpollSet;
+use super::limits::{self, CardLimits, sleep_until};
 use super::link::Link;
 use super::rarp;
 use super::rx::{Rx, RxEnd};
 use super::settings::{Pairs, Settings, Shared};
 use super::tx::Tx;
-use crate::shell::{Command, Commands, LogLimit, PollLimits, PollWindow, Vring};
+use crate::shell::{Command, Commands, LogLimit, PollLimits, PollWindow, Vring, now};
 
 const COMMAND: u64 = 0;
 const SETTINGS: u64 = 1;
@@ -70,6 +71,7 @@ pub(super) struct PairWorker<L> {
     /// The link may have packets.
     readable: bool,
     poll: PollWindow,
+    limits: Arc<CardLimits>,
     /// Since when there has been nothing to do, and how much of that it spun.
     idle: Option<(Instant, Duration)>,
     /// It was told to end, or cannot go on.
@@ -111,6 +113,7 @@ impl<L: Link> PairWorker<L> {
             tx_kicked: false,
             readable: false,
             poll: PollWindow::new(PollLimits::default()),
+            limits: Arc::new(CardLimits::new(&limits::NAMES)),
             idle: None,
             ended: false,
             log: LogLimit::default(),
@@ -123,6 +126,11 @@ impl<L: Link> PairWorker<L> {
     pub(super) fn spinning(mut self, limits: PollLimits) -> Self {
         self.poll = PollWindow::new(limits);
         self
+    }
+
+    /// Has it keep limits, which other pairs share.
+    pub(super) fn limited(self, limits: Arc<CardLimits>) -> Self {
+        Self { limits, ..self }
     }
 
     /// Serves until [`Command::Exit`].
@@ -214,20 +222,43 @@ impl<L: Link> PairWorker<L> {
             return -1;
         }
         for _ in 0..TURNS {
+            self.wake_throttled();
             if !self.turn() && !self.spin() {
-                return if self.arm() {
-                    0
-                } else if self.polled() {
-                    POLL_INTERVAL
-                } else {
-                    -1
-                };
+                return if self.arm() { 0 } else { self.timeout() };
             }
             if self.ended {
                 break;
             }
         }
         0
+    }
+
+    /// Until when limits make a ring wait, in nanoseconds.
+    fn throttled(&self) -> Option<u64> {
+        let rx = self.rx.as_ref().and_then(|rx| rx.throttled.until());
+        let tx = self.tx.as_ref().and_then(|tx| tx.throttled.until());
+        rx.into_iter().chain(tx).min()
+    }
+
+    /// Rings that have waited for long enough go on.
+    fn wake_throttled(&mut self) {
+        if self.throttled().is_none() {
+            return;
+        }
+        let now = now();
+        if let Some(rx) = &mut self.rx {
+            rx.throttled.end(now);
+        }
+        if let Some(tx) = &mut self.tx {
+            self.tx_kicked |= tx.throttled.end(now);
+        }
+    }
+
+    /// How long to sleep, in milliseconds.
+    fn timeout(&self) -> i32 {
+        let wait = self.throttled().map(|until| sleep_until(until, now()));
+        let look = self.polled().then_some(POLL_INTERVAL);
+        wait.into_iter().chain(look).min().unwrap_or(-1)
     }
 
     /// Looks for something to do for as long as that pays. Returns whether there is some.
@@ -296,7 +327,8 @@ impl<L: Link> PairWorker<L> {
         if let Some(tx) = &mut self.tx
             && (self.tx_kicked || tx.ring.polled())
         {
-            self.tx_kicked = tx.turn(&mut self.link, self.settings.filter.link_up, &self.counters);
+            let link_up = self.settings.filter.link_up;
+            self.tx_kicked = tx.turn(&mut self.link, link_up, &self.limits, &self.counters);
             more |= self.tx_kicked;
             tx.ring.turned(&self.counters);
         }
@@ -304,12 +336,14 @@ impl<L: Link> PairWorker<L> {
         if let Some(rx) = &mut self.rx
             && in_use
             && self.readable
+            && rx.throttled.until().is_none()
             && (self.rx_fed || rx.ring.polled())
         {
-            match rx.turn(&mut self.link, &self.settings, &self.counters) {
+            match rx.turn(&mut self.link, &self.settings, &self.limits, &self.counters) {
                 RxEnd::More => more = true,
                 RxEnd::Idle => self.readable = false,
                 RxEnd::Starved => self.rx_fed = false,
+                RxEnd::Throttled => {}
             }
             rx.ring.turned(&self.counters);
         }

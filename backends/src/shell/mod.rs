@@ -85,7 +85,7 @@ pub use memory::MemoryError;
 pub use options::{LogFormat, OnOff, Program, ShellArgs};
 pub use placement::PlacementError;
 pub(crate) use poll::{PollLimits, PollWindow};
-pub use ports::{Hub, OpenPort, PortError, PortOptions, run_ports};
+pub use ports::{Hub, OpenPort, PortError, PortOptions, UplinkControl, run_ports};
 pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;
 pub use session::SessionError;

@@ -103,16 +103,8 @@ pub trait Hub: Send + 'static {
     /// What there is to say about all of them.
     fn status(&self) -> Map<String, Value>;
 
-    /// Changes limits of what is beside the ports, and gives those that hold; `None` if nothing there has this name.
-    fn uplink_limits(
-        &self,
-        name: &str,
-        changes: &BTreeMap<String, Size>,
-    ) -> Option<Result<Value, ApiError>>;
-
-    /// Plugs the cable of what is beside the ports in, or pulls it, and tells whether that is a change; `None` if nothing there
-    /// has this name.
-    fn set_uplink(&self, name: &str, up: bool) -> Option<bool>;
+    /// What is beside the ports.
+    fn uplinks(&self) -> Vec<Arc<dyn UplinkControl>>;
 
     /// Which addresses were found behind which port.
     ///
@@ -144,6 +136,27 @@ pub trait Hub: Send + 'static {
 
     /// All ports have their rings again, and what they have in common goes on.
     fn thaw(&self);
+}
+
+/// What is beside the ports, and no guest's, as clients of the control socket see it.
+pub trait UplinkControl: Send + Sync {
+    /// Its name; no port has the same.
+    fn name(&self) -> &str;
+
+    /// What it leads to, as users write it.
+    fn link(&self) -> &str;
+
+    /// All there is to say about it.
+    fn status(&self) -> Value;
+
+    /// Changes limits of rates, by name; 0 takes one away. Returns all that hold from now on.
+    ///
+    /// # Errors
+    /// Why nothing is changed.
+    fn limits(&self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError>;
+
+    /// Plugs its cable in, or pulls it. Returns whether that is a change.
+    fn set_link(&self, up: bool) -> bool;
 }
 
 /// A port cannot be had.
@@ -198,9 +211,9 @@ enum PortsRequest {
     Metrics,
     /// Ends the program in order.
     Quit,
-    /// The ports, with one line's worth about each.
+    /// The ports and uplinks, with one line's worth about each.
     PortList,
-    /// One port in full.
+    /// One port or uplink in full.
     PortStatus(Name),
     /// Makes a port.
     PortAdd(PortOptions),
@@ -671,15 +684,19 @@ impl<H: Hub> Ports<H> {
         })
     }
 
-    /// Asks for what is beside the ports.
-    fn beside<T>(&self, ask: impl FnOnce(&H) -> T) -> Result<T, ApiError> {
-        let _member = self.members()?;
-        Ok(ask(&lock(&self.hub)))
+    /// What is beside the ports and has this name.
+    fn uplink(&self, name: &str) -> Option<Arc<dyn UplinkControl>> {
+        let uplinks = lock(&self.hub).uplinks();
+        uplinks.into_iter().find(|uplink| uplink.name() == name)
     }
 
     fn port(&self, name: &str) -> Result<Arc<Port>, ApiError> {
-        lock(&self.ports).get(name).cloned().ok_or_else(|| {
-            let message = format!("there is no port `{name}`; `port-list` shows those there are");
+        let found = lock(&self.ports).get(name).cloned();
+        found.ok_or_else(|| {
+            let message = match self.uplink(name) {
+                Some(_) => format!("`{name}` is an uplink, and has no guest"),
+                None => format!("there is no port `{name}`; `port-list` shows those there are"),
+            };
             ApiError::of(ErrorCode::NotFound, message)
         })
     }
@@ -708,8 +725,11 @@ impl<H: Hub> Ports<H> {
         }
     }
 
-    /// Names of all ports, sockets, and whether a front-end is there.
+    /// Names of all ports, sockets, and whether a front-end is there; behind them those of uplinks, and what they lead to.
     fn list(&self) -> Vec<Value> {
+        let uplinks = lock(&self.hub).uplinks().into_iter();
+        let uplinks =
+            uplinks.map(|uplink| json!({ "name": uplink.name(), "uplink": uplink.link() }));
         let ports = lock(&self.ports);
         let ports = ports.iter().map(|(name, port)| {
             let connected = port.connected.load(Ordering::Relaxed);
@@ -719,7 +739,7 @@ impl<H: Hub> Ports<H> {
                 "front-end": if connected { "connected" } else { "none" },
             })
         });
-        ports.collect()
+        ports.chain(uplinks).collect()
     }
 
     fn page(&self) -> String {
@@ -818,7 +838,10 @@ impl<H: Hub> Service for Ports<H> {
                 Ok(json!({}))
             }
             PortsRequest::PortList => Ok(json!({ "ports": self.list() })),
-            PortsRequest::PortStatus(Name { port }) => self.ask(&port, Request::Status),
+            PortsRequest::PortStatus(Name { port }) => match self.uplink(&port) {
+                Some(uplink) => Ok(uplink.status()),
+                None => self.ask(&port, Request::Status),
+            },
             PortsRequest::PortAdd(options) => {
                 let _member = self.members()?;
                 let added = self.add(&options);
@@ -840,17 +863,19 @@ impl<H: Hub> Service for Ports<H> {
                 Ok(json!({}))
             }
             PortsRequest::PortLink(PortLink { port, state }) => {
-                let up = state == LinkState::Up;
-                match self.beside(|hub| hub.set_uplink(&port, up))? {
-                    Some(changed) => Ok(json!({ "changed": changed })),
-                    None => self.ask(&port, Request::Link(Link { state })),
-                }
+                let Some(uplink) = self.uplink(&port) else {
+                    return self.ask(&port, Request::Link(Link { state }));
+                };
+                let _member = self.members()?;
+                let changed = uplink.set_link(state == LinkState::Up);
+                Ok(json!({ "changed": changed }))
             }
             PortsRequest::PortLimits(PortLimits { port, limits }) => {
-                match self.beside(|hub| hub.uplink_limits(&port, &limits))? {
-                    Some(answer) => answer,
-                    None => self.ask(&port, Request::Limits(Some(limits))),
-                }
+                let Some(uplink) = self.uplink(&port) else {
+                    return self.ask(&port, Request::Limits(Some(limits)));
+                };
+                let _member = self.members()?;
+                uplink.limits(&limits)
             }
             PortsRequest::PortAnnounce(Name { port }) => self.ask(&port, Request::Announce),
             PortsRequest::Addresses => lock(&self.hub).addresses(),

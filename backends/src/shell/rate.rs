@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use ringside_control::Size;
+use ringside_control::options::keys_and_values;
 use serde_json::{Map, Value};
 use thiserror::Error;
 
@@ -89,6 +90,19 @@ impl<const N: usize> NamedRates<N> {
             }
         }
         Ok(self)
+    }
+
+    /// These, and what a text of KEY=VALUE,... changes.
+    ///
+    /// # Errors
+    /// [`LimitError`]
+    pub fn parse(self, text: &str) -> Result<Self, LimitError> {
+        let read = || -> Result<BTreeMap<String, Size>, String> {
+            let pairs = keys_and_values(text, None)?.into_iter();
+            let sizes = pairs.map(|(key, value)| value.parse().map(|size| (key, size)));
+            sizes.collect()
+        };
+        self.with(&read().map_err(LimitError::Text)?)
     }
 
     /// Those that are set.
@@ -188,6 +202,16 @@ impl Bucket {
             Ok(_) => Ok(()),
             Err(full_at) => Err(full_at.saturating_add(cost).saturating_sub(latest).max(1)),
         }
+    }
+
+    /// Whether there is a token, or in how many nanoseconds there is one.
+    ///
+    /// # Errors
+    /// The nanoseconds.
+    pub fn has_any(&self, now: u64) -> Result<(), u64> {
+        self.take(1, now)?;
+        self.give_back(1);
+        Ok(())
     }
 
     /// Takes tokens that were spent already, if need be on credit.

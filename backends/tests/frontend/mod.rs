@@ -743,6 +743,18 @@ impl FrontEnd {
         self.queues[queue].complete(&self.guest)
     }
 
+    /// Has a network card obey a command, and gives its answer.
+    pub fn command(&mut self, queue: usize, bytes: &[u8]) -> u8 {
+        let at = self.guest.alloc(bytes.len() as u64 + 1, 64);
+        self.guest.memory.write_slice(bytes, at).unwrap();
+        let ack = GuestAddress(at.0 + bytes.len() as u64);
+        let readable = [Segment::new(at, bytes.len() as u32)];
+        let Self { queues, guest, .. } = self;
+        queues[queue].submit(guest, &readable, &[Segment::new(ack, 1)], at.0);
+        assert_eq!(self.complete(queue), (at.0, 1));
+        self.guest.read(ack, 1)[0]
+    }
+
     /// Has a disk do one flush, to see that all is in order.
     pub fn works(&mut self, queue: usize) {
         let (head, status) = (self.guest.alloc(16, 16), self.guest.alloc(1, 1));

@@ -401,11 +401,6 @@ pub(super) trait Interface: Debug + Send + Sync {
         let _ = left;
         Ok(())
     }
-
-    /// What [`set_steering`](Self::set_steering) said last.
-    fn steering(&self) -> Option<Rss> {
-        None
-    }
 }
 
 /// A link that takes the driver's choice from each call.

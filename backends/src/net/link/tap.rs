@@ -784,10 +784,6 @@ impl Interface for Tap {
         Ok(self.steer(rss)?)
     }
 
-    fn steering(&self) -> Option<Rss> {
-        lock(&self.members).rss.clone()
-    }
-
     fn parts(&self) -> io::Result<Option<Vec<OwnedFd>>> {
         let queues = self.queues.iter().map(|queue| queue.try_clone());
         queues.collect::<io::Result<_>>().map(Some)

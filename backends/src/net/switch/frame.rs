@@ -21,6 +21,7 @@ use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{Address, GuestMemory, Permissions, VolatileSlice};
 
 use super::policy::{Form, Vlans};
+use crate::net::hash::Report;
 use crate::shell::Memory;
 
 pub(super) const ETHERTYPE_IPV4: u16 = 0x0800;
@@ -38,10 +39,12 @@ const TAG: usize = 4;
 const TAG_AT: usize = 12;
 /// Bytes that are copied when a frame comes in: enough for the headers up to a neighbour advertisement's target.
 pub(super) const PREFIX: usize = 96;
-/// The longest virtio-net header that is used here (VIRTIO 1.3, 5.1.6).
-pub(super) const MAX_HEADER: usize = 12;
+/// The virtio-net header that links have, and most guests: with `num_buffers` (VIRTIO 1.3, 5.1.6).
+pub(super) const HEADER: usize = 12;
+/// The longest one, with a hash behind that (VIRTIO 1.3, 5.1.6).
+pub(super) const LONGEST_HEADER: usize = 20;
 /// Room for a header, and a prefix with a tag.
-pub(super) const FRONT: usize = MAX_HEADER + PREFIX + TAG;
+pub(super) const FRONT: usize = HEADER + PREFIX + TAG;
 
 /// The virtio-net header of a frame, as far as it says anything about it (VIRTIO 1.3, 5.1.6).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -126,7 +129,7 @@ impl Header {
 
     /// As it is written before a frame that has `longer` bytes more in front of its checksum. `num_buffers` is 1.
     #[inline]
-    fn bytes(&self, longer: u16) -> [u8; MAX_HEADER] {
+    fn bytes(&self, longer: u16) -> [u8; HEADER] {
         if self.is_plain() {
             return [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0];
         }
@@ -166,8 +169,9 @@ pub(super) fn is_group(address: u64) -> bool {
 pub(super) struct Beginning {
     /// What is yet to be done for it.
     pub(super) header: Header,
-    /// Its header as it goes out, and first bytes, without a tag. What is behind those is of other frames.
-    front: [u8; MAX_HEADER + PREFIX],
+    /// Its header as it goes out, with room in front of it for a longer one that came in, and first bytes, without a tag. What is
+    /// behind those is of other frames.
+    front: [u8; LONGEST_HEADER + PREFIX],
     prefix_len: usize,
     /// The VLAN that it is in.
     pub(super) vlan: u16,
@@ -209,7 +213,7 @@ impl Beginning {
     pub(super) const fn new() -> Self {
         Self {
             header: Header::NONE,
-            front: [0; MAX_HEADER + PREFIX],
+            front: [0; LONGEST_HEADER + PREFIX],
             prefix_len: 0,
             vlan: 0,
             priority: 0,
@@ -220,7 +224,7 @@ impl Beginning {
     /// Where the first `len` bytes of a frame are to be put, its header of `header_len` included; `None` if those are too many.
     #[inline]
     pub(super) fn place(&mut self, header_len: usize, len: usize) -> Option<&mut [u8]> {
-        let start = MAX_HEADER.checked_sub(header_len)?;
+        let start = LONGEST_HEADER.checked_sub(header_len)?;
         self.front.get_mut(start..start.checked_add(len)?)
     }
 
@@ -285,19 +289,19 @@ impl Beginning {
         true
     }
 
-    /// The frame in `bytes`, a header of [`MAX_HEADER`] bytes in front, at a port of these VLANs. Returns what is behind its
+    /// The frame in `bytes`, a header of [`HEADER`] bytes in front, at a port of these VLANs. Returns what is behind its
     /// beginning.
     pub(super) fn begin<'b>(
         &mut self,
         bytes: &'b [u8],
         vlans: &Vlans,
     ) -> Result<&'b [u8], Refused> {
-        let count = bytes.len().min(MAX_HEADER + PREFIX);
+        let count = bytes.len().min(HEADER + PREFIX);
         let (first, rest) = bytes.split_at_checked(count).ok_or(Refused::Malformed)?;
-        let prefix_len = count.checked_sub(MAX_HEADER).ok_or(Refused::Malformed)?;
-        let place = self.place(MAX_HEADER, count).ok_or(Refused::Malformed)?;
+        let prefix_len = count.checked_sub(HEADER).ok_or(Refused::Malformed)?;
+        let place = self.place(HEADER, count).ok_or(Refused::Malformed)?;
         place.copy_from_slice(first);
-        self.understand(MAX_HEADER, prefix_len, rest.len(), vlans)?;
+        self.understand(HEADER, prefix_len, rest.len(), vlans)?;
         Ok(rest)
     }
 
@@ -311,7 +315,7 @@ impl Beginning {
             ..Self::new()
         };
         other.write_header();
-        for (place, byte) in other.front.iter_mut().skip(MAX_HEADER).zip(first) {
+        for (place, byte) in other.front.iter_mut().skip(LONGEST_HEADER).zip(first) {
             *place = *byte;
         }
         other
@@ -319,14 +323,15 @@ impl Beginning {
 
     #[inline]
     fn write_header(&mut self) {
-        if let Some(place) = self.front.first_chunk_mut() {
+        let place = self.front.get_mut(LONGEST_HEADER - HEADER..);
+        if let Some(place) = place.and_then(<[u8]>::first_chunk_mut) {
             *place = self.header.bytes(0);
         }
     }
 
     /// Writes header and first bytes with a tag.
     fn tag(&self, room: &mut [u8; FRONT]) {
-        let (header, place) = room.split_at_mut(MAX_HEADER);
+        let (header, place) = room.split_at_mut(HEADER);
         header.copy_from_slice(&self.header.bytes(4));
         let prefix = self.prefix();
         let (addresses, behind) = prefix.split_at_checked(TAG_AT).unwrap_or((prefix, &[]));
@@ -350,8 +355,8 @@ impl Beginning {
         if self.prefix_len < ETHERNET + TAG {
             return Err(Refused::Malformed);
         }
-        let end = MAX_HEADER + self.prefix_len;
-        if let Some(prefix) = self.front.get_mut(MAX_HEADER..end) {
+        let end = LONGEST_HEADER + self.prefix_len;
+        if let Some(prefix) = self.front.get_mut(LONGEST_HEADER..end) {
             prefix.copy_within(TAG_AT + TAG.., TAG_AT);
         }
         self.prefix_len -= TAG;
@@ -371,7 +376,7 @@ impl Beginning {
     #[inline]
     pub(super) fn prefix(&self) -> &[u8] {
         self.front
-            .get(MAX_HEADER..MAX_HEADER + self.prefix_len)
+            .get(LONGEST_HEADER..LONGEST_HEADER + self.prefix_len)
             .unwrap_or_default()
     }
 
@@ -391,7 +396,7 @@ impl Beginning {
     #[inline]
     fn bytes_of_ethernet<const N: usize>(&self, offset: usize) -> Option<[u8; N]> {
         self.front
-            .get(MAX_HEADER + offset..MAX_HEADER + ETHERNET)?
+            .get(LONGEST_HEADER + offset..LONGEST_HEADER + ETHERNET)?
             .first_chunk()
             .copied()
     }
@@ -482,14 +487,14 @@ impl<'a> Frame<'a> {
     pub(super) fn packet(&self, form: Form, room: &'a mut [u8; FRONT]) -> Packet<'a> {
         let beginning = self.beginning;
         let front = match form {
-            Form::Untagged => &beginning.front[..],
+            Form::Untagged => &beginning.front[LONGEST_HEADER - HEADER..],
             Form::Tagged => {
                 beginning.tag(room);
                 &room[..]
             }
         };
         let longer = if form == Form::Tagged { TAG } else { 0 };
-        let front_len = MAX_HEADER + beginning.prefix_len + longer;
+        let front_len = HEADER + beginning.prefix_len + longer;
         Packet {
             front: front.get(..front_len).unwrap_or_default(),
             rest: self.rest,
@@ -511,26 +516,26 @@ impl<'a> Packet<'a> {
     /// The first bytes of the frame, for filters.
     #[inline]
     pub(super) fn start(&self) -> &'a [u8] {
-        self.front.get(MAX_HEADER..).unwrap_or_default()
+        self.front.get(HEADER..).unwrap_or_default()
     }
 
     /// Bytes with a header of `header_len`.
     #[inline]
     pub(super) fn len(&self, header_len: usize) -> usize {
-        (self.front.len() + self.rest_len + header_len).saturating_sub(MAX_HEADER)
+        (self.front.len() + self.rest_len + header_len).saturating_sub(HEADER)
     }
 
     /// All of it, with a header of `header_len` bytes, if it lies in one piece.
     #[inline]
     pub(super) fn whole(&self, header_len: usize) -> Option<&'a [u8]> {
-        (self.rest_len == 0 && header_len == MAX_HEADER).then_some(self.front)
+        (self.rest_len == 0 && header_len == HEADER).then_some(self.front)
     }
 
-    /// All of it, from its beginning, with a header of `header_len` bytes.
+    /// All of it, from its beginning, with a header of `header_len` bytes that is no longer than [`HEADER`].
     #[inline]
     pub(super) fn bytes(&self, header_len: usize) -> Bytes<'a> {
         // A short header ends before `num_buffers`, and the frame follows it: its bytes are put together there.
-        let (header, front) = if header_len == MAX_HEADER {
+        let (header, front) = if header_len == HEADER {
             (self.front, &[][..])
         } else {
             let header = self.front.get(..header_len).unwrap_or_default();
@@ -539,6 +544,28 @@ impl<'a> Packet<'a> {
         Bytes {
             header,
             front,
+            rest: self.rest,
+        }
+    }
+
+    /// The longest header, which is put together in `room`, and all of the frame.
+    pub(super) fn bytes_with<'b>(
+        &self,
+        report: Report,
+        room: &'b mut [u8; LONGEST_HEADER],
+    ) -> Bytes<'b>
+    where
+        'a: 'b,
+    {
+        // `hash_value`, `hash_report` and padding (VIRTIO 1.3, 5.1.6).
+        let fields = u64::from(report.kind) << 32 | u64::from(report.value);
+        let header = self.front.iter().copied().take(HEADER);
+        for (place, byte) in room.iter_mut().zip(header.chain(fields.to_le_bytes())) {
+            *place = byte;
+        }
+        Bytes {
+            header: room,
+            front: self.start(),
             rest: self.rest,
         }
     }
@@ -731,13 +758,13 @@ mod tests {
         let like = |other: &[u8], header: [u8; 10], frame: &[u8]| {
             let (other, _) = plain(other, &vlans).unwrap();
             let packet = [&header[..], &[7; 2], frame].concat();
-            let count = packet.len().min(MAX_HEADER + PREFIX);
+            let count = packet.len().min(HEADER + PREFIX);
             let (start, rest) = packet.split_at(count);
             let mut beginning = Beginning::new();
-            let place = beginning.place(MAX_HEADER, count).unwrap();
+            let place = beginning.place(HEADER, count).unwrap();
             place.copy_from_slice(start);
-            let (len, rest_len) = (count - MAX_HEADER, rest.len());
-            let alike = beginning.is_like(&other, MAX_HEADER, len, rest_len, &vlans);
+            let (len, rest_len) = (count - HEADER, rest.len());
+            let alike = beginning.is_like(&other, HEADER, len, rest_len, &vlans);
             alike.then(|| out(&(beginning, rest.to_vec()), Form::Tagged, 12))
         };
         let untagged = frame_bytes(None);

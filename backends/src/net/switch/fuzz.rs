@@ -9,7 +9,7 @@
 use ringside_rings::Segment;
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
-use super::frame::{Beginning, FRONT, Frame, MAX_HEADER, PREFIX, Rest};
+use super::frame::{Beginning, FRONT, Frame, HEADER, PREFIX, Rest};
 use super::offload::{Room, finish};
 use super::policy::{Form, Vlans};
 use crate::shell::Memory;
@@ -50,12 +50,12 @@ pub fn frame(bytes: &[u8]) {
         skip: first.len(),
     };
     let mut beginning = Beginning::new();
-    let Some(place) = beginning.place(MAX_HEADER, MAX_HEADER + first.len()) else {
+    let Some(place) = beginning.place(HEADER, HEADER + first.len()) else {
         return;
     };
     place[..10].copy_from_slice(header);
-    place[MAX_HEADER..].copy_from_slice(first);
-    let understood = beginning.understand(MAX_HEADER, first.len(), len - first.len(), &vlans);
+    place[HEADER..].copy_from_slice(first);
+    let understood = beginning.understand(HEADER, first.len(), len - first.len(), &vlans);
     if understood.is_err() {
         return;
     }
@@ -74,7 +74,7 @@ pub fn frame(bytes: &[u8]) {
     for (form, longer) in [(Form::Untagged, 0), (Form::Tagged, 4)] {
         let mut front = [0; FRONT];
         let packet = frame.packet(form, &mut front);
-        for header_len in [10, MAX_HEADER] {
+        for header_len in [10, HEADER] {
             assert_eq!(packet.len(header_len), header_len + untagged + longer);
             let mut out = vec![0; packet.len(header_len)];
             let copied = packet

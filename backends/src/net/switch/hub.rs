@@ -19,6 +19,7 @@ use super::super::args::{ArgsError, NetArgs, adopt_link};
 use super::super::config::{MacAddress, NetConfig};
 use super::super::device::{needs, no_other_program};
 use super::super::features::{Extras, offered};
+use super::super::hash::HASH_TYPES;
 use super::super::link::{Described, Interface, LinkError, LinkOptions, PcapError, Recorder};
 use super::counters::AllPorts;
 use super::options::{Capture, GuestOptions, OptionsError, SwitchArgs, UplinkOptions};
@@ -29,7 +30,7 @@ use super::table::{QUOTA, UPLINK_QUOTA};
 use super::worker::{Behind, Inbox, Known, Order, Worker};
 use crate::shell::{
     Hub, OnOff, OpenError, OpenPort, Parts, PortOptions, StateError, Statistics, TakeOverError,
-    confined, counters_go_on, counters_to_json, now, same,
+    UplinkControl, confined, counters_go_on, counters_to_json, now, same,
 };
 
 /// How long the switch's thread may take to tell what it knows.
@@ -118,7 +119,7 @@ pub struct Switch {
     offloads: u32,
     /// By number: the ports there are.
     ports: Vec<Option<Arc<PortShared>>>,
-    uplinks: Vec<Uplink>,
+    uplinks: Vec<Arc<Uplink>>,
     /// Capture files of ports on the command line, until those are there: later the program may open no file.
     recorders: BTreeMap<PathBuf, Recorder>,
     /// Ports and links, as the command line had them.
@@ -133,8 +134,42 @@ pub struct Switch {
 
 /// What a switch is joined to.
 struct Uplink {
+    port: Arc<PortShared>,
     interface: Arc<dyn Interface>,
     described: Described,
+}
+
+impl UplinkControl for Uplink {
+    fn name(&self) -> &str {
+        &self.port.name
+    }
+
+    fn link(&self) -> &str {
+        &self.described.link
+    }
+
+    fn status(&self) -> Value {
+        let policy = &self.port.policy;
+        json!({
+            "device": "uplink",
+            "interface": {
+                "port": self.port.name,
+                "uplink": self.described.link,
+                "link": if self.port.is_up() { "up" } else { "down" },
+                "vlans": policy.vlans.to_string(),
+                "isolated": policy.isolated,
+            },
+            "limits": self.port.limits.get().to_json(),
+        })
+    }
+
+    fn limits(&self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
+        self.port.answer_limits(changes)
+    }
+
+    fn set_link(&self, up: bool) -> bool {
+        self.port.plug(up)
+    }
 }
 
 impl Switch {
@@ -234,8 +269,7 @@ impl Switch {
     }
 
     fn uplink_ports(&self) -> impl Iterator<Item = &Arc<PortShared>> {
-        let ports = self.ports.iter().flatten();
-        ports.filter(|port| port.mac.is_none())
+        self.uplinks.iter().map(|uplink| &uplink.port)
     }
 
     /// The addresses that the switch's thread knows, by an order that has it tell them.
@@ -336,7 +370,10 @@ impl Switch {
             }
         };
         let (link_name, offloads) = (opened.name, opened.offloads);
-        self.uplinks.push(Uplink {
+        let port = PortShared::new(&name, None, policy, UPLINK_QUOTA, rates, offloads);
+        let port = Arc::new(port.recorded(self.recorder(capture)?));
+        self.uplinks.push(Arc::new(Uplink {
+            port: Arc::clone(&port),
             interface: Arc::clone(&opened.interface),
             described: Described {
                 link: link_name.clone(),
@@ -344,9 +381,7 @@ impl Switch {
                 offloads,
                 attached: opened.interface.order(),
             },
-        });
-        let port = PortShared::new(&name, None, policy, UPLINK_QUOTA, rates, offloads);
-        let port = Arc::new(port.recorded(self.recorder(capture)?));
+        }));
         if let Some(queue) = opened.queues.into_iter().next() {
             info!(port = name, link = link_name, "uplink");
             self.insert(number, &port);
@@ -391,6 +426,9 @@ impl Hub for Switch {
             mac,
             mtu,
             pairs,
+            rss,
+            hash_report,
+            standby,
             policy,
             rates,
             capture,
@@ -403,22 +441,21 @@ impl Hub for Switch {
         options.insert("name".to_owned(), name.clone());
         options.insert("mac".to_owned(), mac.to_string());
         self.check_addresses(&[&[mac][..], &policy.macs].concat())?;
+        let rss = rss && pairs > 1;
         let config = NetConfig {
             mac,
             pairs,
             mtu: mtu.or(self.args.mtu),
             speed: self.args.speed,
-            hash_types: 0,
+            hash_types: if rss || hash_report { HASH_TYPES } else { 0 },
         };
         let extras = Extras {
             mtu: config.mtu.is_some(),
             speed: config.speed.is_some(),
-            // The switch interrupts once in a round, whatever a driver would like.
-            coalescing: false,
-            standby: false,
-            // It spreads packets itself, by their flows.
-            rss: false,
-            hash_report: false,
+            coalescing: true,
+            standby,
+            rss,
+            hash_report,
             multi_queue: pairs > 1,
             packed: self.args.packed == OnOff::On,
             in_order: self.args.in_order == OnOff::On,
@@ -460,18 +497,9 @@ impl Hub for Switch {
         ])
     }
 
-    fn uplink_limits(
-        &self,
-        name: &str,
-        changes: &BTreeMap<String, Size>,
-    ) -> Option<Result<Value, ApiError>> {
-        let uplink = self.uplink_ports().find(|port| port.name == name)?;
-        Some(uplink.answer_limits(changes))
-    }
-
-    fn set_uplink(&self, name: &str, up: bool) -> Option<bool> {
-        let uplink = self.uplink_ports().find(|port| port.name == name)?;
-        Some(uplink.plug(up))
+    fn uplinks(&self) -> Vec<Arc<dyn UplinkControl>> {
+        let uplinks = self.uplinks.iter().cloned();
+        uplinks.map(|uplink| uplink as _).collect()
     }
 
     fn end(&mut self) {
@@ -503,17 +531,13 @@ impl Hub for Switch {
         }
         let mut descriptors = Vec::new();
         let mut links = Vec::new();
-        for Uplink {
-            interface,
-            described,
-        } in &self.uplinks
-        {
-            let found = interface.parts();
+        for uplink in &self.uplinks {
+            let found = uplink.interface.parts();
             let found = found.map_err(|error| ApiError::new(ErrorCode::Failed, &error))?;
             let Some(own) = found else {
-                return Err(no_other_program(&described.link));
+                return Err(no_other_program(uplink.link()));
             };
-            links.push((described.clone(), own.len()));
+            links.push((uplink.described.clone(), own.len()));
             descriptors.extend(own);
         }
         let description = json!(SwitchParts {

@@ -9,7 +9,7 @@ use virtio_bindings::virtio_net::{
 use vm_memory::VolatileSlice;
 
 use super::frame::{
-    ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRONT, Frame, Header, MAX_HEADER, PREFIX, Rest,
+    ETHERNET, ETHERTYPE_IPV4, ETHERTYPE_IPV6, FRONT, Frame, HEADER, Header, PREFIX, Rest,
 };
 use super::policy::Form;
 use crate::net::tx::MAX_FRAME;
@@ -45,7 +45,7 @@ pub(super) struct Room {
 
 impl Room {
     pub(super) fn new() -> Self {
-        let room = || vec![0; MAX_HEADER + MAX_FRAME].into();
+        let room = || vec![0; HEADER + MAX_FRAME].into();
         Self {
             whole: room(),
             segment: room(),
@@ -110,8 +110,8 @@ pub(super) fn finish(
     // Without a tag, as offsets count from there. The header is dealt with here.
     let mut front = [0; FRONT];
     let packet = frame.packet(Form::Untagged, &mut front);
-    let mut header = [0; MAX_HEADER];
-    let mut left = packet.bytes(MAX_HEADER);
+    let mut header = [0; HEADER];
+    let mut left = packet.bytes(HEADER);
     if !left.copy_to(VolatileSlice::from(&mut header[..]))
         || !left.copy_to(VolatileSlice::from(&mut *bytes))
     {

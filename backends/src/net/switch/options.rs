@@ -24,7 +24,7 @@ pub struct SwitchArgs {
     /// Serve a guest at a port of a switch, in place of one guest with a link of its own; once for each guest
     ///
     /// socket=PATH is where its virtual machine monitor connects (client=on: listens). Further keys: name=, mac=, mtu=,
-    /// queue-pairs=; vlan=N for the VLAN that it is in without knowing [1], or trunk=N+N-N for those that it sees with
+    /// queue-pairs=, rss= [on], hash-report= and standby= as the options of these names say of a card; vlan=N for the VLAN that it is in without knowing [1], or trunk=N+N-N for those that it sees with
     /// tags, with native=N for the one without; isolated=on so that it speaks with no other isolated port;
     /// mac-filter=MAC+MAC and ip-filter=IP+IP for the only addresses that it may send from; and limits in a second:
     /// tx-packets=, tx-bytes=, rx-packets=, rx-bytes= (each with -burst=), and flood-packets= [20000] for what goes to all;
@@ -125,13 +125,13 @@ impl Reader {
         Ok(self.get(key, read)?.unwrap_or_default())
     }
 
-    fn switch(&mut self, key: &'static str) -> Result<bool, OptionsError> {
+    fn switch(&mut self, key: &'static str, default: bool) -> Result<bool, OptionsError> {
         let read = |text: &str| match text {
             "on" => Ok(true),
             "off" => Ok(false),
             _ => Err(format!("`{text}` is neither on nor off")),
         };
-        Ok(self.get(key, read)?.unwrap_or(false))
+        Ok(self.get(key, read)?.unwrap_or(default))
     }
 
     /// The name; the log shows it, threads and metrics are named by it.
@@ -168,7 +168,7 @@ impl Reader {
         };
         let policy = Policy {
             vlans,
-            isolated: self.switch("isolated")?,
+            isolated: self.switch("isolated", false)?,
             macs: self.list("mac-filter")?,
             ips: self.list::<IpAddr>("ip-filter")?,
         };
@@ -223,6 +223,9 @@ pub(super) struct GuestOptions {
     pub(super) mac: Option<MacAddress>,
     pub(super) mtu: Option<u16>,
     pub(super) pairs: u16,
+    pub(super) rss: bool,
+    pub(super) hash_report: bool,
+    pub(super) standby: bool,
     pub(super) policy: Policy,
     pub(super) rates: PortRates,
     pub(super) capture: Option<Capture>,
@@ -254,17 +257,25 @@ impl GuestOptions {
                 .filter(|path| !path.is_empty())
                 .ok_or(OptionsError::Missing("socket"))?
                 .into(),
-            client: reader.switch("client")?,
+            client: reader.switch("client", false)?,
             mac: reader.get("mac", mac)?,
             mtu: reader.get("mtu", number(68..=u16::MAX))?,
             pairs: reader
                 .get("queue-pairs", number(1..=MAX_QUEUES))?
                 .unwrap_or(1),
+            rss: reader.switch("rss", true)?,
+            hash_report: reader.switch("hash-report", false)?,
+            standby: reader.switch("standby", false)?,
             policy,
             rates,
             capture,
         };
         reader.end()?;
+        if read.standby && read.mac.is_none() {
+            return Err(OptionsError::Together(
+                "standby=on needs mac=: that of the function that the card stands in for",
+            ));
+        }
         Ok(read)
     }
 }
@@ -331,6 +342,7 @@ mod tests {
             ("/run/a,native=7", "give trunk="),
             ("/run/a,vlan=4095", "1 to 4094"),
             ("/run/a,isolated=yes", "neither on nor off"),
+            ("/run/a,standby=on", "needs mac="),
             ("/run/a,ip-filter=10.0.0", "ip-filter: "),
             ("/run/a,colour=red", "no key `colour`"),
             ("/run/a,pcap-snap=64", "give pcap="),

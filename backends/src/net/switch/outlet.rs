@@ -11,13 +11,15 @@ use tracing::{debug, warn};
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{GuestAddress, Permissions, VolatileSlice};
 
+use super::super::coalesce::Coalescing;
 use super::super::features::{has, header_len};
 use super::super::filter::Filter;
+use super::super::hash::Report;
 use super::super::iov::IoList;
 use super::super::link::{Link, Recorder};
 use super::super::ring::Ring;
 use super::super::settings::{Pairs, Settings, Shared};
-use super::frame::{Beginning, Bytes, FRONT, Frame, MAX_HEADER, Packet};
+use super::frame::{Beginning, Bytes, FRONT, Frame, HEADER, LONGEST_HEADER, Packet};
 use super::offload::{self, Room};
 use super::policy::Form;
 use super::shared::PortShared;
@@ -53,6 +55,8 @@ pub(super) struct RxRing {
     mergeable: bool,
     /// It was given packets that are not published yet.
     dirty: bool,
+    /// Packets that it was given.
+    pub(super) done: u64,
 }
 
 impl RxRing {
@@ -64,6 +68,7 @@ impl RxRing {
             header_len: header_len(features).into(),
             mergeable: has(features, VIRTIO_NET_F_MRG_RXBUF),
             dirty: false,
+            done: 0,
             ring: Ring::new(vring, log),
         }
     }
@@ -77,6 +82,7 @@ impl RxRing {
             header_len,
             mergeable,
             dirty,
+            done: _,
         } = self;
         let (mut session, other, _) = ring.parts()?;
         session.disable_notifications()?;
@@ -111,9 +117,13 @@ impl RxRing {
             .ring
             .parts()
             .and_then(|(mut session, ..)| session.publish());
+        let done = self.done;
         match published {
-            Ok(true) => interrupt(&self.ring, port, signals),
-            Ok(false) => {}
+            Ok(wanted) => {
+                if wanted && self.ring.wanted(done) || self.ring.ended(done) {
+                    interrupt(&self.ring, port, signals);
+                }
+            }
             Err(error) => {
                 self.ring.give_up(&error);
                 tell_of_failure(&self.ring, port, signals);
@@ -137,7 +147,7 @@ struct Opened<'a> {
 
 impl Opened<'_> {
     #[inline]
-    fn put(&mut self, packet: &Packet<'_>) -> Result<Put, RingError> {
+    fn put(&mut self, packet: &Packet<'_>, report: Report) -> Result<Put, RingError> {
         let chain = match self.session.pop(self.first) {
             Ok(Some(chain)) => chain,
             Ok(None) => return Ok(Put::Starved),
@@ -158,7 +168,12 @@ impl Opened<'_> {
             return Ok(Put::Done);
         }
         let total = packet.len(self.header_len);
-        let mut bytes = packet.bytes(self.header_len);
+        let mut room = [0; LONGEST_HEADER];
+        let mut bytes = if self.header_len > HEADER {
+            packet.bytes_with(report, &mut room)
+        } else {
+            packet.bytes(self.header_len)
+        };
         // Without mergeable buffers a packet gets one.
         let least = if self.mergeable { 0 } else { total };
         match fill(
@@ -238,7 +253,7 @@ impl Opened<'_> {
             heads.clear();
             return Ok(put);
         }
-        if *header_len == MAX_HEADER {
+        if *header_len >= HEADER {
             let count = u16::try_from(heads.len()).unwrap_or(u16::MAX);
             let count = count.to_le_bytes();
             // It was written there a moment ago.
@@ -359,13 +374,25 @@ impl GuestOutlet {
         }
     }
 
-    /// Goes by what the driver has set, if that is new.
-    pub(super) fn adopt(&mut self) {
+    /// Goes by what the driver has set, if that is new. Returns whether it is.
+    pub(super) fn adopt(&mut self) -> bool {
         if self.shared.is_newer(self.version) {
             (self.version, self.settings) = self.shared.latest();
             self.choose_pairs();
-            self.shared.adopt(0, self.version);
+            true
+        } else {
+            false
         }
+    }
+
+    /// It goes by what it has seen last.
+    pub(super) fn adopted(&self) {
+        self.shared.adopt(0, self.version);
+    }
+
+    /// How interrupts of a queue are held back.
+    pub(super) fn coalescing_of(&self, queue: u16) -> Coalescing {
+        self.settings.coalescing_of(queue)
     }
 
     /// Chooses the pairs that frames are spread over: those that run, as far as the driver uses them.
@@ -389,13 +416,14 @@ impl GuestOutlet {
         room: &mut Room,
         now: u64,
     ) {
-        let mut frames = frames;
+        let chosen = self.chosen.as_slice();
+        let settings = &self.settings;
+        let mut frames = frames.map(|frame| (aim(settings, chosen, &frame), frame));
         let mut next = frames.next();
         let mut tagged = [0; FRONT];
-        while let Some(first) = &next {
-            let chosen = self.chosen.as_slice();
-            let queue = queue_of(chosen, first);
-            let filter = &self.settings.filter;
+        let mut failed = false;
+        while let Some(&((queue, _), _)) = next.as_ref() {
+            let filter = &settings.filter;
             let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
             let Some(ring) = ring.filter(|ring| ring.ring.runs()) else {
                 shared.counters.rx_starved.add(1);
@@ -403,6 +431,7 @@ impl GuestOutlet {
                 continue;
             };
             let memory = Arc::clone(&ring.ring.vring.memory);
+            let mut packets = 0;
             let served = ring.open(&memory).and_then(|opened| {
                 let mut way = Way {
                     opened,
@@ -415,26 +444,33 @@ impl GuestOutlet {
                     bytes: 0,
                 };
                 let mut sent = Ok(());
-                while let Some(frame) = next.take_if(|next| queue_of(chosen, next) == queue) {
+                while let Some(((_, report), frame)) =
+                    next.take_if(|((other, _), _)| *other == queue)
+                {
                     next = frames.next();
                     sent = match shared.as_it_is(&frame) {
-                        Some(form) => way.send(&frame, form),
-                        None => way.finish(&frame, room),
+                        Some(form) => way.send(&frame, form, report),
+                        None => way.finish(&frame, report, room),
                     };
                     if sent.is_err() {
                         shared.counters.rx_dropped.add(1);
                         break;
                     }
                 }
-                shared.counters.rx_packets.add(way.packets);
+                packets = way.packets;
+                shared.counters.rx_packets.add(packets);
                 shared.counters.rx_bytes.add(way.bytes);
                 sent
             });
+            ring.done = ring.done.wrapping_add(packets);
             if let Err(error) = served {
                 ring.fail(&error);
-                // Flows are spread over those that are left.
-                self.choose_pairs();
+                failed = true;
             }
+        }
+        if failed {
+            // Flows are spread over those that are left.
+            self.choose_pairs();
         }
     }
 }
@@ -457,7 +493,7 @@ struct Way<'a> {
 impl Way<'_> {
     /// Sends a frame out as it is, unless something is against it.
     #[inline]
-    fn send(&mut self, frame: &Frame<'_>, form: Form) -> Result<(), RingError> {
+    fn send(&mut self, frame: &Frame<'_>, form: Form, report: Report) -> Result<(), RingError> {
         let packet = frame.packet(form, self.tagged);
         if self.limited && !self.shared.admits(&packet, self.now) {
             return Ok(());
@@ -466,7 +502,7 @@ impl Way<'_> {
             self.shared.counters.rx_filtered.add(1);
             return Ok(());
         }
-        match self.opened.put(&packet)? {
+        match self.opened.put(&packet, report)? {
             Put::Done => {
                 self.packets = self.packets.saturating_add(1);
                 let len = u64::try_from(packet.len(0)).unwrap_or(u64::MAX);
@@ -479,16 +515,35 @@ impl Way<'_> {
 
     /// Sends out what becomes of a frame that the port does not take as it is.
     #[cold]
-    fn finish(&mut self, frame: &Frame<'_>, room: &mut Room) -> Result<(), RingError> {
+    fn finish(
+        &mut self,
+        frame: &Frame<'_>,
+        report: Report,
+        room: &mut Room,
+    ) -> Result<(), RingError> {
         let mut sent = Ok(());
         let shared = self.shared;
         shared.finished(frame, room, |part, form| {
             if sent.is_ok() {
-                sent = self.send(part, form);
+                sent = self.send(part, form, report);
             }
         });
         sent
     }
+}
+
+/// The queue pair that a frame is for, and its hash: by the driver's table, or else by its flow one of those that are chosen.
+#[inline]
+fn aim(settings: &Settings, chosen: &[usize], frame: &Frame<'_>) -> (usize, Report) {
+    if settings.hashing.types == 0 && settings.rss.is_none() {
+        return (queue_of(chosen, frame), Report::NONE);
+    }
+    let report = settings.hashing.report(frame.prefix());
+    let queue = match &settings.rss {
+        Some(rss) => rss.pair(report).into(),
+        None => queue_of(chosen, frame),
+    };
+    (queue, report)
 }
 
 /// The queue pair of a frame's flow, of those that are chosen.
@@ -612,7 +667,7 @@ pub(super) struct LinkOutlet {
 impl LinkOutlet {
     /// `None` if there is no memory.
     pub(super) fn new(link: Box<dyn Link>) -> Option<Self> {
-        let ranges = [(GuestAddress(0), MAX_HEADER + MAX_FRAME)];
+        let ranges = [(GuestAddress(0), HEADER + MAX_FRAME)];
         let memory = Arc::new(Memory::from_ranges(&ranges).ok()?);
         Some(Self {
             link,
@@ -623,12 +678,12 @@ impl LinkOutlet {
     }
 
     fn put(&mut self, packet: &Packet<'_>, port: &PortShared) -> Put {
-        let Ok(len) = u32::try_from(packet.len(MAX_HEADER)) else {
+        let Ok(len) = u32::try_from(packet.len(HEADER)) else {
             return Put::Unfit;
         };
         let whole = [Segment::new(GuestAddress(0), len)];
         let count = usize::try_from(len).unwrap_or(usize::MAX);
-        let mut bytes = packet.bytes(MAX_HEADER);
+        let mut bytes = packet.bytes(HEADER);
         self.list.clear();
         if !Window::new(&self.memory).each(&whole, count, |place| bytes.copy_to(place))
             || self.list.append(&whole, Permissions::Read).is_err()
@@ -636,7 +691,7 @@ impl LinkOutlet {
             return Put::Unfit;
         }
         self.dirty = true;
-        match self.link.send(&mut self.list, MAX_HEADER) {
+        match self.link.send(&mut self.list, HEADER) {
             Ok(()) => Put::Done,
             Err(error)
                 if matches!(

@@ -245,7 +245,7 @@ impl Device for SwitchPort {
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
-        state::save(&self.settings, self.shared.as_ref())
+        state::save(&self.settings)
     }
 
     fn load(&mut self, bytes: &[u8]) -> Result<(), StateError> {

@@ -1,6 +1,5 @@
 //! What a port's control threads and the switch's thread have in common.
 
-use std::array;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -11,10 +10,12 @@ use serde_json::Value;
 use tracing::{debug, info};
 
 use super::super::config::MacAddress;
+use super::super::limits::Limits;
 use super::super::link::{Interface, LinkError, Recorder};
+use super::super::steering::Rss;
 use super::counters::Counters;
 use super::policy::Policy;
-use crate::shell::{Bucket, LimitError, LogLimit, NamedRates, StateError};
+use crate::shell::{LimitError, LogLimit, NamedRates, StateError};
 
 /// Names of the limits: of what comes in, of what goes out, and of what comes in and goes to all.
 pub(super) const LIMITS: [&str; 5] = [
@@ -33,77 +34,12 @@ pub(super) type PortRates = NamedRates<{ LIMITS.len() }>;
 pub(super) const FLOOD: u64 = 20_000;
 
 /// The buckets of a port.
-#[derive(Debug, Default)]
-pub(super) struct Limits {
-    buckets: [Bucket; LIMITS.len()],
-    /// There is one for what comes in; for what goes out.
-    active: [AtomicBool; 2],
-}
+pub(super) type PortLimits = Limits<{ LIMITS.len() }>;
 
-impl Limits {
-    /// Goes by these from now on.
-    fn set(&self, rates: PortRates) {
-        let rates = rates.all();
-        for (bucket, rate) in self.buckets.iter().zip(rates) {
-            bucket.set(rate);
-        }
-        for (active, rates) in self.active.iter().zip(rates.chunks(2)) {
-            active.store(rates.iter().any(Option::is_some), Ordering::Relaxed);
-        }
-    }
-
-    /// Those that hold.
-    pub(super) fn get(&self) -> PortRates {
-        let mut buckets = self.buckets.iter();
-        let rates = array::from_fn(|_| buckets.next().and_then(Bucket::get));
-        NamedRates::of(&LIMITS, rates)
-    }
-
-    /// How far they are used up, for another program.
-    fn levels(&self) -> [u64; LIMITS.len()] {
-        self.buckets.each_ref().map(Bucket::full_at)
-    }
-
-    fn set_levels(&self, levels: [u64; LIMITS.len()]) {
-        for (bucket, level) in self.buckets.iter().zip(levels) {
-            bucket.set_full_at(level);
-        }
-    }
-
-    fn take_both(packets: &Bucket, of_bytes: &Bucket, bytes: u64, now: u64) -> Result<(), u64> {
-        packets.take(1, now)?;
-        of_bytes.take(bytes, now).inspect_err(|_| {
-            packets.give_back(1);
-        })
-    }
-
-    /// There are limits of what comes in.
-    #[inline]
-    pub(super) fn of_tx(&self) -> bool {
-        self.active[0].load(Ordering::Relaxed)
-    }
-
-    /// There are limits of what goes out.
-    #[inline]
-    pub(super) fn of_rx(&self) -> bool {
-        self.active[1].load(Ordering::Relaxed)
-    }
-
-    /// Lets a frame come in at the time `now` in nanoseconds, or says in how many nanoseconds to ask again.
-    pub(super) fn take_tx(&self, bytes: u64, now: u64) -> Result<(), u64> {
-        let [packets, of_bytes, ..] = &self.buckets;
-        Self::take_both(packets, of_bytes, bytes, now)
-    }
-
-    /// Lets a frame go out, or not.
-    pub(super) fn take_rx(&self, bytes: u64, now: u64) -> bool {
-        let [_, _, packets, of_bytes, _] = &self.buckets;
-        Self::take_both(packets, of_bytes, bytes, now).is_ok()
-    }
-
+impl PortLimits {
     /// Lets a frame go to all, or not.
     pub(super) fn take_flood(&self, now: u64) -> bool {
-        let [.., flood] = &self.buckets;
+        let [.., flood] = self.buckets();
         flood.take(1, now).is_ok()
     }
 }
@@ -131,7 +67,7 @@ pub(super) struct PortShared {
     /// How many addresses can be behind it.
     pub(super) quota: u32,
     /// Its limits.
-    pub(super) limits: Limits,
+    pub(super) limits: PortLimits,
     /// What it has done.
     pub(super) counters: Counters,
     /// The cable is plugged in.
@@ -156,7 +92,7 @@ impl PortShared {
         rates: PortRates,
         offloads: u32,
     ) -> Self {
-        let limits = Limits::default();
+        let limits = Limits::new(&LIMITS);
         limits.set(rates);
         Self {
             name: name.to_owned(),
@@ -268,11 +204,16 @@ impl PortShared {
     }
 }
 
-/// What a driver can change about its port. Its rings say how long headers are.
+/// What a driver can change about its port. Its rings say how long headers are, its settings which queue a packet is for.
 impl Interface for PortShared {
     fn set_offloads(&self, offloads: u32) -> Result<(), LinkError> {
         debug!(port = self.name, "offloads {offloads:#x}");
         self.offloads.store(offloads, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// The switch's thread goes by the settings.
+    fn set_steering(&self, _rss: Option<Rss>) -> Result<(), LinkError> {
         Ok(())
     }
 }

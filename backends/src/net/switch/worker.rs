@@ -29,12 +29,13 @@ use super::super::config::MacAddress;
 use super::super::epoll_set::EpollSet;
 use super::super::features::header_len;
 use super::super::iov::IoList;
+use super::super::limits::{LONGEST_WAIT, sleep_until};
 use super::super::link::Link;
 use super::super::ring::Ring;
 use super::super::settings::Shared;
 use super::super::worker::POLL_INTERVAL;
 use super::counters::AllPorts;
-use super::frame::{Beginning, Frame, MAX_HEADER, PREFIX, Refused, Rest, is_group};
+use super::frame::{Beginning, Frame, HEADER, PREFIX, Refused, Rest, is_group};
 use super::offload::Room;
 use super::outlet::{Egress, GuestOutlet, LinkOutlet, Outlet, RxRing, interrupt, tell_of_failure};
 use super::policy::{MAX_PORTS, PortId};
@@ -64,9 +65,8 @@ const COMMAND: u64 = 1;
 const SETTINGS: u64 = 2;
 const KICK: u64 = 3;
 const LINK: u64 = 4;
-
-/// How long a ring waits at most until its limits are asked again, in nanoseconds: they may have been changed meanwhile.
-const LONGEST_WAIT: u64 = 100_000_000;
+const TIMER_RX: u64 = 5;
+const TIMER_TX: u64 = 6;
 
 /// What happened, at which port, to which of its queue pairs.
 fn token(kind: u64, port: PortId, pair: u16) -> u64 {
@@ -164,6 +164,8 @@ struct TxRing {
     hot: bool,
     /// It stands among those whose limits make them wait: nothing its driver does gives it a turn before that is over.
     throttled: bool,
+    /// Chains that were returned.
+    done: u64,
 }
 
 /// Where frames of a port come from.
@@ -284,7 +286,7 @@ impl Worker {
             throttled: Vec::new(),
             signals: Signals::new()?,
             batch: Batch::new(),
-            bounce: vec![0; MAX_HEADER + MAX_FRAME].into(),
+            bounce: vec![0; HEADER + MAX_FRAME].into(),
             nothing: IoList::new(Arc::new(Memory::new())),
         })
     }
@@ -332,6 +334,8 @@ impl Worker {
                 SETTINGS => self.adopt(port),
                 KICK => self.enqueue(port, pair),
                 LINK => self.link_stirred(port, events),
+                TIMER_RX => self.release(port, pair, true),
+                TIMER_TX => self.release(port, pair, false),
                 _ => {}
             }
         }
@@ -414,12 +418,8 @@ impl Worker {
         if !self.row.is_empty() {
             return 0;
         }
-        let now = self.fabric.now;
         let next = self.throttled.iter().map(|&(until, ..)| until).min();
-        let wait = next.map(|until| {
-            let wait = Duration::from_nanos(until.saturating_sub(now));
-            i32::try_from(wait.as_millis()).map_or(i32::MAX, |wait| wait.saturating_add(1))
-        });
+        let wait = next.map(|until| sleep_until(until, self.fabric.now));
         match (wait, self.polls()) {
             (Some(wait), true) => wait.min(POLL_INTERVAL),
             (Some(wait), false) => wait,
@@ -547,9 +547,10 @@ impl Worker {
                     return Turn::Idle;
                 }
                 match tx.serve(port, shared, last, fabric, batch) {
-                    Ok((turn, interrupted)) => {
-                        if interrupted {
-                            interrupt(&tx.ring, shared, signals);
+                    Ok((turn, wanted)) => {
+                        let TxRing { ring, done, .. } = tx;
+                        if wanted && ring.wanted(*done) || ring.ended(*done) {
+                            interrupt(ring, shared, signals);
                         }
                         turn
                     }
@@ -758,14 +759,83 @@ impl Worker {
         self.throttled.retain(|&(_, port, pair)| !gone(port, pair));
     }
 
+    /// Goes by what a driver has set.
     fn adopt(&mut self, port: PortId) {
-        let egress = self.fabric.egress.get_mut(usize::from(port));
+        let at = usize::from(port);
+        let egress = self.fabric.egress.get_mut(at).and_then(Option::as_mut);
+        let Some(Egress {
+            outlet: Outlet::Guest(guest),
+            ..
+        }) = egress
+        else {
+            return;
+        };
+        if !guest.adopt() {
+            return;
+        }
+        let queues = guest.rings.len().saturating_mul(2);
+        for queue in (0..queues).filter_map(|queue| u16::try_from(queue).ok()) {
+            self.coalesce(port, queue);
+        }
+        if let Some(Some(Egress {
+            outlet: Outlet::Guest(guest),
+            ..
+        })) = self.fabric.egress.get(at)
+        {
+            guest.adopted();
+        }
+    }
+
+    /// Has a queue hold its interrupts back as its driver said.
+    fn coalesce(&mut self, port: PortId, queue: u16) {
+        let egress = self.fabric.egress.get(usize::from(port));
         if let Some(Some(Egress {
             outlet: Outlet::Guest(guest),
             ..
         })) = egress
         {
-            guest.adopt();
+            let limits = guest.coalescing_of(queue);
+            let receives = queue.is_multiple_of(2);
+            self.settle(port, usize::from(queue / 2), receives, |ring, done| {
+                ring.hold_back(limits, done)
+            });
+        }
+    }
+
+    /// An interrupt that was held back is sent.
+    fn release(&mut self, port: PortId, pair: usize, receives: bool) {
+        self.settle(port, pair, receives, Ring::release);
+    }
+
+    /// Interrupts the driver of a ring, if it is there and that is due.
+    fn settle(
+        &mut self,
+        port: PortId,
+        pair: usize,
+        receives: bool,
+        due: impl FnOnce(&mut Ring, u64) -> bool,
+    ) {
+        let at = usize::from(port);
+        let (Some(Some(ingress)), Some(Some(egress))) =
+            (self.ingress.get_mut(at), self.fabric.egress.get_mut(at))
+        else {
+            return;
+        };
+        let found = match (receives, &mut egress.outlet, &mut ingress.source) {
+            (true, Outlet::Guest(guest), _) => {
+                let rx = guest.rings.get_mut(pair).and_then(Option::as_mut);
+                rx.map(|rx| (&mut rx.ring, rx.done))
+            }
+            (false, _, Source::Guest { rings, .. }) => {
+                let tx = rings.get_mut(pair).and_then(Option::as_mut);
+                tx.map(|tx| (&mut tx.ring, tx.done))
+            }
+            _ => None,
+        };
+        if let Some((ring, done)) = found
+            && due(ring, done)
+        {
+            interrupt(ring, &ingress.shared, &self.signals);
         }
     }
 
@@ -816,13 +886,17 @@ impl Worker {
         }
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if index.is_multiple_of(2) {
+            let mut timer = None;
             if let Outlet::Guest(guest) = &mut egress.outlet {
-                let ring = RxRing::new(vring, log);
+                let rx = RxRing::new(vring, log);
+                timer = rx.ring.timer_fd();
                 if let Some(place) = guest.rings.get_mut(usize::from(pair)) {
-                    *place = Some(ring);
+                    *place = Some(rx);
                 }
                 guest.choose_pairs();
             }
+            self.wait_for_timer(timer, token(TIMER_RX, port, pair), port);
+            self.coalesce(port, index);
             return;
         }
         let tx = TxRing {
@@ -831,6 +905,7 @@ impl Worker {
             waiting: false,
             hot: false,
             throttled: false,
+            done: 0,
         };
         if let Some(kick) = &tx.ring.vring.kick {
             // To ask what state a file is in can take as long as its owner likes. An eventfd answers at once, and only an eventfd
@@ -850,20 +925,37 @@ impl Worker {
             }
         }
         // What a disabled queue holds is for its driver to say again: the ring may be none any more.
-        let runs = tx.ring.runs();
+        let (runs, timer) = (tx.ring.runs(), tx.ring.timer_fd());
         if let Source::Guest { rings, .. } = &mut ingress.source
             && let Some(place) = rings.get_mut(usize::from(pair))
         {
             *place = Some(tx);
         }
+        self.wait_for_timer(timer, token(TIMER_TX, port, pair), port);
+        self.coalesce(port, index);
         if runs {
             self.enqueue(port, pair.into());
+        }
+    }
+
+    /// Waits for the timer of a ring that has one.
+    fn wait_for_timer(&self, timer: Option<RawFd>, what: u64, port: PortId) {
+        if let Some(timer) = timer
+            && let Err(error) = self.epoll.add(timer, what)
+            && let Some(Some(Ingress { shared, .. })) = self.ingress.get(usize::from(port))
+            && let Some(held_back) = shared.log.check()
+        {
+            warn!(
+                port = shared.name,
+                held_back, "cannot wait for a timer: {error}"
+            );
         }
     }
 
     fn stop(&mut self, port: PortId, index: u16) -> Option<Box<Vring>> {
         let at = usize::from(port);
         let pair = usize::from(index / 2);
+        self.release(port, pair, index.is_multiple_of(2));
         if index.is_multiple_of(2) {
             let egress = self.fabric.egress.get_mut(at)?.as_mut()?;
             let Outlet::Guest(guest) = &mut egress.outlet else {
@@ -1077,7 +1169,10 @@ impl TxRing {
         batch: &mut Batch,
     ) -> Result<(Turn, bool), RingError> {
         let Self {
-            ring, header_len, ..
+            ring,
+            header_len,
+            done,
+            ..
         } = self;
         // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol), and so is one whose
         // cable is pulled.
@@ -1125,6 +1220,7 @@ impl TxRing {
                 Err(PopError::Ring(error)) => break Err(error),
             };
             session.push_used(head, 0)?;
+            *done = done.wrapping_add(1);
             left = left.saturating_sub(1);
         };
         fabric.deliver(port, batch.to, batch.slots(), |slot| Rest::Guest {
@@ -1137,6 +1233,7 @@ impl TxRing {
         });
         for slot in batch.slots() {
             session.push_used(slot.head, 0)?;
+            *done = done.wrapping_add(1);
         }
         let interrupted = session.publish()?;
         Ok((turn?, interrupted))
@@ -1172,7 +1269,7 @@ fn serve_link(
         else {
             return Turn::Idle;
         };
-        let len = match outlet.link.receive(nothing, 0, MAX_HEADER, bounce) {
+        let len = match outlet.link.receive(nothing, 0, HEADER, bounce) {
             Ok(len) => len,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(error) => {
@@ -1197,7 +1294,7 @@ fn serve_link(
             continue;
         }
         let bytes = bounce.get(..len).unwrap_or_default();
-        let begun = if bytes.len() < MAX_HEADER + MIN_FRAME {
+        let begun = if bytes.len() < HEADER + MIN_FRAME {
             Err(Refused::Malformed)
         } else {
             slot.beginning.begin(bytes, &shared.policy.vlans)

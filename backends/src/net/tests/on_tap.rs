@@ -301,6 +301,7 @@ fn net_args(tap: &str, pairs: u16) -> NetArgs {
         speed: None,
         standby: false,
         rss: OnOff::On,
+        limit: None,
         hash_report: false,
         queue_pairs: Some(pairs),
         poll: 50,
