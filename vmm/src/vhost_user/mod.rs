@@ -66,10 +66,10 @@ use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, Suspended, VirtioD
 const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
 /// How long it may take to finish what is under way when a device is reset.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// Pause between attempts to reach a back-end that is gone.
-const RECONNECT_PAUSE: Duration = Duration::from_millis(200);
-/// The same for one that goes again and again, as soon as it has come back.
-const RECONNECT_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pause before the first attempt to reach a back-end that is gone; each further one takes twice as long.
+const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
+/// The longest, and that of a back-end that goes again and again, as soon as it has come back: the guest goes on within a second.
+const RECONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
 /// A back-end that was there for so long is not one of those.
 const STABLE: Duration = Duration::from_secs(10);
 
@@ -1016,10 +1016,11 @@ enum Attempt {
 }
 
 /// Body of the thread that waits for a back-end. Ends with the device.
-fn wait_for_return(device: &Weak<Shared>, epoch: u64, pause: Duration) {
-    let mut told = false;
+fn wait_for_return(device: &Weak<Shared>, epoch: u64, first: Duration) {
+    let (mut told, mut pause) = (false, first);
     loop {
         std::thread::sleep(pause);
+        pause = pause.saturating_mul(2).min(RECONNECT_PAUSE_MAX);
         let Some(shared) = device.upgrade() else {
             return;
         };
