@@ -42,24 +42,83 @@ enum Way {
     Rx,
 }
 
-/// A ring, or a side of it, that its limits make wait.
-#[derive(Debug, Default)]
-pub(super) struct Throttled(Option<u64>);
+/// What the packets that a driver sends in a turn are subject to.
+pub(super) trait Measure: Copy {
+    /// There are limits: without them, nothing of what follows is left in the program.
+    const LIMITS: bool;
 
-impl Throttled {
-    /// It waits from `now` on for so many nanoseconds.
-    pub(super) fn begin(&mut self, now: u64, wait: u64) {
-        self.0 = Some(now.saturating_add(wait.min(LONGEST_WAIT)));
+    /// Lets a packet of the driver pass, or says until when it waits, in nanoseconds.
+    fn take_tx(self, bytes: u64) -> Result<(), u64>;
+
+    /// Packets that were let pass have not, with so many bytes.
+    fn give_back_tx(self, packets: u64, bytes: u64);
+}
+
+/// Nothing.
+#[derive(Clone, Copy)]
+pub(super) struct Unlimited;
+
+impl Measure for Unlimited {
+    const LIMITS: bool = false;
+
+    fn take_tx(self, _bytes: u64) -> Result<(), u64> {
+        Ok(())
     }
 
-    /// Until when it waits, in nanoseconds.
-    pub(super) fn until(&self) -> Option<u64> {
-        self.0
+    fn give_back_tx(self, _packets: u64, _bytes: u64) {}
+}
+
+/// A card's limits, at a time in nanoseconds.
+#[derive(Clone, Copy)]
+pub(super) struct Limited<'l> {
+    limits: &'l CardLimits,
+    now: u64,
+}
+
+impl Limited<'_> {
+    fn until(self, wait: u64) -> u64 {
+        self.now.saturating_add(wait.min(LONGEST_WAIT))
     }
 
-    /// It waits no longer, if that was until now. Returns whether it was.
-    pub(super) fn end(&mut self, now: u64) -> bool {
-        self.0.take_if(|until| *until <= now).is_some()
+    /// Whether the next packet for the driver may pass, however long it is, or until when it waits.
+    pub(super) fn may_rx(self) -> Result<(), u64> {
+        let Some((of_packets, of_bytes)) = self.limits.of(Way::Rx) else {
+            return Ok(());
+        };
+        let may = of_packets.has_any(self.now);
+        may.and_then(|()| of_bytes.has_any(self.now))
+            .map_err(|wait| self.until(wait))
+    }
+
+    /// Packets for the driver have passed.
+    pub(super) fn charge_rx(self, packets: u64, bytes: u64) {
+        if let Some((of_packets, of_bytes)) = self.limits.of(Way::Rx) {
+            of_packets.charge(packets, self.now);
+            of_bytes.charge(bytes, self.now);
+        }
+    }
+}
+
+impl Measure for Limited<'_> {
+    const LIMITS: bool = true;
+
+    fn take_tx(self, bytes: u64) -> Result<(), u64> {
+        let taken = self.limits.take_tx(bytes, self.now);
+        taken.map_err(|wait| self.until(wait))
+    }
+
+    fn give_back_tx(self, packets: u64, bytes: u64) {
+        if let Some((of_packets, of_bytes)) = self.limits.of(Way::Tx) {
+            of_packets.give_back(packets);
+            of_bytes.give_back(bytes);
+        }
+    }
+}
+
+impl CardLimits {
+    /// For a turn that begins at the time `now` in nanoseconds.
+    pub(super) fn at(&self, now: u64) -> Limited<'_> {
+        Limited { limits: self, now }
     }
 }
 
@@ -143,33 +202,9 @@ impl<const N: usize> Limits<N> {
         self.take(Way::Tx, bytes, now)
     }
 
-    /// Packets that were let pass have not, with so many bytes.
-    pub(super) fn give_back_tx(&self, packets: u64, bytes: u64) {
-        if let Some((of_packets, of_bytes)) = self.of(Way::Tx) {
-            of_packets.give_back(packets);
-            of_bytes.give_back(bytes);
-        }
-    }
-
     /// Lets a packet for the driver pass, or not.
     pub(super) fn take_rx(&self, bytes: u64, now: u64) -> bool {
         self.take(Way::Rx, bytes, now).is_ok()
-    }
-
-    /// Whether the next packet for the driver may pass, however long it is, or in how many nanoseconds to ask again.
-    pub(super) fn may_rx(&self, now: u64) -> Result<(), u64> {
-        let Some((of_packets, of_bytes)) = self.of(Way::Rx) else {
-            return Ok(());
-        };
-        of_packets.has_any(now).and_then(|()| of_bytes.has_any(now))
-    }
-
-    /// A packet for the driver has passed.
-    pub(super) fn charge_rx(&self, bytes: u64, now: u64) {
-        if let Some((of_packets, of_bytes)) = self.of(Way::Rx) {
-            of_packets.charge(1, now);
-            of_bytes.charge(bytes, now);
-        }
     }
 }
 
@@ -200,7 +235,7 @@ mod tests {
         let wait = limits.take_tx(50, SECOND).unwrap_err();
         assert_eq!(limits.take_tx(50, SECOND + wait), Ok(()));
         // What was taken for nothing is there again.
-        limits.give_back_tx(1, 50);
+        limits.at(SECOND + wait).give_back_tx(1, 50);
         assert_eq!(limits.take_tx(50, SECOND + wait), Ok(()));
         assert!(limits.take_rx(1 << 30, SECOND), "it has no limits");
     }
@@ -208,11 +243,13 @@ mod tests {
     #[test]
     fn a_packet_whose_length_is_not_known_passes_on_credit() {
         let limits = limits(&[("rx-bytes", 1000)]);
-        assert_eq!(limits.may_rx(SECOND), Ok(()));
-        limits.charge_rx(1100, SECOND);
+        assert_eq!(limits.at(SECOND).may_rx(), Ok(()));
+        limits.at(SECOND).charge_rx(1, 1100);
         // A hundred were there; a thousand come in a second.
-        let wait = limits.may_rx(SECOND).unwrap_err();
-        assert!(wait > SECOND && wait <= SECOND + SECOND / 500, "{wait}");
-        assert_eq!(limits.may_rx(SECOND + wait), Ok(()));
+        let until = limits.at(SECOND).may_rx().unwrap_err();
+        assert_eq!(until, SECOND + LONGEST_WAIT);
+        let nearly = limits.at(2 * SECOND - 1).may_rx();
+        assert!(nearly.is_err_and(|until| until <= 2 * SECOND + SECOND / 500));
+        assert_eq!(limits.at(2 * SECOND + SECOND / 500).may_rx(), Ok(()));
     }
 }

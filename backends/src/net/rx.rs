@@ -38,7 +38,7 @@ use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
 use super::filter::{Filter, PEEK};
 use super::hash::{self, Hashing, Report};
 use super::iov::{AppendError, IoList};
-use super::limits::{CardLimits, Throttled};
+use super::limits::CardLimits;
 use super::link::Link;
 use super::ring::Ring;
 use super::settings::Settings;
@@ -102,8 +102,8 @@ pub(super) enum RxEnd {
 /// The receive queue of a pair.
 pub(super) struct Rx {
     pub(super) ring: Ring,
-    /// Limits make it wait.
-    pub(super) throttled: Throttled,
+    /// Until when limits make it wait, in nanoseconds.
+    pub(super) throttled: Option<u64>,
     fed: bool,
     state: State,
 }
@@ -171,7 +171,7 @@ impl Rx {
         };
         Self {
             ring: Ring::new(vring, log),
-            throttled: Throttled::default(),
+            throttled: None,
             fed,
             state,
         }
@@ -190,8 +190,12 @@ impl Rx {
         limits: &CardLimits,
         counters: &Counters,
     ) -> RxEnd {
-        let limits = limits.of_rx().then(|| (limits, now()));
-        match self.serve(link, settings, limits, counters) {
+        let served = if limits.of_rx() {
+            self.serve_limited(link, settings, limits, counters)
+        } else {
+            self.serve(link, settings, BUDGET, counters)
+        };
+        match served {
             Ok((end, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -205,29 +209,51 @@ impl Rx {
         }
     }
 
+    /// Receives one packet after the other, as long as limits let them pass: how long one is is not known before.
+    #[inline(never)]
+    fn serve_limited<L: Link>(
+        &mut self,
+        link: &mut L,
+        settings: &Settings,
+        limits: &CardLimits,
+        counters: &Counters,
+    ) -> Result<(RxEnd, bool), RingError> {
+        let limits = limits.at(now());
+        let mut interrupt = false;
+        for _ in 0..BUDGET {
+            if let Err(until) = limits.may_rx() {
+                counters.rx_throttled.add(1);
+                self.throttled = Some(until);
+                return Ok((RxEnd::Throttled, interrupt));
+            }
+            let received = || (counters.rx_packets.get(), counters.rx_bytes.get());
+            let before = received();
+            let (end, wanted) = self.serve(link, settings, 1, counters)?;
+            interrupt |= wanted;
+            let (packets, bytes) = received();
+            limits.charge_rx(packets.wrapping_sub(before.0), bytes.wrapping_sub(before.1));
+            if end != RxEnd::More {
+                return Ok((end, interrupt));
+            }
+        }
+        Ok((RxEnd::More, interrupt))
+    }
+
+    /// Receives up to `budget` packets. Returns how it ended, and whether the driver wants an interrupt.
     fn serve<L: Link>(
         &mut self,
         link: &mut L,
         settings: &Settings,
-        limits: Option<(&CardLimits, u64)>,
+        budget: u32,
         counters: &Counters,
     ) -> Result<(RxEnd, bool), RingError> {
-        let Self {
-            ring,
-            throttled,
-            state,
-            ..
-        } = self;
+        let Self { ring, state, .. } = self;
         let (mut session, buf, list) = ring.parts()?;
         session.disable_notifications()?;
-        let mut left = BUDGET;
+        let mut left = budget;
         let end = loop {
             let wanted = state.wanted();
-            // How many packets a call gives is not known before it.
-            let at_once = match limits {
-                None => state.at_once(link, left),
-                Some(_) => 1,
-            };
+            let at_once = state.at_once(link, left);
             let mut full = false;
             while (state.room < wanted || state.posted.len() < at_once) && !full && left > 0 {
                 match session.pop(buf) {
@@ -274,14 +300,6 @@ impl Rx {
             if left == 0 {
                 break RxEnd::More;
             }
-            if let Some((limits, now)) = limits
-                && state.held.is_empty()
-                && let Err(wait) = limits.may_rx(now)
-            {
-                counters.rx_throttled.add(1);
-                throttled.begin(now, wait);
-                break RxEnd::Throttled;
-            }
             let len = match state.held.front().copied() {
                 Some(held) if state.is_room(&held) => {
                     state.held.pop_front();
@@ -303,16 +321,14 @@ impl Rx {
                     }
                     continue;
                 }
-                None if !state.posted.is_empty() => {
-                    match state.read(link, list, limits, counters) {
-                        Ok(Some(len)) => len,
-                        Ok(None) => {
-                            left = left.saturating_sub(1);
-                            continue;
-                        }
-                        Err(()) => break RxEnd::Idle,
+                None if !state.posted.is_empty() => match state.read(link, list, counters) {
+                    Ok(Some(len)) => len,
+                    Ok(None) => {
+                        left = left.saturating_sub(1);
+                        continue;
                     }
-                }
+                    Err(()) => break RxEnd::Idle,
+                },
                 _ => {
                     counters.rx_starved.add(1);
                     break RxEnd::Starved;
@@ -594,7 +610,6 @@ impl State {
         &mut self,
         link: &mut L,
         list: &mut IoList,
-        limits: Option<(&CardLimits, u64)>,
         counters: &Counters,
     ) -> Result<Option<usize>, ()> {
         let (pieces, room) = if self.mergeable {
@@ -609,9 +624,6 @@ impl State {
             Ok(_) => self.expected.saturating_mul(2),
             Err(_) => 1,
         };
-        if let (Some((limits, now)), Ok(len)) = (limits, &received) {
-            limits.charge_rx(u64::try_from(*len).unwrap_or(u64::MAX), now);
-        }
         match received {
             Ok(len) if len < self.header_len => {
                 self.dropped(counters, &"a packet shorter than its header");

@@ -9,7 +9,7 @@ use vm_memory::Permissions;
 use super::counters::Counters;
 use super::features::header_len;
 use super::iov::IoList;
-use super::limits::{CardLimits, Throttled};
+use super::limits::{CardLimits, Measure, Unlimited};
 use super::link::Link;
 use super::ring::Ring;
 use crate::shell::{Chain as Causes, LogLimit, Memory, Vring, now};
@@ -31,8 +31,8 @@ pub(super) struct Tx {
     row: Row,
     /// The link is full; go on when it is writable.
     full: bool,
-    /// Limits make it wait.
-    pub(super) throttled: Throttled,
+    /// Until when limits make it wait, in nanoseconds.
+    pub(super) throttled: Option<u64>,
     log: LogLimit,
 }
 
@@ -50,7 +50,7 @@ enum Next {
     Taken,
     /// A packet for which there is no room in the list before others are gone.
     NoRoom,
-    /// A packet that limits make wait for so many nanoseconds.
+    /// A packet that limits make wait until that time.
     Throttled(u64),
     Nothing,
     Broken(RingError),
@@ -86,9 +86,9 @@ impl Row {
 
     /// Takes the next chain.
     #[inline]
-    fn take<L: Link>(
+    fn take<L: Link, M: Measure>(
         &mut self,
-        way: &Way<'_, L>,
+        way: &Way<'_, L, M>,
         list: &mut IoList,
         session: &mut Session<'_, Memory>,
         buf: &mut ChainBuf,
@@ -100,14 +100,14 @@ impl Row {
                 if !way.enabled {
                 } else if !way.takes(bytes) {
                     way.dropped(&"a packet too short or too long");
-                } else if let Err(wait) = way.admits(bytes) {
+                } else if let Err(until) = way.limits.take_tx(bytes) {
                     session.rewind(1);
-                    return Next::Throttled(wait);
+                    return Next::Throttled(until);
                 } else if let Ok(pieces) = list.append(chain.readable(), Permissions::Read) {
                     self.pieces.push(pieces);
                     len = Some(bytes);
                 } else {
-                    way.has_not_gone(1, bytes);
+                    way.limits.give_back_tx(1, bytes);
                     if list.len() > 0 {
                         session.rewind(1);
                         return Next::NoRoom;
@@ -128,9 +128,9 @@ impl Row {
     }
 
     /// Sends the packets and returns the chains, as far as the link takes them: the others are available again.
-    fn send<L: Link>(
+    fn send<L: Link, M: Measure>(
         &mut self,
-        way: &mut Way<'_, L>,
+        way: &mut Way<'_, L, M>,
         list: &mut IoList,
         session: &mut Session<'_, Memory>,
     ) -> Result<Sent, RingError> {
@@ -145,13 +145,13 @@ impl Row {
             list.clear();
             pieces.clear();
         }
+        let charged = M::LIMITS.then(|| sum(chains));
         let last = results.iter().rposition(Result::is_ok);
         let mut sent = Sent::Done;
-        let (mut packets, mut bytes) = (0, 0);
+        let (mut packets, mut bytes, mut lost) = (0, 0, (0, 0));
         let mut results = results.drain(..).enumerate();
         let mut left = u16::try_from(chains.len()).unwrap_or(u16::MAX);
-        let mut chains = chains.drain(..);
-        for Taken { head, len } in chains.by_ref() {
+        for Taken { head, len } in chains.drain(..) {
             match len.map(|len| (len, results.next())) {
                 None => {}
                 Some((len, Some((_, Ok(()))))) => {
@@ -167,23 +167,33 @@ impl Row {
                         _ => Sent::Interrupted,
                     };
                 }
-                Some((_, Some((_, Err(error))))) => way.lost(&error),
+                Some((len, Some((_, Err(error))))) => {
+                    lost = (lost.0 + 1, lost.1 + len);
+                    way.lost(&error);
+                }
                 Some((_, None)) => sent = Sent::Interrupted,
             }
             if sent != Sent::Done {
                 session.rewind(left);
-                let lens = len.into_iter().chain(chains.filter_map(|taken| taken.len));
-                let (count, sum) = lens.fold((0, 0), |(count, sum), len| (count + 1, sum + len));
-                way.has_not_gone(count, sum);
                 break;
             }
             session.push_used(head, 0)?;
             left = left.saturating_sub(1);
         }
+        if let Some((count, sum)) = charged {
+            way.limits
+                .give_back_tx(count - packets - lost.0, sum - bytes - lost.1);
+        }
         way.counters.tx_packets.add(packets);
         way.counters.tx_bytes.add(bytes);
         Ok(sent)
     }
+}
+
+/// How many packets there are among chains, and their bytes.
+fn sum(chains: &[Taken]) -> (u64, u64) {
+    let lens = chains.iter().filter_map(|taken| taken.len);
+    lens.fold((0, 0), |(count, sum), len| (count + 1, sum + len))
 }
 
 fn is_not_now(error: &io::Error) -> bool {
@@ -194,42 +204,24 @@ fn is_not_now(error: &io::Error) -> bool {
 }
 
 /// Where packets go, and where it is said what became of them.
-struct Way<'t, L> {
+struct Way<'t, L, M> {
     link: &'t mut L,
     /// Packets are sent, and not only taken.
     enabled: bool,
-    /// What packets are subject to, and the time in nanoseconds.
-    limits: Option<(&'t CardLimits, u64)>,
+    limits: M,
     header_len: usize,
     queue: u16,
     counters: &'t Counters,
     log: &'t LogLimit,
 }
 
-impl<L: Link> Way<'_, L> {
+impl<L: Link, M> Way<'_, L, M> {
     /// Whether a packet is neither too short nor too long; its header counts.
     fn takes(&self, bytes: u64) -> bool {
         let frame = usize::try_from(bytes)
             .ok()
             .and_then(|len| len.checked_sub(self.header_len));
         frame.is_some_and(|len| (MIN_FRAME..=MAX_FRAME).contains(&len))
-    }
-
-    /// Limits let a packet pass, or make it wait for so many nanoseconds.
-    #[inline]
-    fn admits(&self, bytes: u64) -> Result<(), u64> {
-        match self.limits {
-            Some((limits, now)) => limits.take_tx(bytes, now),
-            None => Ok(()),
-        }
-    }
-
-    /// Packets that were to pass are still there.
-    #[cold]
-    fn has_not_gone(&self, packets: u64, bytes: u64) {
-        if let Some((limits, _)) = self.limits {
-            limits.give_back_tx(packets, bytes);
-        }
     }
 
     /// A header that the kernel does not like, no memory.
@@ -265,7 +257,7 @@ impl Tx {
             ring: Ring::new(vring, log),
             row: Row::new(),
             full: false,
-            throttled: Throttled::default(),
+            throttled: None,
             log: log.clone(),
         }
     }
@@ -282,7 +274,7 @@ impl Tx {
 
     /// Whatever the driver does, nothing is sent before something else has happened.
     fn blocked(&self) -> bool {
-        self.full || self.throttled.until().is_some()
+        self.full || self.throttled.is_some()
     }
 
     /// There is something to send.
@@ -307,8 +299,11 @@ impl Tx {
         if !self.ring.sound() || self.blocked() {
             return false;
         }
-        let limits = limits.of_tx().then(|| (limits, now()));
-        let served = self.serve(link, link_up, limits, counters);
+        let served = if limits.of_tx() {
+            self.serve(link, link_up, limits.at(now()), counters)
+        } else {
+            self.serve(link, link_up, Unlimited, counters)
+        };
         link.flush();
         match served {
             Ok((more, interrupt)) => {
@@ -324,11 +319,11 @@ impl Tx {
         }
     }
 
-    fn serve<L: Link>(
+    fn serve<L: Link, M: Measure>(
         &mut self,
         link: &mut L,
         link_up: bool,
-        limits: Option<(&CardLimits, u64)>,
+        limits: M,
         counters: &Counters,
     ) -> Result<(bool, bool), RingError> {
         let Self {
@@ -372,14 +367,13 @@ impl Tx {
             }
             match next {
                 Next::NoRoom => {}
-                Next::Throttled(wait) => {
-                    counters.tx_throttled.add(1);
-                    let now = limits.map_or(0, |(_, now)| now);
-                    throttled.begin(now, wait);
-                    break (false, None);
-                }
                 Next::Taken if left > 0 => {}
                 Next::Taken => break (true, None),
+                Next::Throttled(until) => {
+                    counters.tx_throttled.add(1);
+                    *throttled = Some(until);
+                    break (false, None);
+                }
                 Next::Nothing => break (false, None),
                 Next::Broken(error) => break (false, Some(error)),
             }

@@ -235,8 +235,8 @@ impl<L: Link> PairWorker<L> {
 
     /// Until when limits make a ring wait, in nanoseconds.
     fn throttled(&self) -> Option<u64> {
-        let rx = self.rx.as_ref().and_then(|rx| rx.throttled.until());
-        let tx = self.tx.as_ref().and_then(|tx| tx.throttled.until());
+        let rx = self.rx.as_ref().and_then(|rx| rx.throttled);
+        let tx = self.tx.as_ref().and_then(|tx| tx.throttled);
         rx.into_iter().chain(tx).min()
     }
 
@@ -247,10 +247,10 @@ impl<L: Link> PairWorker<L> {
         }
         let now = now();
         if let Some(rx) = &mut self.rx {
-            rx.throttled.end(now);
+            rx.throttled.take_if(|until| *until <= now);
         }
         if let Some(tx) = &mut self.tx {
-            self.tx_kicked |= tx.throttled.end(now);
+            self.tx_kicked |= tx.throttled.take_if(|until| *until <= now).is_some();
         }
     }
 
@@ -336,7 +336,7 @@ impl<L: Link> PairWorker<L> {
         if let Some(rx) = &mut self.rx
             && in_use
             && self.readable
-            && rx.throttled.until().is_none()
+            && rx.throttled.is_none()
             && (self.rx_fed || rx.ring.polled())
         {
             match rx.turn(&mut self.link, &self.settings, &self.limits, &self.counters) {

@@ -14,7 +14,7 @@ use vm_memory::{GuestAddress, Permissions, VolatileSlice};
 use super::super::coalesce::Coalescing;
 use super::super::features::{has, header_len};
 use super::super::filter::Filter;
-use super::super::hash::Report;
+use super::super::hash::Hashing;
 use super::super::iov::IoList;
 use super::super::link::{Link, Recorder};
 use super::super::ring::Ring;
@@ -74,7 +74,11 @@ impl RxRing {
     }
 
     /// Opens it for packets; `memory` is its memory.
-    fn open<'a>(&'a mut self, memory: &'a Memory) -> Result<Opened<'a>, RingError> {
+    fn open<'a>(
+        &'a mut self,
+        memory: &'a Memory,
+        hashing: &'a Hashing,
+    ) -> Result<Opened<'a>, RingError> {
         let Self {
             ring,
             first,
@@ -93,6 +97,7 @@ impl RxRing {
             other,
             heads,
             header_len: *header_len,
+            hashing,
             mergeable: *mergeable,
             dirty,
         })
@@ -141,13 +146,15 @@ struct Opened<'a> {
     other: &'a mut ChainBuf,
     heads: &'a mut Vec<(u16, u32)>,
     header_len: usize,
+    /// What is reported, with a header that has room for it.
+    hashing: &'a Hashing,
     mergeable: bool,
     dirty: &'a mut bool,
 }
 
 impl Opened<'_> {
     #[inline]
-    fn put(&mut self, packet: &Packet<'_>, report: Report) -> Result<Put, RingError> {
+    fn put(&mut self, packet: &Packet<'_>) -> Result<Put, RingError> {
         let chain = match self.session.pop(self.first) {
             Ok(Some(chain)) => chain,
             Ok(None) => return Ok(Put::Starved),
@@ -170,7 +177,7 @@ impl Opened<'_> {
         let total = packet.len(self.header_len);
         let mut room = [0; LONGEST_HEADER];
         let mut bytes = if self.header_len > HEADER {
-            packet.bytes_with(report, &mut room)
+            packet.bytes_with(self.hashing.report(packet.start()), &mut room)
         } else {
             packet.bytes(self.header_len)
         };
@@ -416,13 +423,12 @@ impl GuestOutlet {
         room: &mut Room,
         now: u64,
     ) {
-        let chosen = self.chosen.as_slice();
-        let settings = &self.settings;
-        let mut frames = frames.map(|frame| (aim(settings, chosen, &frame), frame));
+        let mut frames = frames;
         let mut next = frames.next();
         let mut tagged = [0; FRONT];
-        let mut failed = false;
-        while let Some(&((queue, _), _)) = next.as_ref() {
+        while let Some(first) = &next {
+            let (settings, chosen) = (&self.settings, self.chosen.as_slice());
+            let queue = queue_of(settings, chosen, first);
             let filter = &settings.filter;
             let ring = self.rings.get_mut(queue).and_then(Option::as_mut);
             let Some(ring) = ring.filter(|ring| ring.ring.runs()) else {
@@ -432,7 +438,7 @@ impl GuestOutlet {
             };
             let memory = Arc::clone(&ring.ring.vring.memory);
             let mut packets = 0;
-            let served = ring.open(&memory).and_then(|opened| {
+            let served = ring.open(&memory, &settings.hashing).and_then(|opened| {
                 let mut way = Way {
                     opened,
                     filter,
@@ -444,13 +450,13 @@ impl GuestOutlet {
                     bytes: 0,
                 };
                 let mut sent = Ok(());
-                while let Some(((_, report), frame)) =
-                    next.take_if(|((other, _), _)| *other == queue)
+                while let Some(frame) =
+                    next.take_if(|next| queue_of(settings, chosen, next) == queue)
                 {
                     next = frames.next();
                     sent = match shared.as_it_is(&frame) {
-                        Some(form) => way.send(&frame, form, report),
-                        None => way.finish(&frame, report, room),
+                        Some(form) => way.send(&frame, form),
+                        None => way.finish(&frame, room),
                     };
                     if sent.is_err() {
                         shared.counters.rx_dropped.add(1);
@@ -465,12 +471,9 @@ impl GuestOutlet {
             ring.done = ring.done.wrapping_add(packets);
             if let Err(error) = served {
                 ring.fail(&error);
-                failed = true;
+                // Flows are spread over those that are left.
+                self.choose_pairs();
             }
-        }
-        if failed {
-            // Flows are spread over those that are left.
-            self.choose_pairs();
         }
     }
 }
@@ -493,7 +496,7 @@ struct Way<'a> {
 impl Way<'_> {
     /// Sends a frame out as it is, unless something is against it.
     #[inline]
-    fn send(&mut self, frame: &Frame<'_>, form: Form, report: Report) -> Result<(), RingError> {
+    fn send(&mut self, frame: &Frame<'_>, form: Form) -> Result<(), RingError> {
         let packet = frame.packet(form, self.tagged);
         if self.limited && !self.shared.admits(&packet, self.now) {
             return Ok(());
@@ -502,7 +505,7 @@ impl Way<'_> {
             self.shared.counters.rx_filtered.add(1);
             return Ok(());
         }
-        match self.opened.put(&packet, report)? {
+        match self.opened.put(&packet)? {
             Put::Done => {
                 self.packets = self.packets.saturating_add(1);
                 let len = u64::try_from(packet.len(0)).unwrap_or(u64::MAX);
@@ -515,40 +518,24 @@ impl Way<'_> {
 
     /// Sends out what becomes of a frame that the port does not take as it is.
     #[cold]
-    fn finish(
-        &mut self,
-        frame: &Frame<'_>,
-        report: Report,
-        room: &mut Room,
-    ) -> Result<(), RingError> {
+    fn finish(&mut self, frame: &Frame<'_>, room: &mut Room) -> Result<(), RingError> {
         let mut sent = Ok(());
         let shared = self.shared;
         shared.finished(frame, room, |part, form| {
             if sent.is_ok() {
-                sent = self.send(part, form, report);
+                sent = self.send(part, form);
             }
         });
         sent
     }
 }
 
-/// The queue pair that a frame is for, and its hash: by the driver's table, or else by its flow one of those that are chosen.
+/// The queue pair that a frame is for: by its flow one of those that are chosen, unless the driver has a table for that.
 #[inline]
-fn aim(settings: &Settings, chosen: &[usize], frame: &Frame<'_>) -> (usize, Report) {
-    if settings.hashing.types == 0 && settings.rss.is_none() {
-        return (queue_of(chosen, frame), Report::NONE);
+fn queue_of(settings: &Settings, chosen: &[usize], frame: &Frame<'_>) -> usize {
+    if let Some(rss) = &settings.rss {
+        return rss.pair(settings.hashing.report(frame.prefix())).into();
     }
-    let report = settings.hashing.report(frame.prefix());
-    let queue = match &settings.rss {
-        Some(rss) => rss.pair(report).into(),
-        None => queue_of(chosen, frame),
-    };
-    (queue, report)
-}
-
-/// The queue pair of a frame's flow, of those that are chosen.
-#[inline]
-fn queue_of(chosen: &[usize], frame: &Frame<'_>) -> usize {
     let place = match chosen.len() {
         0 | 1 => 0,
         many => usize::try_from(frame.flow()).unwrap_or(0) % many,

@@ -251,13 +251,15 @@ impl<'c> End<'c> {
 
     /// Sends what the interface has, as far as there are buffers; whether there was anything.
     fn send(&mut self, queue: &TapQueue, free: &mut Vec<u16>) -> Result<bool, LoadError> {
-        while let Some((slot, _)) = self.session.poll_used()? {
-            free.push(slot);
-        }
         let mut count = 0;
-        while count < BATCH
-            && let Some(&slot) = free.last()
-        {
+        while count < BATCH {
+            // As a driver does before each packet. The buffers that come back last are still in the caches.
+            while let Some((slot, _)) = self.session.poll_used()? {
+                free.push(slot);
+            }
+            let Some(&slot) = free.last() else {
+                break;
+            };
             let mut buffer = self.buffer(slot, ROOM)?;
             let Some(len) = passed_volatile(queue.as_fd().read_volatile(&mut buffer))? else {
                 break;
