@@ -14,11 +14,14 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use frontend::disk::{IN, OUT};
 use frontend::request::{
     ADD_MEM_REG, GET_CONFIG, GET_FEATURES, GET_VRING_BASE, NEED_REPLY, SET_FEATURES, SET_MEM_TABLE,
     SET_OWNER, SET_VRING_ADDR, SET_VRING_ENABLE, SET_VRING_KICK, SET_VRING_NUM,
@@ -30,9 +33,9 @@ use frontend::{
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags};
 use nix::sys::timerfd::{ClockId, TimerFd, TimerFlags};
 use ringside_rings::{DriverLayout, Segment};
-use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
+use vhost::{VhostBackend, VhostUserMemoryRegionInfo};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -874,6 +877,278 @@ fn memory_that_goes_away() {
     });
 }
 
+/// A disk whose guest has memory in regions that adjoin, each at a place of its own in the file, and another one behind a hole.
+struct Borders {
+    front: FrontEnd,
+    /// What the disk is on, if it is there as it is.
+    file: Option<File>,
+    head: u64,
+    status: u64,
+}
+
+impl Borders {
+    /// Here the first region ends, and the second begins.
+    const BORDER: u64 = REGION;
+    /// Bytes of the second, and of the third, which begins at `SECOND`.
+    const LEN: u64 = 64 << 10;
+    /// Here the second ends, and there is nothing up to the third.
+    const HOLE: u64 = Self::BORDER + Self::LEN;
+    const END: u64 = SECOND + Self::LEN;
+
+    /// Across the border, not aligned to anything, and far from it.
+    const ACROSS: (u64, u32) = (Self::BORDER - 700, 1024);
+    const ASIDE: (u64, u32) = (1 << 20, 512);
+    /// What is written and read on the disk.
+    const SECTOR: u64 = 8;
+
+    fn new(daemon: &Daemon, setup: Setup, file: Option<File>) -> Self {
+        let mut front = FrontEnd::idle(&daemon.socket(), setup);
+        let [first, behind] = [0, 1].map(|index| front.guest.regions()[index]);
+        let third = VhostUserMemoryRegionInfo {
+            memory_size: Self::LEN,
+            ..behind
+        };
+        let second = VhostUserMemoryRegionInfo {
+            guest_phys_addr: Self::BORDER,
+            userspace_addr: third.userspace_addr + Self::LEN,
+            mmap_offset: third.mmap_offset + Self::LEN,
+            ..third
+        };
+        let regions = [first, second, third];
+        front.messages.set_mem_table(&regions).unwrap();
+        front.start(0, front.fresh());
+        let (head, status) = (front.guest.alloc(16, 16).0, front.guest.alloc(1, 1).0);
+        Self {
+            front,
+            file,
+            head,
+            status,
+        }
+    }
+
+    /// The same bytes in this process's own view of the memory.
+    fn here(addr: u64, len: usize) -> [(GuestAddress, usize); 2] {
+        let first = Self::BORDER.saturating_sub(addr).min(len as u64);
+        let place = |addr: u64| {
+            let second = (Self::BORDER..Self::HOLE).contains(&addr);
+            GuestAddress(if second {
+                addr - Self::BORDER + SECOND + Self::LEN
+            } else {
+                addr
+            })
+        };
+        let second = len - first as usize;
+        [(place(addr), first as usize), (place(addr + first), second)]
+    }
+
+    /// What is no memory is left alone.
+    fn put(&self, addr: u64, mut bytes: &[u8]) {
+        for (addr, len) in Self::here(addr, bytes.len()) {
+            let (part, rest) = bytes.split_at(len);
+            let _ = self.front.guest.memory.write(part, addr);
+            bytes = rest;
+        }
+    }
+
+    fn get(&self, addr: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        let mut left = &mut bytes[..];
+        for (addr, len) in Self::here(addr, len) {
+            let (part, rest) = left.split_at_mut(len);
+            let _ = self.front.guest.memory.read(part, addr);
+            left = rest;
+        }
+        bytes
+    }
+
+    /// What becomes of a request whose header and status lie here: its status, or nothing.
+    fn ask(&mut self, kind: u32, data: (u64, u32), head: u64, status: u64) -> Option<u8> {
+        self.put(head, &Self::header(kind));
+        self.put(status, &[0xee]);
+        let segment = |(addr, len)| Segment::new(GuestAddress(addr), len);
+        let (mut readable, mut writable) = (vec![segment((head, 16))], vec![]);
+        if kind == OUT {
+            &mut readable
+        } else {
+            &mut writable
+        }
+        .push(segment(data));
+        writable.push(segment((status, 1)));
+        let front = &mut self.front;
+        front.queues[0].submit(&front.guest, &readable, &writable, 7);
+        let written = if kind == OUT { 1 } else { data.1 + 1 };
+        let (token, len) = front.complete(0);
+        assert_eq!(token, 7);
+        let said = self.get(status, 1)[0];
+        if len == 0 {
+            // Where there is memory for it.
+            assert!(matches!(said, 0xee | 0));
+            return None;
+        }
+        assert_eq!(len, written);
+        Some(said)
+    }
+
+    /// A buffer is written to the disk and read from it, all of its bytes and no other.
+    fn serves(&mut self, data: (u64, u32), head: u64, status: u64) {
+        let (addr, len) = (data.0, data.1 as usize);
+        let bytes: Vec<u8> = (0..len as u64)
+            .map(|i| ((i % 251) ^ (addr % 247)) as u8)
+            .collect();
+        self.put(addr, &bytes);
+        assert_eq!(self.ask(OUT, data, head, status), Some(0), "{data:x?}");
+        if let Some(file) = &self.file {
+            let mut found = vec![0; len];
+            file.read_exact_at(&mut found, Self::SECTOR * 512).unwrap();
+            assert!(found == bytes, "{data:x?}");
+        }
+        self.put(addr, &vec![0x55; len]);
+        let around = |this: &Self| [this.get(addr - 1, 1), this.get(addr + len as u64, 1)];
+        let before = around(self);
+        assert_eq!(self.ask(IN, data, head, status), Some(0), "{data:x?}");
+        assert!(self.get(addr, len) == bytes, "{data:x?}");
+        assert_eq!(around(self), before, "{data:x?}");
+    }
+
+    /// It is returned with nothing done, and the next one is served.
+    fn returns(&mut self, data: (u64, u32), head: u64, status: u64) {
+        let all = |this: &Self| {
+            let mut disk = vec![0; 4 * Self::LEN as usize];
+            if let Some(file) = &this.file {
+                file.read_exact_at(&mut disk, 0).unwrap();
+            }
+            let near = this.get(Self::BORDER - 4096, 4096 + Self::LEN as usize);
+            let behind = this.get(SECOND, Self::LEN as usize);
+            [disk, near, behind]
+        };
+        for kind in [IN, OUT] {
+            // Where the header and the status are, if that is here, they are written by this side.
+            self.put(head, &Self::header(kind));
+            self.put(status, &[0xee]);
+            let before = all(self);
+            assert_eq!(self.ask(kind, data, head, status), None, "{data:x?}");
+            assert!(all(self) == before, "{data:x?}");
+        }
+        self.serves(Self::ACROSS, self.head, self.status);
+    }
+
+    fn header(kind: u32) -> [u8; 16] {
+        (u128::from(kind) | u128::from(Self::SECTOR) << 64).to_le_bytes()
+    }
+
+    /// Areas of a ring are refused across the border and at the hole; where they were the queue goes on.
+    fn rings(&mut self) {
+        let front = &self.front;
+        let layout = *front.queues[0].ring.layout();
+        let good = front.addresses(&layout);
+        for near in [Self::BORDER - 64, SECOND + 2 * Self::LEN - 64] {
+            let near = front.guest.user_address(GuestAddress(near));
+            let (mut table, mut available, mut used) = (good, good, good);
+            table.desc_table_addr = near;
+            available.avail_ring_addr = near;
+            used.used_ring_addr = near;
+            // Those of a packed queue that are so short lie in one region.
+            let long = if layout.is_packed() { 1 } else { 3 };
+            for addresses in [table, available, used].into_iter().take(long) {
+                assert!(front.messages.set_vring_addr(0, &addresses).is_err());
+            }
+        }
+        front.messages.set_vring_addr(0, &good).unwrap();
+        self.serves(Self::ASIDE, self.head, self.status);
+    }
+
+    fn buffers(&mut self) {
+        let (head, status, across) = (self.head, self.status, Self::ACROSS);
+        let (border, hole, end) = (Self::BORDER, Self::HOLE, Self::END);
+        for data in [
+            across,
+            // A page of each.
+            (border - 4096, 8192),
+            (border - 512, 512),
+            (border, 512),
+            (border - 1, 512),
+            // Up to the hole, to the last byte, and behind it.
+            (border - 512, 512 + Self::LEN as u32),
+            (hole - 512, 512),
+            (SECOND, 512),
+            (SECOND, Self::LEN as u32),
+            (end - 512, 512),
+        ] {
+            self.serves(data, head, status);
+        }
+        for data in [
+            (hole - 511, 512),
+            (hole - 512, 1024),
+            (hole, 512),
+            (SECOND - 1, 512),
+            (border - 512, 1024 + Self::LEN as u32),
+            // Both ends are memory, and what is between them is not.
+            (hole - 512, (SECOND - hole + 1024) as u32),
+            (border - 512, (SECOND - border + 1024) as u32),
+            (end - 511, 512),
+            (end, 512),
+        ] {
+            self.returns(data, head, status);
+        }
+        for place in [
+            border - 16,
+            border - 7,
+            border - 1,
+            hole - 16,
+            SECOND,
+            end - 16,
+        ] {
+            self.serves(Self::ASIDE, place, status);
+        }
+        for place in [hole - 15, hole - 1, hole, SECOND - 1, end - 15] {
+            self.returns(Self::ASIDE, place, status);
+        }
+        for place in [border - 1, border, hole - 1, SECOND, end - 1] {
+            self.serves(Self::ASIDE, head, place);
+        }
+        for place in [hole, SECOND - 1, end] {
+            self.returns(Self::ASIDE, head, place);
+        }
+    }
+}
+
+/// What lies across regions that adjoin is served whole, and what ends with its region to its last byte; one byte further the
+/// request fails.
+#[test]
+fn buffers_and_rings_at_the_borders_of_regions() {
+    let test = "buffers_and_rings_at_the_borders_of_regions";
+    let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let kinds: [(_, &[_]); 4] = [
+        ("raw", &[]),
+        ("raw", &["--direct"]),
+        ("raw", &["--register-memory"]),
+        ("qcow2", &[]),
+    ];
+    for (format, args) in kinds {
+        let Some(image) = image(directory.path(), format, test) else {
+            continue;
+        };
+        let path = image.to_str().unwrap();
+        let disk = ["--path", path, "--format", format, "--in-order", "on"];
+        let daemon = Daemon::start(BLK, &[&disk, args].concat());
+        for setup in Setup::default().formats() {
+            let file = (format == "raw").then(|| File::open(&image).unwrap());
+            let mut borders = Borders::new(&daemon, setup, file);
+            borders.rings();
+            borders.buffers();
+        }
+        let log = daemon.log();
+        assert!(
+            log.contains("lies across the border of two memory regions"),
+            "{log}"
+        );
+        assert!(log.lines().count() < 60, "{log}");
+        still_serves(&daemon);
+        daemon.assert_idle();
+        daemon.stop();
+    }
+}
+
 // Through the socket.
 
 struct Raws {
@@ -1119,23 +1394,29 @@ fn regions_that_overlap_or_overflow() {
     raws.end();
 }
 
+/// An empty image of 32 MiB; `None`, and a word on standard error, if there is no program to make it.
+fn image(directory: &Path, format: &str, test: &str) -> Option<PathBuf> {
+    let image = directory.join(format);
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", format]).arg(&image);
+    if format == "raw" {
+        File::create(&image).unwrap().set_len(32 << 20).unwrap();
+    } else if !create.arg("32M").status().is_ok_and(|s| s.success()) {
+        skip(test, "qemu-img is not installed (package qemu-utils)");
+        return None;
+    }
+    Some(image)
+}
+
 /// Of a raw file, and of a qcow2 image, whose helpers copy.
 #[test]
 fn memory_that_goes_away_while_requests_are_in_flight() {
+    let test = "memory_that_goes_away_while_requests_are_in_flight";
     let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
     for format in ["raw", "qcow2"] {
-        let image = directory.path().join(format);
-        let mut create = Command::new("qemu-img");
-        create.args(["create", "-q", "-f", format]).arg(&image);
-        if format == "raw" {
-            File::create(&image).unwrap().set_len(32 << 20).unwrap();
-        } else if !create.arg("32M").status().is_ok_and(|s| s.success()) {
-            skip(
-                "memory_that_goes_away_while_requests_are_in_flight",
-                "qemu-img is not installed (package qemu-utils)",
-            );
+        let Some(image) = image(directory.path(), format, test) else {
             continue;
-        }
+        };
         let image = image.to_str().unwrap();
         let daemon = Daemon::start(BLK, &["--path", image, "--format", format]);
         for round in 0..20 {

@@ -73,7 +73,7 @@
 //! | --- | --- | --- |
 //! | Queue size 0, no power of two, above 32768 | 2.7 | refused: [`RingError::Size`] |
 //! | Area not aligned to 16 (descriptors), 2 (available), 4 (used) | 2.7.1 | refused: [`RingError::Misaligned`] |
-//! | Area outside guest memory, or past the end of the address space | 2.7 | refused: [`RingError::NotInMemory`] |
+//! | Area partly or wholly outside guest memory, or past the end of the address space | 2.7 | refused: [`RingError::NotInMemory`] |
 //! | Area across two memory regions | – | refused: [`RingError::Split`]: the regions are mapped apart |
 //! | Used ring overlapping another area | 2.7 | refused: [`RingError::Overlap`] |
 //! | Available index ahead by more chains than can be outstanding, or moved back | 2.7.6.1 | broken: [`RingError::AvailIndex`] |
@@ -83,7 +83,7 @@
 //! | A loop, or more descriptors than the queue size | 2.7.5.2, 2.7.5.3.1 | malformed: [`ChainError::TooLong`], after at most that many |
 //! | More than 2^32 bytes in a chain | 2.7.5.2 | malformed: [`ChainError::TooManyBytes`] |
 //! | A buffer of length 0 | – | malformed: [`ChainError::Empty`] |
-//! | A buffer partly or wholly outside guest memory, or whose end overflows | 2.7.5 | malformed: [`ChainError::NotInMemory`] |
+//! | A buffer partly or wholly outside guest memory, be it only between its ends, or whose end overflows | 2.7.5 | malformed: [`ChainError::NotInMemory`] |
 //! | A buffer across regions that adjoin | – | served: one [`Segment`] |
 //! | A device-readable buffer behind a device-writable one | 2.7.4.2 | malformed: [`ChainError::ReadableAfterWritable`] |
 //! | Any split of the content over descriptors | 2.7.4.1 | served: [`read_segments`], [`write_segments`] |
