@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
@@ -48,6 +49,11 @@ pub(super) const TESTS: &[Test] = &[
         name: "blk::back_end_dies_under_load",
         seconds: 90,
         run: back_end_dies_under_load,
+    },
+    Test {
+        name: "blk::back_end_stays_away",
+        seconds: 90,
+        run: back_end_stays_away,
     },
     Test {
         name: "blk::counts_per_request",
@@ -305,6 +311,100 @@ fn back_end_dies_under_load(site: &Site) -> Result<()> {
         "ringside-vmm ended with {status} after a power-off"
     );
     Ok(())
+}
+
+/// The status register of a device that is in use, which Linux reads and shows: ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
+/// (VIRTIO 1.3, 2.1).
+const IN_USE: &str = "0x0000000f";
+/// The same with DEVICE_NEEDS_RESET.
+const NEEDS_RESET: &str = "0x0000004f";
+
+/// A back-end stays away for longer than its guest is to wait: the VMM says so, the device tells the guest that it needs a reset, and
+/// the guest goes on with its other disk. One that comes later serves it when its driver has reset the device, not before.
+fn back_end_stays_away(site: &Site) -> Result<()> {
+    let (kept_file, lost_file) = (
+        disk_file(site, "kept.img", MIB)?,
+        disk_file(site, "lost.img", MIB)?,
+    );
+    let kept = Blk::on(&kept_file).start(site)?;
+    let mut lost = Blk::on(&lost_file).start(site)?;
+    let mut guest = Guest::on(Vmm::Ringside)
+        .diskless()
+        .device(&kept)
+        .arg("--blk")
+        .arg(&format!("socket={},loss-timeout=1", lost.socket()))
+        .boot(site)?;
+    let status = |guest: &mut Guest, disk: &str, expected: &str| -> Result<()> {
+        let status = guest.run_ok(&format!("cat /sys/block/{disk}/device/status"))?;
+        ensure!(
+            status.trim() == expected,
+            "the status of {disk} is {status}, and not {expected}"
+        );
+        Ok(())
+    };
+    let writes = |guest: &mut Guest, disk: &str, file: &Path, text: &str| -> Result<()> {
+        guest.run_ok(&format!(
+            "printf {text} | dd of=/dev/{disk} conv=notrunc,fsync 2>/dev/null"
+        ))?;
+        let found = fs::read(file).doing(|| format!("read {}", file.display()))?;
+        ensure!(
+            found.starts_with(text.as_bytes()),
+            "what the guest wrote to {disk} is not in {}",
+            file.display()
+        );
+        Ok(())
+    };
+    writes(&mut guest, "vdb", &lost_file, "before")?;
+    for disk in ["vda", "vdb"] {
+        status(&mut guest, disk, IN_USE)?;
+    }
+    lost.daemon().signal(Signal::SIGKILL)?;
+    lost.daemon().wait(site.limit(Duration::from_secs(5)))?;
+    let told = guest.run(&format!(
+        "for i in $(seq 100); do [ $(cat /sys/block/vdb/device/status) != {NEEDS_RESET} ] || exit 0; sleep 0.1; done; exit 1"
+    ))?;
+    ensure!(
+        told.status == 0,
+        "the guest is not told that its disk is lost:\n{}",
+        guest.vmm_log()
+    );
+    let says = |guest: &Guest, what: &str| {
+        let log = guest.vmm_log();
+        log.lines()
+            .any(|line| line.contains(what) && line.contains(lost.socket()))
+    };
+    ensure!(
+        says(&guest, "(loss-timeout)"),
+        "the VMM does not say that it waits no longer:\n{}",
+        guest.vmm_log()
+    );
+    status(&mut guest, "vda", IN_USE)?;
+    writes(&mut guest, "vda", &kept_file, "meanwhile")?;
+
+    let found = Blk::on(&lost_file).in_place_of(&lost).start(site)?;
+    let (start, limit) = (Instant::now(), site.limit(Duration::from_secs(10)));
+    while !says(&guest, "back-end is back") {
+        ensure!(
+            start.elapsed() < limit,
+            "the VMM does not find the next back-end:\n{}",
+            guest.vmm_log()
+        );
+        sleep(Duration::from_millis(50));
+    }
+    status(&mut guest, "vdb", NEEDS_RESET)?;
+    guest.run_ok(
+        "device=$(readlink -f /sys/block/vdb/device); driver=/sys/bus/virtio/drivers/virtio_blk; \
+         echo ${device##*/} >$driver/unbind && echo ${device##*/} >$driver/bind",
+    )?;
+    status(&mut guest, "vdb", IN_USE)?;
+    writes(&mut guest, "vdb", &lost_file, "afterwards")?;
+    let status = guest.shut_down()?;
+    ensure!(
+        status.code() == Some(0),
+        "ringside-vmm ended with {status} after a power-off"
+    );
+    kept.stop(site)?;
+    found.stop(site)
 }
 
 /// Starts 4 KiB random reads of a disk in the guest's background, and waits until they run.
