@@ -580,13 +580,19 @@ impl Outgoing {
             return Err(Error::Exists(name.to_owned()));
         }
         let partial = Partial(folder.join(format!(".{name}.partial")));
-        // The guest's memory is in it.
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        let file = options.open(&partial.0).map_err(|source| Error::Create {
+        let failed = |source| Error::Create {
             path: partial.0.clone(),
             source,
-        })?;
+        };
+        // One that a VMM left that was killed: a VMM that is confined may remove it, but not cut it off.
+        match std::fs::remove_file(&partial.0) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
+            _ => {}
+        }
+        // The guest's memory is in it.
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(0o600);
+        let file = options.open(&partial.0).map_err(failed)?;
         let out = BufWriter::with_capacity(BUFFER, file);
         Ok(Self { partial, path, out })
     }
