@@ -14,6 +14,8 @@ pub enum Only {
     Has(u8, u64, u64),
     /// This value, and in the argument behind it none of the bits of a mask.
     IsWithout(u8, u64, u64),
+    /// A socket of this family, of this type whatever its flags, and of this protocol.
+    Socket(u64, u64, u64),
     /// The number of this process.
     Own(u8),
 }
@@ -33,11 +35,22 @@ impl Only {
                 ];
                 return first.holds(arguments) && behind.holds(arguments);
             }
+            Self::Socket(family, kind, protocol) => {
+                let all = [
+                    Self::Is(0, family),
+                    Self::Has(1, SOCK_TYPE_MASK, kind),
+                    Self::Is(2, protocol),
+                ];
+                return all.iter().all(|only| only.holds(arguments));
+            }
         };
         let argument = arguments.get(usize::from(argument));
         argument.is_some_and(|argument| argument & mask & 0xffff_ffff == value)
     }
 }
+
+/// What of the second argument of socket(2) is the type; the rest is flags (linux/net.h).
+pub(crate) const SOCK_TYPE_MASK: u64 = 0xf;
 
 /// A system call that a program keeps.
 #[derive(Debug, Clone, Copy)]
@@ -104,6 +117,17 @@ pub const fn socket(family: c_int, why: &'static str) -> Call {
         Only::Is(0, family.unsigned_abs() as u64),
         why,
     )
+}
+
+/// A socket of the Internet. Without its protocol it could be one of MPTCP, which connects to any server of TCP, and which Landlock
+/// takes for another matter.
+const fn internet(family: c_int, kind: c_int, protocol: c_int, why: &'static str) -> Call {
+    let [family, kind, protocol] = [
+        family.unsigned_abs() as u64,
+        kind.unsigned_abs() as u64,
+        protocol.unsigned_abs() as u64,
+    ];
+    only(libc::SYS_socket, Only::Socket(family, kind, protocol), why)
 }
 
 /// `PROT_EXEC`, without its sign.
@@ -305,15 +329,49 @@ pub const CONNECTING: &[Call] = &[
 
 /// Connecting to a server over TCP.
 pub const TCP: &[Call] = &[
-    socket(libc::AF_INET, "a server that is replaced"),
-    rare(socket(libc::AF_INET6, "a server that is replaced")),
+    internet(
+        libc::AF_INET,
+        libc::SOCK_STREAM,
+        0,
+        "a server that is replaced",
+    ),
+    rare(internet(
+        libc::AF_INET6,
+        libc::SOCK_STREAM,
+        0,
+        "a server that is replaced",
+    )),
     call(libc::SYS_connect, "the same"),
 ];
 
 /// Looking up names of hosts, by the C library.
 pub const NAMES: &[Call] = &[
-    socket(libc::AF_INET, "name servers"),
-    rare(socket(libc::AF_INET6, "name servers")),
+    rare(internet(libc::AF_INET, libc::SOCK_DGRAM, 0, "name servers")),
+    rare(internet(
+        libc::AF_INET6,
+        libc::SOCK_DGRAM,
+        0,
+        "name servers",
+    )),
+    rare(internet(
+        libc::AF_INET,
+        libc::SOCK_DGRAM,
+        libc::IPPROTO_UDP,
+        "which address this host has towards another",
+    )),
+    rare(internet(
+        libc::AF_INET6,
+        libc::SOCK_DGRAM,
+        libc::IPPROTO_UDP,
+        "the same",
+    )),
+    rare(internet(
+        libc::AF_INET,
+        libc::SOCK_STREAM,
+        0,
+        "long answers of name servers",
+    )),
+    rare(internet(libc::AF_INET6, libc::SOCK_STREAM, 0, "the same")),
     rare(socket(libc::AF_UNIX, "a local cache of names")),
     rare(socket(
         libc::AF_NETLINK,
@@ -568,6 +626,7 @@ mod tests {
             libc::SYS_tgkill,
             libc::SYS_clone,
             libc::SYS_mprotect,
+            libc::SYS_socket,
         ];
         for call in GROUPS.iter().flat_map(|(_, calls)| *calls) {
             assert!(!forbidden.contains(&call.number), "{call:?}");

@@ -9,7 +9,7 @@ use seccompiler::{
 };
 use thiserror::Error;
 
-use crate::calls::{Call, Only, REFUSED};
+use crate::calls::{Call, Only, REFUSED, SOCK_TYPE_MASK};
 use crate::profile::Mode;
 
 /// System calls cannot be filtered.
@@ -152,6 +152,10 @@ fn condition(only: Only) -> Result<Option<SeccompRule>, FilterError> {
                 is(argument, value),
                 has(argument.saturating_add(1), mask, 0),
             ]
+        }
+        Only::Socket(family, kind, protocol) => {
+            let kind = has(1, SOCK_TYPE_MASK, kind);
+            vec![is(0, family), kind, is(2, protocol)]
         }
         Only::Own(argument) => vec![is(argument, std::process::id().into())],
     };
