@@ -19,6 +19,7 @@ use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
 use frontend::disk::{Disk, FLUSH, IN, OK, OUT, ROOM};
+use frontend::nbd::greet;
 use frontend::{Daemon, FrontEnd, PATIENCE, REGION, SECOND, Setup, own_network, skip};
 use ringside_rings::Segment;
 use vm_memory::{Bytes, GuestAddress};
@@ -509,35 +510,6 @@ fn converse(
         }
         stream.write_all(&answer(kind, cookie, offset, len))?;
     }
-}
-
-fn greet(stream: &mut UnixStream, structured: bool) -> std::io::Result<()> {
-    let option_reply = |option: u32, kind: u32, data: &[u8]| {
-        let mut bytes = 0x0003_e889_0455_65a9_u64.to_be_bytes().to_vec();
-        for word in [option, kind, data.len() as u32] {
-            bytes.extend(word.to_be_bytes());
-        }
-        bytes.extend(data);
-        bytes
-    };
-    stream.write_all(b"NBDMAGICIHAVEOPT\0\x03")?;
-    stream.read_exact(&mut [0; 4])?;
-    for option in [8_u32, 7] {
-        let mut head = [0; 16];
-        stream.read_exact(&mut head)?;
-        let len = u32::from_be_bytes(head[12..].try_into().unwrap());
-        stream.read_exact(&mut vec![0; len as usize])?;
-        if option == 8 {
-            let kind = if structured { 1 } else { 0x8000_0001 };
-            stream.write_all(&option_reply(8, kind, &[]))?;
-        } else {
-            // 1 MiB; flush, FUA, trim and write-zeroes.
-            let info = [&[0; 2][..], &(1_u64 << 20).to_be_bytes(), &[0, 0x6d]].concat();
-            stream.write_all(&option_reply(7, 3, &info))?;
-            stream.write_all(&option_reply(7, 1, &[]))?;
-        }
-    }
-    Ok(())
 }
 
 /// Type, cookie, offset and length of the next request.

@@ -16,24 +16,32 @@ use std::env;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Child, Command};
+use std::sync::OnceLock;
 use std::thread;
 
 use clap::Parser;
-use frontend::{Daemon, own_network, skip};
-use intruder::{Attempt, ENDED, REFUSED, SHELL, attempt, call, ends, fails, intrude, landlock};
+use frontend::{Daemon, nbd, own_network, skip};
+use intruder::{
+    Attempt, ENDED, LISTEN, OTHER_SOCKETS, REFUSED, SHELL, Services, TO_ABSTRACT_SOCKET,
+    TO_OTHER_PORT, TO_OTHER_SOCKET, TO_PORT, TO_SOCKET, Victim, attempt, but, call, ends, fails,
+    intrude, landlock, services,
+};
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
 use nix::unistd::geteuid;
 use ringside_backends::blk::{Blk, BlkArgs};
-use ringside_backends::net::{NetArgs, Switch, SwitchArgs};
-use ringside_backends::shell::{Device, Hub, Program, ShellArgs, confine};
+use ringside_backends::net::{Net, NetArgs, Switch, SwitchArgs};
+use ringside_backends::shell::{Device, Hub, Parts, Program, ShellArgs, confine};
 use ringside_sandbox::ThreadKind;
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch, apply_filter};
+use serde_json::json;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 const BLK: &str = env!("CARGO_BIN_EXE_ringside-blk");
 const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
@@ -47,10 +55,12 @@ const ENDED_ON_QUEUES: &[(&str, Attempt)] = &[
     ("remove a file", || {
         call(libc::SYS_unlink, [SHELL.as_ptr().addr(), 0, 0])
     }),
-    ("connect to a service", || {
-        UnixStream::connect("/run/ringside-intruder").map(drop)
-    }),
 ];
+
+/// Besides, where no service is connected to.
+const CONNECT: &[(&str, Attempt)] = &[("connect to a service", || {
+    UnixStream::connect("/run/ringside-intruder").map(drop)
+})];
 
 /// Besides, on the control thread of a disk, which makes rings: it goes past the filter, and Landlock is still there.
 const REFUSED_BY_LANDLOCK: &[(&str, Attempt)] = &[("open a file by io_uring", || {
@@ -65,6 +75,25 @@ const REFUSED_BY_LANDLOCK: &[(&str, Attempt)] = &[("open a file by io_uring", ||
         0.. => Ok(()),
         errno => Err(io::Error::from_raw_os_error(-errno)),
     }
+})];
+
+/// What the resolver of the C library reads.
+const READ_NAMES: &[(&str, Attempt)] =
+    &[("read names of hosts", || File::open("/etc/hosts").map(drop))];
+
+/// Where a card asks for a passt, and who is asked: it ends by itself.
+static STARTER: OnceLock<(UnixStream, Child)> = OnceLock::new();
+
+/// Whatever is said there, a passt is started.
+const START_PASST: &[(&str, Attempt)] = &[("have the starter start others", || {
+    let mut starter = &STARTER.get().unwrap().0;
+    for request in [1, 0, b'/', 0xff] {
+        starter.write_all(&[request])?;
+        let (_, connection) = starter.recv_with_fd(&mut [0; 4])?;
+        // It has begun then.
+        UnixStream::from(OwnedFd::from(connection.unwrap())).read_exact(&mut [0])?;
+    }
+    Ok(())
 })];
 
 #[derive(Parser)]
@@ -108,7 +137,38 @@ const CARDS: &[(&str, &[&str])] = &[
     ("net", &["--link", "null"]),
     ("tap", &["--tap", "ring0"]),
     ("packet", &["--link", "packet:lo"]),
+    ("passt-started", &["--link", "passt"]),
 ];
+
+/// Where a disk on a server of NBD is.
+fn uri(profile: &str) -> Option<String> {
+    let port = || services().port;
+    Some(match profile {
+        "nbd-unix" => format!("nbd+unix:///?socket={}", services().socket().display()),
+        "nbd-tcp" => format!("nbd://127.0.0.1:{}", port()),
+        "nbd-name" => format!("nbd://localhost:{}", port()),
+        _ => return None,
+    })
+}
+
+/// A card goes on with the passt of another program, and with what has started it: this program cannot be that itself.
+fn take_passt_over(cli: &NetCli) -> Net {
+    let pair = || UnixStream::pair().unwrap();
+    let ((starter, theirs), (connection, _passt)) = (pair(), pair());
+    let child = Command::new(NET)
+        .args(["--start-passt", "--mtu", "1500"])
+        .env("PATH", services().dir.join("bin"))
+        .stdin(OwnedFd::from(theirs))
+        .spawn()
+        .unwrap();
+    let asked = (starter.try_clone().unwrap(), child);
+    STARTER.set(asked).unwrap();
+    let parts = Parts {
+        description: json!({"link": "passt", "mac": [2, 0, 0, 0, 0, 1], "offloads": 0, "attached": []}),
+        descriptors: vec![starter.into(), connection.into()],
+    };
+    cli.net.open_as(Some(parts)).unwrap()
+}
 
 fn confine_profile(profile: &str) {
     let socket = env::temp_dir().join("ringside-confined");
@@ -116,6 +176,15 @@ fn confine_profile(profile: &str) {
     let card = CARDS.iter().find(|(name, _)| *name == profile);
     if let Some((_, options)) = card {
         let cli = NetCli::parse_from([&args[..], options].concat());
+        let card = match profile {
+            "passt-started" => take_passt_over(&cli),
+            _ => cli.net.open().unwrap(),
+        };
+        return confine_as("net", &cli.shell, &card);
+    }
+    if profile == "passt" {
+        let link = format!("passt:{}", services().socket().display());
+        let cli = NetCli::parse_from([&args[..], &["--link", &link]].concat());
         return confine_as("net", &cli.shell, &cli.net.open().unwrap());
     }
     if profile == "switch" {
@@ -124,11 +193,12 @@ fn confine_profile(profile: &str) {
         let switch = Switch::new(&cli.net, &cli.switch, None).unwrap();
         return confine(&program("net"), &cli.shell, |profile| switch.needs(profile)).unwrap();
     }
-    let image = image(profile);
-    let disk: &[&str] = match profile {
-        "blk" => &["--null", "1M"],
-        "blk-logged" => &["--null", "1M", "--sandbox", "log"],
-        format => &["--path", image.to_str().unwrap(), "--format", format],
+    let (image, uri) = (image(profile), uri(profile));
+    let disk: &[&str] = match (profile, &uri) {
+        ("blk", _) => &["--null", "1M"],
+        ("blk-logged", _) => &["--null", "1M", "--sandbox", "log"],
+        (_, Some(uri)) => &["--path", uri],
+        (format, None) => &["--path", image.to_str().unwrap(), "--format", format],
     };
     let cli = BlkCli::parse_from([&args[..], disk].concat());
     confine_as("block", &cli.shell, &Blk::new(cli.blk.open().unwrap()));
@@ -137,15 +207,26 @@ fn confine_profile(profile: &str) {
 /// The other side of [`intruder::attempt`].
 #[test]
 fn intruder() {
-    let kinds = [("queue", ThreadKind::Queue), ("helper", ThreadKind::Helper)];
-    let more = [ENDED_ON_QUEUES, REFUSED_BY_LANDLOCK].concat();
+    let kinds = [
+        ("queue", ThreadKind::Queue),
+        ("helper", ThreadKind::Helper),
+        ("server", ThreadKind::Server),
+    ];
+    let more = [
+        ENDED_ON_QUEUES,
+        CONNECT,
+        REFUSED_BY_LANDLOCK,
+        READ_NAMES,
+        START_PASST,
+    ];
+    let more = more.concat();
     intrude(confine_profile, &kinds, &more);
 }
 
 #[test]
 fn who_takes_a_disk_over_gets_nowhere() {
     ends_on("blk", &["control", "queue"], ENDED);
-    if landlock() {
+    if landlock(1) {
         fails("blk", "control", REFUSED_BY_LANDLOCK);
     } else {
         skip(
@@ -184,7 +265,141 @@ fn ends_on(profile: &str, threads: &[&str], attempts: &[(&str, Attempt)]) {
         ends(profile, thread, attempts);
         fails(profile, thread, REFUSED);
     }
-    ends(profile, "queue", ENDED_ON_QUEUES);
+    ends(profile, "queue", &[ENDED_ON_QUEUES, CONNECT].concat());
+}
+
+/// A program that connects to a service on a Unix socket does that, and what Landlock cannot yet keep it from.
+fn reaches_sockets(victim: Victim<'_>, test: &str) {
+    victim.does(TO_SOCKET);
+    if landlock(9) {
+        victim.fails(TO_OTHER_SOCKET);
+    } else {
+        victim.does(TO_OTHER_SOCKET);
+    }
+    if landlock(6) {
+        victim.does_not(TO_ABSTRACT_SOCKET);
+    } else {
+        skip(test, "abstract sockets take version 6 of Landlock");
+    }
+}
+
+/// One that connects to a port does that.
+fn reaches_a_port(victim: Victim<'_>, test: &str) {
+    victim.does(TO_PORT);
+    if landlock(4) {
+        victim.fails(TO_OTHER_PORT);
+    } else {
+        skip(test, "ports of TCP take version 4 of Landlock");
+    }
+}
+
+#[test]
+fn who_takes_a_card_on_passt_over_reaches_sockets_alone() {
+    let test = "who_takes_a_card_on_passt_over_reaches_sockets_alone";
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let services = Services::start(dir.path(), |_| Ok(()));
+    for thread in ["control", "queue"] {
+        let victim = Victim {
+            profile: "passt",
+            thread,
+            services: Some(&services),
+        };
+        victim.ends(ENDED);
+        victim.ends(&[LISTEN, OTHER_SOCKETS].concat());
+        victim.fails(REFUSED);
+        reaches_sockets(victim, test);
+    }
+    let queue = Victim {
+        profile: "passt",
+        thread: "queue",
+        services: Some(&services),
+    };
+    queue.ends(ENDED_ON_QUEUES);
+}
+
+/// Who has taken the card over can have one passt after the other, with the arguments that were given.
+#[test]
+fn who_takes_a_card_over_that_starts_passt_gets_another_passt() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let services = Services::start(dir.path(), |_| Ok(()));
+    let (passt, started) = (dir.path().join("bin/passt"), dir.path().join("started"));
+    fs::create_dir(dir.path().join("bin")).unwrap();
+    let script = format!(
+        "#!/bin/sh\necho \"$0 $*\" >>{}; echo >&0; exec /bin/sleep 100\n",
+        started.display()
+    );
+    fs::write(&passt, script).unwrap();
+    fs::set_permissions(&passt, fs::Permissions::from_mode(0o755)).unwrap();
+    for thread in ["control", "queue"] {
+        let victim = Victim {
+            profile: "passt-started",
+            thread,
+            services: Some(&services),
+        };
+        victim.ends(ENDED);
+        victim.ends(&[LISTEN, OTHER_SOCKETS].concat());
+        victim.ends(TO_SOCKET);
+        victim.fails(REFUSED);
+        victim.does(START_PASST);
+        if thread == "queue" {
+            victim.ends(ENDED_ON_QUEUES);
+        }
+    }
+    let started = fs::read_to_string(started).unwrap();
+    let line = format!("{} --foreground --quiet --fd 0 --mtu 1500", passt.display());
+    assert_eq!(started.lines().collect::<Vec<_>>(), [line.as_str(); 8]);
+}
+
+#[test]
+fn who_takes_a_disk_of_a_server_over_reaches_the_server_alone() {
+    let test = "who_takes_a_disk_of_a_server_over_reaches_the_server_alone";
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let services = Services::start(dir.path(), |stream| nbd::greet(stream, false));
+    let victim = |profile, thread| Victim {
+        profile,
+        thread,
+        services: Some(&services),
+    };
+    let but_tcp = but(ENDED, &["connect out"]);
+    for thread in ["control", "server"] {
+        let unix = victim("nbd-unix", thread);
+        unix.ends(ENDED);
+        unix.ends(&[LISTEN, OTHER_SOCKETS].concat());
+        unix.fails(REFUSED);
+        reaches_sockets(unix, test);
+
+        let tcp = victim("nbd-tcp", thread);
+        tcp.ends(&but_tcp);
+        tcp.ends(&[LISTEN, OTHER_SOCKETS, TO_SOCKET].concat());
+        tcp.fails(REFUSED);
+        reaches_a_port(tcp, test);
+
+        // Besides, the resolver's files and sockets.
+        let name = victim("nbd-name", thread);
+        name.ends(&but_tcp);
+        name.ends(&but(
+            OTHER_SOCKETS,
+            &["send datagrams", "change the host's network"],
+        ));
+        name.does(READ_NAMES);
+        if landlock(1) {
+            name.fails(REFUSED);
+        }
+        if landlock(4) {
+            name.fails(LISTEN);
+        }
+        reaches_a_port(name, test);
+    }
+    for profile in ["nbd-unix", "nbd-tcp", "nbd-name"] {
+        let queue = victim(profile, "queue");
+        queue.ends(ENDED);
+        queue.ends(&[ENDED_ON_QUEUES, LISTEN, OTHER_SOCKETS, TO_SOCKET, TO_PORT].concat());
+        queue.fails(REFUSED);
+        victim(profile, "server").ends(ENDED_ON_QUEUES);
+        if landlock(1) {
+            victim(profile, "control").fails(REFUSED_BY_LANDLOCK);
+        }
+    }
 }
 
 #[test]

@@ -13,6 +13,7 @@
 )] // test support: a panic is how it fails
 
 pub mod disk;
+pub mod nbd;
 pub mod request;
 
 use std::fmt::Display;

@@ -9,10 +9,14 @@
 )] // test support: a panic is how it fails
 
 use std::env;
-use std::fs::{File, OpenOptions};
-use std::io;
-use std::net::TcpStream;
+use std::ffi::OsString;
+use std::fs::{File, OpenOptions, create_dir};
+use std::io::{self, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::sync::OnceLock;
 use std::thread;
@@ -21,6 +25,10 @@ use ringside_sandbox::{ThreadKind, narrow};
 
 /// Names the profile, the kind of thread and the attempt.
 const ATTEMPT: &str = "RINGSIDE_TEST_ATTEMPT";
+/// Names the directory of [`Services`], and their ports.
+const SERVICES: &str = "RINGSIDE_TEST_SERVICES";
+/// Exit status of a program in which the attempt came to its end: no error has this number.
+const DONE: i32 = 200;
 
 /// What an intruder tries.
 pub type Attempt = fn() -> io::Result<()>;
@@ -101,6 +109,180 @@ pub const ENDED: &[(&str, Attempt)] = &[
     }),
 ];
 
+/// Services that listen while a program is attacked: on Unix sockets and ports of TCP, of each one that the program is for and
+/// one that is none of its business. The first has a directory of its own.
+pub struct Services {
+    pub dir: PathBuf,
+    pub port: u16,
+    pub other_port: u16,
+}
+
+/// What comes of a connection.
+pub trait Stream: Read + Write {}
+
+impl<T: Read + Write> Stream for T {}
+
+fn greet<S: Stream>(
+    connections: impl Iterator<Item = io::Result<S>> + Send + 'static,
+    hello: fn(&mut dyn Stream) -> io::Result<()>,
+) {
+    thread::spawn(move || {
+        for stream in connections {
+            let _ = hello(&mut stream.unwrap());
+        }
+    });
+}
+
+/// The connections of a Unix socket, for as long as the program runs.
+fn connections(listener: UnixListener) -> impl Iterator<Item = io::Result<UnixStream>> {
+    std::iter::repeat_with(move || listener.accept().map(|(stream, _)| stream))
+}
+
+impl Services {
+    /// Starts them in a directory. `hello` is what those that the program is for say to who connects.
+    pub fn start(dir: &Path, hello: fn(&mut dyn Stream) -> io::Result<()>) -> Self {
+        let this = |port, other_port| Self {
+            dir: dir.to_owned(),
+            port,
+            other_port,
+        };
+        for name in ["own", "other"] {
+            create_dir(dir.join(name)).unwrap();
+        }
+        let unix = this(0, 0);
+        greet(
+            connections(UnixListener::bind(unix.socket()).unwrap()),
+            hello,
+        );
+        for address in [
+            SocketAddr::from_pathname(unix.other_socket()).unwrap(),
+            unix.abstract_socket(),
+        ] {
+            greet(
+                connections(UnixListener::bind_addr(&address).unwrap()),
+                |_| Ok(()),
+            );
+        }
+        let ports = [hello, |_: &mut dyn Stream| Ok(())].map(|hello| {
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let port = listener.local_addr().unwrap().port();
+            let accepted = move || listener.accept().map(|(stream, _)| stream);
+            greet(std::iter::repeat_with(accepted), hello);
+            port
+        });
+        this(ports[0], ports[1])
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("own/s")
+    }
+
+    pub fn other_socket(&self) -> PathBuf {
+        self.dir.join("other/s")
+    }
+
+    fn abstract_socket(&self) -> SocketAddr {
+        SocketAddr::from_abstract_name(self.dir.as_os_str().as_encoded_bytes()).unwrap()
+    }
+
+    /// For the program that is run again.
+    fn told(&self) -> OsString {
+        let mut told = OsString::from(format!("{} {} ", self.port, self.other_port));
+        told.push(&self.dir);
+        told
+    }
+}
+
+static TOLD: OnceLock<Services> = OnceLock::new();
+
+/// In the program that is run again: the services of the one that has started it.
+pub fn services() -> &'static Services {
+    TOLD.get_or_init(|| {
+        let told = env::var(SERVICES).unwrap();
+        let parts: Vec<&str> = told.splitn(3, ' ').collect();
+        let [port, other_port, dir] = parts[..] else {
+            panic!("{told}");
+        };
+        Services {
+            dir: dir.into(),
+            port: port.parse().unwrap(),
+            other_port: other_port.parse().unwrap(),
+        }
+    })
+}
+
+/// Reaches the service on a Unix socket that a program is for.
+pub const TO_SOCKET: &[(&str, Attempt)] = &[("connect to its own service", || {
+    UnixStream::connect(services().socket()).map(drop)
+})];
+
+/// Reaches another one.
+pub const TO_OTHER_SOCKET: &[(&str, Attempt)] = &[("connect to another service", || {
+    UnixStream::connect(services().other_socket()).map(drop)
+})];
+
+/// Reaches one that has no file.
+pub const TO_ABSTRACT_SOCKET: &[(&str, Attempt)] = &[("connect to an abstract socket", || {
+    UnixStream::connect_addr(&services().abstract_socket()).map(drop)
+})];
+
+/// Reaches the port that a program is for.
+pub const TO_PORT: &[(&str, Attempt)] = &[("connect to its own port", || {
+    TcpStream::connect(("127.0.0.1", services().port)).map(drop)
+})];
+
+/// Reaches another one.
+pub const TO_OTHER_PORT: &[(&str, Attempt)] = &[("connect to another port", || {
+    TcpStream::connect(("127.0.0.1", services().other_port)).map(drop)
+})];
+
+/// Lets others connect.
+pub const LISTEN: &[(&str, Attempt)] = &[
+    ("listen at a socket", || {
+        UnixListener::bind(services().dir.join("intruder")).map(drop)
+    }),
+    ("listen at a port", || {
+        TcpListener::bind("127.0.0.1:0").map(drop)
+    }),
+];
+
+/// Which no program needs that connects to a service, be it on a Unix socket or a port of TCP.
+pub const OTHER_SOCKETS: &[(&str, Attempt)] = &[
+    ("send datagrams", || {
+        // AF_INET, SOCK_DGRAM
+        call(libc::SYS_socket, [2, 2, 0])
+    }),
+    ("connect by another protocol", || {
+        // AF_INET, SOCK_STREAM, IPPROTO_MPTCP: Landlock takes it for no TCP.
+        call(libc::SYS_socket, [2, 1, 262])
+    }),
+    ("change the host's network", || {
+        // AF_NETLINK, SOCK_RAW
+        call(libc::SYS_socket, [16, 3, 0])
+    }),
+    ("see all packets", || {
+        // AF_PACKET, SOCK_RAW
+        call(libc::SYS_socket, [17, 3, 0])
+    }),
+    ("reach other machines of this host", || {
+        // AF_VSOCK, SOCK_STREAM
+        call(libc::SYS_socket, [40, 1, 0])
+    }),
+];
+
+/// All attempts but those that a program has a right to.
+pub fn but(
+    attempts: &[(&'static str, Attempt)],
+    permitted: &[&str],
+) -> Vec<(&'static str, Attempt)> {
+    for name in permitted {
+        assert!(attempts.iter().any(|(what, _)| what == name), "{name}");
+    }
+    let mut left = attempts.to_vec();
+    left.retain(|(what, _)| !permitted.contains(what));
+    left
+}
+
 /// What fails, as the C library does it by itself and must survive.
 pub const REFUSED: &[(&str, Attempt)] = &[
     ("open a file", || File::open("/etc/passwd").map(drop)),
@@ -127,10 +309,21 @@ pub fn intrude(confine: impl FnOnce(&str), kinds: &[(&str, ThreadKind)], more: &
     let mut next = || parts.next().unwrap();
     let (profile, thread, what) = (next(), next(), next());
     confine(profile);
-    let mut all = ENDED.iter().chain(REFUSED).chain(more);
+    let shared = [
+        ENDED,
+        REFUSED,
+        TO_SOCKET,
+        TO_OTHER_SOCKET,
+        TO_ABSTRACT_SOCKET,
+        TO_PORT,
+        TO_OTHER_PORT,
+        LISTEN,
+        OTHER_SOCKETS,
+    ];
+    let mut all = shared.into_iter().flatten().chain(more);
     let (_, attempt) = *all.find(|(name, _)| *name == what).unwrap();
     let intrude = move || match attempt() {
-        Ok(()) => 0,
+        Ok(()) => DONE,
         Err(error) => error.raw_os_error().unwrap_or(255),
     };
     let kind = kinds.iter().find(|(name, _)| *name == thread);
@@ -149,41 +342,89 @@ pub fn intrude(confine: impl FnOnce(&str), kinds: &[(&str, ThreadKind)], more: &
 
 /// Tries it in a process that has confined itself.
 pub fn attempt(profile: &str, thread: &str, what: &str) -> ExitStatus {
-    Command::new(env::current_exe().unwrap())
+    attempt_at(profile, thread, what, None)
+}
+
+fn attempt_at(profile: &str, thread: &str, what: &str, services: Option<&Services>) -> ExitStatus {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command
         .args(["--exact", "intruder", "--nocapture"])
-        .env(ATTEMPT, format!("{profile}:{thread}:{what}"))
-        .output()
-        .unwrap()
-        .status
+        .env(ATTEMPT, format!("{profile}:{thread}:{what}"));
+    if let Some(services) = services {
+        command.env(SERVICES, services.told());
+    }
+    command.output().unwrap().status
+}
+
+/// A program to be attacked: its profile, the kind of thread, and the services that there are.
+#[derive(Clone, Copy)]
+pub struct Victim<'v> {
+    pub profile: &'v str,
+    pub thread: &'v str,
+    pub services: Option<&'v Services>,
+}
+
+impl Victim<'_> {
+    fn all(self, attempts: &[(&str, Attempt)], expected: impl Fn(ExitStatus) -> bool) {
+        let Self {
+            profile,
+            thread,
+            services,
+        } = self;
+        for (what, _) in attempts {
+            let status = attempt_at(profile, thread, what, services);
+            assert!(expected(status), "{profile}, {thread}: {what}: {status}");
+        }
+    }
+
+    /// Each ends the process.
+    pub fn ends(self, attempts: &[(&str, Attempt)]) {
+        self.all(attempts, |status| status.signal() == Some(libc::SIGSYS));
+    }
+
+    /// Each fails for want of a right, and the process lives.
+    pub fn fails(self, attempts: &[(&str, Attempt)]) {
+        self.all(attempts, |status| status.code() == Some(libc::EACCES));
+    }
+
+    /// Each fails in one way or another, and the process lives.
+    pub fn does_not(self, attempts: &[(&str, Attempt)]) {
+        // That of a test that fails, which is no error number here.
+        let failed = |code| (1..DONE).contains(&code) && code != 101;
+        self.all(attempts, |status| status.code().is_some_and(failed));
+    }
+
+    /// Each is done: the program has a right to it.
+    pub fn does(self, attempts: &[(&str, Attempt)]) {
+        self.all(attempts, |status| status.code() == Some(DONE));
+    }
 }
 
 /// Each ends the process.
 pub fn ends(profile: &str, thread: &str, attempts: &[(&str, Attempt)]) {
-    for (what, _) in attempts {
-        let status = attempt(profile, thread, what);
-        let signal = status.signal();
-        assert_eq!(
-            signal,
-            Some(libc::SIGSYS),
-            "{profile}, {thread}: {what}: {status}"
-        );
+    let services = None;
+    Victim {
+        profile,
+        thread,
+        services,
     }
+    .ends(attempts);
 }
 
 /// Each fails, and the process lives.
 pub fn fails(profile: &str, thread: &str, attempts: &[(&str, Attempt)]) {
-    for (what, _) in attempts {
-        let status = attempt(profile, thread, what);
-        let code = status.code();
-        assert_eq!(
-            code,
-            Some(libc::EACCES),
-            "{profile}, {thread}: {what}: {status}"
-        );
+    let services = None;
+    Victim {
+        profile,
+        thread,
+        services,
     }
+    .fails(attempts);
 }
 
-/// Whether the kernel has Landlock, and it is on: landlock_create_ruleset(2) then tells its version.
-pub fn landlock() -> bool {
-    call(libc::SYS_landlock_create_ruleset, [0, 0, 1]).is_ok()
+/// Whether the kernel has Landlock, in this version or a later one, and it is on: landlock_create_ruleset(2) then tells its version.
+pub fn landlock(version: libc::c_long) -> bool {
+    // SAFETY: without a ruleset it reads no memory.
+    let newest = unsafe { libc::syscall(libc::SYS_landlock_create_ruleset, 0, 0, 1) };
+    newest >= version
 }
