@@ -364,7 +364,7 @@ impl IoList {
 
     /// Puts `data` at byte `offset` of the first `count` pieces, and what does not fit there into `spill`, as if that lay
     /// behind them. `false` if `spill` is too short.
-    #[inline]
+    #[inline(always)]
     pub(super) fn deliver(
         &self,
         offset: usize,
@@ -435,7 +435,7 @@ impl IoList {
     }
 
     /// Puts a number at byte `offset` of the row, as it lies in memory. `false` if the row ends before.
-    #[inline]
+    #[inline(always)]
     pub(super) fn put_u16(&self, offset: usize, number: u16) -> bool {
         let bytes = number.to_le_bytes();
         let Some(slice) = self.in_first(offset, bytes.len()) else {
@@ -449,7 +449,7 @@ impl IoList {
     }
 
     /// The first two bytes of the row; none if it is shorter.
-    #[inline]
+    #[inline(always)]
     pub(super) fn first_two(&self) -> Option<[u8; 2]> {
         if let Some(slice) = self.in_first(0, 2) {
             return slice.get_ref(0).ok().map(|place| place.load());

@@ -38,15 +38,14 @@ use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
 use super::filter::{Filter, PEEK};
 use super::hash::{self, Hashing, Report};
 use super::iov::{AppendError, IoList};
-use super::limits::CardLimits;
 use super::link::Link;
 use super::ring::Ring;
 use super::settings::Settings;
 use super::tx::MAX_FRAME;
-use crate::shell::{Chain as Causes, LogLimit, Memory, Vring, now};
+use crate::shell::{Chain as Causes, LogLimit, Memory, Vring};
 
 /// Most packets of one turn, so that transmitting gets its share.
-const BUDGET: u32 = 128;
+pub(super) const BUDGET: u32 = 128;
 
 /// Bytes of buffers that are given to the kernel while packets are short: those of the usual MTU fit.
 const SHORT: usize = 2048;
@@ -95,8 +94,6 @@ pub(super) enum RxEnd {
     Idle,
     /// The driver has no buffer.
     Starved,
-    /// Limits make it wait.
-    Throttled,
 }
 
 /// The receive queue of a pair.
@@ -182,20 +179,15 @@ impl Rx {
         self.fed
     }
 
-    /// Receives what the link has.
+    /// Receives what the link has, up to `budget` packets.
     pub(super) fn turn<L: Link>(
         &mut self,
         link: &mut L,
         settings: &Settings,
-        limits: &CardLimits,
+        budget: u32,
         counters: &Counters,
     ) -> RxEnd {
-        let served = if limits.of_rx() {
-            self.serve_limited(link, settings, limits, counters)
-        } else {
-            self.serve(link, settings, BUDGET, counters)
-        };
-        match served {
+        match self.serve(link, settings, budget, counters) {
             Ok((end, interrupt)) => {
                 if interrupt {
                     self.ring.interrupt(counters);
@@ -209,37 +201,8 @@ impl Rx {
         }
     }
 
-    /// Receives one packet after the other, as long as limits let them pass: how long one is is not known before.
+    // By itself: what surrounds it would take registers from it.
     #[inline(never)]
-    fn serve_limited<L: Link>(
-        &mut self,
-        link: &mut L,
-        settings: &Settings,
-        limits: &CardLimits,
-        counters: &Counters,
-    ) -> Result<(RxEnd, bool), RingError> {
-        let limits = limits.at(now());
-        let mut interrupt = false;
-        for _ in 0..BUDGET {
-            if let Err(until) = limits.may_rx() {
-                counters.rx_throttled.add(1);
-                self.throttled = Some(until);
-                return Ok((RxEnd::Throttled, interrupt));
-            }
-            let received = || (counters.rx_packets.get(), counters.rx_bytes.get());
-            let before = received();
-            let (end, wanted) = self.serve(link, settings, 1, counters)?;
-            interrupt |= wanted;
-            let (packets, bytes) = received();
-            limits.charge_rx(packets.wrapping_sub(before.0), bytes.wrapping_sub(before.1));
-            if end != RxEnd::More {
-                return Ok((end, interrupt));
-            }
-        }
-        Ok((RxEnd::More, interrupt))
-    }
-
-    /// Receives up to `budget` packets. Returns how it ended, and whether the driver wants an interrupt.
     fn serve<L: Link>(
         &mut self,
         link: &mut L,
@@ -580,7 +543,7 @@ impl State {
     }
 
     /// How many pieces of the row are given to the link for a packet, and their bytes.
-    #[inline]
+    #[inline(always)]
     fn given(&mut self, list: &IoList) -> (usize, usize) {
         if self.long_for > 0 {
             self.long_for = self.long_for.saturating_sub(1);
@@ -606,6 +569,8 @@ impl State {
     }
 
     /// Reads one packet. `None` if it was lost, an error if there is none.
+    // As of `accept`.
+    #[inline(always)]
     fn read<L: Link>(
         &mut self,
         link: &mut L,

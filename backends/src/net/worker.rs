@@ -27,10 +27,10 @@ use tracing::{debug, error, warn};
 
 use super::counters::Counters;
 use super::epoll_set::EpollSet;
-use super::limits::{self, CardLimits, sleep_until};
+use super::limits::{self, CardLimits, Limited, sleep_until};
 use super::link::Link;
 use super::rarp;
-use super::rx::{Rx, RxEnd};
+use super::rx::{self, Rx, RxEnd};
 use super::settings::{Pairs, Settings, Shared};
 use super::tx::Tx;
 use crate::shell::{Command, Commands, LogLimit, PollLimits, PollWindow, Vring, now};
@@ -50,6 +50,11 @@ pub(super) const POLL_INTERVAL: i32 = 1;
 const TURNS: u32 = 8;
 /// Looks at the rings between two looks at the descriptors, while spinning: those cost a system call.
 const LOOKS: u32 = 16;
+
+/// Packets that the driver got, and their bytes.
+fn received(counters: &Counters) -> (u64, u64) {
+    (counters.rx_packets.get(), counters.rx_bytes.get())
+}
 
 /// One queue pair.
 pub(super) struct PairWorker<L> {
@@ -339,11 +344,23 @@ impl<L: Link> PairWorker<L> {
             && rx.throttled.is_none()
             && (self.rx_fed || rx.ring.polled())
         {
-            match rx.turn(&mut self.link, &self.settings, &self.limits, &self.counters) {
+            // Of packets that are limited one is read in a turn: how long it is is not known before.
+            let limits = self.limits.of_rx().then(|| self.limits.at(now()));
+            if let Some(Err(until)) = limits.map(Limited::may_rx) {
+                self.counters.rx_throttled.add(1);
+                rx.throttled = Some(until);
+                return more;
+            }
+            let budget = if limits.is_some() { 1 } else { rx::BUDGET };
+            let before = received(&self.counters);
+            match rx.turn(&mut self.link, &self.settings, budget, &self.counters) {
                 RxEnd::More => more = true,
                 RxEnd::Idle => self.readable = false,
                 RxEnd::Starved => self.rx_fed = false,
-                RxEnd::Throttled => {}
+            }
+            if let Some(limits) = limits {
+                let (packets, bytes) = received(&self.counters);
+                limits.charge_rx(packets.wrapping_sub(before.0), bytes.wrapping_sub(before.1));
             }
             rx.ring.turned(&self.counters);
         }

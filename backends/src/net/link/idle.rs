@@ -45,6 +45,7 @@ impl Link for Null {
     }
 
     #[inline]
+    #[inline(always)]
     fn receive(
         &mut self,
         _list: &mut IoList,
@@ -90,6 +91,7 @@ impl Link for Generate {
     }
 
     #[inline]
+    #[inline(always)]
     fn receive(
         &mut self,
         list: &mut IoList,
