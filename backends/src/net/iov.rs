@@ -364,6 +364,7 @@ impl IoList {
 
     /// Puts `data` at byte `offset` of the first `count` pieces, and what does not fit there into `spill`, as if that lay
     /// behind them. `false` if `spill` is too short.
+    // As of `accept` in `rx`.
     #[inline(always)]
     pub(super) fn deliver(
         &self,
@@ -435,6 +436,7 @@ impl IoList {
     }
 
     /// Puts a number at byte `offset` of the row, as it lies in memory. `false` if the row ends before.
+    // As of `accept` in `rx`.
     #[inline(always)]
     pub(super) fn put_u16(&self, offset: usize, number: u16) -> bool {
         let bytes = number.to_le_bytes();
@@ -449,6 +451,7 @@ impl IoList {
     }
 
     /// The first two bytes of the row; none if it is shorter.
+    // As of `accept` in `rx`.
     #[inline(always)]
     pub(super) fn first_two(&self) -> Option<[u8; 2]> {
         if let Some(slice) = self.in_first(0, 2) {

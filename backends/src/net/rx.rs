@@ -543,6 +543,7 @@ impl State {
     }
 
     /// How many pieces of the row are given to the link for a packet, and their bytes.
+    // As of `accept`.
     #[inline(always)]
     fn given(&mut self, list: &IoList) -> (usize, usize) {
         if self.long_for > 0 {

@@ -45,7 +45,6 @@ impl Link for Null {
     }
 
     #[inline]
-    #[inline(always)]
     fn receive(
         &mut self,
         _list: &mut IoList,
@@ -91,7 +90,6 @@ impl Link for Generate {
     }
 
     #[inline]
-    #[inline(always)]
     fn receive(
         &mut self,
         list: &mut IoList,
