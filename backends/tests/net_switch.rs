@@ -615,6 +615,36 @@ fn a_port_steers_and_hashes_as_its_driver_says_and_holds_interrupts_back() {
     arm(&mut b);
     send(&mut a, &hashed_frame());
     assert!(interrupted(&b, PATIENCE));
+
+    // A frame over two buffers has the hash in the first; and what is held back as a queue stops comes out.
+    drop(b);
+    switch.wait_until_free("b");
+    let mut b = FrontEnd::new(&switch.socket("b"), setup);
+    let short: Vec<_> = (0..2).map(|_| b.guest.alloc(40, 64)).collect();
+    let FrontEnd { queues, guest, .. } = &mut b;
+    for &buffer in &short {
+        queues[RX].submit(guest, &[], &[Segment::new(buffer, 40)], buffer.0);
+    }
+    assert_eq!(b.command(CONTROL, &rss([0; 4], 0)), 0);
+    assert_eq!(b.command(CONTROL, &coalesce(0, 60_000_000)), 0);
+    assert!(
+        !b.queues[RX]
+            .ring
+            .session(&b.guest.memory)
+            .unwrap()
+            .enable_interrupts()
+            .unwrap()
+    );
+    send(&mut a, &hashed_frame());
+    assert!(!interrupted(&b, Duration::from_millis(100)));
+    b.messages.get_vring_base(RX).unwrap();
+    assert!(interrupted(&b, PATIENCE));
+    assert_eq!(b.complete(RX), (short[0].0, 40));
+    assert_eq!(b.complete(RX), (short[1].0, 34));
+    let parts = [(short[0], 40), (short[1], 34)].map(|(at, len)| b.guest.read(at, len));
+    let packet = parts.concat();
+    assert_eq!(packet[10..18], [2, 0, 0x78, 0xc1, 0xcc, 0x51, 2, 0]);
+    assert_eq!(packet[LONG_HEADER..], hashed_frame());
     switch.daemon.stop();
 }
 

@@ -89,9 +89,9 @@ enum Request {
         #[arg(long, requires = "size")]
         shrink: bool,
     },
-    /// Disk: sets limits of rates, and shows them.
+    /// Disk, network: sets limits of rates, and shows them.
     Limits {
-        /// Those to change, as for ringside-blk --limit; 0 takes a limit away.
+        /// Those to change, as for --limit of ringside-blk or ringside-net; 0 takes a limit away.
         #[arg(value_name = "KEY=VALUE,...", value_parser = limits)]
         limits: Option<Arguments>,
     },

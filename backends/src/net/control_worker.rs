@@ -319,13 +319,13 @@ impl Target {
             ControlCommand::Rss(rss) => {
                 let hashing = Arc::new(rss.hashing.clone());
                 // Packets are steered to queues that are there.
-                self.shared.change(|settings| {
-                    settings.pairs = Pairs::First(rss.pairs());
-                    settings.hashing = hashing;
-                });
-                self.steer(Some(rss.clone()))?;
                 self.shared
-                    .change(|settings| settings.rss = Some(Arc::new(rss)))
+                    .change(|settings| settings.pairs = Pairs::First(rss.pairs()));
+                self.steer(Some(rss.clone()))?;
+                self.shared.change(|settings| {
+                    settings.hashing = hashing;
+                    settings.rss = Some(Arc::new(rss));
+                })
             }
             ControlCommand::Hash(hashing) => self
                 .shared

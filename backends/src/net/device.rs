@@ -370,10 +370,7 @@ impl Device for Net {
     }
 
     fn limits(&mut self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
-        let rates = self.limits.get().with(changes);
-        let rates = rates.map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))?;
-        self.limits.set(rates);
-        Ok(rates.to_json())
+        self.limits.change(changes)
     }
 
     fn save(&self) -> Result<Vec<u8>, StateError> {
@@ -427,8 +424,10 @@ impl Device for Net {
             order: Vec<u16>,
             left: Value,
             counters: Vec<Value>,
+            #[serde(default)]
             limits: BTreeMap<String, Size>,
             /// When their buckets will be full, in nanoseconds of CLOCK_MONOTONIC.
+            #[serde(default)]
             levels: [u64; NAMES.len()],
         }
         let HostSettings {
@@ -439,10 +438,7 @@ impl Device for Net {
             limits,
             levels,
         } = HostSettings::deserialize(settings).map_err(StateError::Content)?;
-        let rates = CardRates::new(&NAMES).with(&limits);
-        let rates = rates.map_err(|error| StateError::Misfit(error.to_string()))?;
-        self.limits.set(rates);
-        self.limits.set_levels(levels);
+        self.limits.adopt(&limits, levels)?;
         for (pair, from) in self.counters.iter().zip(&counters) {
             pair.go_on(from);
         }

@@ -4,12 +4,16 @@
 //! waits in the link, or is dropped where it has left that already.
 
 use std::array;
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::shell::{Bucket, NamedRates};
+use ringside_control::{ApiError, ErrorCode, Size};
+use serde_json::Value;
 
-/// Names of a card's limits: of what its driver sends, and of what that gets.
+use crate::shell::{Bucket, NamedRates, StateError};
+
+/// Names of a card's limits: of what its driver sends, and of what that gets. Those of a port begin with them.
 pub(super) const NAMES: [&str; 4] = ["tx-packets", "tx-bytes", "rx-packets", "rx-bytes"];
 
 /// Limits of a card.
@@ -150,12 +154,38 @@ impl<const N: usize> Limits<N> {
         NamedRates::of(self.names, rates)
     }
 
+    /// Changes them by name, as somebody asked for, and gives those that hold.
+    ///
+    /// # Errors
+    /// They cannot be.
+    pub(super) fn change(&self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
+        let rates = self.get().with(changes);
+        let rates = rates.map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))?;
+        self.set(rates);
+        Ok(rates.to_json())
+    }
+
+    /// Goes on from those of another program, and from how far they were used up.
+    ///
+    /// # Errors
+    /// [`StateError`]
+    pub(super) fn adopt(
+        &self,
+        rates: &BTreeMap<String, Size>,
+        levels: [u64; N],
+    ) -> Result<(), StateError> {
+        let rates = NamedRates::new(self.names).with(rates);
+        self.set(rates.map_err(|error| StateError::Misfit(error.to_string()))?);
+        self.set_levels(levels);
+        Ok(())
+    }
+
     /// How far they are used up, for another program.
     pub(super) fn levels(&self) -> [u64; N] {
         self.buckets.each_ref().map(Bucket::full_at)
     }
 
-    pub(super) fn set_levels(&self, levels: [u64; N]) {
+    fn set_levels(&self, levels: [u64; N]) {
         for (bucket, level) in self.buckets.iter().zip(levels) {
             bucket.set_full_at(level);
         }
@@ -165,8 +195,11 @@ impl<const N: usize> Limits<N> {
         &self.buckets
     }
 
+    const HAS_FOUR: () = assert!(N >= NAMES.len());
+
     /// Those of packets, and of bytes.
     fn of(&self, way: Way) -> Option<(&Bucket, &Bucket)> {
+        let () = Self::HAS_FOUR;
         match (way, self.buckets.as_slice()) {
             (Way::Tx, [packets, bytes, ..]) | (Way::Rx, [_, _, packets, bytes, ..]) => {
                 Some((packets, bytes))
@@ -211,8 +244,6 @@ impl<const N: usize> Limits<N> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use ringside_control::Size;
-    use std::collections::BTreeMap;
 
     const SECOND: u64 = 1_000_000_000;
 

@@ -200,6 +200,11 @@ impl Ring {
         }
     }
 
+    /// Nobody waits for its timer: no interrupt is held back.
+    pub(super) fn without_timer(&mut self) {
+        self.coalescer = None;
+    }
+
     /// Becomes readable when an interrupt was held back for long enough.
     pub(super) fn timer_fd(&self) -> Option<i32> {
         self.coalescer.as_ref().map(Coalescer::timer_fd)

@@ -17,7 +17,8 @@ use super::filter::Filter;
 use super::hash::Hashing;
 use super::steering::Rss;
 
-/// How long a command may wait for the workers before it is answered as failed.
+/// How long a command may wait for the workers before it is answered as failed: they take notice at once, unless a busy host
+/// lets them not run.
 const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Which queue pairs receive, of those whose rings the front-end has enabled.

@@ -35,8 +35,9 @@ pub(super) struct Rss {
 }
 
 impl Rss {
-    /// The pair of a packet with this hash.
-    pub(super) fn pair(&self, report: Report) -> u16 {
+    /// The pair of a packet, given the start of its frame.
+    pub(super) fn pair(&self, frame: &[u8]) -> u16 {
+        let report = self.hashing.report(frame);
         if report == Report::NONE {
             return self.unclassified;
         }

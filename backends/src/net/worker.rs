@@ -458,17 +458,21 @@ impl<L: Link> PairWorker<L> {
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if vring.index.is_multiple_of(2) {
             let most = self.link.gives_at_once();
-            let rx = Rx::new(vring, self.mtu, most, &self.log);
+            let mut rx = Rx::new(vring, self.mtu, most, &self.log);
             self.wait_on(rx.ring.kick_fd(), KICK_RX);
-            self.wait_on(rx.ring.timer_fd(), TIMER_RX);
+            if !self.wait_on(rx.ring.timer_fd(), TIMER_RX) {
+                rx.ring.without_timer();
+            }
             self.rx = Some(rx);
             self.rx_fed = true;
             self.readable = true;
             self.attach();
         } else {
-            let tx = Tx::new(vring, &self.log);
+            let mut tx = Tx::new(vring, &self.log);
             self.wait_on(tx.ring.kick_fd(), KICK_TX);
-            self.wait_on(tx.ring.timer_fd(), TIMER_TX);
+            if !self.wait_on(tx.ring.timer_fd(), TIMER_TX) {
+                tx.ring.without_timer();
+            }
             // What a disabled queue holds is for its driver to say again: the ring may be none any more.
             self.tx_kicked = tx.ring.runs();
             self.tx = Some(tx);
@@ -476,9 +480,10 @@ impl<L: Link> PairWorker<L> {
         self.coalesce();
     }
 
-    fn wait_on(&self, fd: Option<RawFd>, token: u64) {
-        if let Some(fd) = fd
-            && let Err(error) = self.epoll.add(fd, token)
+    /// Waits on a descriptor, if there is one. Returns whether it does, or need not.
+    fn wait_on(&self, fd: Option<RawFd>, token: u64) -> bool {
+        let added = fd.map_or(Ok(()), |fd| self.epoll.add(fd, token));
+        if let Err(error) = &added
             && let Some(held_back) = self.log.check()
         {
             warn!(
@@ -486,6 +491,7 @@ impl<L: Link> PairWorker<L> {
                 held_back, "cannot wait on the front-end's kick descriptor, or on a timer: {error}"
             );
         }
+        added.is_ok()
     }
 
     fn stop(&mut self, index: u16) -> Option<Box<Vring>> {

@@ -269,6 +269,8 @@ struct Ports<H: Hub> {
     peers: Peers,
     statistics: Arc<dyn Statistics>,
     hub: Mutex<H>,
+    /// As many as there were at the start.
+    uplinks: Vec<Arc<dyn UplinkControl>>,
     ports: Mutex<BTreeMap<String, Arc<Port>>>,
     end: Arc<Ending>,
     /// What another program needs to be where this one is, once it can be.
@@ -354,6 +356,7 @@ pub fn run_ports<H: Hub>(
         placement,
         peers,
         statistics: hub.statistics(),
+        uplinks: hub.uplinks(),
         hub: Mutex::new(hub),
         ports: Mutex::default(),
         end: Arc::clone(&end),
@@ -686,8 +689,8 @@ impl<H: Hub> Ports<H> {
 
     /// What is beside the ports and has this name.
     fn uplink(&self, name: &str) -> Option<Arc<dyn UplinkControl>> {
-        let uplinks = lock(&self.hub).uplinks();
-        uplinks.into_iter().find(|uplink| uplink.name() == name)
+        let mut uplinks = self.uplinks.iter();
+        uplinks.find(|uplink| uplink.name() == name).cloned()
     }
 
     fn port(&self, name: &str) -> Result<Arc<Port>, ApiError> {
@@ -725,11 +728,8 @@ impl<H: Hub> Ports<H> {
         }
     }
 
-    /// Names of all ports, sockets, and whether a front-end is there; behind them those of uplinks, and what they lead to.
+    /// Names of all ports, sockets, and whether a front-end is there.
     fn list(&self) -> Vec<Value> {
-        let uplinks = lock(&self.hub).uplinks().into_iter();
-        let uplinks =
-            uplinks.map(|uplink| json!({ "name": uplink.name(), "uplink": uplink.link() }));
         let ports = lock(&self.ports);
         let ports = ports.iter().map(|(name, port)| {
             let connected = port.connected.load(Ordering::Relaxed);
@@ -739,7 +739,7 @@ impl<H: Hub> Ports<H> {
                 "front-end": if connected { "connected" } else { "none" },
             })
         });
-        ports.chain(uplinks).collect()
+        ports.collect()
     }
 
     fn page(&self) -> String {
@@ -837,7 +837,13 @@ impl<H: Hub> Service for Ports<H> {
                 self.end.wake();
                 Ok(json!({}))
             }
-            PortsRequest::PortList => Ok(json!({ "ports": self.list() })),
+            PortsRequest::PortList => {
+                let uplinks = self.uplinks.iter();
+                let uplinks =
+                    uplinks.map(|uplink| json!({ "name": uplink.name(), "uplink": uplink.link() }));
+                let all = self.list().into_iter().chain(uplinks);
+                Ok(json!({ "ports": all.collect::<Vec<_>>() }))
+            }
             PortsRequest::PortStatus(Name { port }) => match self.uplink(&port) {
                 Some(uplink) => Ok(uplink.status()),
                 None => self.ask(&port, Request::Status),

@@ -66,7 +66,7 @@ use crate::virtio::{Activation, ActiveQueue, Notifier, Queue, Suspended, VirtioD
 const ANSWER_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 2 } else { 15 });
 /// How long it may take to finish what is under way when a device is reset.
 const STOP_LIMIT: Duration = Duration::from_secs(30);
-/// Pause before the first attempt to reach a back-end that is gone; each further one takes twice as long.
+/// Pause before the first attempt to reach a back-end that is gone; each further one is twice as long.
 const RECONNECT_PAUSE: Duration = Duration::from_millis(50);
 /// The longest, and that of a back-end that goes again and again, as soon as it has come back: the guest goes on within a second.
 const RECONNECT_PAUSE_MAX: Duration = Duration::from_millis(500);
@@ -556,7 +556,7 @@ impl Shared {
         } else {
             state.losses.saturating_add(1)
         };
-        let pause = RECONNECT_PAUSE.saturating_mul(1 << state.losses.min(5));
+        let pause = RECONNECT_PAUSE.saturating_mul(1 << state.losses.min(5).saturating_sub(1));
         let pause = pause.min(RECONNECT_PAUSE_MAX);
         let (weak, epoch) = (Arc::downgrade(self), state.epoch);
         let spawned = std::thread::Builder::new()

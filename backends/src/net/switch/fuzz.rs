@@ -9,9 +9,10 @@
 use ringside_rings::Segment;
 use vm_memory::{Bytes, GuestAddress, VolatileSlice};
 
-use super::frame::{Beginning, FRONT, Frame, HEADER, PREFIX, Rest};
+use super::frame::{Beginning, FRONT, Frame, HEADER, LONGEST_HEADER, PREFIX, Rest};
 use super::offload::{Room, finish};
 use super::policy::{Form, Vlans};
+use crate::net::hash::Report;
 use crate::shell::Memory;
 
 /// Where the frame lies: across two regions.
@@ -74,14 +75,23 @@ pub fn frame(bytes: &[u8]) {
     for (form, longer) in [(Form::Untagged, 0), (Form::Tagged, 4)] {
         let mut front = [0; FRONT];
         let packet = frame.packet(form, &mut front);
-        for header_len in [10, HEADER] {
+        let mut frames = [10, HEADER, LONGEST_HEADER].map(|header_len| {
             assert_eq!(packet.len(header_len), header_len + untagged + longer);
             let mut out = vec![0; packet.len(header_len)];
-            let copied = packet
-                .bytes(header_len)
-                .copy_to(VolatileSlice::from(out.as_mut_slice()));
+            let mut room = [0; LONGEST_HEADER];
+            let mut bytes = match header_len {
+                LONGEST_HEADER => packet.bytes_with(Report::NONE, &mut room),
+                shorter => packet.bytes(shorter),
+            };
+            let copied = bytes.copy_to(VolatileSlice::from(out.as_mut_slice()));
             assert!(copied, "it is shorter than it says");
-        }
+            out.split_off(header_len)
+        });
+        frames.sort_unstable();
+        assert!(
+            frames.windows(2).all(|two| two[0] == two[1]),
+            "the header's length changes the frame"
+        );
     }
     let mut sent = 0;
     let finished = finish(&frame, &mut Room::new(), |segment| {

@@ -164,7 +164,7 @@ impl UplinkControl for Uplink {
     }
 
     fn limits(&self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
-        self.port.answer_limits(changes)
+        self.port.limits.change(changes)
     }
 
     fn set_link(&self, up: bool) -> bool {

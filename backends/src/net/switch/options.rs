@@ -24,8 +24,9 @@ pub struct SwitchArgs {
     /// Serve a guest at a port of a switch, in place of one guest with a link of its own; once for each guest
     ///
     /// socket=PATH is where its virtual machine monitor connects (client=on: listens). Further keys: name=, mac=, mtu=,
-    /// queue-pairs=, rss= [on], hash-report= and standby= as the options of these names say of a card; vlan=N for the VLAN that it is in without knowing [1], or trunk=N+N-N for those that it sees with
-    /// tags, with native=N for the one without; isolated=on so that it speaks with no other isolated port;
+    /// queue-pairs=, rss= [on], hash-report= and standby= as the options of these names say of a card; vlan=N for the VLAN
+    /// that it is in without knowing [1], or trunk=N+N-N for those that it sees with tags, with native=N for the one
+    /// without; isolated=on so that it speaks with no other isolated port;
     /// mac-filter=MAC+MAC and ip-filter=IP+IP for the only addresses that it may send from; and limits in a second:
     /// tx-packets=, tx-bytes=, rx-packets=, rx-bytes= (each with -burst=), and flood-packets= [20000] for what goes to all;
     /// pcap=FILE, which is overwritten, for a copy of what the switch lets in there, and of what is to go out, before rx-

@@ -471,7 +471,7 @@ impl GuestOutlet {
             ring.done = ring.done.wrapping_add(packets);
             if let Err(error) = served {
                 ring.fail(&error);
-                // Flows are spread over those that are left.
+                // Flows are spread over those that are left, unless the driver has a table for that.
                 self.choose_pairs();
             }
         }
@@ -534,7 +534,7 @@ impl Way<'_> {
 #[inline]
 fn queue_of(settings: &Settings, chosen: &[usize], frame: &Frame<'_>) -> usize {
     if let Some(rss) = &settings.rss {
-        return rss.pair(settings.hashing.report(frame.prefix())).into();
+        return rss.pair(frame.prefix()).into();
     }
     let place = match chosen.len() {
         0 | 1 => 0,

@@ -228,7 +228,7 @@ impl Device for SwitchPort {
     }
 
     fn limits(&mut self, changes: &BTreeMap<String, Size>) -> Result<Value, ApiError> {
-        self.shared.answer_limits(changes)
+        self.shared.limits.change(changes)
     }
 
     fn set_link(&mut self, up: bool) -> Result<bool, ApiError> {

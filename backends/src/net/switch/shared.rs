@@ -4,27 +4,23 @@ use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-use ringside_control::{ApiError, ErrorCode, Size};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::{debug, info};
 
 use super::super::config::MacAddress;
-use super::super::limits::Limits;
+use super::super::limits::{Limits, NAMES};
 use super::super::link::{Interface, LinkError, Recorder};
 use super::super::steering::Rss;
 use super::counters::Counters;
 use super::policy::Policy;
-use crate::shell::{LimitError, LogLimit, NamedRates, StateError};
+use crate::shell::{LogLimit, NamedRates, StateError};
 
 /// Names of the limits: of what comes in, of what goes out, and of what comes in and goes to all.
-pub(super) const LIMITS: [&str; 5] = [
-    "tx-packets",
-    "tx-bytes",
-    "rx-packets",
-    "rx-bytes",
-    "flood-packets",
-];
+pub(super) const LIMITS: [&str; 5] = {
+    let [tx_packets, tx_bytes, rx_packets, rx_bytes] = NAMES;
+    [tx_packets, tx_bytes, rx_packets, rx_bytes, "flood-packets"]
+};
 
 /// Limits of a port.
 pub(super) type PortRates = NamedRates<{ LIMITS.len() }>;
@@ -157,10 +153,7 @@ impl PortShared {
     /// [`StateError`]
     pub(super) fn adopt(&self, settings: &PortSettings) -> Result<(), StateError> {
         let limits = BTreeMap::deserialize(&settings.limits).map_err(StateError::Content)?;
-        let rates = NamedRates::new(&LIMITS).with(&limits);
-        self.limits
-            .set(rates.map_err(|error| StateError::Misfit(error.to_string()))?);
-        self.limits.set_levels(settings.levels);
+        self.limits.adopt(&limits, settings.levels)?;
         self.counters.go_on(&settings.counters);
         self.set_up(settings.link_up);
         Ok(())
@@ -174,33 +167,6 @@ impl PortShared {
             info!(port = self.name, "link {state}");
         }
         changed
-    }
-
-    /// Changes its limits, as somebody asked for, and gives those that hold.
-    ///
-    /// # Errors
-    /// They cannot be.
-    pub(super) fn answer_limits(
-        &self,
-        changes: &BTreeMap<String, Size>,
-    ) -> Result<Value, ApiError> {
-        let rates = self.change_limits(changes);
-        rates
-            .map(|rates| rates.to_json())
-            .map_err(|error| ApiError::new(ErrorCode::BadRequest, &error))
-    }
-
-    /// Changes its limits.
-    ///
-    /// # Errors
-    /// [`LimitError`]
-    pub(super) fn change_limits(
-        &self,
-        changes: &BTreeMap<String, Size>,
-    ) -> Result<PortRates, LimitError> {
-        let rates = self.limits.get().with(changes)?;
-        self.limits.set(rates);
-        Ok(rates)
     }
 }
 

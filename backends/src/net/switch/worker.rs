@@ -886,20 +886,19 @@ impl Worker {
         }
         // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
         if index.is_multiple_of(2) {
-            let mut timer = None;
             if let Outlet::Guest(guest) = &mut egress.outlet {
-                let rx = RxRing::new(vring, log);
-                timer = rx.ring.timer_fd();
+                let mut rx = RxRing::new(vring, log);
+                let what = token(TIMER_RX, port, pair);
+                wait_for_timer(&self.epoll, &mut rx.ring, what, &ingress.shared);
                 if let Some(place) = guest.rings.get_mut(usize::from(pair)) {
                     *place = Some(rx);
                 }
                 guest.choose_pairs();
             }
-            self.wait_for_timer(timer, token(TIMER_RX, port, pair), port);
             self.coalesce(port, index);
             return;
         }
-        let tx = TxRing {
+        let mut tx = TxRing {
             header_len: header_len(vring.features).into(),
             ring: Ring::new(vring, log),
             waiting: false,
@@ -925,30 +924,17 @@ impl Worker {
             }
         }
         // What a disabled queue holds is for its driver to say again: the ring may be none any more.
-        let (runs, timer) = (tx.ring.runs(), tx.ring.timer_fd());
+        let runs = tx.ring.runs();
+        let what = token(TIMER_TX, port, pair);
+        wait_for_timer(&self.epoll, &mut tx.ring, what, &ingress.shared);
         if let Source::Guest { rings, .. } = &mut ingress.source
             && let Some(place) = rings.get_mut(usize::from(pair))
         {
             *place = Some(tx);
         }
-        self.wait_for_timer(timer, token(TIMER_TX, port, pair), port);
         self.coalesce(port, index);
         if runs {
             self.enqueue(port, pair.into());
-        }
-    }
-
-    /// Waits for the timer of a ring that has one.
-    fn wait_for_timer(&self, timer: Option<RawFd>, what: u64, port: PortId) {
-        if let Some(timer) = timer
-            && let Err(error) = self.epoll.add(timer, what)
-            && let Some(Some(Ingress { shared, .. })) = self.ingress.get(usize::from(port))
-            && let Some(held_back) = shared.log.check()
-        {
-            warn!(
-                port = shared.name,
-                held_back, "cannot wait for a timer: {error}"
-            );
         }
     }
 
@@ -975,6 +961,20 @@ impl Worker {
         }
         self.forget(|of, ring| of == port && ring == pair);
         Some(vring)
+    }
+}
+
+/// Waits for the timer of a ring that has one.
+fn wait_for_timer(epoll: &EpollSet, ring: &mut Ring, what: u64, port: &PortShared) {
+    let Some(Err(error)) = ring.timer_fd().map(|timer| epoll.add(timer, what)) else {
+        return;
+    };
+    ring.without_timer();
+    if let Some(held_back) = port.log.check() {
+        warn!(
+            port = port.name,
+            held_back, "no interrupt is held back, as its timer cannot be waited for: {error}"
+        );
     }
 }
 

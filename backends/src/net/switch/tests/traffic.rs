@@ -444,7 +444,7 @@ fn a_port_that_waits_has_no_turn_by_kicking_and_goes_on_when_its_limits_go() {
     b.own(give_back(&b.sender, 1));
     assert!(a.got_nothing());
     let none = [("tx-bytes".to_owned(), ringside_control::Size(0))].into();
-    b.shared().change_limits(&none).unwrap();
+    b.shared().limits.change(&none).unwrap();
     b.tx.used();
     assert_eq!(a.receive(), with_buffers(frame, 1));
 }
