@@ -166,7 +166,10 @@ fn parse(line: &str) -> Option<(i64, Vec<u64>, Option<u64>)> {
         Some((stack, flags)) if stack.starts_with("child_stack=") => flags,
         _ => arguments,
     };
-    let arguments = arguments.trim_end().trim_end_matches(')').split(", ");
+    let arguments = arguments.trim_end().trim_end_matches(')');
+    // The end of its thread has cut the call off.
+    let cut = arguments.strip_suffix(" <unfinished ...>");
+    let arguments = cut.unwrap_or(arguments).split(", ");
     let result = result.split(' ').next().map(value);
     Some((
         number.trim().parse().ok()?,
@@ -175,7 +178,11 @@ fn parse(line: &str) -> Option<(i64, Vec<u64>, Option<u64>)> {
     ))
 }
 
+/// A number, or flags beside each other.
 fn value(text: &str) -> Option<u64> {
+    if let Some((first, more)) = text.split_once('|') {
+        return Some(value(first)? | value(more)?);
+    }
     match text.strip_prefix("0x") {
         Some(digits) => u64::from_str_radix(digits, 16).ok(),
         None => text.parse().ok(),
@@ -194,6 +201,10 @@ mod tests {
         assert_eq!(parse(line), Some((56, vec![0x3d_0f00, 0], Some(11154))));
         let line = "[ 257] openat(-100, \"\"..., 0x80000) = -1 EACCES (Permission denied)";
         assert_eq!(parse(line), Some((257, vec![0, 0, 0x8_0000], None)));
+        let line = "[  41] socket(0x2, 0x1|0x80000, 0)      = 13";
+        assert_eq!(parse(line), Some((41, vec![2, 0x8_0001, 0], Some(13))));
+        let line = "[  72] fcntl(533, 0x1 <unfinished ...>) = ?";
+        assert_eq!(parse(line), Some((72, vec![533, 1], None)));
         assert_eq!(parse("+++ exited with 0 +++"), None);
         let line = "[  59] execve(\"/x/ringside-blk\", [...], 0x7f /* 61 vars */) = 0";
         assert_eq!(started(line), Some("ringside-blk"));
