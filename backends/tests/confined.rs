@@ -28,9 +28,8 @@ use std::thread;
 use clap::Parser;
 use frontend::{Daemon, nbd, own_network, skip};
 use intruder::{
-    Attempt, ENDED, LISTEN, OTHER_SOCKETS, REFUSED, SHELL, Services, TO_ABSTRACT_SOCKET,
-    TO_OTHER_PORT, TO_OTHER_SOCKET, TO_PORT, TO_SOCKET, Victim, attempt, but, call, ends, fails,
-    intrude, landlock, services,
+    Attempt, ENDED, LISTEN, OTHER_SOCKETS, REFUSED, SHELL, Services, TO_OTHER_PORT, TO_PORT,
+    TO_SOCKET, Victim, attempt, but, call, ends, fails, intrude, landlock, services,
 };
 use io_uring::types::Fd;
 use io_uring::{IoUring, opcode};
@@ -271,16 +270,7 @@ fn ends_on(profile: &str, threads: &[&str], attempts: &[(&str, Attempt)]) {
 /// A program that connects to a service on a Unix socket does that, and what Landlock cannot yet keep it from.
 fn reaches_sockets(victim: Victim<'_>, test: &str) {
     victim.does(TO_SOCKET);
-    if landlock(9) {
-        victim.fails(TO_OTHER_SOCKET);
-    } else {
-        victim.does(TO_OTHER_SOCKET);
-    }
-    if landlock(6) {
-        victim.does_not(TO_ABSTRACT_SOCKET);
-    } else {
-        skip(test, "abstract sockets take version 6 of Landlock");
-    }
+    victim.keeps_from_other_sockets(|why| skip(test, why));
 }
 
 /// One that connects to a port does that.

@@ -125,6 +125,11 @@ impl Report {
         value: 0,
         kind: number(VIRTIO_NET_HASH_REPORT_NONE),
     };
+
+    /// `hash_value`, `hash_report` and padding, as they lie in a header (VIRTIO 1.3, 5.1.6).
+    pub(super) fn to_le_bytes(self) -> [u8; 8] {
+        (u64::from(self.kind) << 32 | u64::from(self.value)).to_le_bytes()
+    }
 }
 
 #[allow(

@@ -125,14 +125,20 @@ impl Ring {
 
     /// The driver is to be interrupted for what is done. Returns whether it is now, or when it has said.
     #[inline]
-    pub(super) fn wanted(&mut self, done: u64) -> bool {
+    fn wanted(&mut self, done: u64) -> bool {
         self.coalescer.as_mut().is_none_or(|c| c.wanted(done))
     }
 
     /// A turn has ended. Returns whether the driver is to be interrupted for what was held back.
     #[inline]
-    pub(super) fn ended(&mut self, done: u64) -> bool {
+    fn ended(&mut self, done: u64) -> bool {
         self.coalescer.as_mut().is_some_and(|c| c.turned(done))
+    }
+
+    /// A turn has ended, and the driver wants an interrupt for what is done, or not. Returns whether it is to have one now.
+    #[inline]
+    pub(super) fn due(&mut self, wanted: bool, done: u64) -> bool {
+        wanted && self.wanted(done) || self.ended(done)
     }
 
     /// An interrupt that is held back is to be held back no longer. Returns whether there is one.

@@ -706,8 +706,7 @@ impl State {
         } else {
             Report::NONE
         };
-        let fields = u64::from(report.kind) << 32 | u64::from(report.value);
-        list.copy_in(HASH_VALUE, &fields.to_le_bytes());
+        list.copy_in(HASH_VALUE, &report.to_le_bytes());
     }
 
     /// The driver accepted what the header asks of it (VIRTIO 1.3, 5.1.6.4.1).

@@ -398,6 +398,21 @@ impl Victim<'_> {
     pub fn does(self, attempts: &[(&str, Attempt)]) {
         self.all(attempts, |status| status.code() == Some(DONE));
     }
+
+    /// A program that connects to a Unix socket is kept from others as far as Landlock tells them apart. What it does not, `skip` is
+    /// told.
+    pub fn keeps_from_other_sockets(self, skip: impl FnOnce(&str)) {
+        if landlock(9) {
+            self.fails(TO_OTHER_SOCKET);
+        } else {
+            self.does(TO_OTHER_SOCKET);
+        }
+        if landlock(6) {
+            self.does_not(TO_ABSTRACT_SOCKET);
+        } else {
+            skip("abstract sockets take version 6 of Landlock");
+        }
+    }
 }
 
 /// Each ends the process.

@@ -557,10 +557,8 @@ impl<'a> Packet<'a> {
     where
         'a: 'b,
     {
-        // `hash_value`, `hash_report` and padding (VIRTIO 1.3, 5.1.6).
-        let fields = u64::from(report.kind) << 32 | u64::from(report.value);
         let header = self.front.iter().copied().take(HEADER);
-        for (place, byte) in room.iter_mut().zip(header.chain(fields.to_le_bytes())) {
+        for (place, byte) in room.iter_mut().zip(header.chain(report.to_le_bytes())) {
             *place = byte;
         }
         Bytes {

@@ -125,7 +125,7 @@ impl RxRing {
         let done = self.done;
         match published {
             Ok(wanted) => {
-                if wanted && self.ring.wanted(done) || self.ring.ended(done) {
+                if self.ring.due(wanted, done) {
                     interrupt(&self.ring, port, signals);
                 }
             }

@@ -549,7 +549,7 @@ impl Worker {
                 match tx.serve(port, shared, last, fabric, batch) {
                     Ok((turn, wanted)) => {
                         let TxRing { ring, done, .. } = tx;
-                        if wanted && ring.wanted(*done) || ring.ended(*done) {
+                        if ring.due(wanted, *done) {
                             interrupt(ring, shared, signals);
                         }
                         turn
