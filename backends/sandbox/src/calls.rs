@@ -503,6 +503,7 @@ pub const MACHINE: &[Call] = &[
 /// Writing the state of a virtual machine into a file that gets its name when it is complete.
 pub const SNAPSHOTS: &[Call] = &[
     rare(call(libc::SYS_fsync, "what is to be durable")),
+    rare(call(libc::SYS_flock, "that no other process writes it")),
     rare(call(libc::SYS_rename, "its name")),
 ];
 

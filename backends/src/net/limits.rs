@@ -21,6 +21,9 @@ pub(super) type CardRates = NamedRates<{ NAMES.len() }>;
 /// The buckets of a card, which all its queue pairs share.
 pub(super) type CardLimits = Limits<{ NAMES.len() }>;
 
+/// Bytes that a packet has at most: what a length of IP can say, and the headers around it.
+const LONGEST_PACKET: u64 = 1 << 16;
+
 /// How long something waits at most until limits are asked again, in nanoseconds: they may have been changed meanwhile.
 pub(super) const LONGEST_WAIT: u64 = 100_000_000;
 
@@ -84,23 +87,43 @@ impl Limited<'_> {
         self.now.saturating_add(wait.min(LONGEST_WAIT))
     }
 
-    /// Whether the next packet for the driver may pass, however long it is, or until when it waits.
-    pub(super) fn may_rx(self) -> Result<(), u64> {
+    /// Takes what up to `most` packets for the driver cost, or says until when they wait. How long they are is not known before:
+    /// it is enough for the longest ones; a single one may be on credit.
+    pub(super) fn reserve_rx(self, most: u32) -> Result<Reserved, u64> {
         let Some((of_packets, of_bytes)) = self.limits.of(Way::Rx) else {
-            return Ok(());
+            return Ok(Reserved {
+                packets: most,
+                bytes: 0,
+            });
         };
-        let may = of_packets.has_any(self.now);
-        may.and_then(|()| of_bytes.has_any(self.now))
-            .map_err(|wait| self.until(wait))
+        let until = |wait| self.until(wait);
+        let there = of_packets.take_some(most.into(), self.now).map_err(until)?;
+        let most_bytes = there.saturating_mul(LONGEST_PACKET);
+        let bytes = of_bytes.take_some(most_bytes, self.now).map_err(|wait| {
+            of_packets.give_back(there);
+            until(wait)
+        })?;
+        let packets = there.min(bytes / LONGEST_PACKET).max(1);
+        of_packets.give_back(there.saturating_sub(packets));
+        let packets = u32::try_from(packets).unwrap_or(most);
+        Ok(Reserved { packets, bytes })
     }
 
-    /// Packets for the driver have passed.
-    pub(super) fn charge_rx(self, packets: u64, bytes: u64) {
-        if let Some((of_packets, of_bytes)) = self.limits.of(Way::Rx) {
-            of_packets.charge(packets, self.now);
-            of_bytes.charge(bytes, self.now);
-        }
+    /// So many packets for the driver have passed of those that were reserved.
+    pub(super) fn settle_rx(self, reserved: Reserved, packets: u64, bytes: u64) {
+        let Some((of_packets, of_bytes)) = self.limits.of(Way::Rx) else {
+            return;
+        };
+        of_packets.settle(reserved.packets.into(), packets, self.now);
+        of_bytes.settle(reserved.bytes, bytes, self.now);
     }
+}
+
+/// What packets for a driver may cost.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Reserved {
+    pub(super) packets: u32,
+    bytes: u64,
 }
 
 impl Measure for Limited<'_> {
@@ -274,13 +297,33 @@ mod tests {
     #[test]
     fn a_packet_whose_length_is_not_known_passes_on_credit() {
         let limits = limits(&[("rx-bytes", 1000)]);
-        assert_eq!(limits.at(SECOND).may_rx(), Ok(()));
-        limits.at(SECOND).charge_rx(1, 1100);
+        let reserved = limits.at(SECOND).reserve_rx(32).unwrap();
+        assert_eq!(reserved.packets, 1);
+        limits.at(SECOND).settle_rx(reserved, 1, 1100);
         // A hundred were there; a thousand come in a second.
-        let until = limits.at(SECOND).may_rx().unwrap_err();
+        let until = limits.at(SECOND).reserve_rx(32).unwrap_err();
         assert_eq!(until, SECOND + LONGEST_WAIT);
-        let nearly = limits.at(2 * SECOND - 1).may_rx();
+        let nearly = limits.at(2 * SECOND - 1).reserve_rx(32);
         assert!(nearly.is_err_and(|until| until <= 2 * SECOND + SECOND / 500));
-        assert_eq!(limits.at(2 * SECOND + SECOND / 500).may_rx(), Ok(()));
+        assert!(limits.at(2 * SECOND + SECOND / 500).reserve_rx(32).is_ok());
+    }
+
+    #[test]
+    fn packets_for_the_driver_are_reserved_by_the_longest() {
+        let limits = limits(&[("rx-packets", 1000), ("rx-bytes", 10_000_000)]);
+        // A burst is a hundred packets and a million bytes.
+        let all = limits.at(SECOND).reserve_rx(128).unwrap();
+        assert_eq!(all.packets, 15);
+        // Others wait meanwhile, and get what was not spent.
+        assert!(limits.at(SECOND).reserve_rx(128).is_err());
+        limits.at(SECOND).settle_rx(all, 15, 15 * 64);
+        let rest = limits.at(SECOND).reserve_rx(128).unwrap();
+        assert_eq!(rest.packets, 15);
+        limits.at(SECOND).settle_rx(rest, 0, 0);
+        for _ in 0..85 {
+            let one = limits.at(SECOND).reserve_rx(1).unwrap();
+            limits.at(SECOND).settle_rx(one, 1, 64);
+        }
+        assert!(limits.at(SECOND).reserve_rx(1).is_err());
     }
 }

@@ -27,7 +27,7 @@ use tracing::{debug, error, warn};
 
 use super::counters::Counters;
 use super::epoll_set::EpollSet;
-use super::limits::{self, CardLimits, Limited, sleep_until};
+use super::limits::{self, CardLimits, sleep_until};
 use super::link::Link;
 use super::rarp;
 use super::rx::{self, Rx, RxEnd};
@@ -344,23 +344,27 @@ impl<L: Link> PairWorker<L> {
             && rx.throttled.is_none()
             && (self.rx_fed || rx.ring.polled())
         {
-            // Of packets that are limited one is read in a turn: how long it is is not known before.
             let limits = self.limits.of_rx().then(|| self.limits.at(now()));
-            if let Some(Err(until)) = limits.map(Limited::may_rx) {
-                self.counters.rx_throttled.add(1);
-                rx.throttled = Some(until);
-                return more;
-            }
-            let budget = if limits.is_some() { 1 } else { rx::BUDGET };
+            let reserved = limits.map(|limits| limits.reserve_rx(rx::BUDGET));
+            let reserved = match reserved.transpose() {
+                Ok(reserved) => reserved,
+                Err(until) => {
+                    self.counters.rx_throttled.add(1);
+                    rx.throttled = Some(until);
+                    return more;
+                }
+            };
+            let budget = reserved.map_or(rx::BUDGET, |reserved| reserved.packets);
             let before = received(&self.counters);
             match rx.turn(&mut self.link, &self.settings, budget, &self.counters) {
                 RxEnd::More => more = true,
                 RxEnd::Idle => self.readable = false,
                 RxEnd::Starved => self.rx_fed = false,
             }
-            if let Some(limits) = limits {
+            if let Some((limits, reserved)) = limits.zip(reserved) {
                 let (packets, bytes) = received(&self.counters);
-                limits.charge_rx(packets.wrapping_sub(before.0), bytes.wrapping_sub(before.1));
+                let packets = packets.wrapping_sub(before.0);
+                limits.settle_rx(reserved, packets, bytes.wrapping_sub(before.1));
             }
             rx.ring.turned(&self.counters);
         }

@@ -204,14 +204,25 @@ impl Bucket {
         }
     }
 
-    /// Whether there is a token, or in how many nanoseconds there is one.
+    /// Takes as many tokens as there are, one at least and `most` at most, and says how many.
     ///
     /// # Errors
-    /// The nanoseconds.
-    pub fn has_any(&self, now: u64) -> Result<(), u64> {
-        self.take(1, now)?;
-        self.give_back(1);
-        Ok(())
+    /// There is none, and may be one after so many nanoseconds.
+    pub fn take_some(&self, most: u64, now: u64) -> Result<u64, u64> {
+        let Some(Rate { rate, burst }) = self.get() else {
+            return Ok(most);
+        };
+        let full_at = self.full_at().max(now);
+        let left = now
+            .saturating_add(time_of(burst, rate))
+            .saturating_sub(full_at);
+        let there = u128::from(left).saturating_mul(rate.into()) / u128::from(NANOSECONDS);
+        let tokens = u64::try_from(there).map_or(most, |there| there.min(most));
+        // Somebody else may take some in between.
+        match self.take(tokens.max(1), now) {
+            Ok(()) => Ok(tokens.max(1)),
+            Err(_) => self.take(1, now).map(|()| 1),
+        }
     }
 
     /// Takes tokens that were spent already, if need be on credit.
@@ -219,6 +230,15 @@ impl Bucket {
         self.change(tokens, |full_at, cost| {
             full_at.max(now).saturating_add(cost)
         });
+    }
+
+    /// Of tokens that were taken so many were spent: others are given back, and what is missing is on credit.
+    pub fn settle(&self, taken: u64, spent: u64, now: u64) {
+        match spent.checked_sub(taken) {
+            Some(0) => {}
+            Some(missing) => self.charge(missing, now),
+            None => self.give_back(taken.saturating_sub(spent)),
+        }
     }
 
     /// Gives back what was taken for nothing.
@@ -273,6 +293,28 @@ mod tests {
                     let come = u128::from(rate) * u128::from(end - start) / u128::from(SECOND);
                     prop_assert!(sum <= come + u128::from(largest) + 1, "{sum} in {} ns", end - start);
                 }
+            }
+        }
+
+        /// All that are there are taken, and no more than are wanted.
+        #[test]
+        fn some_are_as_many_as_there_are(
+            rate in 1..10_000_000_u64,
+            burst in 1..100_000_u64,
+            spent in 0..200_000_u64,
+            pause in 0..1_000_000_000_u64,
+            most in 1..200_000_u64,
+        ) {
+            let bucket = Bucket::default();
+            bucket.set(Some(Rate { rate, burst }));
+            bucket.charge(spent, 0);
+            match bucket.take_some(most, pause) {
+                Ok(tokens) => {
+                    prop_assert!(tokens >= 1 && tokens <= most);
+                    let all = tokens == most || bucket.take(2, pause).is_err();
+                    prop_assert!(all, "{tokens} were not all");
+                }
+                Err(wait) => prop_assert!(bucket.take_some(most, pause + wait).is_ok()),
             }
         }
 

@@ -27,9 +27,9 @@ pub mod memory;
 pub mod stream;
 pub mod transport;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufReader, BufWriter, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -66,6 +66,11 @@ pub enum Error {
     /// One that is there already is somebody's.
     #[error("there is a snapshot `{0}` already: give another name, or remove it first")]
     Exists(String),
+    /// Another VMM is about to write one of this name.
+    #[error(
+        "another VMM writes the snapshot {0:?} into that folder: wait for it, or take another name"
+    )]
+    Busy(String),
     /// The folder.
     #[error("cannot create the snapshot {path}")]
     Create {
@@ -545,17 +550,71 @@ fn parse<T: DeserializeOwned>(
 /// Bytes that are read and written at a time: a section of memory and its head.
 const BUFFER: usize = 256 << 10;
 
-/// The name of a snapshot that is not complete. Nothing is left of it unless it gets another one.
-struct Partial(PathBuf);
+/// A snapshot that is not complete. Nothing is left of it unless it gets another name.
+struct Partial {
+    path: PathBuf,
+    /// Open, and so locked, until the name is another one or gone.
+    file: Arc<File>,
+    complete: bool,
+}
+
+impl Partial {
+    /// Gives it its name.
+    fn complete(mut self, path: &Path) -> io::Result<()> {
+        std::fs::rename(&self.path, path)?;
+        // Another one may have the name that it had.
+        self.complete = true;
+        Ok(())
+    }
+}
 
 impl Drop for Partial {
     fn drop(&mut self) {
-        match std::fs::remove_file(&self.0) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(%error, path = %self.0.display(), "a part of a snapshot is left");
-            }
-            _ => {}
+        if self.complete {
+            return;
         }
+        if let Err(error) = std::fs::remove_file(&self.path) {
+            tracing::warn!(%error, path = %self.path.display(), "a part of a snapshot is left");
+        }
+    }
+}
+
+/// Locks a file until it is closed; not if another process has it locked.
+fn lock(file: &File) -> io::Result<bool> {
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Makes a file that is locked: as long as it is open nobody else makes one of its name in this way. One that a killed process left
+/// is replaced.
+fn create_alone(path: &Path) -> io::Result<Option<File>> {
+    let mut options = OpenOptions::new();
+    // The guest's memory is in it.
+    options.write(true).mode(0o600);
+    let flags = libc::O_NOFOLLOW | libc::O_NONBLOCK;
+    match options.clone().custom_flags(flags).open(path) {
+        Ok(left) => {
+            if !lock(&left)? {
+                return Ok(None);
+            }
+            // Whoever had it locked may have given it another name.
+            let (ours, there) = (left.metadata()?, path.symlink_metadata());
+            if there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
+                // A process that is confined may remove it, but not cut it off.
+                std::fs::remove_file(path)?;
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    match options.create_new(true).open(path) {
+        // In between somebody may take it for one that was left.
+        Ok(file) => Ok(lock(&file)?.then_some(file)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -563,37 +622,39 @@ impl Drop for Partial {
 pub struct Outgoing {
     partial: Partial,
     path: PathBuf,
-    out: BufWriter<File>,
+    out: BufWriter<Arc<File>>,
 }
 
 impl Outgoing {
     /// Begins the snapshot `name` in `folder`.
     ///
     /// # Errors
-    /// [`Error::Name`], [`Error::Exists`], [`Error::Create`]
+    /// [`Error::Name`], [`Error::Busy`], [`Error::Exists`], [`Error::Create`]
     pub fn create(folder: &Path, name: &str) -> Result<Self, Error> {
         if name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']) {
             return Err(Error::Name(name.to_owned()));
         }
+        let unfinished = folder.join(format!(".{name}.partial"));
+        let partial = match create_alone(&unfinished) {
+            Ok(Some(file)) => Partial {
+                path: unfinished,
+                file: Arc::new(file),
+                complete: false,
+            },
+            Ok(None) => return Err(Error::Busy(name.to_owned())),
+            Err(source) => {
+                return Err(Error::Create {
+                    path: unfinished,
+                    source,
+                });
+            }
+        };
+        // Nobody else gives a file this name from here on.
         let path = folder.join(name);
         if path.exists() {
             return Err(Error::Exists(name.to_owned()));
         }
-        let partial = Partial(folder.join(format!(".{name}.partial")));
-        let failed = |source| Error::Create {
-            path: partial.0.clone(),
-            source,
-        };
-        // One that a VMM left that was killed: a VMM that is confined may remove it, but not cut it off.
-        match std::fs::remove_file(&partial.0) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed(error)),
-            _ => {}
-        }
-        // The guest's memory is in it.
-        let mut options = OpenOptions::new();
-        options.write(true).create_new(true).mode(0o600);
-        let file = options.open(&partial.0).map_err(failed)?;
-        let out = BufWriter::with_capacity(BUFFER, file);
+        let out = BufWriter::with_capacity(BUFFER, partial.file.clone());
         Ok(Self { partial, path, out })
     }
 
@@ -616,7 +677,7 @@ impl Outgoing {
         let (written, out) = write(out, description, memory, state)?;
         let file = out.into_inner().map_err(|e| Error::Write(e.into_error()))?;
         file.sync_all().map_err(Error::Write)?;
-        std::fs::rename(&partial.0, &path).map_err(Error::Write)?;
+        partial.complete(&path).map_err(Error::Write)?;
         Ok(written)
     }
 }
@@ -636,6 +697,56 @@ mod tests {
             prefault: false,
         };
         GuestRam::new(options).unwrap()
+    }
+
+    /// Of two that write one name at a time one is refused, and nothing of the other's is touched.
+    #[test]
+    fn one_name_has_one_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, name) = (folder.path(), "state");
+        // One that was left.
+        std::fs::write(path.join(".state.partial"), "left").unwrap();
+        let first = Outgoing::create(path, name).unwrap();
+        let second = Outgoing::create(path, name).err();
+        assert!(matches!(second, Some(Error::Busy(_))), "{second:?}");
+        assert_eq!(first.partial.file.metadata().unwrap().len(), 0);
+        drop(first);
+        assert!(std::fs::read_dir(path).unwrap().next().is_none());
+        let third = Outgoing::create(path, name).unwrap();
+        third.partial.complete(&third.path).unwrap();
+        let fourth = Outgoing::create(path, name).err();
+        assert!(matches!(fourth, Some(Error::Exists(_))), "{fourth:?}");
+        let names = std::fs::read_dir(path).unwrap();
+        let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(names, ["state"]);
+    }
+
+    /// Threads that take turns and get in each other's way: each that was let write has its own file.
+    #[test]
+    fn a_name_is_never_taken_from_its_writer() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("partial");
+        let written = std::sync::atomic::AtomicUsize::new(0);
+        thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for turn in 0..500 {
+                        let Some(file) = create_alone(&path).unwrap() else {
+                            continue;
+                        };
+                        let ours = file.metadata().unwrap().ino();
+                        thread::yield_now();
+                        assert_eq!(path.metadata().unwrap().ino(), ours);
+                        written.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                        // Every other one is left behind, as by a process that was killed.
+                        if turn % 2 == 0 {
+                            std::fs::remove_file(&path).unwrap();
+                        }
+                    }
+                });
+            }
+        });
+        assert!(written.into_inner() > 4);
     }
 
     fn description() -> Description {

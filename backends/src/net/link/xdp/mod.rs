@@ -86,8 +86,9 @@ pub enum XdpError {
     },
 }
 
-/// How often a queue that is busy is tried, and how long to wait in between: two seconds in all, for a busy machine.
-const ATTEMPTS: u32 = 101;
+/// How often a queue that is busy is tried, and how long to wait in between: five seconds in all. The kernel needs its lock of all
+/// networks for that, which others hold for long when they make and remove some.
+const ATTEMPTS: u32 = 251;
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// What was tried, and what the system said.
