@@ -6,6 +6,7 @@ mod control;
 mod counters;
 mod daemon;
 mod guest;
+mod held;
 mod kernel_log;
 mod mapped;
 mod network;
@@ -26,6 +27,7 @@ pub use counters::{
 };
 pub use daemon::{Daemon, threads};
 pub use guest::{Guest, GuestBuilder, GuestOutput, Vmm, listens, readable};
+pub use held::Held;
 pub use kernel_log::{KernelLog, dma_fault};
 pub use mapped::Mapped;
 pub use network::{Capture, Namespace, bridge, http_server, iperf3, iperf3_server, name_server};

@@ -12,7 +12,7 @@ use crate::command;
 use crate::ensure;
 use crate::error::{LabError, Result};
 use crate::harness::{
-    BackEnd, Blk, Control, Guest, Net, Vmm, disk_file, iperf3_server, packets, threads,
+    BackEnd, Blk, Control, Guest, Held, Net, Vmm, disk_file, iperf3_server, packets, threads,
 };
 use crate::site::Site;
 
@@ -119,7 +119,11 @@ fn disk_survives_kills(site: &Site, vmm: Vmm, packed: bool) -> Result<()> {
          || {{ touch /run/failed; break; }}; done; touch /run/done) </dev/null >/dev/null 2>&1 &",
         QUEUES - 1
     ))?;
-    for _ in 0..site.effort.kills {
+    let mut held = Vec::new();
+    for number in 0..site.effort.kills {
+        if number.is_multiple_of((site.effort.kills / 4).max(1)) {
+            held.push(Held::by(guest.vmm_pid())?.to_string());
+        }
         if let Err(error) = works(site) {
             let log = guest.run_ok("cat /run/fio.log; dmesg | tail -20");
             return Err(LabError::Ended {
@@ -141,7 +145,12 @@ fn disk_survives_kills(site: &Site, vmm: Vmm, packed: bool) -> Result<()> {
         "the guest saw errors:\n{}",
         guest.run_ok("dmesg | tail -20")?
     );
-    println!("{} kills", site.effort.kills);
+    held.push(Held::by(guest.vmm_pid())?.to_string());
+    println!(
+        "{} kills; the VMM held meanwhile: {}",
+        site.effort.kills,
+        held.join("; ")
+    );
     guest.shut_down()?;
     Ok(())
 }

@@ -1,8 +1,6 @@
 //! Four guests with a disk each, joined by one switch, busy for a long time while what they use is killed, unplugged, upgraded,
 //! enlarged and limited: nothing goes wrong, and nothing grows.
 
-use std::fmt;
-use std::fs;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
@@ -12,8 +10,8 @@ use serde_json::Value;
 use super::Test;
 use super::upgrade::{pause, upgrade};
 use crate::ensure;
-use crate::error::{Doing, LabError, Result};
-use crate::harness::{BackEnd, Blk, Control, Guest, Switch, Vmm, disk_file, threads};
+use crate::error::{LabError, Result};
+use crate::harness::{BackEnd, Blk, Control, Guest, Held, Switch, Vmm, disk_file};
 use crate::site::Site;
 
 pub(super) const TESTS: &[Test] = &[Test {
@@ -35,45 +33,6 @@ const STEP: Duration = Duration::from_secs(1);
 const GAIN: u64 = 1024;
 /// For what ends when it is told to, on plain hardware.
 const END_LIMIT: Duration = Duration::from_secs(30);
-
-/// What a process holds.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Held {
-    /// Resident memory of its own, in KiB: that of guests is not.
-    memory: u64,
-    descriptors: usize,
-    threads: usize,
-}
-
-impl Held {
-    fn by(pid: u32) -> Result<Self> {
-        let path = format!("/proc/{pid}/status");
-        let status = fs::read_to_string(&path).doing(|| format!("read {path}"))?;
-        let path = format!("/proc/{pid}/fd");
-        let descriptors = fs::read_dir(&path).doing(|| format!("list {path}"))?;
-        let memory = status
-            .lines()
-            .find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB"));
-        Ok(Self {
-            memory: memory
-                .and_then(|memory| memory.trim().parse().ok())
-                .unwrap_or(0),
-            descriptors: descriptors.count(),
-            threads: threads(pid)?,
-        })
-    }
-}
-
-impl fmt::Display for Held {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self {
-            memory,
-            descriptors,
-            threads,
-        } = self;
-        write!(f, "{memory} KiB, {descriptors} fds, {threads} threads")
-    }
-}
 
 /// The back-ends, and the guests that use them.
 struct Load<'a> {
