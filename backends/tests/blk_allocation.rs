@@ -128,6 +128,7 @@ fn allocations(args: &[&str], shift: u64) -> u64 {
     sender
         .send(Command::Stop {
             index: 0,
+            suspend: false,
             done: given_back,
         })
         .unwrap();

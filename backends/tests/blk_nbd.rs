@@ -10,6 +10,7 @@ mod frontend;
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -262,6 +263,79 @@ fn an_export_goes_from_program_to_program() {
         daemon.stop();
         assert!(server.disk() == disk.model);
     }
+}
+
+/// GET_VRING_BASE_SKIP_DRAIN: what waits for a server that is gone is left in flight, and served where the ring starts next: in the same
+/// program, or in another one that gets the notes.
+#[test]
+fn requests_that_wait_go_where_the_ring_goes() {
+    let test = "requests_that_wait_go_where_the_ring_goes";
+    for packed in [false, true] {
+        let Some(mut server) = Server::new(test, &["--shared=8"]) else {
+            return;
+        };
+        let mut daemon = serve(&server.uri(), &["--queues", "2"]);
+        let setup = Setup {
+            queues: 2,
+            packed,
+            tracked: true,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        front.raw.accept_skip_drain();
+        let mut disk = Disk::new(front, vec![0; 16 * MIB]);
+        for round in 0..4 {
+            disk.exercise(60, true);
+            server.kill();
+            disk.load(12, true);
+            let start = Instant::now();
+            while !packed && noted(&disk) == 0 {
+                assert!(start.elapsed() < PATIENCE, "no request was taken");
+                sleep(Duration::from_millis(1));
+            }
+            let waiting = [0, 1].map(|index| disk.front.raw.skip_drain(index));
+            if !packed {
+                assert_ne!(noted(&disk), 0, "all requests have ended");
+            }
+            if round % 2 == 0 {
+                server.restart();
+                for (index, base) in waiting.into_iter().enumerate() {
+                    disk.front.start(index, base);
+                }
+            } else {
+                daemon.stop();
+                server.restart();
+                daemon = serve(&server.uri(), &["--queues", "2"]);
+                disk.front.hand_over(&daemon.socket());
+                disk.front.raw.accept_skip_drain();
+            }
+            disk.drain();
+            if !packed {
+                assert_eq!(noted(&disk), 0);
+            }
+        }
+        // With a server there is nothing to wait for long.
+        disk.load(12, true);
+        let bases = [0, 1].map(|index| disk.front.raw.skip_drain(index));
+        for (index, base) in bases.into_iter().enumerate() {
+            disk.front.start(index, base);
+        }
+        disk.verify();
+        daemon.stop();
+        assert!(server.disk() == disk.model);
+    }
+}
+
+/// How many requests of a disk with split rings are noted as in flight (vhost-user, `QueueRegionSplit`).
+fn noted(disk: &Disk) -> usize {
+    let (area, file) = disk.front.inflight.as_ref().unwrap();
+    let mut notes = vec![0; area.mmap_size as usize];
+    file.read_exact_at(&mut notes, area.mmap_offset).unwrap();
+    let each = notes.len() / usize::from(area.num_queues) / 64 * 64;
+    let entries = notes
+        .chunks_exact(each)
+        .flat_map(|queue| queue[16..].chunks_exact(16).take(64));
+    entries.filter(|entry| entry[0] == 1).count()
 }
 
 #[test]

@@ -115,6 +115,7 @@ fn allocations(args: &[&str], queue: u16, packed: bool) -> u64 {
     let (given_back, ring) = std::sync::mpsc::channel();
     let stop = Command::Stop {
         index: queue,
+        suspend: false,
         done: given_back,
     };
     sender.send(stop).unwrap();

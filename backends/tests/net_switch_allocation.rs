@@ -153,6 +153,7 @@ impl Guest {
         let (given_back, ring) = std::sync::mpsc::channel();
         self.sender
             .send(Command::Stop {
+                suspend: false,
                 index: self.index,
                 done: given_back,
             })

@@ -53,11 +53,11 @@ const EXAMPLES: &str = "Examples:
       vhost_user=true,socket=/run/vm1-net.sock,num_queues=8 ...
 ";
 
-/// Serves a network interface to a virtual machine over vhost-user, on a TAP interface of the host.
+/// Serves a network interface to a virtual machine over vhost-user, on a TAP interface of the host or another link.
 ///
 /// The virtual machine monitor connects to a Unix socket and shares its guest's memory; packets then go from the
-/// guest's virtqueues to the TAP interface and back with one system call each and without being copied, segments of
-/// up to 64 KiB included.
+/// guest's virtqueues to the TAP interface and back without being copied, many of them with one system call, segments of
+/// up to 64 KiB included. Behind passt and AF_XDP (--link) each packet is copied once.
 ///
 /// With --port it serves several virtual machines and is the switch between them.
 #[derive(Parser)]

@@ -260,7 +260,14 @@ impl Drop for Machine {
     fn drop(&mut self) {
         for (index, queue) in (0..).zip(&mut self.queues) {
             let (done, ring) = mpsc::channel();
-            queue.sender.send(Command::Stop { index, done }).unwrap();
+            queue
+                .sender
+                .send(Command::Stop {
+                    index,
+                    suspend: false,
+                    done,
+                })
+                .unwrap();
             drop(ring.recv_timeout(PATIENCE));
             queue.sender.send(Command::Exit).unwrap();
             if let Some(thread) = queue.thread.take() {

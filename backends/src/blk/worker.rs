@@ -184,6 +184,8 @@ struct Queue {
     broken: bool,
     /// Where to give it back, once nothing is in flight.
     stop: Option<Sender<Box<Vring>>>,
+    /// What waits is not to be waited for then: whoever has the ring next does it.
+    suspends: bool,
 }
 
 impl Worker {
@@ -274,7 +276,11 @@ impl Worker {
                 while let Some(command) = self.commands.next() {
                     match command {
                         Command::Start(vring) => self.start(vring),
-                        Command::Stop { index, done } => self.stop(index, done),
+                        Command::Stop {
+                            index,
+                            suspend,
+                            done,
+                        } => self.stop(index, suspend, done),
                         Command::Pause { done } => {
                             self.pause(true);
                             self.pausing.push(done);
@@ -432,13 +438,23 @@ impl Worker {
             throttled: None,
             broken: false,
             stop: None,
+            suspends: false,
             vring,
         });
     }
 
-    fn stop(&mut self, index: u16, done: Sender<Box<Vring>>) {
+    fn stop(&mut self, index: u16, suspend: bool, done: Sender<Box<Vring>>) {
         match &mut self.queue {
-            Some(queue) if queue.vring.index == index => queue.stop = Some(done),
+            Some(queue) if queue.vring.index == index => {
+                queue.stop = Some(done);
+                queue.suspends = suspend;
+                if suspend {
+                    queue.abandon_waiting(self.shared.zones.as_deref());
+                    if let Some(side) = &mut self.side {
+                        side.suspend();
+                    }
+                }
+            }
             // Dropping `done` tells the shell.
             _ => error!(queue = index, "the worker does not have this ring"),
         }
@@ -592,12 +608,13 @@ impl Queue {
         let ring = &self.vring.ring;
         match self.serves() {
             true => ring.size(),
+            false if self.suspends => 0,
             false if self.vring.enabled && !self.broken && !self.paused => ring.unserved(),
             false => 0,
         }
     }
 
-    /// Drops the requests that the kernel does not have: there is no ring to answer them on.
+    /// Drops the requests that wait for the bounce buffer: there is no ring to answer them on, or another has it next.
     fn abandon_waiting(&mut self, zones: Option<&Zones>) {
         while let Some(slot) = self.waiting.pop_front() {
             if let Some(place) = self.jobs.get_mut(usize::from(slot)) {

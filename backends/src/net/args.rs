@@ -181,7 +181,7 @@ pub struct NetArgs {
     /// KEY-burst=N is how much may come at once after a pause; a tenth of a second's worth, unless given. Units K, M, G are
     /// powers of 1024. A segment that the guest leaves to be cut is one packet. `ringside-ctl limits` changes the limits of a
     /// card in use. Who waits sleeps for a millisecond at least, so that a burst of less than comes in two of them makes a lower
-    /// limit. With limits of rx, packets are read one by one.
+    /// limit.
     #[arg(help_heading = "Performance", long, value_name = "KEY=VALUE,...", value_parser = parse_limits)]
     pub limit: Option<CardRates>,
 

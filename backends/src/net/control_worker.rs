@@ -107,7 +107,7 @@ impl ControlWorker {
         while let Some(command) = self.commands.next() {
             match command {
                 Command::Start(vring) => self.start(vring),
-                Command::Stop { index, done } => {
+                Command::Stop { index, done, .. } => {
                     let found = self.ring.take_if(|ring| ring.vring.index == index);
                     if let Some(Ring { vring, .. }) = found {
                         if let Some(fd) = vring.kick_fd() {

@@ -311,16 +311,19 @@ mod tests {
     #[test]
     fn packets_for_the_driver_are_reserved_by_the_longest() {
         let limits = limits(&[("rx-packets", 1000), ("rx-bytes", 10_000_000)]);
-        // A burst is a hundred packets and a million bytes.
-        let all = limits.at(SECOND).reserve_rx(128).unwrap();
-        assert_eq!(all.packets, 15);
-        // Others wait meanwhile, and get what was not spent.
-        assert!(limits.at(SECOND).reserve_rx(128).is_err());
-        limits.at(SECOND).settle_rx(all, 15, 15 * 64);
-        let rest = limits.at(SECOND).reserve_rx(128).unwrap();
-        assert_eq!(rest.packets, 15);
-        limits.at(SECOND).settle_rx(rest, 0, 0);
-        for _ in 0..85 {
+        // A burst is a hundred packets and a million bytes: half of them are seven of the longest.
+        let some = limits.at(SECOND).reserve_rx(128).unwrap();
+        assert_eq!(some.packets, 7);
+        // Others need not wait meanwhile.
+        let others = limits.at(SECOND).reserve_rx(128).unwrap();
+        assert_eq!(others.packets, 3);
+        limits.at(SECOND).settle_rx(others, 0, 0);
+        // What was not spent is there again.
+        limits.at(SECOND).settle_rx(some, 7, 7 * 64);
+        let again = limits.at(SECOND).reserve_rx(128).unwrap();
+        assert_eq!(again.packets, 7);
+        limits.at(SECOND).settle_rx(again, 0, 0);
+        for _ in 0..93 {
             let one = limits.at(SECOND).reserve_rx(1).unwrap();
             limits.at(SECOND).settle_rx(one, 1, 64);
         }

@@ -438,7 +438,7 @@ impl<L: Link> PairWorker<L> {
         while let Some(command) = self.commands.next() {
             match command {
                 Command::Start(vring) => self.start(vring),
-                Command::Stop { index, done } => {
+                Command::Stop { index, done, .. } => {
                     if let Some(vring) = self.stop(index) {
                         // The control thread waits; if it does not, the ring just ends here.
                         let _ = done.send(vring);

@@ -113,7 +113,7 @@ fn work(commands: &Commands) {
                 drain(&mut vring);
                 assert!(rings.insert(vring.index, vring).is_none());
             }
-            Some(Command::Stop { index, done }) => {
+            Some(Command::Stop { index, done, .. }) => {
                 let vring = rings.remove(&index).unwrap();
                 done.send(vring).unwrap();
             }

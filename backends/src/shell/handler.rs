@@ -19,7 +19,9 @@
 //! added before the connection must not wait for the next one.
 //!
 //! A device that offers INFLIGHT_SHMFD has its requests in flight noted by the rings themselves: they begin with what the
-//! back-end before this one noted, and a worker serves it as it comes.
+//! back-end before this one noted, and a worker serves it as it comes. So GET_VRING_BASE_INFLIGHT and GET_VRING_BASE_SKIP_DRAIN are
+//! offered, too: GET_VRING_BASE ends what is in flight, and GET_VRING_BASE_SKIP_DRAIN leaves in the notes what the storage does not
+//! have. What it has is waited for in any case: it reads and writes the guest's memory.
 //!
 //! While the dirty log is on, a ring has memory that marks what is written to it (`dirty`): its own areas too, and also if only
 //! its VHOST_VRING_F_LOG is set, or only VHOST_F_LOG_ALL, as there are front-ends that set nothing else.
@@ -646,11 +648,35 @@ impl<D: Device> Handler<D> {
     /// Stops a ring; it starts again with the next SET_VRING_KICK.
     fn halt(&mut self, index: u16) -> Result<(), HandlerError> {
         self.stop(index)?;
+        self.halted(index)
+    }
+
+    /// A ring was taken back, and is not to start by itself.
+    fn halted(&mut self, index: u16) -> Result<(), HandlerError> {
         let state = self.state(index)?;
         state.kick = Kick::Unset;
         state.started = false;
         self.look_at_use();
         Ok(())
+    }
+
+    /// VHOST_USER_GET_VRING_BASE_SKIP_DRAIN: stops a ring, and leaves requests in flight. Returns its base.
+    pub(super) fn vring_base_skip_drain(&mut self, index: u32) -> Result<u32, HandlerError> {
+        if self.acked_protocol & SKIP_DRAIN.bits() == 0 {
+            return Err(HandlerError::NotOffered("GET_VRING_BASE_SKIP_DRAIN"));
+        }
+        let queue = self.queue(index)?;
+        self.take_back(queue, self.notes.is_some())?;
+        self.halted(queue)?;
+        self.last_base(queue)
+    }
+
+    /// Where the next back-end goes on with a ring that was stopped.
+    fn last_base(&mut self, queue: u16) -> Result<u32, HandlerError> {
+        let fresh = u32::from(RingConfig::fresh_index(self.packed()));
+        let ring = self.state(queue)?;
+        ring.call = None;
+        Ok(ring.base.unwrap_or(fresh | fresh << 16))
     }
 
     /// Tells the device if it is not in use any more.
@@ -785,6 +811,11 @@ impl<D: Device> Handler<D> {
 
     /// Takes a ring back from its worker, which first finishes what is in flight.
     fn stop(&mut self, index: u16) -> Result<(), HandlerError> {
+        self.take_back(index, false)
+    }
+
+    /// Takes a ring back from its worker. To `suspend` is to leave in flight what need not be waited for.
+    fn take_back(&mut self, index: u16, suspend: bool) -> Result<(), HandlerError> {
         if !self.state(index)?.running {
             return Ok(());
         }
@@ -793,7 +824,11 @@ impl<D: Device> Handler<D> {
         let (done, given_back) = mpsc::channel();
         found
             .commands
-            .send(Command::Stop { index, done })
+            .send(Command::Stop {
+                index,
+                suspend,
+                done,
+            })
             .map_err(lost)?;
         let mut warned = false;
         let vring = loop {
@@ -915,8 +950,21 @@ impl<D: Device> Handler<D> {
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::DEVICE_STATE
             | self.device.protocol_features()
+            | self.of_notes()
+    }
+
+    /// What a device can that has its requests in flight noted.
+    fn of_notes(&self) -> VhostUserProtocolFeatures {
+        let noted = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        match self.device.protocol_features().contains(noted) {
+            true => VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT | SKIP_DRAIN,
+            false => VhostUserProtocolFeatures::empty(),
+        }
     }
 }
+
+/// VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN, which the `vhost` crate does not know.
+const SKIP_DRAIN: VhostUserProtocolFeatures = VhostUserProtocolFeatures::from_bits_retain(1 << 23);
 
 /// The base of a split virtqueue: the available index.
 fn split_index(index: u32, base: u32) -> Result<u16, HandlerError> {
@@ -1095,11 +1143,7 @@ impl<D: Device> VhostUserBackendReqHandlerMut for Handler<D> {
     fn get_vring_base(&mut self, index: u32) -> ProtocolResult<VhostUserVringState> {
         let queue = self.queue(index)?;
         self.halt(queue)?;
-        let fresh = u32::from(RingConfig::fresh_index(self.packed()));
-        let ring = self.state(queue)?;
-        ring.call = None;
-        let base = ring.base.unwrap_or(fresh | fresh << 16);
-        Ok(VhostUserVringState::new(index, base))
+        Ok(VhostUserVringState::new(index, self.last_base(queue)?))
     }
 
     fn set_vring_kick(&mut self, index: u8, fd: Option<File>) -> ProtocolResult<()> {

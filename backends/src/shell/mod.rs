@@ -6,7 +6,7 @@
 //!  control thread (the shell)                          worker threads (the device)
 //!  listener, signals, vhost-user socket                one event loop each: kick, I/O, commands
 //!        │   Command::Start(Vring) ─────────────────────▶ owns the ring, no lock on the data path
-//!        │   Command::Stop { index, done } ─────────────▶ finishes what is in flight …
+//!        │   Command::Stop { index, … } ────────────────▶ finishes what is in flight …
 //!        ◀────────────────────────────── done.send(vring) … and gives the ring back
 //! ```
 //!

@@ -204,7 +204,8 @@ impl Bucket {
         }
     }
 
-    /// Takes as many tokens as there are, one at least and `most` at most, and says how many.
+    /// Takes up to half of the tokens that there are, one at least and `most` at most, and says how many. The other half is for
+    /// others, who need not wait for what may be given back in a moment.
     ///
     /// # Errors
     /// There is none, and may be one after so many nanoseconds.
@@ -217,11 +218,12 @@ impl Bucket {
             .saturating_add(time_of(burst, rate))
             .saturating_sub(full_at);
         let there = u128::from(left).saturating_mul(rate.into()) / u128::from(NANOSECONDS);
-        let tokens = u64::try_from(there).map_or(most, |there| there.min(most));
+        let half = u64::try_from(there / 2).unwrap_or(u64::MAX);
+        let tokens = half.min(most).max(1);
         // Somebody else may take some in between.
-        match self.take(tokens.max(1), now) {
-            Ok(()) => Ok(tokens.max(1)),
-            Err(_) => self.take(1, now).map(|()| 1),
+        match self.take(tokens, now) {
+            Err(_) if tokens > 1 => self.take(1, now).map(|()| 1),
+            taken => taken.map(|()| tokens),
         }
     }
 
@@ -296,9 +298,9 @@ mod tests {
             }
         }
 
-        /// All that are there are taken, and no more than are wanted.
+        /// Half of what is there is taken, and no more than is wanted.
         #[test]
-        fn some_are_as_many_as_there_are(
+        fn some_are_half_of_what_is_there(
             rate in 1..10_000_000_u64,
             burst in 1..100_000_u64,
             spent in 0..200_000_u64,
@@ -311,8 +313,11 @@ mod tests {
             match bucket.take_some(most, pause) {
                 Ok(tokens) => {
                     prop_assert!(tokens >= 1 && tokens <= most);
-                    let all = tokens == most || bucket.take(2, pause).is_err();
-                    prop_assert!(all, "{tokens} were not all");
+                    let half = tokens == most || bucket.take(tokens + 2, pause).is_err();
+                    prop_assert!(half, "{tokens} were less than half");
+                    // Times are rounded up.
+                    let others = tokens == 1 || bucket.take(tokens - 1, pause).is_ok();
+                    prop_assert!(others, "{tokens} were more than half");
                 }
                 Err(wait) => prop_assert!(bucket.take_some(most, pause + wait).is_ok()),
             }

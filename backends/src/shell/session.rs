@@ -78,6 +78,9 @@ pub(super) struct Session<D: Device> {
     handler: Arc<Mutex<Handler<D>>>,
 }
 
+/// A request that the `vhost` crate does not know (vhost-user, "Front-end message types").
+const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
+
 /// The part of a header that is needed before the message is read.
 #[derive(Debug, Clone, Copy)]
 struct Header {
@@ -97,8 +100,13 @@ impl Header {
     }
 
     fn name(self) -> String {
-        FrontendReq::try_from(self.request)
-            .map_or_else(|()| format!("{}", self.request), |r| format!("{r:?}"))
+        match FrontendReq::try_from(self.request) {
+            Ok(request) => format!("{request:?}"),
+            Err(()) if self.request == GET_VRING_BASE_SKIP_DRAIN => {
+                "GET_VRING_BASE_SKIP_DRAIN".to_owned()
+            }
+            Err(()) => self.request.to_string(),
+        }
     }
 
     fn is(self, request: FrontendReq) -> bool {
@@ -190,6 +198,8 @@ impl<D: Device> Session<D> {
             self.set_log_fd(header)
         } else if header.is(FrontendReq::SEND_RARP) && self.lock().takes_rarp() {
             self.send_rarp(header)
+        } else if header.request == GET_VRING_BASE_SKIP_DRAIN {
+            self.vring_base_skip_drain(header)
         } else {
             self.messages.handle_request()
         };
@@ -232,7 +242,8 @@ impl<D: Device> Session<D> {
             FrontendReq::SET_LOG_BASE,
         ]
         .into_iter()
-        .any(|request| header.is(request));
+        .any(|request| header.is(request))
+            && header.request != GET_VRING_BASE_SKIP_DRAIN;
         let told = answered && header.flags & FLAG_NEED_REPLY != 0 && self.lock().reply_ack();
         told || header.is(FrontendReq::SET_CONFIG)
     }
@@ -330,6 +341,14 @@ impl<D: Device> Session<D> {
         self.acknowledge(header, true)
     }
 
+    /// Serves a GET_VRING_BASE_SKIP_DRAIN, which the `vhost` crate does not know: GET_VRING_BASE but for what it leaves in flight.
+    fn vring_base_skip_drain(&mut self, header: Header) -> Result<(), ProtocolError> {
+        let [a, b, c, d, ..] = self.take_payload(header)?;
+        let index = u32::from_ne_bytes([a, b, c, d]);
+        let base = self.lock().vring_base_skip_drain(index)?;
+        self.reply(header, [index, base])
+    }
+
     /// Takes a message with a payload of eight bytes.
     fn take_payload(&mut self, header: Header) -> Result<[u8; 8], ProtocolError> {
         header.check(8)?;
@@ -354,20 +373,17 @@ impl<D: Device> Session<D> {
     /// Answers a message that wants to be, if REPLY_ACK was negotiated.
     fn acknowledge(&mut self, header: Header, success: bool) -> Result<(), ProtocolError> {
         if self.lock().reply_ack() && header.flags & FLAG_NEED_REPLY != 0 {
-            let mut reply = [0; HEADER + 8];
-            let words = [
-                header.request,
-                VERSION | FLAG_REPLY,
-                8,
-                u32::from(!success),
-                0,
-            ];
-            for (place, word) in reply.chunks_exact_mut(4).zip(words) {
-                place.copy_from_slice(&word.to_ne_bytes());
-            }
-            self.socket.write_all(&reply).map_err(socket_error)?;
+            self.reply(header, [u32::from(!success), 0])?;
         }
         Ok(())
+    }
+
+    /// Answers a message with a payload of eight bytes.
+    fn reply(&mut self, header: Header, [first, second]: [u32; 2]) -> Result<(), ProtocolError> {
+        let words = [header.request, VERSION | FLAG_REPLY, 8, first, second];
+        let reply = words.map(u32::to_ne_bytes);
+        let sent = self.socket.write_all(reply.as_flattened());
+        sent.map_err(socket_error)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Handler<D>> {

@@ -104,6 +104,9 @@ pub enum Command {
     Stop {
         /// Number of the queue.
         index: u16,
+        /// Chains that the device has not begun with, or waits for somebody else with, are left in flight: what the ring
+        /// notes of them outlasts it. Without notes this is never wanted.
+        suspend: bool,
         /// Where to give the ring back.
         done: Sender<Box<Vring>>,
     },
@@ -203,7 +206,13 @@ mod tests {
         let (sender, commands) = command_channel().unwrap();
         assert!(commands.next().is_none());
         let (done, _keep) = mpsc::channel();
-        sender.send(Command::Stop { index: 3, done }).unwrap();
+        sender
+            .send(Command::Stop {
+                index: 3,
+                suspend: false,
+                done,
+            })
+            .unwrap();
         commands.acknowledge();
         assert!(matches!(
             commands.next(),

@@ -34,8 +34,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use nix::unistd::{Pid, geteuid, pipe};
 use request::{
-    GET_FEATURES, GET_PROTOCOL_FEATURES, NEED_REPLY, SET_FEATURES, SET_LOG_BASE,
-    SET_PROTOCOL_FEATURES, SET_VRING_BASE,
+    GET_FEATURES, GET_PROTOCOL_FEATURES, GET_VRING_BASE_SKIP_DRAIN, NEED_REPLY, SET_FEATURES,
+    SET_LOG_BASE, SET_PROTOCOL_FEATURES, SET_VRING_BASE,
 };
 use ringside_rings::{DriverLayout, DriverRing, Segment};
 use vhost::vhost_user::message::{
@@ -497,7 +497,9 @@ fn negotiate_on(stream: UnixStream, without: u64) -> (Frontend, u64) {
         | VhostUserProtocolFeatures::DEVICE_STATE
         | VhostUserProtocolFeatures::RESET_DEVICE;
     assert!(protocol.contains(wanted), "{protocol:?}");
-    let of_device = VhostUserProtocolFeatures::INFLIGHT_SHMFD | VhostUserProtocolFeatures::RARP;
+    let of_device = VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::RARP
+        | VhostUserProtocolFeatures::GET_VRING_BASE_INFLIGHT;
     messages
         .set_protocol_features(wanted | protocol & of_device)
         .unwrap();
@@ -803,6 +805,27 @@ impl Raw {
         let state = [(index as u32).to_ne_bytes(), base.to_ne_bytes()].concat();
         self.send(SET_VRING_BASE, NEED_REPLY, &state);
         assert_eq!(self.reply(), (SET_VRING_BASE, 0));
+    }
+
+    /// Accepts VHOST_USER_PROTOCOL_F_GET_VRING_BASE_SKIP_DRAIN, which the `vhost` crate does not know, besides all others.
+    pub fn accept_skip_drain(&mut self) {
+        self.send(GET_PROTOCOL_FEATURES, 0, &[]);
+        let protocol = self.reply().1;
+        assert_ne!(protocol & 1 << 23, 0, "not offered");
+        self.send_u64(SET_PROTOCOL_FEATURES, NEED_REPLY, protocol);
+        assert_eq!(self.reply(), (SET_PROTOCOL_FEATURES, 0));
+    }
+
+    /// GET_VRING_BASE_SKIP_DRAIN. Returns the base.
+    pub fn skip_drain(&mut self, index: usize) -> u32 {
+        let state = [(index as u32).to_ne_bytes(), [0; 4]].concat();
+        self.send(GET_VRING_BASE_SKIP_DRAIN, 0, &state);
+        let (request, state) = self.reply();
+        assert_eq!(
+            (request, state as u32),
+            (GET_VRING_BASE_SKIP_DRAIN, index as u32)
+        );
+        (state >> 32) as u32
     }
 
     /// SET_LOG_BASE, whose reply the `vhost` crate does not take: the message itself.

@@ -23,6 +23,7 @@ pub const SET_CONFIG: u32 = 25;
 pub const RESET_DEVICE: u32 = 34;
 pub const ADD_MEM_REG: u32 = 37;
 pub const REM_MEM_REG: u32 = 38;
+pub const GET_VRING_BASE_SKIP_DRAIN: u32 = 45;
 
 /// Flag of a message that wants an answer.
 pub const NEED_REPLY: u32 = 0x8;

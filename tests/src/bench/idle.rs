@@ -75,18 +75,48 @@ pub fn of_ringside_blk(site: &Site, directory: &Path) -> Result<Idle> {
     watch_process(&ours.name, &process, site.program("ringside-load"))
 }
 
-/// Watches `ringside-net` as it comes, with nothing behind its card.
+/// What a card of `ringside-net` is joined to.
+#[derive(Debug, Clone, Copy)]
+pub enum Behind<'a> {
+    /// Frames are dropped.
+    Nothing,
+    /// This interface.
+    Tap(&'a str),
+    /// A switch, with as many other ports, which nobody has.
+    Ports(u16),
+}
+
+/// Watches `ringside-net` as it comes.
 ///
 /// # Errors
 /// Fails if it does.
-pub fn of_ringside_net(site: &Site, directory: &Path) -> Result<Idle> {
+pub fn of_ringside_net(site: &Site, directory: &Path, behind: Behind<'_>) -> Result<Idle> {
+    let socket = socket_in(directory);
     let mut command = bound(site.programs.join("ringside-net"));
-    command.arg("--socket-path").arg(socket_in(directory));
-    command.args(["--link", "null"]);
-    let process = Process::start("ringside-net", command, site, directory)?;
+    match behind {
+        Behind::Nothing => command.args(["--link", "null"]),
+        Behind::Tap(name) => command.args(["--tap", name]),
+        Behind::Ports(count) => {
+            // The last one to listen is the one that is waited for.
+            for number in 0..count {
+                let other = directory.join(format!("port{number}.sock"));
+                command.arg(format!("--port=socket={}", other.display()));
+            }
+            command.arg(format!("--port=socket={}", socket.display()))
+        }
+    };
+    if !matches!(behind, Behind::Ports(_)) {
+        command.arg("--socket-path").arg(socket);
+    }
+    let name = match behind {
+        Behind::Nothing => "ringside-net".to_owned(),
+        Behind::Tap(_) => "ringside-net on a TAP".to_owned(),
+        Behind::Ports(count) => format!("ringside-net as a switch with {} ports", count + 1),
+    };
+    let process = Process::start(&name, command, site, directory)?;
     let mut frames = site.program("ringside-load");
     frames.args(["net", "--completions", "eventfd"]);
-    watch_process("ringside-net", &process, frames)
+    watch_process(&name, &process, frames)
 }
 
 /// Watches a back-end after `load` has loaded it.

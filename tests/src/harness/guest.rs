@@ -53,6 +53,7 @@ pub struct GuestBuilder<'a> {
     bzimage: bool,
     back_ends: Vec<&'a BackEnd>,
     packed: bool,
+    moves_in_flight: bool,
     reconnects: bool,
     passed_through: Vec<String>,
     kernel_arguments: Vec<String>,
@@ -107,6 +108,13 @@ impl<'a> GuestBuilder<'a> {
     #[must_use]
     pub fn packed(mut self) -> Self {
         self.packed = true;
+        self
+    }
+
+    /// Lets QEMU, from version 11 on, leave requests of disks in flight when the guest moves, and take their notes along.
+    #[must_use]
+    pub fn moves_in_flight(mut self) -> Self {
+        self.moves_in_flight = true;
         self
     }
 
@@ -295,6 +303,11 @@ impl<'a> GuestBuilder<'a> {
             qemu.args(["-device", "virtio-blk-pci,drive=root"]);
         }
         let packed = if self.packed { ",packed=on" } else { "" };
+        let in_flight = if self.moves_in_flight {
+            ",inflight-migration=on"
+        } else {
+            ""
+        };
         for (number, back_end) in self.back_ends.iter().enumerate() {
             let queues = back_end.queues;
             let reconnect = if self.reconnects {
@@ -309,7 +322,7 @@ impl<'a> GuestBuilder<'a> {
             match back_end.kind {
                 Kind::Blk => {
                     qemu.arg("-device").arg(format!(
-                        "vhost-user-blk-pci,chardev=char{number},num-queues={queues}{packed}"
+                        "vhost-user-blk-pci,chardev=char{number},num-queues={queues}{packed}{in_flight}"
                     ));
                 }
                 Kind::Net => {
@@ -384,6 +397,7 @@ impl Guest {
             bzimage: false,
             back_ends: Vec::new(),
             packed: false,
+            moves_in_flight: false,
             reconnects: false,
             passed_through: Vec::new(),
             kernel_arguments: Vec::new(),

@@ -2,7 +2,7 @@
 //! VMMs that are killed: the next one is served.
 
 use std::thread::sleep;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -103,6 +103,14 @@ fn works(site: &Site) -> Result<()> {
     }
 }
 
+/// So long that a back-end is killed with its work at any place: up to a fifth of a second.
+fn any_moment() -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    Duration::from_nanos(u64::from(
+        now.unwrap_or_default().subsec_nanos() % 200_000_000,
+    ))
+}
+
 fn disk_survives_kills(site: &Site, vmm: Vmm, packed: bool) -> Result<()> {
     let mut blk = start(site, None)?;
     let mut guest = Guest::on(vmm).cpus(QUEUES.into()).reconnects().device(&blk);
@@ -131,6 +139,7 @@ fn disk_survives_kills(site: &Site, vmm: Vmm, packed: bool) -> Result<()> {
                 output: log.unwrap_or_default(),
             });
         }
+        sleep(any_moment());
         blk.daemon().signal(Signal::SIGKILL)?;
         blk.daemon().wait(site.limit(Duration::from_secs(5)))?;
         blk = start(site, Some(&blk))?;
@@ -202,6 +211,7 @@ fn card_survives_kills(site: &Site, vmm: Vmm) -> Result<()> {
     flows(site)?;
     let mut pauses = Vec::new();
     for _ in 0..site.effort.kills {
+        sleep(any_moment());
         let start = Instant::now();
         net.daemon().signal(Signal::SIGKILL)?;
         net.daemon().wait(site.limit(Duration::from_secs(5)))?;

@@ -59,6 +59,11 @@ impl Side {
     fn guest(&self, vmm: Vmm, packed: bool) -> GuestBuilder<'_> {
         let guest = Guest::on(vmm).memory("384M");
         let guest = if packed { guest.packed() } else { guest };
+        // Ours can, and is the one without a helper.
+        let guest = match (vmm, &self.helper) {
+            (Vmm::Qemu11, None) => guest.moves_in_flight(),
+            _ => guest,
+        };
         guest.device(&self.disk).device(&self.card)
     }
 

@@ -41,6 +41,8 @@ pub(in crate::blk) enum Action {
         /// The space may be given back.
         unmap: bool,
     },
+    /// Give back what waits and the storage does not have, [suspended](Outcome::Suspended). There is no outcome of its own.
+    Suspend,
     /// Let another program go on with the disk: nothing is in flight.
     Leave,
     /// Go on with a disk that another program has left.
@@ -79,6 +81,8 @@ pub(in crate::blk) enum Outcome {
     Done,
     /// Nothing is done, but the worker can do it now: it finds the place.
     Again,
+    /// It was not done, and will be by whoever has the ring next.
+    Suspended,
     /// It failed, with this error number.
     Failed(i32),
 }
@@ -287,22 +291,9 @@ impl Link {
     /// # Errors
     /// What the companion, or the system, said.
     pub(in crate::blk) fn have(&self, action: Action) -> io::Result<()> {
-        let op = Op {
-            slot: 0,
-            action,
-            offset: 0,
-            len: 0,
-            durable: true,
-            serve: true,
-            segments: Vec::new(),
-            skip: 0,
-            memory: Arc::default(),
-            mailbox: self.mailbox(),
-        };
-        if !self.hand_over(op) {
+        if !self.say(action) {
             return Err(io::ErrorKind::BrokenPipe.into());
         }
-        self.announce();
         let mut outcomes = Vec::new();
         while outcomes.is_empty() {
             let mut fds = [PollFd::new(self.mailbox.as_fd(), PollFlags::POLLIN)];
@@ -315,6 +306,32 @@ impl Link {
             Some((_, Outcome::Failed(error))) => Err(io::Error::from_raw_os_error(*error)),
             _ => Ok(()),
         }
+    }
+
+    /// Has what waits given back, by a companion that may keep it waiting: one that is connected to a server.
+    pub(super) fn suspend(&self) {
+        if let Way::Thread { wake: Some(_), .. } = &self.way {
+            // One that is gone has nothing.
+            self.say(Action::Suspend);
+        }
+    }
+
+    /// Hands over what is about no range. `false` if nobody is there any more.
+    fn say(&self, action: Action) -> bool {
+        let handed_over = self.hand_over(Op {
+            slot: 0,
+            action,
+            offset: 0,
+            len: 0,
+            durable: true,
+            serve: true,
+            segments: Vec::new(),
+            skip: 0,
+            memory: Arc::default(),
+            mailbox: self.mailbox(),
+        });
+        self.announce();
+        handed_over
     }
 
     /// Takes all outcomes; `ended` is emptied first.

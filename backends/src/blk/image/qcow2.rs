@@ -632,6 +632,8 @@ impl Companion {
                 self.flush()?;
                 return Ok(Outcome::Done);
             }
+            // Nothing of it waits.
+            Action::Suspend => return Ok(Outcome::Done),
             // The other program reads the tables from the file, which this one does not write any more.
             Action::Leave => {
                 if !self.frozen {

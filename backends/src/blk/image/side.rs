@@ -153,6 +153,11 @@ impl Side {
         }
     }
 
+    /// Has the companion give back what waits, undone.
+    pub(in crate::blk) fn suspend(&mut self) {
+        self.link.suspend();
+    }
+
     /// Takes what the companion has done; `outcomes` is emptied first.
     pub(in crate::blk) fn take(&self, outcomes: &mut Vec<(u16, Outcome)>) {
         self.link.take(outcomes);

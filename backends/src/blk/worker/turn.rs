@@ -439,6 +439,12 @@ impl Turn<'_> {
                 self.advance(slots, slot, &mut job)
             }
             Outcome::Done => self.range_done(slots, slot, &mut job),
+            Outcome::Suspended => {
+                // It stays in flight, and noted as such.
+                abandon_zone(self.shared.zones.as_deref(), &job);
+                slots.release(slot);
+                return Ok(());
+            }
             Outcome::Failed(libc::EOPNOTSUPP) => Next::Done(Status::Unsupported),
             // It is in the companion's log.
             Outcome::Failed(_) => Next::Done(Status::IoError),

@@ -51,6 +51,8 @@ const BUFFER: usize = 4 * (PREFIX + MAX_FRAME);
 const SOCKET_BUFFER: usize = 1 << 20;
 /// First and longest time between two attempts to have a passt again.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// How often it is looked whether a passt was started.
+const ANSWER_POLL: Duration = Duration::from_millis(10);
 /// How long a passt that is started may take to say something, in milliseconds.
 const START_LIMIT: u16 = 500;
 
@@ -192,10 +194,10 @@ impl Source {
         Ok(Self::Started(starter))
     }
 
-    /// A connection to it.
-    fn connect(&self) -> Result<Connection, PasstError> {
+    /// A connection to it. `None`, and `asked` is set, while one is being started.
+    fn try_connect(&self, asked: &mut bool) -> Result<Option<Connection>, PasstError> {
         let stream = match self {
-            Self::Listening(path) => connected(path).map_err(|errno| {
+            Self::Listening(path) => connected(path).map(Some).map_err(|errno| {
                 let path = path.clone();
                 match errno {
                     Errno::EAGAIN => PasstError::Silent { path },
@@ -205,13 +207,36 @@ impl Source {
                     },
                 }
             })?,
-            Self::Started(starter) => starter.start().map_err(PasstError::Start)?,
+            Self::Started(starter) => {
+                if !*asked {
+                    starter.ask().map_err(PasstError::Start)?;
+                }
+                let answer = starter.answer();
+                *asked = matches!(answer, Ok(None));
+                answer.map_err(PasstError::Start)?
+            }
+        };
+        let Some(stream) = stream else {
+            return Ok(None);
         };
         prepare(&stream).map_err(PasstError::System)?;
-        Ok(Connection {
+        Ok(Some(Connection {
             stream,
             since: Instant::now(),
-        })
+        }))
+    }
+
+    /// A connection to it, however long that takes.
+    fn connect(&self) -> Result<Connection, PasstError> {
+        let mut asked = false;
+        loop {
+            if let Some(connection) = self.try_connect(&mut asked)? {
+                return Ok(connection);
+            }
+            if let Self::Started(starter) = self {
+                starter.await_answer().map_err(PasstError::Start)?;
+            }
+        }
     }
 
     /// Waits until a passt that was just started says something, which it does at once, or does not like its arguments.
@@ -256,6 +281,9 @@ struct Left {
     received: Vec<u8>,
     /// The rest of a frame of the guest.
     pending: Vec<u8>,
+    /// The starter has not answered yet.
+    #[serde(default)]
+    asked: bool,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -305,6 +333,8 @@ pub(super) struct Passt {
     /// Rings when it is time to have a passt again.
     timer: TimerFd,
     backoff: Duration,
+    /// A passt is being started.
+    asked: bool,
     /// What came from it and was not given yet lies in `start..end`.
     buffer: Box<[u8]>,
     start: usize,
@@ -336,7 +366,7 @@ impl Passt {
             Some(path) => Source::Listening(path.to_owned()),
             None => {
                 let socket = sockets.next().ok_or(io::ErrorKind::NotConnected);
-                let starter = socket.map_err(io::Error::from).and_then(Starter::adopt);
+                let starter = socket.map_err(io::Error::from).and_then(Starter::on);
                 Source::Started(starter.map_err(PasstError::Starter)?)
             }
         };
@@ -373,6 +403,7 @@ impl Passt {
             watcher: None,
             timer,
             backoff: BACKOFF.0,
+            asked: false,
             buffer: vec![0; BUFFER].into(),
             start: 0,
             end: 0,
@@ -412,29 +443,36 @@ impl Passt {
     }
 
     fn try_later(&mut self) {
-        let once = Expiration::OneShot(TimeSpec::from(self.backoff));
-        if let Err(error) = self.timer.set(once, TimerSetTimeFlags::empty()) {
-            warn!("passt will not be back: a timer cannot be set: {error}");
-        }
+        self.ring_after(self.backoff);
         self.backoff = self.backoff.saturating_mul(2).min(BACKOFF.1);
     }
 
+    fn ring_after(&mut self, pause: Duration) {
+        let once = Expiration::OneShot(TimeSpec::from(pause));
+        if let Err(error) = self.timer.set(once, TimerSetTimeFlags::empty()) {
+            warn!("passt will not be back: a timer cannot be set: {error}");
+        }
+    }
+
+    /// Never waits: other cards may have this thread, too.
     fn reconnect(&mut self) {
-        let connected = self.source.connect().and_then(|connection| {
-            if let Some(watcher) = &self.watcher {
+        let connected = self.source.try_connect(&mut self.asked);
+        let connected = connected.and_then(|connection| {
+            if let (Some(watcher), Some(connection)) = (&self.watcher, &connection) {
                 let fd = connection.stream.as_fd();
                 watcher.add(fd).map_err(PasstError::System)?;
             }
             Ok(connection)
         });
         match connected {
-            Ok(connection) => {
+            Ok(Some(connection)) => {
                 if let Some(held_back) = self.log.check() {
                     info!(held_back, "passt is back");
                 }
                 self.handle.connected(Some(&connection));
                 self.connection = Some(connection);
             }
+            Ok(None) => self.ring_after(ANSWER_POLL),
             Err(error) => {
                 debug!("passt is not back yet: {}", Causes(&error));
                 self.try_later();
@@ -500,7 +538,6 @@ impl Passt {
     }
 }
 
-/// Long frames are to pass whole, if the system lets them.
 /// A connection to who listens there. Without waiting: EAGAIN if those who do wait are as many as may (connect(2)).
 fn connected(path: &Path) -> nix::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
@@ -509,6 +546,7 @@ fn connected(path: &Path) -> nix::Result<UnixStream> {
     Ok(socket.into())
 }
 
+/// Long frames are to pass whole, if the system lets them.
 fn prepare(stream: &UnixStream) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     if let Err(error) = setsockopt(stream, SndBuf, &SOCKET_BUFFER) {
@@ -616,14 +654,20 @@ impl Link for Passt {
         *lock(&self.handle.left) = Left {
             received: received.unwrap_or_default().to_vec(),
             pending: pending.unwrap_or_default().to_vec(),
+            asked: self.asked,
         };
         (self.start, self.end, self.sent) = (0, 0, 0);
         self.pending.clear();
     }
 
     fn go_on(&mut self) {
-        let Left { received, pending } = std::mem::take(&mut *lock(&self.handle.left));
+        let Left {
+            received,
+            pending,
+            asked,
+        } = std::mem::take(&mut *lock(&self.handle.left));
         self.left = false;
+        self.asked = asked;
         if self.connection.is_none() {
             // They belong to one that is gone, and the timer may have rung meanwhile.
             self.try_later();
@@ -643,7 +687,10 @@ impl Link for Passt {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Read, Write};
+
     use nix::sys::socket::{Backlog, bind, listen};
+    use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
     use super::*;
 
@@ -687,6 +734,46 @@ mod tests {
         drop((first, stopped));
         let error = Passt::open(Source::Listening(path)).err().unwrap();
         assert!(matches!(error, PasstError::Connect { .. }), "{error}");
+    }
+
+    /// The thread has other cards, and an answer that comes late is no other one's.
+    #[test]
+    fn who_starts_it_is_not_waited_for() {
+        let (ours, mut theirs) = UnixStream::pair().unwrap();
+        let source = Source::Started(Starter::on(ours).unwrap());
+        let (stream, first) = UnixStream::pair().unwrap();
+        let connection = Connection {
+            stream,
+            since: Instant::now(),
+        };
+        let mut link = Passt::on(source, Some(connection)).unwrap();
+        drop(first);
+        assert!(!link.fill() && link.connection.is_none());
+        for _ in 0..3 {
+            link.reconnect();
+            assert!(link.asked && link.connection.is_none());
+        }
+        theirs.set_nonblocking(true).unwrap();
+        assert_eq!(theirs.read(&mut [0; 8]).unwrap(), 1, "it was asked once");
+        let (mut passt, stream) = UnixStream::pair().unwrap();
+        let answer = &0_i32.to_le_bytes()[..];
+        theirs.send_with_fd(answer, stream.as_raw_fd()).unwrap();
+        drop(stream);
+        // A program that takes its place knows that there is an answer to come.
+        link.leave();
+        link.go_on();
+        link.reconnect();
+        assert!(!link.asked && link.connection.is_some());
+        let frame = [&60_u32.to_be_bytes()[..], &[7; 60]].concat();
+        passt.write_all(&frame).unwrap();
+        assert!(link.fill() && link.next_frame().unwrap().is_some());
+        // It says that there is none.
+        link.lose(&"a test");
+        link.reconnect();
+        assert_eq!(theirs.read(&mut [0; 8]).unwrap(), 1);
+        theirs.write_all(&libc::ENOENT.to_le_bytes()).unwrap();
+        link.reconnect();
+        assert!(!link.asked && link.connection.is_none());
     }
 
     #[test]

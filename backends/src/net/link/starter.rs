@@ -16,16 +16,16 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Command, ExitCode, ExitStatus};
-use std::time::Duration;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// The argument that makes a program a starter; those of passt follow.
 const ARGUMENT: &str = "--start-passt";
 /// Name of the program that it starts.
 pub(super) const PROGRAM: &str = "passt";
-/// How long it may take to answer: a process is started meanwhile.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long it may take to answer, in milliseconds, when somebody waits for it: a process is started meanwhile.
+const PATIENCE: u16 = 10_000;
 
 /// Request: end the passt there is, and start one. The answer has a connection to it, or an error number.
 const START: u8 = 1;
@@ -42,19 +42,18 @@ impl Starter {
     /// Starts it: this program once more.
     pub(super) fn new(arguments: &[OsString]) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
-        ours.set_read_timeout(Some(PATIENCE))?;
         // Nobody waits for it: it may outlive this program by a moment.
         Command::new(env::current_exe()?)
             .arg(ARGUMENT)
             .args(arguments)
             .stdin(OwnedFd::from(theirs))
             .spawn()?;
-        Ok(Self { socket: ours })
+        Self::on(ours)
     }
 
-    /// Goes on with that of another program.
-    pub(super) fn adopt(socket: UnixStream) -> io::Result<Self> {
-        socket.set_read_timeout(Some(PATIENCE))?;
+    /// The one at the other end: that of another program, too.
+    pub(super) fn on(socket: UnixStream) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
         Ok(Self { socket })
     }
 
@@ -63,21 +62,36 @@ impl Starter {
         self.socket.try_clone()
     }
 
-    /// A connection to a new passt.
-    pub(super) fn start(&self) -> io::Result<UnixStream> {
-        (&self.socket).write_all(&[START])?;
+    /// Asks for a new passt. Each request has its answer: until that has come, there is no other one.
+    pub(super) fn ask(&self) -> io::Result<()> {
+        (&self.socket).write_all(&[START])
+    }
+
+    /// A connection to the passt that was asked for, if it has answered.
+    pub(super) fn answer(&self) -> io::Result<Option<UnixStream>> {
         let mut errno = [0; 4];
         match self.socket.recv_with_fd(&mut errno) {
-            Ok((4, Some(file))) => Ok(OwnedFd::from(file).into()),
+            Ok((4, Some(file))) => Ok(Some(OwnedFd::from(file).into())),
             Ok((4, None)) => Err(io::Error::from_raw_os_error(i32::from_le_bytes(errno))),
             Ok(_) => Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) if error.errno() == libc::EAGAIN => Ok(None),
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Waits until it answers.
+    pub(super) fn await_answer(&self) -> io::Result<()> {
+        let mut fds = [PollFd::new(self.socket.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(PATIENCE))? {
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            _ => Ok(()),
         }
     }
 
     /// How the passt that closed its connection has ended.
     pub(super) fn wait(&self) -> io::Result<ExitStatus> {
         (&self.socket).write_all(&[WAIT])?;
+        self.await_answer()?;
         let mut status = [0; 4];
         (&self.socket).read_exact(&mut status)?;
         Ok(ExitStatus::from_raw(i32::from_le_bytes(status)))

@@ -850,7 +850,7 @@ impl Worker {
             commands.acknowledge();
             match commands.next() {
                 Some(Command::Start(vring)) => self.start(port, vring),
-                Some(Command::Stop { index, done }) => {
+                Some(Command::Stop { index, done, .. }) => {
                     if let Some(vring) = self.stop(port, index) {
                         // The control thread waits; if it does not, the ring just ends here.
                         let _ = done.send(vring);

@@ -280,7 +280,13 @@ impl Worker {
 
 pub(in crate::net) fn give_back(sender: &CommandSender, index: u16) -> Box<Vring> {
     let (done, given_back) = mpsc::channel();
-    sender.send(Command::Stop { index, done }).unwrap();
+    sender
+        .send(Command::Stop {
+            index,
+            suspend: false,
+            done,
+        })
+        .unwrap();
     given_back.recv_timeout(PATIENCE).unwrap()
 }
 

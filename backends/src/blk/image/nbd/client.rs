@@ -125,6 +125,10 @@ pub(super) struct Client {
     shared: Arc<Mutex<File>>,
     /// Another program has the connection: nothing is sent or received here until there is a request again.
     away: bool,
+    /// There is a server at the other end.
+    connected: bool,
+    /// Whose requests are to be given back while they wait.
+    suspending: Vec<Arc<Mailbox<Outcome>>>,
     /// Since when no request succeeded, if the connection was lost since.
     lost: Option<Instant>,
     /// Before the next attempt to connect.
@@ -176,6 +180,8 @@ impl Client {
             socket,
             shared,
             away,
+            connected: true,
+            suspending: Vec::new(),
             lost: None,
             pause: Duration::ZERO,
             flights: Vec::new(),
@@ -281,6 +287,12 @@ impl Client {
             match self.ops.try_recv() {
                 Ok(op) => {
                     any = true;
+                    self.suspending.retain(|who| !Arc::ptr_eq(who, &op.mailbox));
+                    if op.action == Action::Suspend {
+                        self.suspending.push(op.mailbox);
+                        self.give_back();
+                        continue;
+                    }
                     // After this, a request says that the connection is this program's.
                     self.away = match op.action {
                         Action::Leave => true,
@@ -435,7 +447,9 @@ impl Client {
         let kind = match flight.op.action {
             Action::Read => (command::READ, 0),
             Action::Write => (command::WRITE, fua),
-            Action::Discard | Action::Flush | Action::Leave | Action::Adopt => (command::TRIM, fua),
+            Action::Discard | Action::Flush | Action::Suspend | Action::Leave | Action::Adopt => {
+                (command::TRIM, fua)
+            }
             Action::WriteZeroes { unmap: true } => (command::WRITE_ZEROES, fua),
             Action::WriteZeroes { unmap: false } => {
                 (command::WRITE_ZEROES, fua | command::FLAG_NO_HOLE)
@@ -751,8 +765,28 @@ impl Client {
         }
     }
 
+    /// Gives back what the server does not have, to whom asked for it. What it has is waited for: it may do it at any time.
+    fn give_back(&mut self) {
+        if self.suspending.is_empty() {
+            return;
+        }
+        for index in (0..).take(self.flights.len()) {
+            let Ok(flight) = at_index(&self.flights, index) else {
+                continue;
+            };
+            let waits = !self.connected || flight.generation.is_none();
+            let wanted = |who: &Arc<_>| Arc::ptr_eq(who, &flight.op.mailbox);
+            if waits && self.suspending.iter().any(wanted) {
+                self.end(index, Outcome::Suspended);
+                self.queue.retain(|queued| *queued != index);
+            }
+        }
+    }
+
     /// Connects again, and lets all requests be sent again. Returns whether to go on.
     fn reconnect(&mut self) -> bool {
+        self.connected = false;
+        self.give_back();
         // A server may have room for one client only. It may also be gone already.
         let _ = shutdown(self.socket.as_fd().as_raw_fd(), Shutdown::Both);
         self.output.clear();
@@ -781,8 +815,8 @@ impl Client {
                 {
                     if lost.elapsed() >= self.patience {
                         self.give_up();
-                        self.tell();
                     }
+                    self.tell();
                 }
             }
             self.pause = self
@@ -806,6 +840,7 @@ impl Client {
                     }
                     self.socket = socket;
                     self.export = export;
+                    self.connected = true;
                     self.queue = (0..)
                         .zip(&self.flights)
                         .filter_map(|(index, flight)| flight.is_some().then_some(index))

@@ -373,8 +373,8 @@ pub(super) fn begin(image: &Arc<Image>, op: Op) {
     let request = match op.action {
         Action::Read => Request::Read,
         Action::Write => Request::Write,
-        // No image of a cluster goes over.
-        Action::Flush | Action::Leave | Action::Adopt => Request::Flush,
+        // No image of a cluster goes over, and nothing of it waits.
+        Action::Flush | Action::Suspend | Action::Leave | Action::Adopt => Request::Flush,
         Action::Discard => Request::Discard,
         Action::WriteZeroes { unmap } => Request::WriteZeroes { thick: !unmap },
     };
