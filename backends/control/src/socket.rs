@@ -1,6 +1,6 @@
 //! A Unix socket that a program listens on, and its file.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -72,6 +72,8 @@ impl SocketFile {
             path: path.to_owned(),
             source,
         };
+        // Another program may find the same stale socket, and take ours for it before we listen.
+        let _alone = lock_directory(path);
         remove_stale(path)?;
         let listener = listen_at(path).map_err(failed)?;
         let meta = fs::symlink_metadata(path).map_err(failed)?;
@@ -108,6 +110,14 @@ impl Drop for SocketFile {
             tracing::warn!(%error, path = %self.path.display(), "cannot remove a socket");
         }
     }
+}
+
+/// Keeps other programs that make sockets in this way from doing so in the same directory, until it is closed. Those that may not open
+/// the directory do without: they are confined, and no more begin than one.
+fn lock_directory(path: &Path) -> Option<File> {
+    let parent = path.parent().filter(|parent| parent != &Path::new(""));
+    let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
+    directory.lock().ok().map(|()| directory)
 }
 
 /// Removes a socket that nobody listens on.
@@ -154,6 +164,23 @@ fn listen_at(path: &Path) -> io::Result<UnixListener> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn of_many_that_find_a_stale_socket_one_listens() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        for _ in 0..50 {
+            drop(listen_at(&path).unwrap());
+            let listen = || SocketFile::listen(&path);
+            let all = std::thread::scope(|scope| {
+                let threads: Vec<_> = (0..4).map(|_| scope.spawn(listen)).collect();
+                let all = threads.into_iter().map(|thread| thread.join().unwrap());
+                all.filter_map(Result::ok).collect::<Vec<_>>()
+            });
+            assert_eq!(all.len(), 1);
+            UnixStream::connect(&path).unwrap();
+        }
+    }
 
     #[test]
     fn the_socket_is_for_its_owner_and_goes_with_it() {
