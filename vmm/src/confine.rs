@@ -6,7 +6,7 @@
 //! | any guest | `/dev/kvm`; reading kernel and RAM disk; KVM's ioctls |
 //! | a back-end | connecting to sockets in the directory of the back-end's |
 //! | `--serial`, `--api-socket` | listening on sockets in their directories; writing to the file |
-//! | `--snapshots` | creating and removing files in that folder |
+//! | `--snapshots` | creating and removing files in that folder, which it opens before |
 //! | `--restore` | reading the snapshot, in place of kernel and RAM disk |
 //! | `--incoming` | removing the socket, which is there before |
 //! | `--migrate-to` | connecting to sockets in that directory, or to that port of TCP from the host's network |

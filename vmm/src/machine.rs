@@ -52,7 +52,7 @@ use crate::snapshot::Error::{Declined, Log};
 use crate::snapshot::cpu::{ChipState, CpuState};
 use crate::snapshot::dirty::DirtyLog;
 use crate::snapshot::transport::{self, Address, Connection, Listener};
-use crate::snapshot::{self, Departure, Incoming, Outgoing};
+use crate::snapshot::{self, Departure, Folder, Incoming, Outgoing};
 use crate::vcpu::{self, Context, SharedVcpu, Vcpus};
 use crate::vfio::{self, Passthrough};
 use crate::vhost_user::{self, VhostUserDevice};
@@ -180,9 +180,11 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
         }
         _ => None,
     };
+    // Nobody has the right to open it afterwards.
+    let snapshots = config.snapshots.as_deref().map(Folder::open).transpose()?;
     // The threads to come take it over.
     confine(config)?;
-    let built = build(config, listener, events.handle(), &exit)?;
+    let built = build(config, listener, snapshots, events.handle(), &exit)?;
     events.run().map_err(Error::Events)?;
     if let Some(reason) = exit.reason() {
         // The builder may still wait for something. It owns nothing that outlives the process.
@@ -208,6 +210,7 @@ fn raise_file_limit() {
 fn build(
     config: &Config,
     listener: Option<Listener>,
+    snapshots: Option<Folder>,
     events: LoopHandle,
     exit: &ExitHandle,
 ) -> Result<mpsc::Receiver<Result<Machine, Error>>, Error> {
@@ -224,7 +227,7 @@ fn build(
     let builder = move || {
         let _stop = Stop(events.clone());
         // Nobody takes it if the end came first.
-        let _ = send.send(Machine::new(&config, listener, events, exit));
+        let _ = send.send(Machine::new(&config, listener, snapshots, events, exit));
     };
     std::thread::Builder::new()
         .name("builder".into())
@@ -258,7 +261,7 @@ struct Control {
     passthrough: Arc<Passthrough>,
     gate: Gate,
     exit: ExitHandle,
-    snapshots: Option<PathBuf>,
+    snapshots: Option<Folder>,
     migrate_to: Vec<Address>,
     whole: Whole,
     /// Held by whoever changes the machine: one at a time.
@@ -304,10 +307,11 @@ impl Control {
 
 /// Why a guest is not saved, or not moved.
 fn moving_failed(error: snapshot::Error) -> ApiError {
-    use snapshot::Error::{Exists, Name, Unsaved};
+    use snapshot::Error::{Busy, Exists, Name, Unsaved};
     let code = match &error {
         Name(_) => ErrorCode::BadRequest,
         Exists(_) | Unsaved { .. } => ErrorCode::Conflict,
+        Busy(_) => ErrorCode::Busy,
         _ => ErrorCode::Failed,
     };
     ApiError::new(code, &error)
@@ -618,6 +622,7 @@ impl Machine {
     fn new(
         config: &Config,
         listener: Option<Listener>,
+        snapshots: Option<Folder>,
         events: LoopHandle,
         exit: ExitHandle,
     ) -> Result<Self, Error> {
@@ -763,7 +768,7 @@ impl Machine {
             passthrough,
             gate: Gate::default(),
             exit: resources.exit.clone(),
-            snapshots: config.snapshots.clone(),
+            snapshots,
             migrate_to: config.migrate_to.clone(),
             whole: Whole {
                 processors: processors.clone(),
@@ -1045,4 +1050,23 @@ fn add_platform_devices(
     let reset = Arc::clone(&platform.reset);
     ports.insert(layout::PCI_CONFIG_PORT, layout::PCI_CONFIG_PORT_SIZE, reset)?;
     Ok((platform, input))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_asks_for_a_snapshot_is_told_what_would_help() {
+        use snapshot::Error::{Busy, CutShort, Exists, Name};
+        let name = || "state".to_owned();
+        for (error, code) in [
+            (Name(name()), ErrorCode::BadRequest),
+            (Exists(name()), ErrorCode::Conflict),
+            (Busy(name()), ErrorCode::Busy),
+            (CutShort, ErrorCode::Failed),
+        ] {
+            assert_eq!(moving_failed(error).code, code);
+        }
+    }
 }

@@ -14,6 +14,7 @@ mod intruder;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::os::unix::fs::symlink;
+use std::sync::OnceLock;
 
 use clap::Parser;
 use intruder::{
@@ -23,7 +24,7 @@ use intruder::{
 use ringside_sandbox::ThreadKind;
 use ringside_vmm::config::{Cli, Config, FileOptions};
 use ringside_vmm::confine::confine;
-use ringside_vmm::snapshot::Outgoing;
+use ringside_vmm::snapshot::{Folder, Outgoing};
 
 /// Besides, on the thread of a processor.
 const ENDED_ON_PROCESSORS: &[(&str, Attempt)] = &[
@@ -32,7 +33,10 @@ const ENDED_ON_PROCESSORS: &[(&str, Attempt)] = &[
     ("resize a file", || call(libc::SYS_ftruncate, [0, 0, 0])),
 ];
 
-/// What a VMM does that makes snapshots.
+/// What a VMM has open that makes snapshots.
+static FOLDER: OnceLock<Folder> = OnceLock::new();
+
+/// What it does.
 const SNAPSHOTS: &[(&str, Attempt)] = &[
     ("write a snapshot", || {
         let folder = services().dir.join("snapshots");
@@ -42,8 +46,7 @@ const SNAPSHOTS: &[(&str, Attempt)] = &[
         fs::remove_file(whole)
     }),
     ("begin a snapshot where one was broken off", || {
-        let folder = services().dir.join("snapshots");
-        let begun = Outgoing::create(&folder, "broken");
+        let begun = Outgoing::create(FOLDER.get().unwrap(), "broken");
         begun.map(drop).map_err(io::Error::other)
     }),
     ("write over a snapshot", || {
@@ -109,6 +112,7 @@ fn confine_profile(profile: &str) {
         "snapshots" => {
             let folder = services().dir.join("snapshots");
             args.push(format!("--snapshots={}", folder.display()));
+            FOLDER.get_or_init(|| Folder::open(&folder).unwrap());
         }
         _ => {}
     }

@@ -71,6 +71,15 @@ pub enum Error {
         "another VMM writes the snapshot {0:?} into that folder: wait for it, or take another name"
     )]
     Busy(String),
+    /// There is none, or no right to it.
+    #[error("cannot open the folder for snapshots, {path}: it must be there, and a directory")]
+    Folder {
+        /// The folder.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
     /// The folder.
     #[error("cannot create the snapshot {path}")]
     Create {
@@ -550,6 +559,38 @@ fn parse<T: DeserializeOwned>(
 /// Bytes that are read and written at a time: a section of memory and its head.
 const BUFFER: usize = 256 << 10;
 
+/// A folder of snapshots.
+pub struct Folder {
+    path: PathBuf,
+    /// A process that is confined has no right to open it, and names in it are to be durable.
+    open: File,
+}
+
+impl Folder {
+    /// Opens a folder that is there.
+    ///
+    /// # Errors
+    /// [`Error::Folder`]
+    pub fn open(path: &Path) -> Result<Self, Error> {
+        let mut options = OpenOptions::new();
+        options.read(true).custom_flags(libc::O_DIRECTORY);
+        let (path, open) = (path.to_owned(), options.open(path));
+        match open {
+            Ok(open) => Ok(Self { path, open }),
+            Err(source) => Err(Error::Folder { path, source }),
+        }
+    }
+
+    /// Returns when the names in it are durable.
+    fn sync(&self) -> io::Result<()> {
+        match self.open.sync_all() {
+            // A file system that has nothing to write for a folder (fsync(2)).
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+            result => result,
+        }
+    }
+}
+
 /// A snapshot that is not complete. Nothing is left of it unless it gets another name.
 struct Partial {
     path: PathBuf,
@@ -559,10 +600,12 @@ struct Partial {
 }
 
 impl Partial {
-    /// Gives it its name.
-    fn complete(mut self, path: &Path) -> io::Result<()> {
+    /// Gives it its name, durably.
+    fn complete(mut self, path: &Path, folder: &Folder) -> io::Result<()> {
         std::fs::rename(&self.path, path)?;
-        // Another one may have the name that it had.
+        // Should the rest fail. From here on another one may have the name that it had.
+        path.clone_into(&mut self.path);
+        folder.sync()?;
         self.complete = true;
         Ok(())
     }
@@ -588,6 +631,25 @@ fn lock(file: &File) -> io::Result<bool> {
     }
 }
 
+/// Whether it is this file that has the name.
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let (ours, there) = (file.metadata()?, path.symlink_metadata());
+    Ok(there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())))
+}
+
+/// Locks a file that was just made, unless somebody took it for one that was left.
+fn lock_new(file: File, path: &Path) -> io::Result<Option<File>> {
+    // Who has done so may have removed it before it was locked here.
+    match lock(&file) {
+        Ok(locked) => Ok((locked && is_at(&file, path)?).then_some(file)),
+        Err(error) => {
+            // A file system without locks: nobody else has this one.
+            std::fs::remove_file(path)?;
+            Err(error)
+        }
+    }
+}
+
 /// Makes a file that is locked: as long as it is open nobody else makes one of its name in this way. One that a killed process left
 /// is replaced.
 fn create_alone(path: &Path) -> io::Result<Option<File>> {
@@ -601,8 +663,7 @@ fn create_alone(path: &Path) -> io::Result<Option<File>> {
                 return Ok(None);
             }
             // Whoever had it locked may have given it another name.
-            let (ours, there) = (left.metadata()?, path.symlink_metadata());
-            if there.is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())) {
+            if is_at(&left, path)? {
                 // A process that is confined may remove it, but not cut it off.
                 std::fs::remove_file(path)?;
             }
@@ -611,30 +672,30 @@ fn create_alone(path: &Path) -> io::Result<Option<File>> {
         Err(error) => return Err(error),
     }
     match options.create_new(true).open(path) {
-        // In between somebody may take it for one that was left.
-        Ok(file) => Ok(lock(&file)?.then_some(file)),
+        Ok(file) => lock_new(file, path),
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(None),
         Err(error) => Err(error),
     }
 }
 
 /// A file of a folder of snapshots. Until it is complete it has another name.
-pub struct Outgoing {
+pub struct Outgoing<'a> {
+    folder: &'a Folder,
     partial: Partial,
     path: PathBuf,
     out: BufWriter<Arc<File>>,
 }
 
-impl Outgoing {
+impl<'a> Outgoing<'a> {
     /// Begins the snapshot `name` in `folder`.
     ///
     /// # Errors
     /// [`Error::Name`], [`Error::Busy`], [`Error::Exists`], [`Error::Create`]
-    pub fn create(folder: &Path, name: &str) -> Result<Self, Error> {
+    pub fn create(folder: &'a Folder, name: &str) -> Result<Self, Error> {
         if name.is_empty() || name.starts_with('.') || name.contains(['/', '\0']) {
             return Err(Error::Name(name.to_owned()));
         }
-        let unfinished = folder.join(format!(".{name}.partial"));
+        let unfinished = folder.path.join(format!(".{name}.partial"));
         let partial = match create_alone(&unfinished) {
             Ok(Some(file)) => Partial {
                 path: unfinished,
@@ -650,12 +711,17 @@ impl Outgoing {
             }
         };
         // Nobody else gives a file this name from here on.
-        let path = folder.join(name);
+        let path = folder.path.join(name);
         if path.exists() {
             return Err(Error::Exists(name.to_owned()));
         }
         let out = BufWriter::with_capacity(BUFFER, partial.file.clone());
-        Ok(Self { partial, path, out })
+        Ok(Self {
+            folder,
+            partial,
+            path,
+            out,
+        })
     }
 
     /// Where it will be.
@@ -673,11 +739,16 @@ impl Outgoing {
         memory: &GuestMemoryMmap,
         state: &State,
     ) -> Result<u64, Error> {
-        let Self { partial, path, out } = self;
+        let Self {
+            folder,
+            partial,
+            path,
+            out,
+        } = self;
         let (written, out) = write(out, description, memory, state)?;
         let file = out.into_inner().map_err(|e| Error::Write(e.into_error()))?;
         file.sync_all().map_err(Error::Write)?;
-        partial.complete(&path).map_err(Error::Write)?;
+        partial.complete(&path, folder).map_err(Error::Write)?;
         Ok(written)
     }
 }
@@ -702,23 +773,66 @@ mod tests {
     /// Of two that write one name at a time one is refused, and nothing of the other's is touched.
     #[test]
     fn one_name_has_one_writer() {
-        let folder = tempfile::tempdir().unwrap();
-        let (path, name) = (folder.path(), "state");
+        let dir = tempfile::tempdir().unwrap();
+        let (path, name) = (dir.path(), "state");
+        let folder = Folder::open(path).unwrap();
         // One that was left.
         std::fs::write(path.join(".state.partial"), "left").unwrap();
-        let first = Outgoing::create(path, name).unwrap();
-        let second = Outgoing::create(path, name).err();
+        let first = Outgoing::create(&folder, name).unwrap();
+        let second = Outgoing::create(&folder, name).err();
         assert!(matches!(second, Some(Error::Busy(_))), "{second:?}");
         assert_eq!(first.partial.file.metadata().unwrap().len(), 0);
         drop(first);
         assert!(std::fs::read_dir(path).unwrap().next().is_none());
-        let third = Outgoing::create(path, name).unwrap();
-        third.partial.complete(&third.path).unwrap();
-        let fourth = Outgoing::create(path, name).err();
+        let third = Outgoing::create(&folder, name).unwrap();
+        third.partial.complete(&third.path, &folder).unwrap();
+        let fourth = Outgoing::create(&folder, name).err();
         assert!(matches!(fourth, Some(Error::Exists(_))), "{fourth:?}");
         let names = std::fs::read_dir(path).unwrap();
         let names: Vec<_> = names.map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(names, ["state"]);
+    }
+
+    /// What happens between the making of a file and its lock.
+    #[test]
+    fn a_file_that_was_taken_for_one_that_was_left_is_not_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("partial");
+        let make = || OpenOptions::new().write(true).create_new(true).open(&path);
+        let ours = make().unwrap();
+        let theirs = create_alone(&path).unwrap().unwrap();
+        assert!(lock_new(ours, &path).unwrap().is_none());
+        assert!(is_at(&theirs, &path).unwrap());
+        std::fs::remove_file(&path).unwrap();
+        let ours = make().unwrap();
+        let _theirs = File::open(&path).and_then(|file| lock(&file).map(|_| file));
+        assert!(lock_new(ours, &path).unwrap().is_none());
+        std::fs::remove_file(&path).unwrap();
+        assert!(lock_new(make().unwrap(), &path).unwrap().is_some());
+        // A file that cannot be locked is none that is left to the next one.
+        let mut options = OpenOptions::new();
+        let lockless = options.read(true).custom_flags(libc::O_PATH).open(&path);
+        lock_new(lockless.unwrap(), &path).unwrap_err();
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_snapshot_whose_name_is_not_durable_is_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut folder = Folder::open(dir.path()).unwrap();
+        folder.sync().unwrap();
+        // As of a disk that fails.
+        let mut options = OpenOptions::new();
+        let options = options.read(true).custom_flags(libc::O_PATH);
+        folder.open = options.open(dir.path()).unwrap();
+        let Outgoing { partial, path, .. } = Outgoing::create(&folder, "state").unwrap();
+        partial.complete(&path, &folder).unwrap_err();
+        assert!(std::fs::read_dir(dir.path()).unwrap().next().is_none());
+        let missing = Folder::open(&dir.path().join("none")).err();
+        assert!(matches!(missing, Some(Error::Folder { .. })), "{missing:?}");
+        let file = dir.path().join("file");
+        std::fs::write(&file, "").unwrap();
+        assert!(matches!(Folder::open(&file), Err(Error::Folder { .. })));
     }
 
     /// Threads that take turns and get in each other's way: each that was let write has its own file.
