@@ -708,8 +708,8 @@ impl Shared {
             if let Some(log) = &log {
                 link.set_log(log)?;
             }
-            if let Some(kept) = running.kept.take() {
-                link.load_state(&kept)?;
+            if let Some(kept) = &running.kept {
+                link.load_state(kept)?;
             }
             for (active, ring) in &running.queues {
                 let events = RingEvents {
@@ -729,7 +729,8 @@ impl Shared {
         let again = running.handed_over;
         running.handed_over = true;
         match connection.simple(ANSWER_LIMIT, &self.exit, talk) {
-            Ok(()) => running.on = Some(state.epoch),
+            // From here on what it keeps changes.
+            Ok(()) => (running.on, running.kept) = (Some(state.epoch), None),
             Err(CallError::Refused(source)) => {
                 // Some queues may run.
                 running.on = Some(state.epoch);

@@ -87,6 +87,8 @@ struct Backend {
     queues: u64,
     config: Vec<u8>,
     refuse: Option<&'static str>,
+    /// Hangs up at this step, once.
+    goes: Option<&'static str>,
     /// Hangs up instead of taking the channel.
     dies: bool,
     log: Vec<String>,
@@ -99,6 +101,10 @@ impl FakeLink {
     fn told(&self, step: &'static str, text: String) -> Result<(), LinkError> {
         let mut backend = self.0.lock().unwrap();
         backend.log.push(text);
+        if backend.goes.take_if(|at| *at == step).is_some() {
+            let source = vhost::Error::VhostUserProtocol(ProtocolError::Disconnected);
+            return Err(LinkError { step, source });
+        }
         if backend.refuse == Some(step) {
             let source = vhost::Error::VhostUserProtocol(ProtocolError::BackendInternalError);
             return Err(LinkError { step, source });
@@ -378,6 +384,34 @@ fn a_suspended_device_goes_on_here_or_elsewhere() {
     let error = there.restore(again(), &nowhere).unwrap_err().to_string();
     assert!(error.contains("nothing says where it goes on"), "{error}");
     there.restore(None, &nowhere).unwrap();
+}
+
+#[test]
+fn what_was_kept_is_there_for_the_next_back_end_if_one_goes_while_it_starts() {
+    let link = blk();
+    link.0.lock().unwrap().protocol |= P_DEVICE_STATE | P_INFLIGHT;
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    device.activate(activation(F_VERSION_1, &[0])).unwrap();
+    for step in ["SET_DEVICE_STATE_FD", "SET_VRING_ADDR", "SET_VRING_ENABLE"] {
+        device.suspend().unwrap();
+        link.log();
+        link.0.lock().unwrap().goes = Some(step);
+        device.resume();
+        let is_there = || device.shared.state().connection.is_some();
+        eventually("it is back", is_there);
+        let log = link.log();
+        let loads = log.iter().filter(|line| *line == "load kept").count();
+        assert_eq!(loads, 2, "{step}: {log:?}");
+        assert_eq!(log.last().unwrap(), "enable 0 true");
+    }
+    assert_eq!(device.notifier().status(), 0);
+    // One that comes when it has started gets nothing that is out of date.
+    let shared = Arc::clone(&device.shared);
+    shared.lose(&mut shared.state(), "test");
+    eventually("it is back", || shared.state().connection.is_some());
+    let log = link.log();
+    assert_eq!(log.last().unwrap(), "enable 0 true");
+    assert!(!log.contains(&"load kept".to_owned()), "{log:?}");
 }
 
 #[test]
