@@ -170,6 +170,15 @@ enum MoveError {
         #[source]
         source: LinkError,
     },
+    /// The back-end refused what another one is to hand over to it.
+    #[error(
+        "the back-end at {socket} does not take over the guest's device: use one of the same kind and version, with the same options; its log says more"
+    )]
+    Unwilling {
+        socket: PathBuf,
+        #[source]
+        source: LinkError,
+    },
     /// Nothing could be said to the back-end.
     #[error("no conversation with the back-end at {socket} about its state: {why}")]
     Silent { socket: PathBuf, why: String },
@@ -282,8 +291,10 @@ struct Running {
     inflight: Option<Inflight>,
     /// Each queue's base is where it was stopped, so it need not be found out.
     stopped: bool,
-    /// What the back-end kept, which it, or the next one, takes over when it starts.
+    /// What the back-end kept, which it, or the next one, takes over before it starts.
     kept: Option<Vec<u8>>,
+    /// The connection whose back-end has all but the queues.
+    equipped: Option<u64>,
     /// No back-end is to have them now.
     suspended: bool,
     /// A back-end has had them: what it did with them is not known if it goes.
@@ -569,8 +580,10 @@ impl Shared {
 
     /// Whether the device can go on with another back-end.
     fn goes_on(&self, running: &Running) -> bool {
+        // Nothing is under way, and all that the back-end knew is here.
+        let whole = running.stopped && running.kept.is_some();
         let resumes = !running.handed_over || self.offer.resumes(running.is_packed());
-        resumes && !running.given_up
+        (whole || resumes) && !running.given_up
     }
 
     /// As [`Self::give_up_if_due`], unless a back-end has been here since this epoch.
@@ -666,6 +679,7 @@ impl Shared {
             inflight: None,
             stopped: false,
             kept: None,
+            equipped: None,
             suspended: false,
             handed_over: false,
             waiting_since: Instant::now(),
@@ -675,14 +689,41 @@ impl Shared {
         })
     }
 
+    /// Hands a back-end all but the queues, which are stopped.
+    fn equip(
+        &self,
+        link: &mut dyn Link,
+        memory: &GuestMemoryMmap,
+        log: Option<&DirtyLog>,
+        running: &mut Running,
+    ) -> Result<(), LinkError> {
+        let noted = if log.is_some() { F_LOG_ALL } else { 0 };
+        link.set_features(self.offer.backend_choice(running.features | noted))?;
+        if self.offer.tracks_inflight() {
+            let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
+            let inflight = match running.inflight.take() {
+                Some(inflight) => inflight,
+                None => link.new_inflight(count, self.wanted.queue_size)?,
+            };
+            link.set_inflight(running.inflight.insert(inflight))?;
+        }
+        link.set_memory(memory)?;
+        if let Some(log) = log {
+            link.set_log(log)?;
+        }
+        match &running.kept {
+            Some(kept) => link.load_state(kept),
+            None => Ok(()),
+        }
+    }
+
     /// Hands the queues in `state.running` to the back-end. A back-end that goes meanwhile is no
     /// error: it is waited for.
     fn start(self: &Arc<Self>, state: &mut State) -> Result<(), StartError> {
         let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
             return Ok(());
         };
-        let stopped = std::mem::take(&mut running.stopped);
-        if !running.is_packed() && !stopped {
+        if !running.is_packed() && !running.stopped {
             for (active, ring) in &mut running.queues {
                 // Zero for a queue that nobody has served yet.
                 ring.base = used_index(&state.memory, &active.queue).into();
@@ -692,25 +733,14 @@ impl Shared {
         for (active, ring) in &mut running.queues {
             ring.log = log.as_ref().map(|_| active.queue.used);
         }
-        let noted = if log.is_some() { F_LOG_ALL } else { 0 };
-        let features = self.offer.backend_choice(running.features | noted);
-        let count = u16::try_from(self.offer.queue_sizes.len()).unwrap_or(u16::MAX);
+        let equipped = running.equipped == Some(state.epoch) && log.is_none();
+        let again = running.handed_over;
+        running.handed_over = true;
         let talk = |link: &mut dyn Link| {
-            link.set_features(features)?;
-            if self.offer.tracks_inflight() {
-                let inflight = match running.inflight.take() {
-                    Some(inflight) => inflight,
-                    None => link.new_inflight(count, self.wanted.queue_size)?,
-                };
-                link.set_inflight(running.inflight.insert(inflight))?;
+            if !equipped {
+                self.equip(link, &state.memory, log.as_deref(), running)?;
             }
-            link.set_memory(&state.memory)?;
-            if let Some(log) = &log {
-                link.set_log(log)?;
-            }
-            if let Some(kept) = &running.kept {
-                link.load_state(kept)?;
-            }
+            running.stopped = false;
             for (active, ring) in &running.queues {
                 let events = RingEvents {
                     kick: &active.kick,
@@ -726,11 +756,12 @@ impl Shared {
             }
             Ok(())
         };
-        let again = running.handed_over;
-        running.handed_over = true;
         match connection.simple(ANSWER_LIMIT, &self.exit, talk) {
             // From here on what it keeps changes.
-            Ok(()) => (running.on, running.kept) = (Some(state.epoch), None),
+            Ok(()) => {
+                running.on = Some(state.epoch);
+                (running.kept, running.equipped) = (None, None);
+            }
             Err(CallError::Refused(source)) => {
                 // Some queues may run.
                 running.on = Some(state.epoch);
@@ -764,8 +795,10 @@ impl Shared {
         state: &mut State,
         memory: &GuestMemoryMmap,
     ) -> Result<(), GrowError> {
-        let runs = state.running.as_ref().and_then(|running| running.on) == Some(state.epoch);
-        if let (Some(connection), true) = (&mut state.connection, runs) {
+        let now = Some(state.epoch);
+        let has_memory = |running: &Running| running.on == now || running.equipped == now;
+        let has_memory = state.running.as_ref().is_some_and(has_memory);
+        if let (Some(connection), true) = (&mut state.connection, has_memory) {
             let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| link.set_memory(memory));
             let socket = || self.wanted.socket.clone();
             match told {
@@ -920,6 +953,35 @@ impl Shared {
                 }
             }
         })
+    }
+
+    /// Has the back-end take over what one elsewhere had, but for the queues: those start when the guest is here, and who has it
+    /// until then keeps it if that is refused.
+    fn take_over(self: &Arc<Self>, state: &mut State) -> Result<(), MoveError> {
+        let socket = || self.wanted.socket.clone();
+        let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
+            return Err(MoveError::Gone { socket: socket() });
+        };
+        let log = state.log.clone();
+        let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| {
+            self.equip(link, &state.memory, log.as_deref(), running)
+        });
+        match told {
+            Ok(()) => {
+                running.equipped = Some(state.epoch);
+                Ok(())
+            }
+            Err(CallError::Refused(source)) => {
+                let socket = socket();
+                Err(MoveError::Unwilling { socket, source })
+            }
+            Err(error) => {
+                let why = error.to_string();
+                self.lose(state, &why);
+                let socket = socket();
+                Err(MoveError::Silent { socket, why })
+            }
+        }
     }
 
     /// Goes on after [`Shared::suspend`].
@@ -1225,6 +1287,10 @@ impl VirtioDevice for VhostUserDevice {
             kept: suspended.back_end.clone(),
             ..shared.run(activation.features, queues)?
         });
+        if let Err(error) = shared.take_over(&mut state) {
+            shared.stop(&mut state);
+            return Err(error.into());
+        }
         Ok(())
     }
 

@@ -351,20 +351,21 @@ fn a_suspended_device_goes_on_here_or_elsewhere() {
     ];
     assert_eq!(link.log(), stopped);
     let choice = features | F_PROTOCOL_FEATURES;
-    let started = |state: &[&str]| {
-        let first = [format!("features {choice:#x}"), "memory 1".into()];
-        let state = state.iter().map(|text| (*text).to_owned());
-        let rings = [
-            "start 0 size 64 base 0x12348765",
-            "start 2 size 64 base 0x12348765",
-            "enable 0 true",
-            "enable 2 true",
-        ];
-        let all = first.into_iter().chain(state);
-        all.chain(rings.map(str::to_owned)).collect::<Vec<_>>()
-    };
+    let equipped = [
+        format!("features {choice:#x}"),
+        "memory 1".into(),
+        "load kept".into(),
+    ];
+    let rings = [
+        "start 0 size 64 base 0x12348765",
+        "start 2 size 64 base 0x12348765",
+        "enable 0 true",
+        "enable 2 true",
+    ]
+    .map(str::to_owned);
+    let started = [&equipped[..], &rings].concat();
     here.resume();
-    assert_eq!(link.log(), started(&["load kept"]));
+    assert_eq!(link.log(), started);
     here.resume();
     assert!(link.log().is_empty(), "it runs");
 
@@ -372,9 +373,9 @@ fn a_suspended_device_goes_on_here_or_elsewhere() {
     link.log();
     let again = || Some(activation(features, &[0, 2]));
     there.restore(again(), &suspended).unwrap();
-    assert!(link.log().is_empty(), "the guest is not here yet");
+    assert_eq!(link.log(), equipped, "the guest is not here yet");
     there.resume();
-    assert_eq!(link.log(), started(&["load kept"]));
+    assert_eq!(link.log(), rings);
 
     // A state that nobody can take over, and queues that ran from nowhere.
     let mut plain = device(&blk(), wanted(DeviceType::BLOCK)).unwrap();
@@ -384,6 +385,78 @@ fn a_suspended_device_goes_on_here_or_elsewhere() {
     let error = there.restore(again(), &nowhere).unwrap_err().to_string();
     assert!(error.contains("nothing says where it goes on"), "{error}");
     there.restore(None, &nowhere).unwrap();
+}
+
+#[test]
+fn who_has_the_guest_keeps_it_if_the_back_end_does_not_take_the_device_over() {
+    let link = blk();
+    link.0.lock().unwrap().protocol |= P_DEVICE_STATE | P_INFLIGHT;
+    let suspended = Suspended {
+        bases: vec![(0, 7)],
+        config: link.0.lock().unwrap().config.clone(),
+        back_end: Some(b"kept".to_vec()),
+    };
+    let restore = |device: &mut VhostUserDevice| {
+        device.restore(Some(activation(F_VERSION_1, &[0])), &suspended)
+    };
+    for step in [
+        "SET_FEATURES",
+        "GET_INFLIGHT_FD",
+        "SET_INFLIGHT_FD",
+        "SET_MEM_TABLE",
+        "SET_DEVICE_STATE_FD",
+    ] {
+        let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+        link.0.lock().unwrap().refuse = Some(step);
+        let text = chain(&*restore(&mut device).unwrap_err());
+        assert!(text.contains("/nowhere does not take over"), "{text}");
+        assert!(text.contains(&format!("{step} failed")), "{text}");
+        assert!(device.shared.state().running.is_none());
+        link.0.lock().unwrap().refuse = None;
+        link.0.lock().unwrap().goes = Some(step);
+        let text = chain(&*restore(&mut device).unwrap_err());
+        assert!(text.contains("no conversation"), "{text}");
+    }
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    device.shared.state().connection = None;
+    let text = chain(&*restore(&mut device).unwrap_err());
+    assert!(text.contains("is gone"), "{text}");
+}
+
+/// Between the moment when a back-end has taken a device over and that when its guest comes.
+#[test]
+fn what_was_taken_over_goes_to_the_next_back_end_as_a_whole() {
+    let link = blk();
+    link.0.lock().unwrap().protocol |= P_DEVICE_STATE;
+    let suspended = Suspended {
+        bases: vec![(0, 7)],
+        config: link.0.lock().unwrap().config.clone(),
+        back_end: Some(b"kept".to_vec()),
+    };
+    let mut device = device(&link, wanted(DeviceType::BLOCK)).unwrap();
+    let activation = activation(F_VERSION_1, &[0]);
+    device.restore(Some(activation), &suspended).unwrap();
+    // It has memory, so it hears of more.
+    link.log();
+    let (piece, whole) = larger(&device.shared.state().memory);
+    device.memory_listener().add(&piece, &whole).unwrap();
+    assert_eq!(link.log(), ["memory 2"]);
+    let shared = Arc::clone(&device.shared);
+    shared.lose(&mut shared.state(), "test");
+    assert_eq!(device.notifier().status(), 0, "nothing is under way");
+    eventually("it is back", || shared.state().connection.is_some());
+    link.log();
+    device.resume();
+    let features = format!("features {:#x}", F_VERSION_1 | F_PROTOCOL_FEATURES);
+    let all = [
+        features.as_str(),
+        "memory 2",
+        "load kept",
+        "start 0 size 64 base 0x7",
+        "enable 0 true",
+    ];
+    assert_eq!(link.log(), all);
+    assert_eq!(device.notifier().status(), 0);
 }
 
 #[test]
