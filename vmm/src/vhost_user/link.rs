@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use nix::fcntl::OFlag;
-use nix::poll::{PollFd, PollFlags, poll};
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, recv};
 use nix::unistd::pipe2;
 use vhost::vhost_user::message::{
@@ -54,8 +55,8 @@ pub(crate) const P_LOG: u64 = VhostUserProtocolFeatures::LOG_SHMFD.bits();
 
 /// Bytes of a back-end's state at most.
 const STATE_LIMIT: usize = 16 << 20;
-/// How long a back-end may take for the next bytes of it.
-const STATE_PATIENCE: u16 = 10_000;
+/// How long a back-end may take for all of it: the guest stands still.
+const STATE_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The number of SET_VRING_BASE, and the version in the flags of each message (vhost-user, "Header").
 const SET_VRING_BASE: u32 = 10;
@@ -199,7 +200,9 @@ impl SocketLink {
     ) -> Result<File, LinkError> {
         let phase = VhostTransferStatePhase::STOPPED;
         let set = self.frontend.set_device_state_fd(direction, phase, theirs);
-        Ok(step("SET_DEVICE_STATE_FD", set)?.unwrap_or_else(|| ours.into()))
+        let end = step("SET_DEVICE_STATE_FD", set)?.unwrap_or_else(|| ours.into());
+        let end = never_waiting(end).map_err(broken);
+        step("SET_DEVICE_STATE_FD", end)
     }
 
     /// SET_VRING_BASE, of which `vhost` knows the lower half.
@@ -246,13 +249,29 @@ fn broken(error: io::Error) -> vhost::Error {
     vhost::Error::VhostUserProtocol(ProtocolError::SocketError(error))
 }
 
-/// Reads up to the end, however slowly it comes, but no more and no longer than there can be.
-fn read_state(source: &mut File) -> io::Result<Vec<u8>> {
-    let mut state = Vec::new();
-    let mut part = [0; 4096];
+/// Makes a descriptor one whose reads and writes do not wait. It may be a back-end's, which has it, too: what would wait all the
+/// same is not taken.
+fn never_waiting(file: File) -> io::Result<File> {
+    let kind = file.metadata()?.file_type();
+    if !(kind.is_fifo() || kind.is_socket() || kind.is_file()) {
+        let why = "the back-end's descriptor for its state is no pipe, socket or regular file";
+        return Err(io::Error::other(why));
+    }
+    let flags = OFlag::from_bits_retain(fcntl(&file, FcntlArg::F_GETFL)?);
+    fcntl(&file, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK))?;
+    Ok(file)
+}
+
+/// Reads up to the end, but no more and no longer than there can be.
+fn read_state(source: &mut File, patience: Duration) -> io::Result<Vec<u8>> {
+    let (mut state, mut part) = (Vec::new(), [0; 4096]);
+    let start = Instant::now();
     loop {
-        await_state(source, PollFlags::POLLIN)?;
-        let count = source.read(&mut part)?;
+        await_state(source, PollFlags::POLLIN, patience, start)?;
+        let count = match source.read(&mut part) {
+            Err(error) if is_transient(&error) => continue,
+            count => count?,
+        };
         if count == 0 {
             return Ok(state);
         }
@@ -263,20 +282,43 @@ fn read_state(source: &mut File) -> io::Result<Vec<u8>> {
     }
 }
 
-fn write_state(sink: &mut File, state: &[u8]) -> io::Result<()> {
-    // A pipe that can be written to has room for so many (pipe(7), PIPE_BUF).
-    for part in state.chunks(4096) {
-        await_state(sink, PollFlags::POLLOUT)?;
-        sink.write_all(part)?;
+fn write_state(sink: &mut File, mut state: &[u8], patience: Duration) -> io::Result<()> {
+    let start = Instant::now();
+    while !state.is_empty() {
+        await_state(sink, PollFlags::POLLOUT, patience, start)?;
+        match sink.write(state) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(count) => state = state.get(count..).unwrap_or_default(),
+            Err(error) if is_transient(&error) => {}
+            Err(error) => return Err(error),
+        }
     }
     Ok(())
 }
 
-fn await_state(file: &File, what: PollFlags) -> io::Result<()> {
+/// Who has the other end, or this one, too, may have been faster.
+fn is_transient(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted
+    )
+}
+
+/// Waits until there is something to do, as long as there is time left of that since the start.
+fn await_state(file: &File, what: PollFlags, patience: Duration, start: Instant) -> io::Result<()> {
     let mut fds = [PollFd::new(file.as_fd(), what)];
-    match poll(&mut fds, STATE_PATIENCE)? {
-        0 => Err(io::ErrorKind::TimedOut.into()),
-        _ => Ok(()),
+    loop {
+        let left = patience.saturating_sub(start.elapsed());
+        // Rounded down: what is left of the last millisecond is not waited for.
+        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
+        if timeout == PollTimeout::ZERO {
+            return Err(io::ErrorKind::TimedOut.into());
+        }
+        match poll(&mut fds, timeout) {
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        }
     }
 }
 
@@ -406,7 +448,7 @@ impl Link for SocketLink {
     fn save_state(&mut self) -> Result<Vec<u8>, LinkError> {
         let (ours, theirs) = self.state_pipe()?;
         let mut source = self.transfer(VhostTransferStateDirection::SAVE, theirs, ours)?;
-        let read = read_state(&mut source).map_err(broken);
+        let read = read_state(&mut source, STATE_PATIENCE).map_err(broken);
         let state = step("SET_DEVICE_STATE_FD", read)?;
         step("CHECK_DEVICE_STATE", self.frontend.check_device_state())?;
         Ok(state)
@@ -415,7 +457,7 @@ impl Link for SocketLink {
     fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
         let (theirs, ours) = self.state_pipe()?;
         let mut sink = self.transfer(VhostTransferStateDirection::LOAD, theirs, ours)?;
-        let written = write_state(&mut sink, state).map_err(broken);
+        let written = write_state(&mut sink, state, STATE_PATIENCE).map_err(broken);
         // Its end says that this is all.
         drop(sink);
         step("SET_DEVICE_STATE_FD", written)?;
@@ -534,5 +576,80 @@ pub(crate) fn is_closed(socket: &UnixStream) -> bool {
         Ok(n) => n == 0,
         Err(nix::Error::EAGAIN | nix::Error::EINTR) => false,
         Err(_) => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_millis(200);
+
+    fn pipe() -> (File, File) {
+        let (source, sink) = pipe2(OFlag::O_CLOEXEC).unwrap();
+        (source.into(), sink.into())
+    }
+
+    #[test]
+    fn a_state_goes_through_whatever_a_back_end_may_have_for_it() {
+        let state: Vec<u8> = (0..=255).cycle().take(1 << 20).collect();
+        let (source, sink) = UnixStream::pair().unwrap();
+        let ends = (OwnedFd::from(source).into(), OwnedFd::from(sink).into());
+        for (source, sink) in [pipe(), ends] {
+            let mut source = never_waiting(source).unwrap();
+            let mut sink = never_waiting(sink).unwrap();
+            let sent = state.clone();
+            let writing = std::thread::spawn(move || write_state(&mut sink, &sent, STATE_PATIENCE));
+            let read = read_state(&mut source, STATE_PATIENCE).unwrap();
+            writing.join().unwrap().unwrap();
+            assert!(read == state);
+        }
+        let mut file = never_waiting(tempfile::tempfile().unwrap()).unwrap();
+        write_state(&mut file, &state, PATIENCE).unwrap();
+        assert_eq!(file.metadata().unwrap().len(), 1 << 20);
+    }
+
+    #[test]
+    fn a_back_end_that_gives_little_at_a_time_does_not_hold_the_guest_up() {
+        let (source, mut sink) = pipe();
+        let mut source = never_waiting(source).unwrap();
+        let start = Instant::now();
+        let dripping = std::thread::spawn(move || {
+            while sink.write_all(&[7]).is_ok() && start.elapsed() < 20 * PATIENCE {
+                std::thread::sleep(PATIENCE / 10);
+            }
+        });
+        let error = read_state(&mut source, PATIENCE).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(source);
+        dripping.join().unwrap();
+
+        let (mut source, sink) = pipe();
+        let mut sink = never_waiting(sink).unwrap();
+        let start = Instant::now();
+        let sipping = std::thread::spawn(move || {
+            while source.read(&mut [0; 4096]).is_ok_and(|count| count > 0)
+                && start.elapsed() < 20 * PATIENCE
+            {
+                std::thread::sleep(PATIENCE / 10);
+            }
+        });
+        let error = write_state(&mut sink, &vec![0; STATE_LIMIT], PATIENCE).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+        drop(sink);
+        sipping.join().unwrap();
+    }
+
+    /// Reads and writes of what others have, too, must not wait for them.
+    #[test]
+    fn descriptors_that_may_wait_are_not_taken() {
+        let (source, _sink) = pipe();
+        let source = never_waiting(source).unwrap();
+        let flags = fcntl(&source, FcntlArg::F_GETFL).unwrap();
+        assert!(OFlag::from_bits_retain(flags).contains(OFlag::O_NONBLOCK));
+        for path in ["/dev/zero", "/"] {
+            let text = never_waiting(File::open(path).unwrap()).unwrap_err();
+            assert!(text.to_string().contains("no pipe"), "{path}: {text}");
+        }
     }
 }
