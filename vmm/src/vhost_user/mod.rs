@@ -179,6 +179,14 @@ enum MoveError {
         #[source]
         source: LinkError,
     },
+    /// It has another disk, or another card.
+    #[error(
+        "the back-end at {socket} has another {field} in its configuration than the guest's driver has read, which does not expect that: start it with the same disk or card, and the same options"
+    )]
+    Unlike {
+        socket: PathBuf,
+        field: &'static str,
+    },
     /// Nothing could be said to the back-end.
     #[error("no conversation with the back-end at {socket} about its state: {why}")]
     Silent { socket: PathBuf, why: String },
@@ -956,19 +964,30 @@ impl Shared {
     }
 
     /// Has the back-end take over what one elsewhere had, but for the queues: those start when the guest is here, and who has it
-    /// until then keeps it if that is refused.
-    fn take_over(self: &Arc<Self>, state: &mut State) -> Result<(), MoveError> {
+    /// until then keeps it if that is refused. `before` is the configuration that the guest has read.
+    fn take_over(self: &Arc<Self>, state: &mut State, before: &[u8]) -> Result<(), MoveError> {
         let socket = || self.wanted.socket.clone();
         let (Some(connection), Some(running)) = (&mut state.connection, &mut state.running) else {
             return Err(MoveError::Gone { socket: socket() });
         };
         let log = state.log.clone();
         let told = connection.simple(ANSWER_LIMIT, &self.exit, |link| {
-            self.equip(link, &state.memory, log.as_deref(), running)
+            self.equip(link, &state.memory, log.as_deref(), running)?;
+            // A card's address may be part of what was kept.
+            let changes = running.kept.is_some() && self.has_config();
+            changes.then(|| self.offer.read_config(link)).transpose()
         });
         match told {
-            Ok(()) => {
+            Ok(config) => {
                 running.equipped = Some(state.epoch);
+                let config = config.unwrap_or_else(|| state.config.clone());
+                // The guest may have read the address before its driver changed it.
+                let found = [&state.config[..], &config];
+                if let Some(field) = self.offer.unlike(running.features, before, &found) {
+                    let socket = socket();
+                    return Err(MoveError::Unlike { socket, field });
+                }
+                state.config = config;
                 Ok(())
             }
             Err(CallError::Refused(source)) => {
@@ -982,6 +1001,11 @@ impl Shared {
                 Err(MoveError::Silent { socket, why })
             }
         }
+    }
+
+    /// Whether the configuration is the back-end's.
+    fn has_config(&self) -> bool {
+        matches!(self.offer.config, ConfigSource::Backend(_))
     }
 
     /// Goes on after [`Shared::suspend`].
@@ -1005,9 +1029,8 @@ impl Shared {
 
     /// Reads the configuration anew if it may have changed.
     fn refresh_config(self: &Arc<Self>, state: &mut State) {
-        let fixed = matches!(self.offer.config, ConfigSource::Fixed(_));
         let stale = self.config_stale.swap(false, Ordering::SeqCst);
-        if fixed || self.offer.announces_changes() && !stale {
+        if !self.has_config() || self.offer.announces_changes() && !stale {
             return;
         }
         let Some(connection) = &mut state.connection else {
@@ -1254,15 +1277,18 @@ impl VirtioDevice for VhostUserDevice {
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
         let shared = &self.shared;
         let mut state = shared.state();
-        let fixed = matches!(shared.offer.config, ConfigSource::Fixed(_));
-        if fixed && state.config.len() == suspended.config.len() {
+        if !shared.has_config() && state.config.len() == suspended.config.len() {
             // Nobody else has it: a card's address, say.
             state.config.clone_from(&suspended.config);
-        } else if state.config != suspended.config {
-            // Another size of the disk, say.
-            shared.notifier.config_changed();
         }
+        let tell = |config: &[u8]| {
+            if config != suspended.config {
+                // Another size of the disk, say.
+                shared.notifier.config_changed();
+            }
+        };
         let Some(activation) = activation else {
+            tell(&state.config);
             return Ok(());
         };
         if suspended.back_end.is_some() && !shared.offer.has_state() {
@@ -1287,10 +1313,11 @@ impl VirtioDevice for VhostUserDevice {
             kept: suspended.back_end.clone(),
             ..shared.run(activation.features, queues)?
         });
-        if let Err(error) = shared.take_over(&mut state) {
+        if let Err(error) = shared.take_over(&mut state, &suspended.config) {
             shared.stop(&mut state);
             return Err(error.into());
         }
+        tell(&state.config);
         Ok(())
     }
 

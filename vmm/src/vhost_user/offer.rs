@@ -14,6 +14,7 @@
 //! - For all types: the configuration can be read in the size that belongs to it.
 
 use std::hash::{BuildHasher, Hasher, RandomState};
+use std::ops::Range;
 
 use super::link::{
     F_LOG_ALL, F_PROTOCOL_FEATURES, Link, LinkError, MAX_RINGS, P_BACKEND_REQ, P_CONFIG,
@@ -44,6 +45,73 @@ const BLK_NUM_QUEUES: usize = 34;
 const BLK_CONFIG_SIZE: u16 = 60;
 /// Size with secure erase and zones.
 const BLK_CONFIG_SIZE_FULL: u16 = 96;
+
+/// A field of the configuration that a driver does not expect to change.
+struct Settled {
+    name: &'static str,
+    at: Range<usize>,
+    /// It is there with one of these features; without any, always.
+    with: u64,
+    /// It may grow: the driver keeps to what it has read.
+    grows: bool,
+}
+
+const fn settled(name: &'static str, at: Range<usize>, with: u64) -> Settled {
+    Settled {
+        name,
+        at,
+        with,
+        grows: false,
+    }
+}
+
+const fn at_least(name: &'static str, at: Range<usize>, with: u64) -> Settled {
+    Settled {
+        grows: true,
+        ..settled(name, at, with)
+    }
+}
+
+/// Block (VIRTIO 1.3, 5.2.4). Geometry and topology are advice, and the cache's mode may change.
+const BLK_SETTLED: [Settled; 15] = [
+    // Of a larger disk the driver is told.
+    at_least("capacity", 0..8, 0),
+    at_least("size_max", 8..12, 1 << 1),
+    at_least("seg_max", 12..16, 1 << 2),
+    settled("blk_size", 20..24, 1 << 6),
+    settled("num_queues", BLK_NUM_QUEUES..36, BLK_MQ),
+    at_least("max_discard_sectors", 36..40, 1 << 13),
+    at_least("max_discard_seg", 40..44, 1 << 13),
+    settled("discard_sector_alignment", 44..48, 1 << 13),
+    at_least("max_write_zeroes_sectors", 48..52, 1 << 14),
+    at_least("max_write_zeroes_seg", 52..56, 1 << 14),
+    settled("write_zeroes_may_unmap", 56..57, 1 << 14),
+    at_least("max_secure_erase_sectors", 60..64, BLK_SECURE_ERASE),
+    at_least("max_secure_erase_seg", 64..68, BLK_SECURE_ERASE),
+    settled("secure_erase_sector_alignment", 68..72, BLK_SECURE_ERASE),
+    settled("zoned characteristics", 72..93, BLK_ZONED),
+];
+
+/// Network (5.1.4). The link's state, speed and duplex may change.
+const NET_SETTLED: [Settled; 6] = [
+    settled("mac", 0..6, NET_MAC),
+    settled("max_virtqueue_pairs", NET_MAX_PAIRS..10, NET_MQ | NET_RSS),
+    settled("mtu", 10..12, NET_MTU),
+    at_least("rss_max_key_size", 17..18, NET_RSS | NET_HASH_REPORT),
+    at_least("rss_max_indirection_table_length", 18..20, NET_RSS),
+    settled("supported_hash_types", 20..24, NET_RSS | NET_HASH_REPORT),
+];
+
+impl Settled {
+    fn fits(&self, before: &[u8], now: &[u8]) -> bool {
+        let (before, now) = (before.get(self.at.clone()), now.get(self.at.clone()));
+        match (before, now) {
+            // Numbers are little-endian.
+            (Some(before), Some(now)) if self.grows => before.iter().rev().le(now.iter().rev()),
+            (before, now) => before == now,
+        }
+    }
+}
 
 /// Network (5.1.3).
 const NET_MTU: u64 = 1 << 3;
@@ -196,6 +264,24 @@ impl Offer {
             && self.protocol & !(P_DEVICE_STATE | P_LOG) & !other.protocol == 0
             && self.queue_sizes.len() == other.queue_sizes.len()
             && self.enables_rings == other.enables_rings
+    }
+
+    /// The first field in which no configuration of `now` is what a driver with these features has read `before`, if there is one.
+    pub(crate) fn unlike(
+        &self,
+        features: u64,
+        before: &[u8],
+        now: &[&[u8]],
+    ) -> Option<&'static str> {
+        let fields = match self.device_type {
+            DeviceType::BLOCK => &BLK_SETTLED[..],
+            DeviceType::NET => &NET_SETTLED[..],
+            _ => &[],
+        };
+        let there = |field: &&Settled| field.with == 0 || features & field.with != 0;
+        let unlike = |field: &&Settled| !now.iter().any(|now| field.fits(before, now));
+        let field = fields.iter().filter(there).find(unlike);
+        field.map(|field| field.name)
     }
 
     /// What to tell the back-end when the guest has chosen `features`.

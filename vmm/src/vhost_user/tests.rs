@@ -87,6 +87,8 @@ struct Backend {
     queues: u64,
     config: Vec<u8>,
     refuse: Option<&'static str>,
+    /// A byte of the configuration that a state changes, and to what.
+    loaded: Option<(usize, u8)>,
     /// Hangs up at this step, once.
     goes: Option<&'static str>,
     /// Hangs up instead of taking the channel.
@@ -205,7 +207,12 @@ impl Link for FakeLink {
     }
     fn load_state(&mut self, state: &[u8]) -> Result<(), LinkError> {
         let text = String::from_utf8_lossy(state);
-        self.told("SET_DEVICE_STATE_FD", format!("load {text}"))
+        self.told("SET_DEVICE_STATE_FD", format!("load {text}"))?;
+        let mut backend = self.0.lock().unwrap();
+        if let Some((at, byte)) = backend.loaded {
+            backend.config[at] = byte;
+        }
+        Ok(())
     }
 }
 
@@ -373,7 +380,9 @@ fn a_suspended_device_goes_on_here_or_elsewhere() {
     link.log();
     let again = || Some(activation(features, &[0, 2]));
     there.restore(again(), &suspended).unwrap();
-    assert_eq!(link.log(), equipped, "the guest is not here yet");
+    let mut told = link.log();
+    assert_eq!(told.pop().unwrap(), "config 0 60");
+    assert_eq!(told, equipped, "the guest is not here yet");
     there.resume();
     assert_eq!(link.log(), rings);
 
@@ -421,6 +430,106 @@ fn who_has_the_guest_keeps_it_if_the_back_end_does_not_take_the_device_over() {
     device.shared.state().connection = None;
     let text = chain(&*restore(&mut device).unwrap_err());
     assert!(text.contains("is gone"), "{text}");
+}
+
+/// Restores a device with these features on a back-end; the guest has read that configuration elsewhere.
+fn restored(
+    link: &FakeLink,
+    kind: DeviceType,
+    features: u64,
+    config: &[u8],
+) -> Result<VhostUserDevice, String> {
+    let mut device = device(link, wanted(kind)).unwrap();
+    let suspended = Suspended {
+        bases: vec![(0, 7)],
+        config: config.to_vec(),
+        back_end: (link.0.lock().unwrap().protocol & P_DEVICE_STATE != 0).then(Vec::new),
+    };
+    let activation = activation(features, &[0]);
+    match device.restore(Some(activation), &suspended) {
+        Ok(()) => Ok(device),
+        Err(error) => Err(chain(&*error)),
+    }
+}
+
+#[test]
+fn a_disk_that_comes_to_a_back_end_may_have_grown_and_nothing_else() {
+    const BLK_SIZE: u64 = 1 << 6;
+    const SEG_MAX: u64 = 1 << 2;
+    let link = blk();
+    link.0.lock().unwrap().features |= BLK_SIZE | SEG_MAX;
+    let same = link.0.lock().unwrap().config.clone();
+    let kind = DeviceType::BLOCK;
+    let with = |at: usize, byte: u8| {
+        let mut config = same.clone();
+        config[at] = byte;
+        restored(&link, kind, F_VERSION_1 | BLK_SIZE | BLK_MQ, &config)
+    };
+    let unchanged = with(0, 8).unwrap();
+    assert_eq!(unchanged.notifier().generation(), 0);
+    // Sizes of disks are numbers of eight bytes. What is advice, or no feature of the driver's, may be anything.
+    link.0.lock().unwrap().config[1] = 1;
+    let larger = with(0, 255).unwrap();
+    assert_eq!(larger.notifier().generation(), 1, "it is told");
+    link.0.lock().unwrap().config[1] = 0;
+    for at in [12, 16, 24, 32, 37, 49] {
+        with(at, 9).unwrap();
+    }
+    for (at, byte, field) in [
+        (0, 9, "capacity"),
+        (7, 1, "capacity"),
+        (21, 2, "blk_size"),
+        (34, 2, "num_queues"),
+    ] {
+        let error = with(at, byte).err().unwrap();
+        let text = format!("at /nowhere has another {field} in its configuration");
+        assert!(error.contains(&text), "{error}");
+    }
+    let mut config = same.clone();
+    config[12] = 126;
+    let error = restored(&link, kind, F_VERSION_1 | SEG_MAX, &config);
+    assert!(error.err().unwrap().contains("seg_max"));
+    config[12] = 0;
+    restored(&link, kind, F_VERSION_1 | SEG_MAX, &config).unwrap();
+}
+
+#[test]
+fn a_card_that_comes_to_a_back_end_is_the_same_but_for_its_link() {
+    const NET_MTU: u64 = 1 << 3;
+    let features = BASIC | NET_MRG | NET_MAC_STATUS | NET_CTRL | NET_MQ | NET_MTU;
+    let mut config = vec![0; 24];
+    (config[0], config[8], config[11]) = (2, 2, 5);
+    let link = fake(features, ALL, 5, config.clone());
+    let with = |at: usize, byte: u8| {
+        let mut config = config.clone();
+        config[at] = byte;
+        let features = features & !F_PROTOCOL_FEATURES;
+        restored(&link, DeviceType::NET, features, &config)
+    };
+    for at in [6, 7, 12] {
+        with(at, 1).unwrap();
+    }
+    for (at, field) in [(5, "mac"), (8, "max_virtqueue_pairs"), (10, "mtu")] {
+        let error = with(at, 9).err().unwrap();
+        assert!(error.contains(&format!("another {field} in")), "{error}");
+    }
+    // An address that its driver has set comes with the device's state.
+    link.0.lock().unwrap().protocol |= P_DEVICE_STATE;
+    link.0.lock().unwrap().loaded = Some((0, 4));
+    for first in [2, 4] {
+        let mut config = config.clone();
+        config[0] = first;
+        link.0.lock().unwrap().config[0] = 2;
+        let card = restored(
+            &link,
+            DeviceType::NET,
+            features & !F_PROTOCOL_FEATURES,
+            &config,
+        );
+        let mut byte = [0];
+        card.unwrap().read_config(0, &mut byte);
+        assert_eq!(byte, [4]);
+    }
 }
 
 /// Between the moment when a back-end has taken a device over and that when its guest comes.
