@@ -213,8 +213,9 @@ pub struct Cli {
     #[arg(long, value_name = "WHERE")]
     pub serial: Option<SerialTarget>,
 
-    /// Lets this user use the control socket, too, by number; repeat for more. Root and the VMM's own user always may. The socket
-    /// is made with mode 0600: give the user a right to write to its file, for example by setfacl.
+    /// Lets this user use the control socket, and those of --serial and --incoming, too, by number; repeat for more. Root and the
+    /// VMM's own user always may. Sockets are made with mode 0600: give the user a right to write to their files, for example by
+    /// setfacl.
     #[arg(long, value_name = "UID")]
     pub allow_uid: Vec<u32>,
 

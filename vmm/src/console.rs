@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use ringside_control::{ListenError, SocketFile};
+use ringside_control::{ListenError, Peers, SocketFile};
 
 use crate::config::SerialTarget;
 use crate::devices::serial::{Output, SerialInput};
@@ -113,14 +113,19 @@ impl Console {
     }
 
     /// Starts to read input, if there is any to read, on a thread that lasts as long as the
-    /// process.
-    pub fn start(&mut self, input: SerialInput, exit: ExitHandle) -> Result<(), Error> {
+    /// process. Clients of a socket are of these users.
+    pub fn start(
+        &mut self,
+        input: SerialInput,
+        exit: ExitHandle,
+        peers: Peers,
+    ) -> Result<(), Error> {
         let builder = std::thread::Builder::new().name("serial input".into());
         match std::mem::replace(&mut self.source, Source::None) {
             Source::None => return Ok(()),
             Source::Stdin { escapes } => builder.spawn(move || read_stdin(escapes, &input, &exit)),
             Source::Socket { listener, client } => {
-                builder.spawn(move || serve_socket(&listener, &client, &input))
+                builder.spawn(move || serve_socket(&listener, &peers, &client, &input))
             }
         }
         .map(drop)
@@ -180,9 +185,16 @@ impl Write for SocketOutput {
     }
 }
 
-fn serve_socket(listener: &UnixListener, client: &Client, input: &SerialInput) {
+fn serve_socket(listener: &UnixListener, peers: &Peers, client: &Client, input: &SerialInput) {
     loop {
-        let connected = listener.accept().and_then(|(stream, _)| {
+        let accepted = listener.accept().map(|(stream, _)| stream);
+        if let Ok(stream) = &accepted
+            && let Err(error) = peers.check(stream)
+        {
+            tracing::warn!("serial port's socket: {error}");
+            continue;
+        }
+        let connected = accepted.and_then(|stream| {
             stream.set_write_timeout(Some(CLIENT_PATIENCE))?;
             let reader = stream.try_clone()?;
             *client.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream);
@@ -282,6 +294,7 @@ impl EscapeFilter {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stranger::Stranger;
 
     #[test]
     fn the_escape_key() {
@@ -316,7 +329,7 @@ mod tests {
             Console::open(&SerialTarget::Socket(path.clone()), &exit).unwrap();
         let irq = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
         let (serial, input) = crate::devices::serial::Serial::new(irq, output);
-        console.start(input, exit).unwrap();
+        console.start(input, exit, Peers::allowing(&[])).unwrap();
         use crate::bus::BusDevice;
         serial.lock().unwrap().write(1, &[1]);
         serial.lock().unwrap().write(4, &[8]);
@@ -337,6 +350,32 @@ mod tests {
             let mut echo = [0; 3];
             client.read_exact(&mut echo).unwrap();
             assert_eq!(&echo, text);
+        }
+    }
+
+    #[test]
+    fn another_user_is_no_client_of_the_socket() {
+        const TEST: &str = "console::tests::another_user_is_no_client_of_the_socket";
+        let Some(stranger) = Stranger::new(TEST, |path| {
+            let mut stream = UnixStream::connect(path).unwrap();
+            let limit = Duration::from_secs(10);
+            stream.set_read_timeout(Some(limit)).unwrap();
+            assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+        }) else {
+            return;
+        };
+        let (exit, path) = (ExitHandle::new().unwrap(), stranger.socket());
+        let target = SerialTarget::Socket(path.clone());
+        let (mut console, mut output) = Console::open(&target, &exit).unwrap();
+        let irq = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+        let (_serial, input) = crate::devices::serial::Serial::new(irq, Box::new(io::sink()));
+        console.start(input, exit, Peers::allowing(&[])).unwrap();
+        stranger.start().end();
+        let mut client = UnixStream::connect(&path).unwrap();
+        client.set_nonblocking(true).unwrap();
+        // Until it is the one that is connected.
+        while client.read(&mut [0]).is_err() {
+            output.write_all(b"x").unwrap();
         }
     }
 

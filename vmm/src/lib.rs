@@ -51,6 +51,8 @@ pub mod memory_hotplug;
 pub mod pause;
 pub mod pci;
 pub mod snapshot;
+#[cfg(test)]
+mod stranger;
 pub mod terminal;
 #[cfg(test)]
 mod testing;

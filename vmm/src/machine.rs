@@ -184,6 +184,7 @@ pub fn run(config: &Config) -> Result<ExitReason, Error> {
     let snapshots = config.snapshots.as_deref().map(Folder::open).transpose()?;
     // The threads to come take it over.
     confine(config)?;
+    let listener = listener.map(|listener| (listener, peers.clone()));
     let built = build(config, listener, snapshots, events.handle(), &exit)?;
     events.run().map_err(Error::Events)?;
     if let Some(reason) = exit.reason() {
@@ -209,7 +210,7 @@ fn raise_file_limit() {
 /// Builds the machine in a thread, which stops the control thread's loop when it is done.
 fn build(
     config: &Config,
-    listener: Option<Listener>,
+    listener: Option<(Listener, Peers)>,
     snapshots: Option<Folder>,
     events: LoopHandle,
     exit: &ExitHandle,
@@ -621,7 +622,7 @@ fn paused(result: Result<(), pause::Error>) -> Result<Value, ApiError> {
 impl Machine {
     fn new(
         config: &Config,
-        listener: Option<Listener>,
+        listener: Option<(Listener, Peers)>,
         snapshots: Option<Folder>,
         events: LoopHandle,
         exit: ExitHandle,
@@ -651,7 +652,8 @@ impl Machine {
                     address: address.clone(),
                     source,
                 };
-                let accepted = listener.map(|listener| listener.accept()).transpose();
+                let accepted = listener.map(|(listener, peers)| listener.accept(&peers));
+                let accepted = accepted.transpose();
                 let accepted = accepted.map_err(failed)?;
                 let copy = accepted.as_ref().map(Connection::try_clone).transpose();
                 connection = copy.map_err(failed)?;
@@ -812,7 +814,7 @@ impl Machine {
         let control = Arc::new(control);
         let socket = config.api_socket.as_deref();
         let _socket = socket
-            .map(|path| ControlSocket::start(path, peers, Arc::clone(&control)))
+            .map(|path| ControlSocket::start(path, peers.clone(), Arc::clone(&control)))
             .transpose()?;
         let ports = Arc::new(Mutex::new(ConfigPorts::new(Arc::clone(&pci))));
         // Last: whatever fails before is reported to a terminal that is not raw yet.
@@ -821,7 +823,7 @@ impl Machine {
         let (platform, input) = add_platform_devices(&resources, output, ports, restored)?;
         // Nobody else sets it.
         let _ = control.whole.platform.set(platform);
-        console.start(input, resources.exit.clone())?;
+        console.start(input, resources.exit.clone(), peers)?;
         let context = Context {
             vm: Arc::clone(&resources.vm),
             ports: Arc::clone(&resources.ports),

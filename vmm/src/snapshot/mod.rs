@@ -884,7 +884,8 @@ mod tests {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = Address::Tcp(listener.local_addr().unwrap());
         let listener = transport::Listener::Tcp(listener);
-        let there = thread::spawn(move || destination(listener.accept().unwrap()));
+        let peers = ringside_control::Peers::allowing(&[]);
+        let there = thread::spawn(move || destination(listener.accept(&peers).unwrap()));
         let (vm, ram) = (Vm::new().unwrap(), ram());
         let content = vec![7; 16 << 20];
         ram.memory().write_slice(&content, GuestAddress(0)).unwrap();

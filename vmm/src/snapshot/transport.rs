@@ -19,7 +19,7 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-use ringside_control::SocketFile;
+use ringside_control::{Peers, SocketFile};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
@@ -188,13 +188,20 @@ impl Listener {
         })
     }
 
-    /// Waits for the VMM that has the guest, as long as it takes.
+    /// Waits for the VMM that has the guest, as long as it takes. At a Unix socket it is one of these users'; with TCP nobody
+    /// says whose it is.
     ///
     /// # Errors
     /// The process has no file descriptor left.
-    pub fn accept(&self) -> io::Result<Connection> {
+    pub fn accept(&self, peers: &Peers) -> io::Result<Connection> {
         match self {
-            Self::Unix(listener, _) => Connection::Unix(listener.accept()?.0),
+            Self::Unix(listener, _) => loop {
+                let (stream, _) = listener.accept()?;
+                match peers.check(&stream) {
+                    Ok(()) => break Connection::Unix(stream),
+                    Err(error) => tracing::warn!("socket for a guest: {error}"),
+                }
+            },
             Self::Tcp(listener) => Connection::Tcp(listener.accept()?.0),
         }
         .prepared()
@@ -204,6 +211,7 @@ impl Listener {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stranger::Stranger;
 
     #[test]
     fn addresses_are_read_and_shown() {
@@ -216,12 +224,34 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_comes_from_no_other_user() {
+        const TEST: &str = "snapshot::transport::tests::a_guest_comes_from_no_other_user";
+        let Some(stranger) = Stranger::new(TEST, |path| {
+            let mut stream = UnixStream::connect(path).unwrap();
+            assert_eq!(stream.read(&mut [0]).unwrap(), 0);
+        }) else {
+            return;
+        };
+        let unix = Address::Unix(stranger.socket());
+        let listener = Listener::bind(&unix).unwrap();
+        let stranger = stranger.start();
+        let accepting = std::thread::spawn(move || {
+            let mut accepted = listener.accept(&Peers::allowing(&[])).unwrap();
+            accepted.say(READY).unwrap();
+        });
+        // Which ends only when it is told that nobody takes it.
+        stranger.end();
+        Connection::connect(&unix).unwrap().hear(READY).unwrap();
+        accepting.join().unwrap();
+    }
+
+    #[test]
     fn words_go_both_ways() {
         let dir = tempfile::tempdir().unwrap();
         let unix = Address::Unix(dir.path().join("s"));
         let listener = Listener::bind(&unix).unwrap();
         let mut source = Connection::connect(&unix).unwrap();
-        let mut destination = listener.accept().unwrap();
+        let mut destination = listener.accept(&Peers::allowing(&[])).unwrap();
         destination.say(READY).unwrap();
         source.hear(READY).unwrap();
         source.say(b'?').unwrap();
