@@ -610,7 +610,7 @@ fn a_port_steers_and_hashes_as_its_driver_says_and_holds_interrupts_back() {
     send(&mut a, &hashed_frame());
     assert!(!interrupted(&b, Duration::from_millis(100)));
     // What is held back comes out with another setting.
-    assert_eq!(b.command(CONTROL, &coalesce(0, 1000)), 0);
+    assert_eq!(b.command(CONTROL, &coalesce(100, 1000)), 0);
     assert!(interrupted(&b, PATIENCE));
     arm(&mut b);
     send(&mut a, &hashed_frame());
@@ -626,7 +626,7 @@ fn a_port_steers_and_hashes_as_its_driver_says_and_holds_interrupts_back() {
         queues[RX].submit(guest, &[], &[Segment::new(buffer, 40)], buffer.0);
     }
     assert_eq!(b.command(CONTROL, &rss([0; 4], 0)), 0);
-    assert_eq!(b.command(CONTROL, &coalesce(0, 60_000_000)), 0);
+    assert_eq!(b.command(CONTROL, &coalesce(100, 60_000_000)), 0);
     assert!(
         !b.queues[RX]
             .ring

@@ -20,16 +20,16 @@ use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFl
 /// How interrupts of a queue are held back: struct virtio_net_ctrl_coal (VIRTIO 1.3, 5.1.6.5.9).
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Coalescing {
-    /// After so many packets there is an interrupt; 0 sets no such limit.
+    /// After so many packets there is an interrupt.
     pub(super) max_packets: u32,
-    /// An interrupt may be held back for so long, in microseconds; with 0 it is not at all, for the last packets of a burst
-    /// would never be told of.
+    /// An interrupt may be held back for so long, in microseconds.
     pub(super) max_usecs: u32,
 }
 
 impl Coalescing {
+    /// With either of them 0 there is an interrupt after every packet (VIRTIO 1.3, 5.1.6.5.9), as there is with a limit of one.
     fn delay(self) -> Option<Duration> {
-        (self.max_usecs > 0 && self.max_packets != 1)
+        (self.max_usecs > 0 && self.max_packets > 1)
             .then(|| Duration::from_micros(self.max_usecs.into()))
     }
 }
@@ -85,8 +85,7 @@ impl Holder {
     }
 
     fn enough(&self, done: u64) -> bool {
-        let max = u64::from(self.limits.max_packets);
-        max > 0 && done.wrapping_sub(self.told) >= max
+        done.wrapping_sub(self.told) >= u64::from(self.limits.max_packets)
     }
 
     fn release(&mut self, done: u64) -> Step {
@@ -169,7 +168,7 @@ mod tests {
 
     #[test]
     fn without_a_delay_each_interrupt_is_sent() {
-        for (packets, usecs) in [(0, 0), (16, 0), (1, 50)] {
+        for (packets, usecs) in [(0, 0), (16, 0), (0, 50), (1, 50)] {
             let mut holder = holder(packets, usecs);
             for done in 1..100 {
                 assert_eq!(holder.wanted(done), Step::Interrupt, "{packets} {usecs}");
@@ -199,7 +198,7 @@ mod tests {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         let mut coalescer = Coalescer::new().unwrap();
         let limits = |max_usecs| Coalescing {
-            max_packets: 0,
+            max_packets: 8,
             max_usecs,
         };
         assert!(!coalescer.set(limits(100), 0));

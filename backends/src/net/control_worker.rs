@@ -312,7 +312,7 @@ impl Target {
                 // From now on the kernel spreads packets (VIRTIO 1.3, 5.1.6.5.5).
                 self.steer(None)?;
                 self.shared.change(|settings| {
-                    settings.pairs = Pairs::First(pairs);
+                    settings.use_pairs(pairs);
                     settings.rss = None;
                 })
             }
@@ -323,6 +323,7 @@ impl Target {
                     .change(|settings| settings.pairs = Pairs::First(rss.pairs()));
                 self.steer(Some(rss.clone()))?;
                 self.shared.change(|settings| {
+                    settings.use_pairs(rss.pairs());
                     settings.hashing = hashing;
                     settings.rss = Some(Arc::new(rss));
                 })
@@ -334,8 +335,15 @@ impl Target {
                 // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
                 let first = usize::from(direction == Direction::Transmit);
                 let queues = settings.coalescing.iter_mut().skip(first).step_by(2);
-                queues.for_each(|queue| *queue = coalescing);
+                let of_all = settings.coalescing_of_all.iter_mut().skip(first).take(1);
+                queues.chain(of_all).for_each(|place| *place = coalescing);
             }),
+            // Of a queue that is not enabled nothing is said, and nothing told (VIRTIO 1.3, 5.1.6.5.9).
+            ControlCommand::Coalesce(queue, _) | ControlCommand::TellCoalescing(queue)
+                if !self.shared.get().uses(queue) =>
+            {
+                return Err(format!("queue {queue} is not in use"));
+            }
             ControlCommand::Coalesce(queue, coalescing) => self.shared.change(|settings| {
                 if let Some(place) = settings.coalescing.get_mut(usize::from(queue)) {
                     *place = coalescing;

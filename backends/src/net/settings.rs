@@ -55,6 +55,8 @@ pub(super) struct Settings {
     pub(super) rss: Option<Arc<Rss>>,
     /// By queue: how its interrupts are held back.
     pub(super) coalescing: Box<[Coalescing]>,
+    /// The same of all receive queues, and of all transmit queues, as far as the driver has said so.
+    pub(super) coalescing_of_all: [Coalescing; 2],
 }
 
 impl Settings {
@@ -71,6 +73,26 @@ impl Settings {
             hashing: Arc::new(Hashing::off()),
             rss: None,
             coalescing: vec![Coalescing::default(); usize::from(pairs) * 2].into(),
+            coalescing_of_all: Default::default(),
+        }
+    }
+
+    /// Uses the first pairs only. Queues of the others are disabled: what was said of one alone is forgotten (VIRTIO 1.3, 5.1.6.5.9).
+    pub(super) fn use_pairs(&mut self, pairs: u16) {
+        self.pairs = Pairs::First(pairs);
+        // Receive queues have even numbers, transmit queues odd ones (VIRTIO 1.3, 5.1.2).
+        let of_all = self.coalescing_of_all.iter().cycle();
+        let queues = self.coalescing.iter_mut().zip(of_all);
+        for (queue, of_all) in queues.skip(usize::from(pairs) * 2) {
+            *queue = *of_all;
+        }
+    }
+
+    /// The driver uses a queue.
+    pub(super) fn uses(&self, queue: u16) -> bool {
+        match self.pairs {
+            Pairs::First(count) => queue / 2 < count,
+            Pairs::Enabled | Pairs::Fed => true,
         }
     }
 

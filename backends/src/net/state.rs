@@ -38,6 +38,10 @@ struct NetState {
     rss: Option<RssState>,
     /// By queue: packets, and microseconds.
     coalescing: Vec<[u32; 2]>,
+    /// The same of all receive queues, and of all transmit queues. Older programs do not know it: it is left out
+    /// while there is nothing to say.
+    #[serde(default, skip_serializing_if = "is_none")]
+    coalescing_of_all: [[u32; 2]; 2],
     /// As bits of the features, if they are not those accepted.
     offloads: Option<u64>,
 }
@@ -56,6 +60,21 @@ struct RssState {
     table: Vec<u16>,
     unclassified: u16,
     max_tx: u16,
+}
+
+fn is_none(coalescing: &[[u32; 2]; 2]) -> bool {
+    *coalescing == [[0; 2]; 2]
+}
+
+fn numbers(coalescing: &Coalescing) -> [u32; 2] {
+    [coalescing.max_packets, coalescing.max_usecs]
+}
+
+fn coalescing([max_packets, max_usecs]: [u32; 2]) -> Coalescing {
+    Coalescing {
+        max_packets,
+        max_usecs,
+    }
 }
 
 fn addresses(table: &Table) -> Option<Vec<[u8; 6]>> {
@@ -102,11 +121,8 @@ pub(super) fn save(shared: &Shared) -> Result<Vec<u8>, StateError> {
             unclassified: rss.unclassified,
             max_tx: rss.max_tx,
         }),
-        coalescing: settings
-            .coalescing
-            .iter()
-            .map(|c| [c.max_packets, c.max_usecs])
-            .collect(),
+        coalescing: settings.coalescing.iter().map(numbers).collect(),
+        coalescing_of_all: settings.coalescing_of_all.each_ref().map(numbers),
         offloads: settings.offloads,
     };
     seal_state(KIND, VERSION, &state)
@@ -221,14 +237,8 @@ pub(super) fn load(
         settings.offloads = state.offloads;
         settings.hashing = Arc::new(hashing);
         settings.rss = rss.map(Arc::new);
-        settings.coalescing = state
-            .coalescing
-            .into_iter()
-            .map(|[max_packets, max_usecs]| Coalescing {
-                max_packets,
-                max_usecs,
-            })
-            .collect();
+        settings.coalescing = state.coalescing.into_iter().map(coalescing).collect();
+        settings.coalescing_of_all = state.coalescing_of_all.map(coalescing);
     });
     Ok(())
 }
@@ -292,6 +302,7 @@ mod tests {
             "hash-key": [1, 2, 3],
             "rss": { "table": [0, 1], "unclassified": 1, "max-tx": 2 },
             "coalescing": [[1, 2], [3, 4], [5, 6], [7, 8]],
+            "coalescing-of-all": [[5, 6], [9, 10]],
             "offloads": 0,
         })
     }
@@ -313,6 +324,19 @@ mod tests {
         assert!(!settings.filter.passes(&[0xff; 18]));
         load_into(&to, &before).unwrap();
         assert_eq!(save_of(&to), before);
+    }
+
+    #[test]
+    fn a_state_of_older_programs_says_nothing_of_all_queues() {
+        let device = device();
+        let mut older = full();
+        older.as_object_mut().unwrap().remove("coalescing-of-all");
+        let state = seal_state(KIND, VERSION, &older).unwrap();
+        load_into(&device, &state).unwrap();
+        assert_eq!(device.0.get().coalescing_of_all, [Coalescing::default(); 2]);
+        // And they read what is saved then.
+        let saved: Value = open_state(KIND, VERSION, &save_of(&device)).unwrap();
+        assert_eq!(saved, older);
     }
 
     #[test]
