@@ -25,18 +25,26 @@ pub(super) const LIMITS: [&str; 5] = {
 /// Limits of a port.
 pub(super) type PortRates = NamedRates<{ LIMITS.len() }>;
 
-/// Frames in a second that a port may send to all, unless it is told otherwise: what no network in order needs, and no
-/// more than a fraction of what the switch can copy to each of many ports.
+/// Frames in a second that a port may send to all, unless it is told otherwise, longer ones counted as [`frames`] does: what no
+/// network in order needs. What copies of them take of the switch's time is bounded by a port's turns.
 pub(super) const FLOOD: u64 = 20_000;
+
+/// The longest frame without a tag of an Ethernet that nobody has configured (IEEE 802.3, 3.2.7), without its checksum.
+const USUAL_FRAME: u64 = 1514;
+
+/// As how many a frame of `len` bytes counts that goes to all.
+fn frames(len: u64) -> u64 {
+    len.div_ceil(USUAL_FRAME)
+}
 
 /// The buckets of a port.
 pub(super) type PortLimits = Limits<{ LIMITS.len() }>;
 
 impl PortLimits {
-    /// Lets a frame go to all, or not.
-    pub(super) fn take_flood(&self, now: u64) -> bool {
+    /// Lets a frame of `len` bytes go to all, or not.
+    pub(super) fn take_flood(&self, len: u64, now: u64) -> bool {
         let [.., flood] = self.buckets();
-        flood.take(1, now).is_ok()
+        flood.take(frames(len), now).is_ok()
     }
 }
 

@@ -164,6 +164,8 @@ struct TxRing {
     hot: bool,
     /// It stands among those whose limits make them wait: nothing its driver does gives it a turn before that is over.
     throttled: bool,
+    /// What its last turn took beyond its budget, in frames.
+    debt: u64,
     /// Chains that were returned.
     done: u64,
 }
@@ -904,6 +906,7 @@ impl Worker {
             waiting: false,
             hot: false,
             throttled: false,
+            debt: 0,
             done: 0,
         };
         if let Some(kick) = &tx.ring.vring.kick {
@@ -1171,9 +1174,13 @@ impl TxRing {
         let Self {
             ring,
             header_len,
+            debt,
             done,
             ..
         } = self;
+        let Some(mut left) = pay(debt) else {
+            return Ok((Turn::More, false));
+        };
         // A disabled transmit queue is emptied without effect ("Ring states" of the vhost-user protocol), and so is one whose
         // cable is pulled.
         let serves = ring.vring.enabled && shared.is_up();
@@ -1182,7 +1189,6 @@ impl TxRing {
         let (mut session, buf, _) = ring.parts()?;
         session.disable_notifications()?;
         batch.clear();
-        let mut left = BUDGET;
         let turn = loop {
             if left == 0 || !batch.has_room() {
                 break Ok(Turn::More);
@@ -1199,10 +1205,19 @@ impl TxRing {
                             session.rewind(1);
                             break Ok(Turn::Throttled(wait));
                         }
-                        let route = |frame: &Beginning| fabric.route(port, shared, last, frame);
+                        let mut more = 0;
+                        let route = |frame: &Beginning| {
+                            let route = fabric.route(port, shared, last, frame);
+                            more = fabric.work_beside(route.to, frame);
+                            route
+                        };
                         match batch.take(&mut window, &chain, *header_len, shared, route) {
                             Ok(true) => {
                                 left = left.saturating_sub(1);
+                                if more > 0 {
+                                    *debt = debt.saturating_add(more.saturating_sub(left));
+                                    left = left.saturating_sub(more);
+                                }
                                 continue;
                             }
                             Ok(false) => {}
@@ -1240,6 +1255,13 @@ impl TxRing {
     }
 }
 
+/// What is left for a turn when a debt is paid; `None` if that takes all of it.
+fn pay(debt: &mut u64) -> Option<u64> {
+    let left = BUDGET.saturating_sub(*debt);
+    *debt = debt.saturating_sub(BUDGET);
+    (left > 0).then_some(left)
+}
+
 #[cold]
 fn refused(shared: &PortShared, why: Refused) {
     match why {
@@ -1261,7 +1283,9 @@ fn serve_link(
     let Some(slot) = batch.slots.first_mut() else {
         return Turn::Idle;
     };
-    for _ in 0..BUDGET {
+    let mut left = BUDGET;
+    while left > 0 {
+        left = left.saturating_sub(1);
         let Some(Some(Egress {
             outlet: Outlet::Link(outlet),
             ..
@@ -1302,6 +1326,8 @@ fn serve_link(
         match begun {
             Ok(rest) => {
                 slot.to = fabric.route(port, shared, last, &slot.beginning).to;
+                let more = fabric.work_beside(slot.to, &slot.beginning);
+                left = left.saturating_sub(more);
                 let slots = std::slice::from_ref(&*slot);
                 fabric.deliver(port, slot.to, slots, |_| Rest::Bytes(rest));
             }
@@ -1309,6 +1335,10 @@ fn serve_link(
         }
     }
     Turn::More
+}
+
+fn length(frame: &Beginning) -> u64 {
+    u64::try_from(frame.len()).unwrap_or(u64::MAX)
 }
 
 fn bit(port: PortId) -> u64 {
@@ -1394,7 +1424,7 @@ impl Fabric {
                 counters.tx_undelivered.add(1);
                 Route::NOWHERE
             }
-            None if !shared.limits.take_flood(self.now) => {
+            None if !shared.limits.take_flood(length(frame), self.now) => {
                 counters.tx_storm.add(1);
                 Route::NOWHERE
             }
@@ -1408,6 +1438,16 @@ impl Fabric {
                 Route { to, repeats: false }
             }
         }
+    }
+
+    /// What a frame takes beside what it takes of itself, in frames: it is copied to each in `to`, a set of bits.
+    #[inline]
+    fn work_beside(&self, to: u64, frame: &Beginning) -> u64 {
+        let others = to & to.wrapping_sub(1);
+        if others == 0 {
+            return 0;
+        }
+        u64::from(others.count_ones()).saturating_mul(length(frame)) / COUNTED_AS_FRAME
     }
 
     /// A port is to get a frame; `isolated` is the one where it came in.
@@ -1478,5 +1518,53 @@ impl Fabric {
                 egress.flush(signals);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::policy::Vlans;
+    use super::*;
+
+    fn fabric() -> Fabric {
+        Fabric {
+            egress: (0..MAX_PORTS).map(|_| None).collect(),
+            table: Table::new(usize::from(MAX_PORTS), 1),
+            owners: Vec::new(),
+            room: Room::new(),
+            touched: 0,
+            now: 0,
+        }
+    }
+
+    /// A frame of `len` bytes with this virtio-net header.
+    fn frame(header: [u8; 10], len: usize) -> Beginning {
+        let mut bytes = vec![0; HEADER + len];
+        bytes[..10].copy_from_slice(&header);
+        let mut frame = Beginning::new();
+        frame.begin(&bytes, &Vlans::Access(1)).unwrap();
+        frame
+    }
+
+    #[test]
+    fn copies_for_many_count_for_more() {
+        let fabric = fabric();
+        let beside = |to, len| fabric.work_beside(to, &frame([0; 10], len));
+        assert_eq!(beside(0, 65_536), 0);
+        assert_eq!(beside(1 << 63, 65_536), 0);
+        assert_eq!(beside(u64::MAX, 64), 0);
+        assert_eq!(beside(0b11, 65_536), 16);
+        assert_eq!(beside(u64::MAX >> 1, 65_536), 62 * 16);
+    }
+
+    #[test]
+    fn a_debt_is_paid_by_the_next_turns() {
+        let mut debt = 2 * BUDGET + 10;
+        assert_eq!(
+            [(); 4].map(|()| pay(&mut debt)),
+            [None, None, Some(BUDGET - 10), Some(BUDGET)]
+        );
+        let mut debt = BUDGET;
+        assert_eq!([(); 2].map(|()| pay(&mut debt)), [None, Some(BUDGET)]);
     }
 }

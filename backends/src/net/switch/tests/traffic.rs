@@ -425,6 +425,19 @@ fn storms_are_bounded_and_limits_make_a_port_wait() {
 }
 
 #[test]
+fn storms_of_long_frames_are_bounded_as_well() {
+    let options = [",flood-packets=10,flood-packets-burst=100", ""];
+    let (_switch, [mut a, _b]) = guests(options, ALL);
+    let long = plain(BROADCAST, mac(1), 65_000);
+    a.send_all(&[&long; 50]);
+    let counters = &a.shared().counters;
+    // Each counts for 43 short ones, which come back within four seconds.
+    let flooded = counters.tx_flooded.get();
+    assert!((2..5).contains(&flooded), "{flooded}");
+    assert_eq!(counters.tx_storm.get() + flooded, 50);
+}
+
+#[test]
 fn a_port_that_waits_has_no_turn_by_kicking_and_goes_on_when_its_limits_go() {
     // Each frame takes a minute and more.
     let (_switch, [mut a, mut b]) = guests(["", ",tx-bytes=1"], ALL);
