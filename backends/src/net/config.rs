@@ -108,6 +108,26 @@ pub(super) struct Status {
 const LINK_UP: u16 = 1;
 /// VIRTIO_NET_S_ANNOUNCE (VIRTIO 1.3, 5.1.4).
 const ANNOUNCE: u16 = 2;
+/// Bytes of an Ethernet header (IEEE 802.3, 3.1.1).
+const ETHERNET: usize = 14;
+/// Bytes that a VLAN tag adds to it (IEEE 802.1Q, 9.3).
+const VLAN_TAG: usize = 4;
+/// Where the type of a frame lies that says whether there is one.
+pub(super) const TYPE_AT: usize = 12;
+/// Types of a frame with a tag: IEEE 802.1Q and 802.1ad.
+pub(super) const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
+
+/// Bytes of the longest frame without a VLAN tag that a driver gets which knows this MTU (VIRTIO 1.3, 5.1.4.1).
+pub(super) fn longest_frame(mtu: Option<u16>) -> usize {
+    mtu.map_or(usize::MAX, |mtu| usize::from(mtu) + ETHERNET)
+}
+
+/// A frame of `len` bytes and this type, which is longer than [`longest_frame`] says, is so by a VLAN tag only.
+pub(super) fn is_longer_by_tag(len: usize, ethertype: [u8; 2], longest: usize) -> bool {
+    ETHERTYPES_VLAN.contains(&u16::from_be_bytes(ethertype))
+        && len <= longest.saturating_add(VLAN_TAG)
+}
+
 /// `duplex` full (VIRTIO 1.3, 5.1.4).
 const FULL_DUPLEX: u8 = 1;
 

@@ -13,6 +13,8 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_RSS_HASH_TYPE_UDPv6,
 };
 
+use super::config::ETHERTYPES_VLAN;
+
 /// The most that is hashed: two addresses and two ports of IPv6.
 pub(super) const INPUT: usize = 36;
 
@@ -32,8 +34,6 @@ pub(super) const MAX_EXTENSIONS: usize = 4;
 
 const ETHERTYPE_IPV4: u16 = 0x0800;
 const ETHERTYPE_IPV6: u16 = 0x86dd;
-/// IEEE 802.1Q and 802.1ad.
-const ETHERTYPES_VLAN: [u16; 2] = [0x8100, 0x88a8];
 pub(super) const PROTOCOL_TCP: u8 = 6;
 pub(super) const PROTOCOL_UDP: u8 = 17;
 /// Extension headers with a length in their second byte: hop-by-hop options, routing, destination options (RFC 8200, 4.1).

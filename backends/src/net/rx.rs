@@ -27,12 +27,13 @@ use tracing::{debug, warn};
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
     VIRTIO_NET_F_GUEST_UFO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_ECN,
     VIRTIO_NET_HDR_GSO_NONE, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6,
     VIRTIO_NET_HDR_GSO_UDP, VIRTIO_NET_HDR_GSO_UDP_L4,
 };
 use vm_memory::Permissions;
 
+use super::config::{TYPE_AT, is_longer_by_tag, longest_frame};
 use super::counters::Counters;
 use super::features::{GUEST_SEGMENTATION, guest_offloads, has, header_len};
 use super::filter::{Filter, PEEK};
@@ -111,6 +112,8 @@ struct State {
     offloads: u64,
     header_len: usize,
     mergeable: bool,
+    /// Bytes of the longest packet that the driver gets, but for those that are to be cut, its header included.
+    longest: usize,
     /// Bytes of buffers to have posted before a packet is read.
     wanted: usize,
     posted: VecDeque<Posted>,
@@ -152,6 +155,8 @@ impl Rx {
             offloads,
             header_len,
             mergeable,
+            longest: longest_frame(has(features, VIRTIO_NET_F_MTU).then_some(mtu))
+                .saturating_add(header_len),
             // Without mergeable buffers a packet gets one, whatever its size.
             wanted: if mergeable { header_len + frame } else { 1 },
             posted: VecDeque::with_capacity(vring.ring.size().into()),
@@ -649,6 +654,10 @@ impl State {
             );
             return 0;
         }
+        if len > self.longest && self.exceeds(list, len, gso) {
+            self.dropped(counters, &"a packet longer than the MTU");
+            return 0;
+        }
         // Without the feature the flags are 0 (VIRTIO 1.3, 5.1.6.4.1).
         if flags != 0 && !has(self.offloads, VIRTIO_NET_F_GUEST_CSUM) {
             list.copy_in(0, &[0]);
@@ -678,6 +687,15 @@ impl State {
         let seen = len.saturating_sub(self.header_len).min(PEEK);
         let seen = start.get_mut(..seen).unwrap_or_default();
         list.copy_out(self.header_len, seen) && filter.passes(seen)
+    }
+
+    /// The driver must not get the packet in the first `len` bytes of the list, which are more than its MTU (VIRTIO 1.3, 5.1.4.1).
+    #[inline(never)]
+    fn exceeds(&self, list: &IoList, len: usize, gso: u8) -> bool {
+        let mut ethertype = [0; 2];
+        list.copy_out(self.header_len.saturating_add(TYPE_AT), &mut ethertype);
+        u32::from(gso) & !VIRTIO_NET_HDR_GSO_ECN == VIRTIO_NET_HDR_GSO_NONE
+            && !is_longer_by_tag(len, ethertype, self.longest)
     }
 
     /// How many of the posted buffers `len` bytes take.

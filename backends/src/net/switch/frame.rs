@@ -109,6 +109,12 @@ impl Header {
         !self.needs_csum && self.gso == 0
     }
 
+    /// The frame is to be cut into segments.
+    #[inline]
+    pub(super) fn is_cut(&self) -> bool {
+        u32::from(self.gso) & !VIRTIO_NET_HDR_GSO_ECN != VIRTIO_NET_HDR_GSO_NONE
+    }
+
     /// The offloads that a receiver must know, a set of `TUN_F_*`; none if nobody knows the kind.
     #[inline]
     pub(super) fn needs(&self) -> Option<u32> {

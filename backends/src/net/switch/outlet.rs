@@ -12,6 +12,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{GuestAddress, Permissions, VolatileSlice};
 
 use super::super::coalesce::Coalescing;
+use super::super::config::{TYPE_AT, is_longer_by_tag};
 use super::super::features::{has, header_len};
 use super::super::filter::Filter;
 use super::super::hash::Hashing;
@@ -444,6 +445,7 @@ impl GuestOutlet {
                     filter,
                     shared,
                     limited: shared.limits.of_rx(),
+                    longest: shared.longest(),
                     now,
                     tagged: &mut tagged,
                     packets: 0,
@@ -485,6 +487,8 @@ struct Way<'a> {
     shared: &'a PortShared,
     /// There are limits of what goes out.
     limited: bool,
+    /// Bytes of the longest frame that the driver gets, but for those that are to be cut.
+    longest: usize,
     now: u64,
     /// Where a frame is put together that gets a tag.
     tagged: &'a mut [u8; FRONT],
@@ -503,6 +507,10 @@ impl Way<'_> {
         }
         if !self.filter.passes(packet.start()) {
             self.shared.counters.rx_filtered.add(1);
+            return Ok(());
+        }
+        if packet.len(0) > self.longest && exceeds(frame, &packet, self.longest) {
+            self.shared.counters.rx_dropped.add(1);
             return Ok(());
         }
         match self.opened.put(&packet)? {
@@ -528,6 +536,14 @@ impl Way<'_> {
         });
         sent
     }
+}
+
+/// The driver must not get this packet, which has more than `longest` bytes (VIRTIO 1.3, 5.1.4.1).
+#[inline(never)]
+fn exceeds(frame: &Frame<'_>, packet: &Packet<'_>, longest: usize) -> bool {
+    let ethertype = packet.start().get(TYPE_AT..).and_then(<[u8]>::first_chunk);
+    let ethertype = ethertype.copied().unwrap_or_default();
+    !frame.header.is_cut() && !is_longer_by_tag(packet.len(0), ethertype, longest)
 }
 
 /// The queue pair that a frame is for: by its flow one of those that are chosen, unless the driver has a table for that.

@@ -11,7 +11,8 @@ use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use tracing::{debug, info};
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
 };
 
 use super::super::config::{NetConfig, Status};
@@ -100,6 +101,9 @@ impl SwitchPort {
         let settings = settings_of(&self.config, self.acked);
         self.settings.change(|place| *place = settings);
         let offloads = tun_offloads(guest_offloads(self.acked));
+        let mtu = self.config.mtu;
+        self.shared
+            .set_mtu(mtu.filter(|_| has(self.acked, VIRTIO_NET_F_MTU)));
         // A port takes whatever it is told.
         let _ = self.shared.set_offloads(offloads);
     }

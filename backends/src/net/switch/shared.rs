@@ -1,14 +1,14 @@
 //! What a port's control threads and the switch's thread have in common.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tracing::{debug, info};
 
-use super::super::config::MacAddress;
+use super::super::config::{MacAddress, longest_frame};
 use super::super::limits::{Limits, NAMES};
 use super::super::link::{Interface, LinkError, Recorder};
 use super::super::steering::Rss;
@@ -78,6 +78,8 @@ pub(super) struct PortShared {
     up: AtomicBool,
     /// Which packets it takes as they are: a set of `TUN_F_*`.
     offloads: AtomicU32,
+    /// Bytes of the longest frame that it takes, as its driver knows an MTU.
+    longest: AtomicUsize,
     /// What its driver does can fill no log.
     pub(super) log: LogLimit,
     /// Its frames are kept in a file.
@@ -107,6 +109,7 @@ impl PortShared {
             counters: Counters::default(),
             up: AtomicBool::new(true),
             offloads: AtomicU32::new(offloads),
+            longest: AtomicUsize::new(usize::MAX),
             log: LogLimit::default(),
             captured: false,
             recorder: Mutex::new(None),
@@ -143,6 +146,17 @@ impl PortShared {
     #[inline]
     pub(super) fn offloads(&self) -> u32 {
         self.offloads.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the longest frame without a tag that it takes, but for those that are to be cut.
+    #[inline]
+    pub(super) fn longest(&self) -> usize {
+        self.longest.load(Ordering::Relaxed)
+    }
+
+    /// Its driver goes by an MTU, or not (VIRTIO_NET_F_MTU).
+    pub(super) fn set_mtu(&self, mtu: Option<u16>) {
+        self.longest.store(longest_frame(mtu), Ordering::Relaxed);
     }
 
     /// What users have changed, and what became of it since: for another program.

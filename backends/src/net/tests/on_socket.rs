@@ -13,7 +13,7 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VI
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_VQ_NOTF_COAL,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_VQ_NOTF_COAL,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddress;
@@ -481,6 +481,33 @@ fn offloads_the_driver_did_not_accept_do_not_reach_it() {
     valid[0] = 0;
     assert_eq!(pair.receive(), with_buffers(valid, 1));
     assert_eq!(pair.worker.counters.rx_dropped.get(), 2);
+}
+
+#[test]
+fn a_driver_gets_nothing_that_is_longer_than_its_mtu() {
+    for mergeable in [ALL, BASE | GUEST_OFFLOADS] {
+        let (socket, mut pair) = pair(mergeable | bit(VIRTIO_NET_F_MTU));
+        pair.post(4, 4096);
+        let tagged = |len| {
+            let mut packet = packet(len);
+            packet[HEADER + 12..HEADER + 14].copy_from_slice(&[0x81, 0]);
+            packet
+        };
+        let mut to_be_cut = packet(3000);
+        to_be_cut[..2].copy_from_slice(&[1, 1]);
+        socket.send(&packet(1515)).unwrap();
+        socket.send(&tagged(1519)).unwrap();
+        for longest in [packet(1514), tagged(1518), to_be_cut] {
+            socket.send(&longest).unwrap();
+            assert_eq!(pair.receive(), with_buffers(longest, 1));
+        }
+        assert_eq!(pair.worker.counters.rx_dropped.get(), 2);
+    }
+    // A driver that knows of none.
+    let (socket, mut pair) = pair(ALL);
+    pair.post(1, 4096);
+    socket.send(&packet(1515)).unwrap();
+    assert_eq!(pair.receive(), with_buffers(packet(1515), 1));
 }
 
 #[test]

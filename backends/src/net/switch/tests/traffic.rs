@@ -356,6 +356,48 @@ fn what_a_receiver_does_not_take_is_finished_for_it() {
 }
 
 #[test]
+fn a_driver_gets_nothing_that_is_longer_than_its_mtu() {
+    let mut switch = switch(&[]);
+    let features = ALL | bit(VIRTIO_NET_F_MTU);
+    let mut a = Port::add(&mut switch, 1, ",mtu=9000,trunk=7,native=1", features);
+    let mut b = Port::add(&mut switch, 2, ",mtu=1500,trunk=7,native=1", features);
+    let mut unaware = Port::add(&mut switch, 3, ",mtu=1500", ALL);
+    let finishes = BASE | bit(VIRTIO_NET_F_MTU);
+    let mut plain_only = Port::add(&mut switch, 4, ",mtu=1500", finishes);
+    for port in [&mut b, &mut unaware, &mut plain_only] {
+        port.post(32, 2048);
+        port.settle();
+    }
+    let tagged = |len: usize| packet(mac(2), mac(1), Some(7), &vec![0x88; len + 2]);
+    for (longest, longer) in [
+        (plain(mac(2), mac(1), 1500), plain(mac(2), mac(1), 1501)),
+        (tagged(1500), tagged(1501)),
+    ] {
+        let before = b.shared().counters.rx_dropped.get();
+        a.send(&longer);
+        a.send(&longest);
+        assert_eq!(b.receive(), with_buffers(longest, 1));
+        assert_eq!(b.shared().counters.rx_dropped.get(), before + 1);
+    }
+    // What its driver cuts may be longer, and what is cut for another one is as long as its segments.
+    let long = segment(mac(2), mac(1), 5000);
+    a.send(&long);
+    assert!(b.receive() == with_buffers(long, 3), "another packet");
+    let mut jumbo = segment(mac(4), mac(1), 5000);
+    a.send(&jumbo);
+    (0..4).for_each(|_| drop(plain_only.receive()));
+    jumbo[4..6].copy_from_slice(&2000_u16.to_le_bytes());
+    a.send(&jumbo);
+    // The last segment is short.
+    assert_eq!(plain_only.receive().len(), HEADER + 54 + 1000);
+    assert!(plain_only.got_nothing());
+    assert_eq!(plain_only.shared().counters.rx_dropped.get(), 2);
+    let whatever = plain(mac(3), mac(1), 1600);
+    a.send(&whatever);
+    assert_eq!(unaware.receive(), with_buffers(whatever, 1));
+}
+
+#[test]
 fn hostile_chains_are_returned_and_the_port_goes_on() {
     let (_switch, [mut a, mut b]) = guests(["", ""], ALL);
     let outside = Segment::new(vm_memory::GuestAddress(1 << 40), 64);
