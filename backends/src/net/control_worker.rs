@@ -319,9 +319,16 @@ impl Target {
             ControlCommand::Rss(rss) => {
                 let hashing = Arc::new(rss.hashing.clone());
                 // Packets are steered to queues that are there.
-                self.shared
-                    .change(|settings| settings.pairs = Pairs::First(rss.pairs()));
-                self.steer(Some(rss.clone()))?;
+                let mut before = Pairs::First(rss.pairs());
+                let swap = |pairs: &mut Pairs| {
+                    self.shared
+                        .change(|settings| std::mem::swap(&mut settings.pairs, pairs));
+                };
+                swap(&mut before);
+                if let Err(why) = self.steer(Some(rss.clone())) {
+                    swap(&mut before);
+                    return Err(why);
+                }
                 self.shared.change(|settings| {
                     settings.use_pairs(rss.pairs());
                     settings.hashing = hashing;

@@ -612,15 +612,19 @@ impl Tap {
     fn steer(&self, rss: Option<Rss>) -> Result<(), TapError> {
         let mut members = lock(&self.members);
         let steered = rss.is_some();
-        let before = std::mem::replace(&mut members.rss, rss).is_some();
+        let before = std::mem::replace(&mut members.rss, rss);
         let done = members.steer().and_then(|()| {
-            if steered == before {
+            if steered == before.is_some() {
                 return Ok(());
             }
             let steering = members.steering.as_ref().filter(|_| steered);
             let program = steering.map(Steering::program);
             Ok(ioctls::set_steering(self.control.as_fd(), program)?)
         });
+        if done.is_err() {
+            // So does the kernel: a map that it does not take is as it was, and without a program it is not asked.
+            members.rss = before;
+        }
         done.map_err(|source| TapError::Request {
             name: self.name.clone(),
             what: "steering packets to queues",
@@ -1045,6 +1049,7 @@ mod ioctls {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::hash::Hashing;
 
     #[test]
     fn names_are_checked_before_the_kernel_sees_them() {
@@ -1065,6 +1070,28 @@ mod tests {
         assert!(text(2, Errno::EPERM).contains("vnet_hdr multi_queue)"));
         assert!(text(1, Errno::EBUSY).contains("in use by another program"));
         assert!(text(2, Errno::EINVAL).contains("no TAP interface with multi_queue"));
+    }
+
+    /// A request that the kernel has refused is made again when it is asked for again.
+    #[test]
+    fn steering_that_has_failed_is_not_taken_for_done() {
+        let (ours, _theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        let queue = TapQueue::from_packet_fd(ours.into());
+        let (tap, _queues) = Tap::with_queues("none".to_owned(), vec![queue]).unwrap();
+        let rss = || Rss {
+            hashing: Hashing::off(),
+            table: vec![0],
+            unclassified: 0,
+            max_tx: 1,
+        };
+        for _ in 0..2 {
+            assert!(matches!(
+                tap.steer(Some(rss())),
+                Err(TapError::Request { .. })
+            ));
+        }
+        assert!(tap.steer(None).is_ok());
+        assert_eq!(lock(&tap.members).rss, None);
     }
 
     #[test]

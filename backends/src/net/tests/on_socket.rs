@@ -13,7 +13,8 @@ use virtio_bindings::virtio_config::{VIRTIO_F_IN_ORDER, VIRTIO_F_RING_PACKED, VI
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CTRL_GUEST_OFFLOADS, VIRTIO_NET_F_CTRL_MAC_ADDR, VIRTIO_NET_F_CTRL_RX,
     VIRTIO_NET_F_CTRL_VLAN, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_ANNOUNCE, VIRTIO_NET_F_MQ,
-    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_STATUS, VIRTIO_NET_F_VQ_NOTF_COAL,
+    VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU, VIRTIO_NET_F_NOTF_COAL, VIRTIO_NET_F_RSS,
+    VIRTIO_NET_F_STATUS, VIRTIO_NET_F_VQ_NOTF_COAL,
 };
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::GuestAddress;
@@ -639,6 +640,39 @@ fn what_was_done_before_a_ring_broke_is_returned() {
     assert!(pair.tx.wait_for_error());
     assert_eq!(receive(&socket), packet(60));
     assert_eq!(pair.tx.used(), (vec![segment], 0));
+}
+
+/// Steers nothing.
+#[derive(Debug)]
+struct Unsteered;
+
+impl Interface for Unsteered {}
+
+#[test]
+fn a_table_of_queues_that_is_refused_changes_nothing() {
+    let shared = shared(2);
+    let (_a, tap0) = socket();
+    let (_b, tap1) = socket();
+    let _pairs = [
+        Worker::start(0, tap0, &shared),
+        Worker::start(1, tap1, &shared),
+    ];
+    let (sender, commands) = command_channel().unwrap();
+    let worker = ControlWorker::new(Arc::new(Unsteered), Arc::clone(&shared), 2, commands).unwrap();
+    let thread = std::thread::spawn(move || worker.run());
+    let mut guest = Guest::new();
+    let mut queue = guest.queue(16);
+    let features = CONTROL | bit(VIRTIO_NET_F_RSS);
+    sender
+        .send(Command::Start(queue.vring(4, features, true)))
+        .unwrap();
+    // Of all that is hashed nothing, a table with the second pair alone, and no key.
+    let rss = [4, 1, 0, 0, 0, 0, 0, 0, 1, 0, 1, 0, 1, 0, 0];
+    assert_eq!(command(&mut guest, &mut queue, &rss), 1);
+    assert_eq!(shared.get().pairs, Pairs::First(1));
+    assert!(shared.get().rss.is_none());
+    sender.send(Command::Exit).unwrap();
+    thread.join().unwrap();
 }
 
 /// Remembers what it was asked for.
