@@ -14,8 +14,11 @@ use super::frame::{
 use super::policy::Form;
 use crate::net::tx::MAX_FRAME;
 
-/// Most segments that are cut of one frame: a guest cannot have the switch work for it without bound.
-const MAX_SEGMENTS: usize = 128;
+/// Bytes of payload that a segment has at least if it is one of many: no sender in order has shorter ones (Linux:
+/// tcp_min_snd_mss).
+const MIN_SEGMENT: usize = 48;
+/// Most segments that are cut of one frame; each counts for the turn of who sends it.
+const MAX_SEGMENTS: usize = 65535_usize.div_ceil(MIN_SEGMENT);
 /// Longest headers of such a frame, which each segment gets a copy of: Ethernet, IPv4 or IPv6 with options, and TCP.
 const MAX_HEADERS: usize = 256;
 
@@ -95,6 +98,16 @@ fn put<const N: usize>(bytes: &mut [u8], at: usize, value: [u8; N]) -> Option<()
 
 fn get<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
+}
+
+/// How many segments a frame of `len` bytes is cut into at most; 0 if it is not cut.
+pub(super) fn segments(header: &Header, len: usize) -> u64 {
+    if !header.is_cut() {
+        return 0;
+    }
+    let count = len.div_ceil(usize::from(header.gso_size).max(1));
+    // Others are not cut.
+    u64::try_from(count.min(MAX_SEGMENTS)).unwrap_or(u64::MAX)
 }
 
 /// Finishes a frame for a receiver that has to get it whole, and hands over what it becomes: one frame, or one for each

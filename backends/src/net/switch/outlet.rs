@@ -20,7 +20,7 @@ use super::super::iov::IoList;
 use super::super::link::{Link, Recorder};
 use super::super::ring::Ring;
 use super::super::settings::{Pairs, Settings, Shared};
-use super::frame::{Beginning, Bytes, FRONT, Frame, HEADER, LONGEST_HEADER, Packet};
+use super::frame::{Beginning, Bytes, FRONT, Frame, HEADER, Header, LONGEST_HEADER, Packet};
 use super::offload::{self, Room};
 use super::policy::Form;
 use super::shared::PortShared;
@@ -601,11 +601,17 @@ impl PortShared {
         self.counters.tx_bytes.add(len);
     }
 
+    /// It takes a frame with this header as it is.
+    #[inline]
+    pub(super) fn takes(&self, header: &Header) -> bool {
+        let taken = |needs| needs & !self.offloads() == 0;
+        header.is_plain() || header.needs().is_some_and(taken)
+    }
+
     /// In which form a frame goes out that this port takes as it is.
     #[inline]
     fn as_it_is(&self, frame: &Frame<'_>) -> Option<Form> {
-        let taken = |needs| needs & !self.offloads() == 0;
-        if frame.header.is_plain() || frame.header.needs().is_some_and(taken) {
+        if self.takes(&frame.header) {
             self.policy.vlans.form(frame.vlan)
         } else {
             None

@@ -36,7 +36,7 @@ use super::super::settings::Shared;
 use super::super::worker::POLL_INTERVAL;
 use super::counters::AllPorts;
 use super::frame::{Beginning, Frame, HEADER, PREFIX, Refused, Rest, is_group};
-use super::offload::Room;
+use super::offload::{Room, segments};
 use super::outlet::{Egress, GuestOutlet, LinkOutlet, Outlet, RxRing, interrupt, tell_of_failure};
 use super::policy::{MAX_PORTS, PortId};
 use super::shared::PortShared;
@@ -1440,14 +1440,25 @@ impl Fabric {
         }
     }
 
-    /// What a frame takes beside what it takes of itself, in frames: it is copied to each in `to`, a set of bits.
+    /// What a frame takes beside what it takes of itself, in frames: it is copied to each in `to`, a set of bits, and cut for those
+    /// that do not take it as it is.
     #[inline]
     fn work_beside(&self, to: u64, frame: &Beginning) -> u64 {
         let others = to & to.wrapping_sub(1);
-        if others == 0 {
+        if others == 0 && !frame.header.is_cut() {
             return 0;
         }
-        u64::from(others.count_ones()).saturating_mul(length(frame)) / COUNTED_AS_FRAME
+        let copies = u64::from(others.count_ones());
+        let copied = copies.saturating_mul(length(frame)) / COUNTED_AS_FRAME;
+        let segments = segments(&frame.header, frame.len());
+        if segments == 0 {
+            return copied;
+        }
+        let egress = |port| self.egress.get(port).and_then(Option::as_ref);
+        let receivers = ports(to).filter_map(egress);
+        receivers
+            .filter(|egress| !egress.shared.takes(&frame.header))
+            .fold(copied, |sum, _| sum.saturating_add(segments))
     }
 
     /// A port is to get a frame; `isolated` is the one where it came in.
@@ -1523,7 +1534,11 @@ impl Fabric {
 
 #[cfg(test)]
 mod tests {
-    use super::super::policy::Vlans;
+    use super::super::super::filter::Filter;
+    use super::super::super::settings::Settings;
+    use super::super::frame::CSUM;
+    use super::super::policy::{Policy, Vlans};
+    use super::super::shared::{LIMITS, PortRates};
     use super::*;
 
     fn fabric() -> Fabric {
@@ -1555,6 +1570,38 @@ mod tests {
         assert_eq!(beside(u64::MAX, 64), 0);
         assert_eq!(beside(0b11, 65_536), 16);
         assert_eq!(beside(u64::MAX >> 1, 65_536), 62 * 16);
+    }
+
+    #[test]
+    fn segments_count_for_those_that_have_them_cut() {
+        let mut fabric = fabric();
+        let segmentation = CSUM | libc::TUN_F_TSO4;
+        for (egress, offloads) in fabric.egress.iter_mut().zip([0, segmentation, CSUM]) {
+            let policy = Policy {
+                vlans: Vlans::Access(1),
+                isolated: false,
+                macs: Vec::new(),
+                ips: Vec::new(),
+            };
+            let rates = PortRates::new(&LIMITS);
+            let shared = Arc::new(PortShared::new("x", None, policy, 1, rates, offloads));
+            let settings = Settings::new(Filter::new(MacAddress::default(), false), 1);
+            let settings = Arc::new(Shared::new(settings, 1).unwrap());
+            *egress = Some(Egress {
+                shared,
+                outlet: Outlet::Guest(GuestOutlet::new(settings, 1)),
+                recorder: None,
+            });
+        }
+        let of = |size: u16| {
+            let [low, high] = size.to_le_bytes();
+            frame([1, 1, 54, 0, low, high, 34, 0, 16, 0], 65_000)
+        };
+        assert_eq!(fabric.work_beside(0b10, &of(48)), 0);
+        assert_eq!(fabric.work_beside(0b1, &of(48)), 1355);
+        assert_eq!(fabric.work_beside(0b111, &of(1448)), 31 + 2 * 45);
+        // What is cut no finer.
+        assert_eq!(fabric.work_beside(0b1, &of(1)), 1366);
     }
 
     #[test]

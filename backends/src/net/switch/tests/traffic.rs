@@ -356,6 +356,26 @@ fn what_a_receiver_does_not_take_is_finished_for_it() {
 }
 
 #[test]
+fn many_short_segments_are_cut_for_a_receiver() {
+    let mut switch = switch(&[]);
+    let mut a = Port::add(&mut switch, 1, "", ALL);
+    let mut b = Port::add(&mut switch, 2, "", BASE);
+    b.post(217, 512);
+    b.settle();
+    let mut long = segment(mac(2), mac(1), 65_000);
+    long[4..6].copy_from_slice(&300_u16.to_le_bytes());
+    a.send(&long);
+    let mut payload = Vec::new();
+    for number in 0..217 {
+        let received = b.receive();
+        assert_eq!(tcp_sum(&received[HEADER..]), 0xffff, "segment {number}");
+        payload.extend_from_slice(&received[HEADER + 54..]);
+    }
+    assert!(payload == long[HEADER + 54..], "another payload");
+    assert_eq!(b.shared().counters.rx_dropped.get(), 0);
+}
+
+#[test]
 fn a_driver_gets_nothing_that_is_longer_than_its_mtu() {
     let mut switch = switch(&[]);
     let features = ALL | bit(VIRTIO_NET_F_MTU);
