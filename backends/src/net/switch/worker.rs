@@ -227,6 +227,8 @@ pub(super) struct Worker {
     row: VecDeque<(PortId, usize)>,
     /// Transmit rings that had something since the last sleep, and were emptied.
     hot: Vec<(PortId, usize)>,
+    /// Transmit rings without a kick descriptor.
+    polled: Vec<(PortId, usize)>,
     poll: PollWindow,
     /// Since when there has been nothing to do, and how much of that it spun.
     idle: Option<(Instant, Duration)>,
@@ -281,6 +283,7 @@ impl Worker {
             },
             row: VecDeque::new(),
             hot: Vec::new(),
+            polled: Vec::new(),
             poll: PollWindow::new(poll),
             idle: None,
             ended: false,
@@ -422,7 +425,7 @@ impl Worker {
         }
         let next = self.throttled.iter().map(|&(until, ..)| until).min();
         let wait = next.map(|until| sleep_until(until, self.fabric.now));
-        match (wait, self.polls()) {
+        match (wait, !self.polled.is_empty()) {
             (Some(wait), true) => wait.min(POLL_INTERVAL),
             (Some(wait), false) => wait,
             (None, true) => POLL_INTERVAL,
@@ -430,35 +433,21 @@ impl Worker {
         }
     }
 
-    /// All transmit rings, with the numbers of port and queue pair.
-    fn tx_rings(&self) -> impl Iterator<Item = (PortId, usize, &TxRing)> {
-        let ports = (0..).zip(&self.ingress);
-        ports.flat_map(|(port, ingress)| {
-            let rings = match ingress.as_ref().map(|ingress| &ingress.source) {
-                Some(Source::Guest { rings, .. }) => rings.as_slice(),
-                _ => &[],
-            };
-            let rings = rings.iter().enumerate();
-            rings.filter_map(move |(pair, ring)| Some((port, pair, ring.as_ref()?)))
-        })
-    }
-
-    /// A ring has no kick descriptor.
-    fn polls(&self) -> bool {
-        self.tx_rings().any(|(_, _, tx)| tx.ring.polled())
-    }
-
     fn look_at_polled(&mut self) {
-        if !self.polls() {
+        if self.polled.is_empty() {
             return;
         }
-        let polled: Vec<_> = self
-            .tx_rings()
-            .filter(|(_, _, tx)| tx.ring.polled())
-            .map(|(port, pair, _)| (port, pair))
-            .collect();
-        for (port, pair) in polled {
-            self.enqueue(port, pair);
+        let Self {
+            polled, ingress, ..
+        } = self;
+        // One that is broken is looked at no more.
+        polled.retain(|&(port, pair)| {
+            tx_ring(ingress, port, pair).is_some_and(|tx| tx.ring.polled())
+        });
+        for at in 0..self.polled.len() {
+            if let Some(&(port, pair)) = self.polled.get(at) {
+                self.enqueue(port, pair);
+            }
         }
     }
 
@@ -758,6 +747,7 @@ impl Worker {
     fn forget(&mut self, gone: impl Fn(PortId, usize) -> bool) {
         self.row.retain(|&(port, pair)| !gone(port, pair));
         self.hot.retain(|&(port, pair)| !gone(port, pair));
+        self.polled.retain(|&(port, pair)| !gone(port, pair));
         self.throttled.retain(|&(_, port, pair)| !gone(port, pair));
     }
 
@@ -925,6 +915,10 @@ impl Worker {
                     "cannot wait on the front-end's kick descriptor: {error}"
                 );
             }
+        }
+        let polled = (port, usize::from(pair));
+        if tx.ring.polled() && !self.polled.contains(&polled) {
+            self.polled.push(polled);
         }
         // What a disabled queue holds is for its driver to say again: the ring may be none any more.
         let runs = tx.ring.runs();

@@ -603,6 +603,26 @@ fn idle_it_sleeps() {
     assert_eq!(wakeups(), before);
 }
 
+#[test]
+fn a_ring_without_kicks_is_looked_at_while_it_is_sound() {
+    let (switch, [mut a, mut b]) = guests(["", ""], ALL);
+    let mut vring = give_back(&a.sender, 1);
+    vring.kick = None;
+    a.own(vring);
+    for len in 60..80 {
+        let frame = plain(mac(2), mac(1), len);
+        a.send(&frame);
+        assert_eq!(b.receive(), with_buffers(frame, 1));
+    }
+    a.tx.corrupt_avail_index();
+    assert!(a.tx.wait_for_error());
+    std::thread::sleep(Duration::from_millis(50));
+    let wakeups = || switch.statistics().stats()["wakeups"].as_u64().unwrap();
+    let before = wakeups();
+    std::thread::sleep(Duration::from_millis(100));
+    assert_eq!(wakeups(), before);
+}
+
 /// The VMM of a port shares the open files of its descriptors, and can make them block whenever it likes.
 #[test]
 fn descriptors_that_block_hold_up_nobody() {
