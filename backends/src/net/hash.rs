@@ -26,8 +26,11 @@ pub(super) const HASH_TYPES: u32 = VIRTIO_NET_RSS_HASH_TYPE_IPv4
     | VIRTIO_NET_RSS_HASH_TYPE_TCPv6
     | VIRTIO_NET_RSS_HASH_TYPE_UDPv6;
 
-/// Bytes of a frame that may be looked at: two VLAN tags, IPv6 with [`MAX_EXTENSIONS`], and ports.
+/// Bytes of a frame that may be looked at: [`MAX_TAGS`], IPv6 with [`MAX_EXTENSIONS`], and ports.
 pub(super) const PEEK: usize = 256;
+
+/// VLAN tags that are skipped to find the IP header.
+pub(super) const MAX_TAGS: usize = 2;
 
 /// Extension headers of IPv6 that are skipped to find the ports.
 pub(super) const MAX_EXTENSIONS: usize = 4;
@@ -157,8 +160,7 @@ impl<'a> Flow<'a> {
     /// `frame` is the start of one, up to [`PEEK`] bytes of it.
     fn find(frame: &'a [u8]) -> Option<Self> {
         let mut rest = frame.get(12..)?;
-        // Two tags at most.
-        for _ in 0..2 {
+        for _ in 0..MAX_TAGS {
             if ETHERTYPES_VLAN.contains(&u16_at(rest, 0)?) {
                 rest = rest.get(4..)?;
             }

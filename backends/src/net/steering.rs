@@ -18,8 +18,10 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_RSS_HASH_TYPE_TCPv6, VIRTIO_NET_RSS_HASH_TYPE_UDPv4, VIRTIO_NET_RSS_HASH_TYPE_UDPv6,
 };
 
-use super::config::MAX_TABLE;
-use super::hash::{EXTENSIONS, Hashing, INPUT, MAX_EXTENSIONS, PROTOCOL_TCP, PROTOCOL_UDP, Report};
+use super::config::{ETHERTYPES_VLAN, MAX_TABLE};
+use super::hash::{
+    EXTENSIONS, Hashing, INPUT, MAX_EXTENSIONS, MAX_TAGS, PROTOCOL_TCP, PROTOCOL_UDP, Report,
+};
 
 /// What a driver wants: struct virtio_net_rss_config (VIRTIO 1.3, 5.1.6.5.7.1), made ready.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -150,6 +152,7 @@ impl Reg {
 /// Places to jump to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Label {
+    Tag(usize),
     NoTag,
     V4,
     V4Tcp,
@@ -283,6 +286,13 @@ impl Assembler {
         self.jump_if(JUMP_NOT_EQUAL, Reg::R0, 0, otherwise);
     }
 
+    /// Reads the type in front of what [`Reg::Ip`] says into a register.
+    fn ethertype(&mut self, otherwise: Label) {
+        self.read(Some(Reg::Ip), -2, SCRATCH, 2, otherwise);
+        self.load(LOAD_HALF, Reg::R1, Reg::Frame, SCRATCH);
+        self.number(TO_BIG_ENDIAN, Reg::R1, 16);
+    }
+
     /// Goes on at a label if one of these hash types is wanted.
     fn jump_if_wanted(&mut self, types: u32, label: Label) {
         self.load(LOAD_WORD, Reg::R1, Reg::Value, offset(TYPES));
@@ -341,16 +351,19 @@ fn program(map: BorrowedFd<'_>) -> Vec<Instruction> {
         asm.add(STORE_DOUBLE_NUMBER, Frame, None, at, 0);
     }
 
-    // The Ethernet header, with a VLAN tag that is not in the packet's descriptor.
+    // The Ethernet header, with VLAN tags that are not in the packet's descriptor.
     asm.number(MOVE, Ip, 14);
-    asm.read(None, 12, SCRATCH, 2, Unclassified);
-    asm.load(LOAD_HALF, R1, Frame, SCRATCH);
-    asm.number(TO_BIG_ENDIAN, R1, 16);
-    asm.jump_if(JUMP_NOT_EQUAL, R1, 0x8100, NoTag);
-    asm.number(MOVE, Ip, 18);
-    asm.read(None, 16, SCRATCH, 2, Unclassified);
-    asm.load(LOAD_HALF, R1, Frame, SCRATCH);
-    asm.number(TO_BIG_ENDIAN, R1, 16);
+    asm.ethertype(Unclassified);
+    for round in 0..MAX_TAGS {
+        let tag = Tag(round);
+        for ethertype in ETHERTYPES_VLAN {
+            asm.jump_if(JUMP_EQUAL, R1, ethertype.into(), tag);
+        }
+        asm.jump(NoTag);
+        asm.label(tag);
+        asm.number(ADD, Ip, 4);
+        asm.ethertype(Unclassified);
+    }
     asm.label(NoTag);
     asm.jump_if(JUMP_EQUAL, R1, 0x0800, V4);
     asm.jump_if(JUMP_EQUAL, R1, 0x86dd, V6);
@@ -575,7 +588,190 @@ mod bpf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::hash::Toeplitz;
+    use crate::net::hash::{HASH_TYPES, Toeplitz, vectors};
+    use proptest::prelude::*;
+
+    /// Where the program's stack ends, and where the value of its map begins.
+    const STACK: u64 = 0x1000_0000;
+    const MAP: u64 = 0x2000_0000;
+
+    /// Memory of the program.
+    struct Machine<'a> {
+        stack: [u8; 512],
+        map: &'a [u8],
+    }
+
+    impl Machine<'_> {
+        fn load<const N: usize>(&self, at: u64) -> [u8; N] {
+            let (bytes, at) = match at.checked_sub(MAP) {
+                Some(at) => (self.map, at),
+                None => (&self.stack[..], at + 512 - STACK),
+            };
+            let at = usize::try_from(at).unwrap();
+            bytes[at..at + N].try_into().unwrap()
+        }
+
+        fn store(&mut self, at: u64, bytes: &[u8]) {
+            let at = usize::try_from(at + 512 - STACK).unwrap();
+            self.stack[at..at + bytes.len()].copy_from_slice(bytes);
+        }
+
+        /// What the program says of a packet.
+        fn run(&mut self, program: &[Instruction], packet: &[u8]) -> u64 {
+            let mut regs = [0_u64; 11];
+            regs[10] = STACK;
+            let mut at = 0;
+            loop {
+                let Instruction {
+                    code,
+                    registers,
+                    offset,
+                    immediate,
+                } = program[at];
+                at += 1;
+                let to = usize::from(registers & 0xf);
+                let from = regs[usize::from(registers >> 4)];
+                let number = i64::from(immediate).cast_unsigned();
+                let place = |base: u64| base.wrapping_add_signed(offset.into());
+                let jumps = match code {
+                    ADD => {
+                        regs[to] = regs[to].wrapping_add(number);
+                        false
+                    }
+                    ADD_REG => {
+                        regs[to] = regs[to].wrapping_add(from);
+                        false
+                    }
+                    AND => {
+                        regs[to] &= number;
+                        false
+                    }
+                    AND_REG => {
+                        regs[to] &= from;
+                        false
+                    }
+                    SHIFT_LEFT => {
+                        regs[to] <<= number;
+                        false
+                    }
+                    SHIFT_RIGHT => {
+                        regs[to] >>= number;
+                        false
+                    }
+                    XOR_REG => {
+                        regs[to] ^= from;
+                        false
+                    }
+                    MOVE => {
+                        regs[to] = number;
+                        false
+                    }
+                    MOVE_REG => {
+                        regs[to] = from;
+                        false
+                    }
+                    TO_BIG_ENDIAN => {
+                        let low = u16::try_from(regs[to] & 0xffff).unwrap();
+                        regs[to] = low.to_be().into();
+                        false
+                    }
+                    LOAD_64 => {
+                        regs[to] = MAP;
+                        at += 1;
+                        false
+                    }
+                    LOAD_BYTE => {
+                        regs[to] = u8::from_ne_bytes(self.load(place(from))).into();
+                        false
+                    }
+                    LOAD_HALF => {
+                        regs[to] = u16::from_ne_bytes(self.load(place(from))).into();
+                        false
+                    }
+                    LOAD_WORD => {
+                        regs[to] = u32::from_ne_bytes(self.load(place(from))).into();
+                        false
+                    }
+                    LOAD_DOUBLE => {
+                        regs[to] = u64::from_ne_bytes(self.load(place(from)));
+                        false
+                    }
+                    STORE_WORD => {
+                        let [a, b, c, d, ..] = from.to_le_bytes();
+                        self.store(place(regs[to]), &[a, b, c, d]);
+                        false
+                    }
+                    STORE_DOUBLE => {
+                        self.store(place(regs[to]), &from.to_le_bytes());
+                        false
+                    }
+                    STORE_DOUBLE_NUMBER => {
+                        self.store(place(regs[to]), &number.to_le_bytes());
+                        false
+                    }
+                    CALL => {
+                        assert_eq!(immediate, SKB_LOAD_BYTES);
+                        let start = usize::try_from(regs[2]).unwrap();
+                        let end = start + usize::try_from(regs[4]).unwrap();
+                        let bytes = packet.get(start..end);
+                        if let Some(bytes) = bytes {
+                            self.store(regs[3], bytes);
+                        }
+                        regs[0] = if bytes.is_some() { 0 } else { u64::MAX };
+                        // The kernel keeps none of these.
+                        regs[1..=5].fill(0x5555_5555);
+                        false
+                    }
+                    JUMP => true,
+                    JUMP_EQUAL => regs[to] == number,
+                    JUMP_NOT_EQUAL => regs[to] != number,
+                    JUMP_LESS => regs[to] < number,
+                    JUMP_BITS => regs[to] & number != 0,
+                    EXIT => return regs[0],
+                    other => panic!("instruction {other:#x}"),
+                };
+                if jumps {
+                    at = at.checked_add_signed(offset.into()).unwrap();
+                }
+            }
+        }
+    }
+
+    proptest! {
+        /// A packet goes to the queue that its hash report tells of.
+        #[test]
+        fn the_program_hashes_as_reports_do(
+            number in 0..vectors::ALL.len(),
+            protocol in prop::sample::select(vec![6_u8, 17, 47]),
+            tags in prop::collection::vec(prop::sample::select(vec![0x8100_u16, 0x88a8, 0x9100]), 0..4),
+            options in prop::option::of((prop::sample::select(vec![0_u8, 43, 60, 44]), prop::sample::select(vec![6_u8, 17, 60]))),
+            types in 0..=HASH_TYPES,
+            len in 0..120_usize,
+            change in prop::option::of((12..60_usize, any::<u8>())),
+        ) {
+            let options = options.map(|(first, next)| (first, [next, 0, 0, 0, 0, 0, 0, 0]));
+            let options = options.as_ref().map(|(first, options)| (*first, &options[..]));
+            let mut frame = vectors::frame(&vectors::ALL[number], protocol, &tags, options);
+            if let Some((at, byte)) = change {
+                frame[at] = byte;
+            }
+            frame.truncate(len + 20);
+            let rss = Rss {
+                hashing: Hashing {
+                    types,
+                    toeplitz: Toeplitz::new(&vectors::KEY),
+                },
+                table: (0..128).collect(),
+                unclassified: 200,
+                max_tx: 1,
+            };
+            let file = tempfile::tempfile().unwrap();
+            let map = value(&rss, |pair| pair);
+            let mut machine = Machine { stack: [0xaa; 512], map: &map };
+            let queue = machine.run(&program(file.as_fd()), &frame);
+            prop_assert_eq!(queue, u64::from(rss.pair(&frame)), "{:02x?}", frame);
+        }
+    }
 
     #[test]
     fn every_jump_leads_to_a_place_in_the_program() {

@@ -662,6 +662,7 @@ fn go_where_the_driver_says(test: &str, inherited: bool) {
             vector.0.1 += port;
             frames.push(vectors::frame(&vector, 6, &[], None));
             frames.push(vectors::frame(&vector, 17, &[0x8100], None));
+            frames.push(vectors::frame(&vector, 6, &[0x88a8, 0x8100], None));
             frames.push(vectors::frame(&vector, 17, &[], Some((0, &options))));
         }
         frames.push(vectors::frame(vector, 47, &[], None));
