@@ -572,6 +572,8 @@ impl Worker {
     }
 
     fn take_orders(&mut self) {
+        // Addresses may have become too old since the last round.
+        self.fabric.now = now();
         // The descriptor is edge-triggered and never read.
         for order in self.inbox.take() {
             match order {
