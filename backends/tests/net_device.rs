@@ -28,6 +28,7 @@ use ringside_rings::Segment;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserInflight};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
+use virtio_bindings::virtio_net::VIRTIO_NET_F_SPEED_DUPLEX;
 use vm_memory::Bytes;
 
 const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
@@ -251,6 +252,27 @@ fn the_configuration_is_as_asked_for() {
         .unwrap();
     let expected = [&MAC[..], &[1, 0], &[3, 0], &9000_u16.to_le_bytes()].concat();
     assert_eq!(config, expected);
+    daemon.stop();
+}
+
+/// Speed and duplex of a card's configuration, and whether they are offered (VIRTIO 1.3, 5.1.4).
+fn speed(front: &mut FrontEnd) -> (bool, Vec<u8>) {
+    let flags = VhostUserConfigFlags::empty();
+    let config = front.messages.get_config(12, 5, flags, &[0; 5]).unwrap().1;
+    let offered = front.features >> VIRTIO_NET_F_SPEED_DUPLEX & 1 != 0;
+    (offered, config)
+}
+
+#[test]
+fn a_card_is_as_fast_as_it_was_told() {
+    let daemon = Daemon::start(NET, &["--link", "null", "--speed", "25000"]);
+    let of_card = speed(&mut connect(&daemon, 2));
+    // 25000 Mbit/s, full duplex.
+    assert_eq!(of_card, (true, vec![0xa8, 0x61, 0, 0, 1]));
+    daemon.stop();
+    let daemon = Daemon::start(NET, &["--link", "null"]);
+    let of_card = speed(&mut connect(&daemon, 2));
+    assert_eq!(of_card, (false, vec![0; 5]));
     daemon.stop();
 }
 

@@ -27,6 +27,7 @@ use serde_json::{Value, json};
 use vhost::VhostBackend;
 use vhost::vhost_user::VhostUserFrontend;
 use vhost::vhost_user::message::VhostUserConfigFlags;
+use virtio_bindings::virtio_net::VIRTIO_NET_F_SPEED_DUPLEX;
 use vm_memory::{Bytes, GuestAddress};
 
 const NET: &str = env!("CARGO_BIN_EXE_ringside-net");
@@ -181,6 +182,20 @@ fn guests_speak_with_each_other_and_reconnect() {
         sockets.iter().all(|socket| !socket.exists()),
         "a socket file stays"
     );
+}
+
+#[test]
+fn cards_are_as_fast_as_they_were_told() {
+    let mut command = Command::new(NET);
+    command.args(["--speed", "10000"]);
+    let switch = Switch::start_as(command, &["a"], |_| "");
+    let mut a = switch.connect("a");
+    assert!(a.features >> VIRTIO_NET_F_SPEED_DUPLEX & 1 != 0);
+    let flags = VhostUserConfigFlags::empty();
+    let config = a.messages.get_config(12, 5, flags, &[0; 5]).unwrap().1;
+    // 10000 Mbit/s, full duplex (VIRTIO 1.3, 5.1.4).
+    assert_eq!(config, [0x10, 0x27, 0, 0, 1]);
+    switch.daemon.stop();
 }
 
 #[test]

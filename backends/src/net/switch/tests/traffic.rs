@@ -9,7 +9,16 @@ use super::*;
 
 /// Guests 1, 2, … at a switch, each with buffers.
 fn guests<const N: usize>(options: [&str; N], features: u64) -> (Switch, [Port; N]) {
-    let mut switch = switch(&[]);
+    guests_of(switch(&[]), options, features)
+}
+
+/// The same at this switch.
+fn guests_of<const N: usize>(
+    switch: Switch,
+    options: [&str; N],
+    features: u64,
+) -> (Switch, [Port; N]) {
+    let mut switch = switch;
     let mut number = 0;
     let ports = options.map(|options| {
         number += 1;
@@ -45,6 +54,36 @@ fn a_card_is_known_and_other_addresses_are_learnt() {
         assert_eq!(c.receive(), with_buffers(unknown, 1));
         assert!(b.got_nothing(), "a learnt address was flooded");
         assert_eq!(a.shared().counters.tx_flooded.get(), 1);
+    }
+}
+
+#[test]
+fn an_address_that_nobody_hears_of_is_forgotten() {
+    let switch = switch(&["--ageing", "1"]);
+    let (switch, [mut a, mut b, mut c]) = guests_of(switch, ["", "", ""], ALL);
+    let stranger = [2, 9, 9, 9, 9, 9];
+    let to_stranger = plain(stranger, mac(1), 60);
+    let knows = |switch: &Switch| {
+        let table = switch.addresses().unwrap();
+        let rows = table["addresses"].as_array().unwrap();
+        rows.iter().any(|row| row["address"] == "02:09:09:09:09:09")
+    };
+    // Twice: what has been forgotten is learnt again.
+    for round in 0..2 {
+        let hello = plain(BROADCAST, stranger, 46);
+        c.send(&hello);
+        assert_eq!(a.receive(), with_buffers(hello.clone(), 1));
+        assert_eq!(b.receive(), with_buffers(hello, 1));
+        a.send(&to_stranger);
+        assert_eq!(c.receive(), with_buffers(to_stranger.clone(), 1));
+        assert!(b.got_nothing() && knows(&switch));
+        // It is known in the second after that in which it was heard of.
+        std::thread::sleep(Duration::from_millis(2100));
+        assert!(!knows(&switch));
+        a.send(&to_stranger);
+        assert_eq!(b.receive(), with_buffers(to_stranger.clone(), 1));
+        assert_eq!(c.receive(), with_buffers(to_stranger.clone(), 1));
+        assert_eq!(a.shared().counters.tx_flooded.get(), round + 1);
     }
 }
 
@@ -463,8 +502,11 @@ fn storms_are_bounded_and_limits_make_a_port_wait() {
         ",tx-packets=100,tx-packets-burst=5",
     ];
     let (_switch, [mut a, mut b, mut c, mut d]) = guests(options, ALL);
-    for _ in 0..50 {
-        a.send(&plain(BROADCAST, mac(1), 60));
+    // To all, and to an address that nobody knows.
+    for number in 0..50 {
+        let unknown = [2, 9, 9, 9, 9, number];
+        let to = if number % 2 == 0 { BROADCAST } else { unknown };
+        a.send(&plain(to, mac(1), 60));
     }
     let counters = &a.shared().counters;
     assert!((5..10).contains(&counters.tx_flooded.get()));
