@@ -169,13 +169,27 @@ fn parse(line: &str) -> Option<(i64, Vec<u64>, Option<u64>)> {
     let arguments = arguments.trim_end().trim_end_matches(')');
     // The end of its thread has cut the call off.
     let cut = arguments.strip_suffix(" <unfinished ...>");
-    let arguments = cut.unwrap_or(arguments).split(", ");
+    let arguments = split(cut.unwrap_or(arguments)).into_iter();
     let result = result.split(' ').next().map(value);
     Some((
         number.trim().parse().ok()?,
         arguments.map(|text| value(text).unwrap_or(0)).collect(),
         result.flatten(),
     ))
+}
+
+/// Arguments that have commas between them: structures and lists have commas in them, too.
+fn split(arguments: &str) -> Vec<&str> {
+    let mut depth = 0_u32;
+    let between = |letter| {
+        match letter {
+            '{' | '[' => depth += 1,
+            '}' | ']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+        letter == ',' && depth == 0
+    };
+    arguments.split(between).map(str::trim_start).collect()
 }
 
 /// A number, or flags beside each other.
@@ -203,6 +217,9 @@ mod tests {
         assert_eq!(parse(line), Some((257, vec![0, 0, 0x8_0000], None)));
         let line = "[  41] socket(0x2, 0x1|0x80000, 0)      = 13";
         assert_eq!(parse(line), Some((41, vec![2, 0x8_0001, 0], Some(13))));
+        let line = "[  46] sendmsg(9, {msg_name=NULL, msg_iov=[{iov_base=\"\"..., iov_len=12}, \
+            {iov_base=\"\"..., iov_len=8}], msg_iovlen=2, msg_flags=0}, 0x20004000) = 20";
+        assert_eq!(parse(line), Some((46, vec![9, 0, 0x2000_4000], Some(20))));
         let line = "[  72] fcntl(533, 0x1 <unfinished ...>) = ?";
         assert_eq!(parse(line), Some((72, vec![533, 1], None)));
         assert_eq!(parse("+++ exited with 0 +++"), None);

@@ -130,6 +130,13 @@ const fn internet(family: c_int, kind: c_int, protocol: c_int, why: &'static str
     only(libc::SYS_socket, Only::Socket(family, kind, protocol), why)
 }
 
+/// Sending on what is connected; which argument is the flags. With `MSG_FASTOPEN` it would connect, and Landlock would not be asked.
+const fn sends(number: c_long, flags: u8, why: &'static str) -> Call {
+    only(number, Only::Has(flags, FAST_OPEN, 0), why)
+}
+
+/// `MSG_FASTOPEN`, without its sign.
+const FAST_OPEN: u64 = 0x2000_0000;
 /// `PROT_EXEC`, without its sign.
 const EXEC: u64 = 0x4;
 /// `CLONE_THREAD`, without its sign.
@@ -240,9 +247,9 @@ pub const SOCKETS: &[Call] = &[
         "front-ends, clients of the control socket",
     ),
     call(libc::SYS_recvmsg, "messages with descriptors"),
-    call(libc::SYS_sendmsg, "messages with descriptors"),
+    sends(libc::SYS_sendmsg, 2, "messages with descriptors"),
     call(libc::SYS_recvfrom, "messages"),
-    call(libc::SYS_sendto, "messages"),
+    sends(libc::SYS_sendto, 3, "messages"),
     call(libc::SYS_getsockopt, "the peer's user, errors"),
     call(libc::SYS_setsockopt, "how long to wait for a peer"),
     call(libc::SYS_getsockname, "kinds of sockets"),
@@ -379,7 +386,7 @@ pub const NAMES: &[Call] = &[
     )),
     call(libc::SYS_connect, "name servers"),
     rare(call(libc::SYS_bind, "netlink")),
-    rare(call(libc::SYS_sendmmsg, "questions to name servers")),
+    rare(sends(libc::SYS_sendmmsg, 3, "questions to name servers")),
     call(libc::SYS_openat, "configuration"),
     rare(call(libc::SYS_fstat, "configuration")),
     rare(call(libc::SYS_newfstatat, "configuration")),
@@ -428,9 +435,9 @@ pub const STORAGE: &[Call] = &[
 /// Sending and receiving on sockets that are connected.
 pub const STREAMS: &[Call] = &[
     call(libc::SYS_recvmsg, "into guest memory"),
-    call(libc::SYS_sendmsg, "from guest memory"),
+    sends(libc::SYS_sendmsg, 2, "from guest memory"),
     call(libc::SYS_recvfrom, "frames, answers"),
-    call(libc::SYS_sendto, "frames, requests"),
+    sends(libc::SYS_sendto, 3, "frames, requests"),
     call(libc::SYS_readv, "into guest memory"),
     call(libc::SYS_getsockopt, "errors"),
     call(libc::SYS_setsockopt, "how long to wait for a peer"),
@@ -442,9 +449,9 @@ pub const STREAMS: &[Call] = &[
 pub const FRAMES: &[Call] = &[
     call(libc::SYS_readv, "a frame into guest memory"),
     call(libc::SYS_recvmsg, "a frame into guest memory"),
-    call(libc::SYS_sendmsg, "a frame from guest memory"),
+    sends(libc::SYS_sendmsg, 2, "a frame from guest memory"),
     call(libc::SYS_recvfrom, "frames, and a ring of AF_XDP"),
-    call(libc::SYS_sendto, "frames, and a ring of AF_XDP"),
+    sends(libc::SYS_sendto, 3, "frames, and a ring of AF_XDP"),
 ];
 
 /// A ring of io_uring that exists, and reads and writes what is open, no more.
@@ -628,6 +635,9 @@ mod tests {
             libc::SYS_clone,
             libc::SYS_mprotect,
             libc::SYS_socket,
+            libc::SYS_sendto,
+            libc::SYS_sendmsg,
+            libc::SYS_sendmmsg,
         ];
         for call in GROUPS.iter().flat_map(|(_, calls)| *calls) {
             assert!(!forbidden.contains(&call.number), "{call:?}");

@@ -12,7 +12,7 @@ use std::env;
 use std::ffi::OsString;
 use std::fs::{File, OpenOptions, create_dir};
 use std::io::{self, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -246,8 +246,59 @@ pub const LISTEN: &[(&str, Attempt)] = &[
     }),
 ];
 
+/// Connects to another port by data that is sent (TCP Fast Open), of which Landlock is not asked: with one of three calls.
+fn fast_open(number: libc::c_long) -> io::Result<()> {
+    let address = libc::sockaddr_in {
+        sin_family: 2, // AF_INET
+        sin_port: services().other_port.to_be(),
+        sin_addr: libc::in_addr {
+            s_addr: u32::from(Ipv4Addr::LOCALHOST).to_be(),
+        },
+        sin_zero: [0; 8],
+    };
+    let mut data = libc::iovec {
+        iov_base: (&raw const address).cast_mut().cast(),
+        iov_len: 1,
+    };
+    let message = libc::msghdr {
+        msg_name: (&raw const address).cast_mut().cast(),
+        msg_namelen: 16,
+        msg_iov: &raw mut data,
+        msg_iovlen: 1,
+        msg_control: std::ptr::null_mut(),
+        msg_controllen: 0,
+        msg_flags: 0,
+    };
+    let messages = [libc::mmsghdr {
+        msg_hdr: message,
+        msg_len: 0,
+    }];
+    let flags = 0x2000_0000; // MSG_FASTOPEN
+    let at = (&raw const address).expose_provenance();
+    let [a, b, c, d, e] = match number {
+        libc::SYS_sendto => [at, 1, flags, at, 16],
+        libc::SYS_sendmsg => [(&raw const message).expose_provenance(), flags, 0, 0, 0],
+        _ => [messages.as_ptr().expose_provenance(), 1, flags, 0, 0],
+    };
+    // SAFETY: it takes no pointer. AF_INET, SOCK_STREAM.
+    let socket = unsafe { libc::socket(2, 1, 0) };
+    // SAFETY: pointers are to what lives until the end of this function, and the lengths are theirs.
+    let sent = unsafe { libc::syscall(number, socket, a, b, c, d, e) };
+    match sent {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
 /// Which no program needs that connects to a service, be it on a Unix socket or a port of TCP.
 pub const OTHER_SOCKETS: &[(&str, Attempt)] = &[
+    ("connect by fast open", || fast_open(libc::SYS_sendto)),
+    ("connect by fast open in a message", || {
+        fast_open(libc::SYS_sendmsg)
+    }),
+    ("connect by fast open in messages", || {
+        fast_open(libc::SYS_sendmmsg)
+    }),
     ("send datagrams", || {
         // AF_INET, SOCK_DGRAM
         call(libc::SYS_socket, [2, 2, 0])
