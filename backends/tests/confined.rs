@@ -8,6 +8,8 @@
     clippy::indexing_slicing
 )] // a test
 
+#[path = "../sandbox/tests/confinement/mod.rs"]
+mod confinement;
 mod frontend;
 #[path = "../sandbox/tests/intruder/mod.rs"]
 mod intruder;
@@ -404,59 +406,15 @@ fn who_takes_a_network_card_over_gets_nowhere() {
     }
 }
 
-/// The value of a line of /proc/PID/task/TID/status.
-fn field(status: &str, name: &str) -> String {
-    let line = status.lines().find_map(|l| l.strip_prefix(name)).unwrap();
-    line.trim_start_matches(':').trim().to_owned()
-}
-
-/// CAP_SETPCAP, CAP_SYS_ADMIN and CAP_BPF, as bits of a set (linux/capability.h).
-const SETPCAP: u64 = 1 << 8;
-const SYS_ADMIN: u64 = 1 << 21;
+/// CAP_BPF, as a bit of a set (linux/capability.h).
 const BPF: u64 = 1 << 39;
 
-/// A set of capabilities.
-fn capabilities(status: &str, set: &str) -> u64 {
-    u64::from_str_radix(&field(status, set), 16).unwrap()
-}
-
-/// Checks what the kernel says about each thread of a program, and about all of it. `kept`: the capabilities that it keeps, if it
-/// has them.
-fn is_confined(daemon: &Daemon, kept: u64, test: &str) {
-    let own = capabilities(&fs::read_to_string("/proc/self/status").unwrap(), "CapEff");
-    let kept = kept & own;
-    let process = format!("/proc/{}", daemon.id());
-    let mut threads = 0;
-    for task in fs::read_dir(format!("{process}/task")).unwrap() {
-        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
-        let name = field(&status, "Name");
-        assert_eq!(field(&status, "NoNewPrivs"), "1", "{name}");
-        assert_eq!(field(&status, "Seccomp"), "2", "{name}");
-        let set = |set| capabilities(&status, set);
-        assert_eq!(["CapInh", "CapAmb"].map(set), [0; 2], "{name}");
-        assert_eq!(["CapPrm", "CapEff"].map(set), [kept; 2], "{name}");
-        if own & SETPCAP != 0 {
-            assert_eq!(set("CapBnd"), kept, "{name}");
-        }
-        threads += 1;
-    }
-    assert!(threads > 1);
-    let limits = fs::read_to_string(format!("{process}/limits")).unwrap();
-    let core = limits.lines().find(|l| l.starts_with("Max core file size"));
-    let core: Vec<&str> = core.unwrap().split_whitespace().collect();
-    assert_eq!(core[4..6], ["0", "0"]);
-    let namespaces = |of: &str| {
-        let namespace = |name| fs::read_link(Path::new(of).join("ns").join(name)).ok();
-        ["ipc", "uts", "net"].map(namespace)
-    };
-    if own & SYS_ADMIN != 0 {
-        let (own, other) = (namespaces("/proc/self"), namespaces(&process));
-        for (own, other) in own.into_iter().zip(other) {
-            assert!(own.is_some() && own != other, "{own:?}");
-        }
-    } else {
-        skip(test, "namespaces take CAP_SYS_ADMIN");
-    }
+/// Checks what the kernel says about each thread of a program: `kept` are its capabilities, if it has them, and `narrowed` the names of
+/// the threads that have given up more than it has.
+fn is_confined(daemon: &Daemon, kept: u64, narrowed: &[&str], test: &str) {
+    let skip = |why: &str| skip(test, why);
+    confinement::is_confined(daemon.id(), kept, skip);
+    confinement::are_narrowed(daemon.id(), narrowed, skip);
 }
 
 #[test]
@@ -466,7 +424,36 @@ fn a_disk_is_confined_when_it_is_ready() {
     image.as_file().set_len(1 << 20).unwrap();
     let path = image.path().to_str().unwrap();
     let daemon = Daemon::start(BLK, &["--path", path, "--queues", "2"]);
-    is_confined(&daemon, 0, test);
+    is_confined(&daemon, 0, &["blk-queue-0", "blk-queue-1"], test);
+}
+
+#[test]
+fn a_disk_of_a_server_is_confined_when_it_is_ready() {
+    let test = "a_disk_of_a_server_is_confined_when_it_is_ready";
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let services = Services::start(dir.path(), |stream| {
+        nbd::greet(stream, false)?;
+        // Until it leaves.
+        stream.read(&mut [0]).map(drop)
+    });
+    let uri = format!("nbd+unix:///?socket={}", services.socket().display());
+    let daemon = Daemon::start(BLK, &["--path", &uri]);
+    is_confined(&daemon, 0, &["blk-nbd-0", "blk-queue-0"], test);
+}
+
+#[test]
+fn a_disk_in_an_image_is_confined_when_it_is_ready() {
+    let test = "a_disk_in_an_image_is_confined_when_it_is_ready";
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
+    let image = dir.path().join("image");
+    let mut create = Command::new("qemu-img");
+    create.args(["create", "-q", "-f", "qcow2"]).arg(&image);
+    if !create.arg("1M").status().is_ok_and(|s| s.success()) {
+        return skip(test, "qemu-img is not installed (package qemu-utils)");
+    }
+    let path = image.to_str().unwrap();
+    let daemon = Daemon::start(BLK, &["--path", path, "--format", "qcow2"]);
+    is_confined(&daemon, 0, &["blk-image", "blk-queue-0"], test);
 }
 
 #[test]
@@ -475,8 +462,25 @@ fn a_network_card_is_confined_when_it_is_ready() {
     if own_network(test) {
         let daemon = Daemon::start(NET, &["--tap", "vm0", "--queue-pairs", "2"]);
         // For the guest's table of queues.
-        is_confined(&daemon, BPF, test);
+        let narrowed = ["net-control", "net-pair0", "net-pair1"];
+        is_confined(&daemon, BPF, &narrowed, test);
     }
+}
+
+#[test]
+fn a_switch_is_confined_when_it_is_ready() {
+    let test = "a_switch_is_confined_when_it_is_ready";
+    let dir = tempfile::tempdir().unwrap();
+    let mut command = Command::new(NET);
+    for name in ["a", "b"] {
+        let socket = dir.path().join(name);
+        let port = format!("socket={},name={name}", socket.display());
+        command.arg("--port").arg(port);
+    }
+    let daemon = Daemon::spawn_command(&mut command, dir);
+    daemon.wait_for_socket();
+    let narrowed = ["a-control", "b-control", "switch"];
+    is_confined(&daemon, 0, &narrowed, test);
 }
 
 #[test]
@@ -490,7 +494,7 @@ fn what_is_only_to_be_logged_is_done() {
 fn a_program_can_be_left_as_it_is() {
     let daemon = Daemon::start(BLK, &["--null", "1M", "--sandbox", "off"]);
     let status = fs::read_to_string(format!("/proc/{}/status", daemon.id())).unwrap();
-    assert_eq!(field(&status, "Seccomp"), "0");
+    assert_eq!(confinement::field(&status, "Seccomp").unwrap(), "0");
     assert!(daemon.log().contains("is not confined (--sandbox=off)"));
 }
 

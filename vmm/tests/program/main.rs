@@ -8,6 +8,8 @@
 )]
 
 mod back_end;
+#[path = "../../../backends/sandbox/tests/confinement/mod.rs"]
+mod confinement;
 mod control;
 mod guest;
 mod snapshot;
