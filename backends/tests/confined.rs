@@ -28,7 +28,7 @@ use std::sync::OnceLock;
 use std::thread;
 
 use clap::Parser;
-use frontend::{Daemon, nbd, own_network, skip};
+use frontend::{Daemon, FrontEnd, Setup, nbd, own_network, skip};
 use intruder::{
     Attempt, ENDED, LISTEN, OTHER_SOCKETS, REFUSED, SHELL, Services, TO_OTHER_PORT, TO_PORT,
     TO_SOCKET, Victim, attempt, but, call, ends, fails, intrude, landlock, services,
@@ -481,6 +481,24 @@ fn a_switch_is_confined_when_it_is_ready() {
     daemon.wait_for_socket();
     let narrowed = ["a-control", "b-control", "switch"];
     is_confined(&daemon, 0, &narrowed, test);
+}
+
+#[test]
+fn guest_memory_is_in_no_dump() {
+    let test = "guest_memory_is_in_no_dump";
+    for (program, device) in [(BLK, ["--null", "1M"]), (NET, ["--link", "null"])] {
+        for slots in [false, true] {
+            for mode in ["on", "off"] {
+                let daemon = Daemon::start(program, &[&device[..], &["--sandbox", mode]].concat());
+                let setup = Setup {
+                    slots,
+                    ..Setup::default()
+                };
+                let _front = FrontEnd::new(&daemon.socket(), setup);
+                confinement::is_in_no_dump(daemon.id(), "guest", |why| skip(test, why));
+            }
+        }
+    }
 }
 
 #[test]

@@ -108,6 +108,7 @@ fn all_threads_are_confined_while_a_guest_runs() {
     };
     confinement::is_confined(child.id(), 0, skip);
     confinement::are_narrowed(child.id(), &["vcpu 0", "vcpu 1"], skip);
+    confinement::is_in_no_dump(child.id(), "guest-ram", skip);
     child.kill().unwrap();
     child.wait().unwrap();
 }

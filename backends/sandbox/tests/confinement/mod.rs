@@ -108,3 +108,25 @@ pub fn are_narrowed(process: u32, names: &[&str], skip: impl Fn(&str)) {
         sleep(Duration::from_millis(5));
     }
 }
+
+/// Checks that all mappings of a memfd of this name, of which there are some, are left out of dumps (proc_pid_smaps(5), VmFlags).
+pub fn is_in_no_dump(process: u32, memfd: &str, skip: impl Fn(&str)) {
+    // The process is not dumpable: nobody but root looks into it.
+    let maps = match fs::read_to_string(format!("/proc/{process}/smaps")) {
+        Ok(maps) => maps,
+        Err(error) => return skip(&format!("its mappings cannot be read: {error}")),
+    };
+    let name = format!("/memfd:{memfd} ");
+    let (mut found, mut wanted) = (0, false);
+    for line in maps.lines() {
+        if let Some(flags) = line.strip_prefix("VmFlags:") {
+            let left_out = flags.split(' ').any(|flag| flag == "dd");
+            assert!(!wanted || left_out, "{memfd}: {flags}");
+            found += usize::from(wanted);
+            wanted = false;
+        } else if line.contains(&name) {
+            wanted = true;
+        }
+    }
+    assert!(found > 0, "no mapping of {memfd}");
+}
