@@ -14,10 +14,13 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
-use std::process::Command;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use frontend::request::{SET_LOG_BASE, SET_LOG_FD};
-use frontend::{Daemon, FrontEnd, REGION, SECOND, Setup, own_network};
+use frontend::{Daemon, FrontEnd, PATIENCE, REGION, SECOND, Setup, own_network, skip};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use proptest::prelude::*;
 use proptest::test_runner::TestRunner;
@@ -124,7 +127,16 @@ fn requests() -> impl Strategy<Value = Vec<Request>> {
     proptest::collection::vec(one, 1..12)
 }
 
-/// Room for each request's data in each region.
+/// More than buffers take on the way from where the disk is.
+const LARGE: Request = Request {
+    kind: 0,
+    sector: 8,
+    len: 2 << 20,
+    cut: (2 << 20) - 4096,
+    at: 5,
+};
+
+/// Room for each request's data in each region, but for the last one.
 const ROOM: u64 = 0x1_2000;
 
 fn submit(front: &mut FrontEnd, number: u64, request: &Request) {
@@ -178,32 +190,39 @@ fn wipe(front: &FrontEnd) {
 /// Requests of a driver, and whether each used ring is said to be logged.
 fn disk_marks(args: &[&str]) {
     let image = image();
-    let path = ["--path", image.path().to_str().unwrap()];
-    let daemon = Daemon::start(BLK, &[&path, args].concat());
+    disk_at_marks(image.path().to_str().unwrap(), args);
+}
+
+fn disk_at_marks(path: &str, args: &[&str]) {
+    let daemon = Daemon::start(BLK, &[&["--path", path], args].concat());
     for packed in [false, true] {
         let setup = Setup {
             packed,
             ..Setup::default()
         };
         let mut runner = TestRunner::new(ProptestConfig::with_cases(6));
-        let outcome = runner.run(&(requests(), any::<bool>()), |(requests, used_rings)| {
-            let mut front = FrontEnd::new(&daemon.socket(), setup);
-            front.begin_log(used_rings);
-            let log = front.log.as_ref().unwrap().0.try_clone().unwrap();
-            wipe(&front);
-            let bases = stop(&mut front);
-            for (number, request) in (0..).zip(&requests) {
-                submit(&mut front, number, request);
-            }
-            let (marked, changed) = run(&mut front, &bases, &log, |front| {
-                for _ in &requests {
-                    front.complete(0);
+        let outcome = runner.run(
+            &(requests(), any::<bool>()),
+            |(mut requests, used_rings)| {
+                requests.push(LARGE);
+                let mut front = FrontEnd::new(&daemon.socket(), setup);
+                front.begin_log(used_rings);
+                let log = front.log.as_ref().unwrap().0.try_clone().unwrap();
+                wipe(&front);
+                let bases = stop(&mut front);
+                for (number, request) in (0..).zip(&requests) {
+                    submit(&mut front, number, request);
                 }
-            });
-            prop_assert!(!changed.is_empty());
-            prop_assert_eq!(marked, changed);
-            Ok(())
-        });
+                let (marked, changed) = run(&mut front, &bases, &log, |front| {
+                    for _ in &requests {
+                        front.complete(0);
+                    }
+                });
+                prop_assert!(changed.len() > 512);
+                prop_assert_eq!(marked, changed);
+                Ok(())
+            },
+        );
         assert!(outcome.is_ok(), "packed: {packed}: {outcome:?}");
     }
     daemon.stop();
@@ -220,17 +239,60 @@ fn a_disk_with_a_bounce_buffer_marks_the_pages_that_it_writes() {
 }
 
 #[test]
-fn nothing_is_marked_once_the_log_is_off() {
-    let image = image();
-    let daemon = Daemon::start(BLK, &["--path", image.path().to_str().unwrap()]);
-    let mut front = FrontEnd::new(&daemon.socket(), Setup::default());
-    let read = Request {
-        kind: 0,
-        sector: 0,
-        len: 65536,
-        cut: 100,
-        at: 7,
+fn a_disk_in_an_image_marks_the_pages_that_it_writes() {
+    let test = "a_disk_in_an_image_marks_the_pages_that_it_writes";
+    let (raw, dir) = (image(), directory());
+    let path = dir.path().join("image");
+    let mut convert = Command::new("qemu-img");
+    convert.args(["convert", "-f", "raw", "-O", "qcow2"]);
+    let converted = convert.args([raw.path(), &path]).status();
+    if !converted.is_ok_and(|status| status.success()) {
+        return skip(test, "qemu-img is not installed (package qemu-utils)");
+    }
+    disk_at_marks(path.to_str().unwrap(), &["--format", "qcow2"]);
+}
+
+/// Ended when dropped.
+struct Server(Child);
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_disk_of_a_server_marks_the_pages_that_it_writes() {
+    let test = "a_disk_of_a_server_marks_the_pages_that_it_writes";
+    let (raw, dir) = (image(), directory());
+    let socket = dir.path().join("s");
+    let mut command = Command::new("qemu-nbd");
+    command.args(["-f", "raw", "-t", "-k"]).arg(&socket);
+    let Ok(server) = command.arg(raw.path()).spawn() else {
+        return skip(test, "qemu-nbd is not installed (package qemu-utils)");
     };
+    let _server = Server(server);
+    let start = Instant::now();
+    while UnixStream::connect(&socket).is_err() {
+        assert!(start.elapsed() < PATIENCE, "qemu-nbd does not listen");
+        sleep(Duration::from_millis(10));
+    }
+    disk_at_marks(&format!("nbd+unix:///?socket={}", socket.display()), &[]);
+}
+
+fn directory() -> tempfile::TempDir {
+    tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap()
+}
+
+/// Has the device do the same with the log on and off, in turn: what is marked then is what has changed, or nothing. Gives how many
+/// pages have changed at least.
+fn marks_while_on(
+    front: &mut FrontEnd,
+    submit: impl Fn(&mut FrontEnd),
+    done: impl Fn(&mut FrontEnd),
+) -> usize {
+    let mut least = usize::MAX;
     for on in [true, false, true, false] {
         let log = match on {
             true => {
@@ -239,16 +301,72 @@ fn nothing_is_marked_once_the_log_is_off() {
             }
             false => front.end_log(),
         };
-        wipe(&front);
-        let bases = stop(&mut front);
-        submit(&mut front, 0, &read);
-        let (marked, changed) = run(&mut front, &bases, &log, |front| {
-            front.complete(0);
-        });
-        assert!(changed.len() > 16);
+        wipe(front);
+        let bases = stop(front);
+        submit(front);
+        let (marked, changed) = run(front, &bases, &log, &done);
+        least = least.min(changed.len());
         assert_eq!(marked, if on { changed } else { BTreeSet::new() });
-        let base = front.messages.get_vring_base(0).unwrap();
-        front.start(0, base);
+        for queue in 0..front.queues.len() {
+            let base = front.messages.get_vring_base(queue).unwrap();
+            front.start(queue, base);
+        }
+    }
+    least
+}
+
+#[test]
+fn nothing_is_marked_once_the_log_is_off() {
+    let image = image();
+    let daemon = Daemon::start(BLK, &["--path", image.path().to_str().unwrap()]);
+    let read = Request {
+        kind: 0,
+        sector: 0,
+        len: 65536,
+        cut: 100,
+        at: 7,
+    };
+    for packed in [false, true] {
+        let setup = Setup {
+            packed,
+            ..Setup::default()
+        };
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        let changed = marks_while_on(
+            &mut front,
+            |front| submit(front, 0, &read),
+            |front| {
+                front.complete(0);
+            },
+        );
+        assert!(changed > 16, "packed: {packed}");
+    }
+    daemon.stop();
+}
+
+#[test]
+fn nothing_is_marked_by_a_network_device_once_the_log_is_off() {
+    if !own_network("nothing_is_marked_by_a_network_device_once_the_log_is_off") {
+        return;
+    }
+    let fixed = ["--mac", "52:54:00:00:00:05", "--tap-ip", "10.9.0.1/24"];
+    let daemon = Daemon::start(NET, &[&fixed[..], &["--tap", "ring0"]].concat());
+    let setup = Setup {
+        queues: 2,
+        ..Setup::default()
+    };
+    for setup in setup.formats() {
+        let mut front = FrontEnd::new(&daemon.socket(), setup);
+        let changed = marks_while_on(
+            &mut front,
+            |front| ask(front, 1, 1),
+            |front| {
+                front.complete(1);
+                front.complete(0);
+            },
+        );
+        // Both rings, and a buffer.
+        assert!(changed >= 3, "packed: {}: {changed}", setup.packed);
     }
     daemon.stop();
 }
@@ -305,12 +423,34 @@ fn a_log_that_is_cut_short_ends_the_connection() {
     daemon.stop();
 }
 
+/// Makes buffers available to a card across pages, of which a small packet needs a part of the first only, and has it ask so often "Who
+/// has 10.9.0.1?", to which the host answers.
+fn ask(front: &mut FrontEnd, buffers: u64, questions: u64) {
+    const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 5];
+    let FrontEnd { queues, guest, .. } = front;
+    for number in 0..buffers {
+        let at = GuestAddress(SECOND + number * 3 * PAGE + 100);
+        let room = Segment::new(at, 2 * PAGE as u32);
+        queues[0].submit(guest, &[], &[room], number);
+    }
+    let mut packet = vec![0; 12];
+    packet.extend([0xff; 6]);
+    packet.extend(MAC);
+    packet.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    packet.extend(MAC);
+    packet.extend([10, 9, 0, 2, 0, 0, 0, 0, 0, 0, 10, 9, 0, 1]);
+    let at = guest.alloc(packet.len() as u64, 64);
+    guest.memory.write_slice(&packet, at).unwrap();
+    for number in 0..questions {
+        queues[1].submit(guest, &[Segment::new(at, packet.len() as u32)], &[], number);
+    }
+}
+
 #[test]
 fn a_network_device_marks_the_pages_that_it_writes() {
     if !own_network("a_network_device_marks_the_pages_that_it_writes") {
         return;
     }
-    const MAC: [u8; 6] = [0x52, 0x54, 0, 0, 0, 5];
     let fixed = ["--mac", "52:54:00:00:00:05", "--tap-ip", "10.9.0.1/24"];
     let daemon = Daemon::start(NET, &[&fixed[..], &["--tap", "ring0"]].concat());
     for setup in Setup::default().formats() {
@@ -321,27 +461,9 @@ fn a_network_device_marks_the_pages_that_it_writes() {
             let log = front.log.as_ref().unwrap().0.try_clone().unwrap();
             wipe(&front);
             let bases = stop(&mut front);
-            // Buffers across pages, of which a small packet needs a part of the first only.
-            for number in 0..16 {
-                let at = GuestAddress(SECOND + number * 3 * PAGE + 100);
-                let FrontEnd { queues, guest, .. } = &mut front;
-                let room = Segment::new(at, 2 * PAGE as u32);
-                queues[0].submit(guest, &[], &[room], number);
-            }
-            // "Who has 10.9.0.1?", to which the host answers; often enough that many answers are read with one call.
+            // Often enough that many answers are read with one call.
             const ASKED: u64 = 12;
-            let mut packet = vec![0; 12];
-            packet.extend([0xff; 6]);
-            packet.extend(MAC);
-            packet.extend([8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
-            packet.extend(MAC);
-            packet.extend([10, 9, 0, 2, 0, 0, 0, 0, 0, 0, 10, 9, 0, 1]);
-            let at = front.guest.alloc(packet.len() as u64, 64);
-            front.guest.memory.write_slice(&packet, at).unwrap();
-            let FrontEnd { queues, guest, .. } = &mut front;
-            for number in 0..ASKED {
-                queues[1].submit(guest, &[Segment::new(at, packet.len() as u32)], &[], number);
-            }
+            ask(&mut front, 16, ASKED);
             let (marked, changed) = run(&mut front, &bases, &log, |front| {
                 for _ in 0..ASKED {
                     front.complete(1);
