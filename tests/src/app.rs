@@ -31,6 +31,7 @@ const EXAMPLES: &str = "\
 Examples:
   cargo lab demo               a guest with disk and network from our back-ends
   cargo lab test               all tests; the last line counts them
+  cargo lab test --fuzz-seconds 0                without a search in the fuzz targets
   cargo lab test boot:: blk::  the tests whose names contain one of these
   cargo lab test crash:: --kills 50              back-ends killed 50 times in each
   cargo lab test soak:: --soak-seconds 900       four guests busy for 15 minutes
@@ -125,7 +126,7 @@ enum Action {
         #[command(flatten)]
         common: Common,
     },
-    /// Run the native tests, then the end-to-end tests with guests
+    /// Run the native tests, search in the fuzz targets for a moment, then run the end-to-end tests with guests
     Test {
         #[command(flatten)]
         common: Common,
@@ -149,6 +150,11 @@ enum Action {
         /// Long ones come first. One that has begun takes its time.
         #[arg(long, value_name = "MINUTES", value_parser = clap::value_parser!(u16).range(1..))]
         within: Option<u16>,
+        /// How long to search in each fuzz target after the native tests; 0 for not at all
+        ///
+        /// Needs a C++ compiler, for libFuzzer; without one it is skipped. `cargo lab fuzz` searches for longer.
+        #[arg(long, default_value_t = 5, value_name = "N")]
+        fuzz_seconds: u32,
         #[command(flatten)]
         effort: Effort,
     },
@@ -260,12 +266,14 @@ fn run(action: Action) -> Result<ExitCode> {
             jobs,
             retries,
             within,
+            fuzz_seconds,
             effort,
         } => Ok(test(
             &common,
             &Plan {
                 filters: &filters,
                 effort,
+                fuzz_seconds,
                 jobs: jobs.map(usize::from),
                 retries,
                 within: within.map(|minutes| Duration::from_secs(60 * u64::from(minutes))),
@@ -459,6 +467,17 @@ mod tests {
         };
         assert_eq!(command, ["ls", "-l"]);
         assert!(common.yes);
+    }
+
+    #[test]
+    fn tests_search_in_the_fuzz_targets_unless_told_not_to() {
+        for (options, expected) in [(&[][..], 5), (&["--fuzz-seconds", "0"], 0)] {
+            let cli = Cli::try_parse_from([&["lab", "test"], options].concat()).unwrap();
+            let Action::Test { fuzz_seconds, .. } = cli.command else {
+                panic!("no tests")
+            };
+            assert_eq!(fuzz_seconds, expected);
+        }
     }
 
     #[test]

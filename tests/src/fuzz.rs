@@ -13,6 +13,7 @@ use base64::engine::general_purpose::STANDARD;
 use crate::command::{self, Output};
 use crate::error::{Doing, LabError, Result, last_lines};
 use crate::programs::{BUILD_LIMIT, cargo, workspace};
+use crate::protocol::Tally;
 
 /// Build scripts are built without what counts branches if the target is named.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
@@ -35,6 +36,46 @@ const GRACE: Duration = Duration::from_secs(120);
 /// # Errors
 /// Fails if there is no such target, if the build fails, or if a search finds something; the others are searched first.
 pub fn run(targets: &[String], seconds: u32, sanitize: bool) -> Result<()> {
+    let searched = search(targets, seconds, sanitize)?;
+    let broken = searched.into_iter().filter(|(_, held)| !held);
+    let broken: Vec<String> = broken.map(|(name, _)| name).collect();
+    if broken.is_empty() {
+        return Ok(());
+    }
+    Err(LabError::Check(format!(
+        "inputs were found that break {}: mend it, and keep them in tests/fuzz/inputs (`base64 -w 0`)",
+        broken.join(", ")
+    )))
+}
+
+/// Searches for `seconds` in each target, each of which counts as a test.
+///
+/// # Errors
+/// Fails if the build does, or a search does not end.
+pub fn test(seconds: u32) -> Result<Tally> {
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "c++".into());
+    if let Err(error) = Command::new(&compiler).arg("--version").output() {
+        let compiler = compiler.to_string_lossy();
+        println!("fuzz: skipped: no C++ compiler `{compiler}` (package g++): {error}");
+        return Ok(Tally {
+            skipped: 1,
+            ..Tally::default()
+        });
+    }
+    Ok(count(&search(&[], seconds, false)?))
+}
+
+fn count(searched: &[(String, bool)]) -> Tally {
+    let mut tally = Tally::default();
+    for (_, held) in searched {
+        tally.passed += u64::from(*held);
+        tally.failed += u64::from(!held);
+    }
+    tally
+}
+
+/// Searches, and says of each target whether it held.
+fn search(targets: &[String], seconds: u32, sanitize: bool) -> Result<Vec<(String, bool)>> {
     let kept = workspace().join("tests").join("fuzz").join("inputs");
     let known = names(&kept)?;
     if let Some(unknown) = targets.iter().find(|name| !known.contains(name)) {
@@ -46,7 +87,7 @@ pub fn run(targets: &[String], seconds: u32, sanitize: bool) -> Result<()> {
     let targets = if targets.is_empty() { &known } else { targets };
     let build = workspace().join("target").join("fuzz");
     let program = build_program(&build, sanitize)?;
-    let mut broken = Vec::new();
+    let mut searched = Vec::new();
     for name in targets {
         let corpus = build.join("corpus").join(name);
         let findings = build.join("findings").join(name);
@@ -64,19 +105,14 @@ pub fn run(targets: &[String], seconds: u32, sanitize: bool) -> Result<()> {
             .arg("-print_final_stats=1")
             .arg(&corpus);
         let output = command::output(&mut command, Duration::from_secs(seconds.into()) + GRACE)?;
-        println!("{name}: {}", summary(&output.stderr));
-        if !output.status.success() {
+        println!("fuzz {name}: {}", summary(&output.stderr));
+        let held = output.status.success();
+        if !held {
             report(&output, &findings);
-            broken.push(name.as_str());
         }
+        searched.push((name.clone(), held));
     }
-    if broken.is_empty() {
-        return Ok(());
-    }
-    Err(LabError::Check(format!(
-        "inputs were found that break {}: mend it, and keep them in tests/fuzz/inputs (`base64 -w 0`)",
-        broken.join(", ")
-    )))
+    Ok(searched)
 }
 
 /// Each target has a file of inputs.
@@ -164,5 +200,15 @@ mod tests {
             stat::number_of_executed_units: 9\nstat::peak_rss_mb: 30\n";
         assert_eq!(summary(log), "9 runs, 40 branches");
         assert_eq!(summary(""), "? runs, ? branches");
+    }
+
+    #[test]
+    fn each_target_is_a_test() {
+        let searched = [("a", true), ("b", false), ("c", true)];
+        let searched = searched.map(|(name, held)| (name.to_owned(), held));
+        assert_eq!(
+            count(&searched).to_string(),
+            "2 passed, 1 failed, 0 skipped"
+        );
     }
 }

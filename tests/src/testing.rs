@@ -1,4 +1,5 @@
-//! `cargo lab test`: the native tests, then the suite, its tests shared out among as many lab VMs as the machine has room for.
+//! `cargo lab test`: the native tests, a short search in each fuzz target, then the suite, its tests shared out among as many lab
+//! VMs as the machine has room for.
 
 use std::collections::VecDeque;
 use std::io::Write;
@@ -7,6 +8,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::error::{Doing, LabError, Result};
+use crate::fuzz;
 use crate::lab::{Lab, Prepared, Where};
 use crate::native;
 use crate::protocol::{Event, Outcome, Request, Tally};
@@ -26,6 +28,8 @@ pub struct Plan<'a> {
     pub filters: &'a [String],
     /// How much is done by tests that do the same again and again.
     pub effort: Effort,
+    /// How long to search in each fuzz target.
+    pub fuzz_seconds: u32,
     /// How many lab VMs.
     pub jobs: Option<usize>,
     /// How often a failed test is run again.
@@ -80,6 +84,18 @@ pub fn run(
         let native = native::test(plan.verbose)?;
         println!("lab: native tests: {native}");
         tally.add(native);
+        if plan.fuzz_seconds > 0 {
+            let fuzzed = fuzz::test(plan.fuzz_seconds).unwrap_or_else(|error| {
+                // The tests with guests have nothing to do with it.
+                eprintln!("lab: fuzz: {error}");
+                Tally {
+                    failed: 1,
+                    ..Tally::default()
+                }
+            });
+            println!("lab: fuzz targets: {fuzzed}");
+            tally.add(fuzzed);
+        }
     }
     let total = u64::try_from(names.len()).unwrap_or(u64::MAX);
     let prepared = Prepared::several(systems, place, plan.jobs, names.len())?;
