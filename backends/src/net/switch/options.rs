@@ -28,7 +28,7 @@ pub struct SwitchArgs {
     /// that it is in without knowing [1], or trunk=N+N-N for those that it sees with tags, with native=N for the one
     /// without; isolated=on so that it speaks with no other isolated port;
     /// mac-filter=MAC+MAC and ip-filter=IP+IP for the only addresses that it may send from; and limits in a second:
-    /// tx-packets=, tx-bytes=, rx-packets=, rx-bytes= (each with -burst=), and flood-packets= [20000] for what goes to all;
+    /// tx-packets=, tx-bytes=, rx-packets=, rx-bytes= (each with -burst=), and flood-packets= [20000] for what goes to all (a longer frame than 1514 bytes is several);
     /// pcap=FILE, which is overwritten, for a copy of what the switch lets in there, and of what is to go out, before rx-
     /// limits and the guest's buffers (of ports that come later only with --sandbox off), of each frame at most pcap-snap= [262144] bytes.
     /// Ports come and go while the program runs: ringside-ctl port-add, port-remove.
