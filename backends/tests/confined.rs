@@ -88,6 +88,8 @@ static STARTER: OnceLock<(UnixStream, Child)> = OnceLock::new();
 /// Whatever is said there, a passt is started.
 const START_PASST: &[(&str, Attempt)] = &[("have the starter start others", || {
     let mut starter = &STARTER.get().unwrap().0;
+    // The card itself waits for no answer.
+    starter.set_nonblocking(false)?;
     for request in [1, 0, b'/', 0xff] {
         starter.write_all(&[request])?;
         let (_, connection) = starter.recv_with_fd(&mut [0; 4])?;
