@@ -16,10 +16,11 @@ use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
 use std::thread::{self, sleep};
 use std::time::{Duration, Instant};
 
-use frontend::disk::{Disk, FLUSH, IN, OK, OUT, ROOM};
+use frontend::disk::{DISCARD, Disk, FLUSH, IN, OK, OUT, ROOM};
 use frontend::nbd::greet;
 use frontend::{Daemon, FrontEnd, PATIENCE, REGION, SECOND, Setup, own_network, skip};
 use ringside_rings::Segment;
@@ -324,6 +325,62 @@ fn requests_that_wait_go_where_the_ring_goes() {
         daemon.stop();
         assert!(server.disk() == disk.model);
     }
+}
+
+/// A request of several parts is suspended between them.
+#[test]
+fn the_next_part_of_a_request_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("s");
+    let listener = UnixListener::bind(&path).unwrap();
+    let ((asked, was_asked), (answer, may_answer)) = (mpsc::channel(), mpsc::channel());
+    // It answers once.
+    thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        greet(&mut stream, false).unwrap();
+        let (_, cookie, _, _) = request(&mut stream).unwrap();
+        asked.send(()).unwrap();
+        may_answer.recv().unwrap();
+        stream.write_all(&simple(0, cookie)).unwrap();
+        let _ = stream.read_to_end(&mut Vec::new());
+    });
+    let daemon = serve(&format!("nbd+unix:///?socket={}", path.display()), &[]);
+    let setup = Setup {
+        tracked: true,
+        ..Setup::default()
+    };
+    let mut front = FrontEnd::new(&daemon.socket(), setup);
+    front.raw.accept_skip_drain();
+    let (head, ranges) = (front.guest.alloc(16, 16), front.guest.alloc(32, 16));
+    let status = front.guest.alloc(1, 16);
+    let memory = &front.guest.memory;
+    memory.write_slice(&[0; 16], head).unwrap();
+    memory.write_obj(DISCARD, head).unwrap();
+    for (number, sector) in (0..).zip([0_u64, 64]) {
+        let range = [&sector.to_le_bytes()[..], &8_u32.to_le_bytes(), &[0; 4]].concat();
+        let at = GuestAddress(ranges.0 + 16 * number);
+        memory.write_slice(&range, at).unwrap();
+    }
+    let readable = [Segment::new(head, 16), Segment::new(ranges, 32)];
+    front.queues[0].submit(&front.guest, &readable, &[Segment::new(status, 1)], 1);
+    was_asked.recv().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            sleep(Duration::from_millis(100));
+            answer.send(()).unwrap();
+        });
+        // One that was taken, and is not used.
+        assert_eq!(front.raw.skip_drain(0), 1);
+    });
+    let used = front.queues[0].ring.layout().used_ring();
+    let used: u16 = front
+        .guest
+        .memory
+        .read_obj(GuestAddress(used.0 + 2))
+        .unwrap();
+    assert_eq!(used, 0);
+    drop(front);
+    daemon.stop();
 }
 
 /// How many requests of a disk with split rings are noted as in flight (vhost-user, `QueueRegionSplit`).

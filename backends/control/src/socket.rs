@@ -1,16 +1,23 @@
 //! A Unix socket that a program listens on, and its file.
 
-use std::fs::{self, File};
+use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, connect, listen, socket,
 };
 use nix::sys::stat::{Mode, fchmod};
+
+/// How long another program is given to make its socket, and between looks.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -112,12 +119,19 @@ impl Drop for SocketFile {
     }
 }
 
-/// Keeps other programs that make sockets in this way from doing so in the same directory, until it is closed. Those that may not open
-/// the directory do without: they are confined, and no more begin than one.
+/// Keeps other programs that make sockets in this way from doing so in the same directory, until it is closed. Programs that may not
+/// open the directory, as they are confined already, do without; so they do if somebody else does not let it go.
 fn lock_directory(path: &Path) -> Option<File> {
     let parent = path.parent().filter(|parent| parent != &Path::new(""));
     let directory = File::open(parent.unwrap_or(Path::new("."))).ok()?;
-    directory.lock().ok().map(|()| directory)
+    let end = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match directory.try_lock() {
+            Ok(()) => return Some(directory),
+            Err(TryLockError::WouldBlock) if Instant::now() < end => thread::sleep(LOCK_PAUSE),
+            Err(_) => return None,
+        }
+    }
 }
 
 /// Removes a socket that nobody listens on.
@@ -137,17 +151,25 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
             path: path.to_owned(),
         });
     }
-    match UnixStream::connect(path) {
-        Ok(_) => Err(ListenError::InUse {
+    match probe(path) {
+        // Who takes no more connections listens, too (connect(2)).
+        Ok(()) | Err(Errno::EAGAIN) => Err(ListenError::InUse {
             path: path.to_owned(),
         }),
-        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => {
+        Err(Errno::ECONNREFUSED) => {
             tracing::debug!(path = %path.display(), "replacing a stale socket");
             fs::remove_file(path).map_err(stale)
         }
-        // A full backlog, or a socket of another type, has an owner.
-        Err(e) => Err(stale(e)),
+        // A socket of another type has an owner.
+        Err(e) => Err(stale(e.into())),
     }
+}
+
+/// Whether somebody listens there, without waiting to be accepted.
+fn probe(path: &Path) -> nix::Result<()> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
 }
 
 fn listen_at(path: &Path) -> io::Result<UnixListener> {
@@ -164,6 +186,24 @@ fn listen_at(path: &Path) -> io::Result<UnixListener> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn who_is_stopped_or_holds_the_directory_holds_nobody_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let stopped = listen_at(&path).unwrap();
+        nix::sys::socket::listen(&stopped, Backlog::new(0).unwrap()).unwrap();
+        let _waits = UnixStream::connect(&path).unwrap();
+        let error = SocketFile::listen(&path).err();
+        assert!(
+            matches!(error, Some(ListenError::InUse { .. })),
+            "{error:?}"
+        );
+        let holder = File::open(directory.path()).unwrap();
+        holder.lock().unwrap();
+        SocketFile::listen(&directory.path().join("other")).unwrap();
+    }
 
     #[test]
     fn of_many_that_find_a_stale_socket_one_listens() {

@@ -326,6 +326,8 @@ pub const LISTENING: &[Call] = &[
     call(libc::SYS_bind, "their names"),
     call(libc::SYS_listen, "their queues"),
     call(libc::SYS_connect, "whether somebody listens there"),
+    // Where Landlock lets the directory be opened.
+    rare(call(libc::SYS_flock, "that one program at a time does so")),
 ];
 
 /// Connecting to a Unix socket.

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use thiserror::Error;
 
+use super::hash::MAX_TAGS;
 use crate::shell::{DeviceError, config_range};
 
 /// An Ethernet address.
@@ -122,10 +123,10 @@ pub(super) fn longest_frame(mtu: Option<u16>) -> usize {
     mtu.map_or(usize::MAX, |mtu| usize::from(mtu) + ETHERNET)
 }
 
-/// A frame of `len` bytes and this type, which is longer than [`longest_frame`] says, is so by a VLAN tag only.
+/// A frame of `len` bytes and this type, which is longer than [`longest_frame`] says, is so by VLAN tags only.
 pub(super) fn is_longer_by_tag(len: usize, ethertype: [u8; 2], longest: usize) -> bool {
     ETHERTYPES_VLAN.contains(&u16::from_be_bytes(ethertype))
-        && len <= longest.saturating_add(VLAN_TAG)
+        && len <= longest.saturating_add(MAX_TAGS * VLAN_TAG)
 }
 
 /// `duplex` full (VIRTIO 1.3, 5.1.4).

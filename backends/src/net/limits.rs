@@ -11,6 +11,7 @@ use std::time::Duration;
 use ringside_control::{ApiError, ErrorCode, Size};
 use serde_json::Value;
 
+use super::tx::MAX_FRAME;
 use crate::shell::{Bucket, NamedRates, StateError};
 
 /// Names of a card's limits: of what its driver sends, and of what that gets. Those of a port begin with them.
@@ -21,8 +22,8 @@ pub(super) type CardRates = NamedRates<{ NAMES.len() }>;
 /// The buckets of a card, which all its queue pairs share.
 pub(super) type CardLimits = Limits<{ NAMES.len() }>;
 
-/// Bytes that a packet has at most: what a length of IP can say, and the headers around it.
-const LONGEST_PACKET: u64 = 1 << 16;
+/// Bytes that a packet has at most.
+const LONGEST_PACKET: u64 = MAX_FRAME as u64;
 
 /// How long something waits at most until limits are asked again, in nanoseconds: they may have been changed meanwhile.
 pub(super) const LONGEST_WAIT: u64 = 100_000_000;

@@ -973,7 +973,7 @@ fn split_index(index: u32, base: u32) -> Result<u16, HandlerError> {
 
 /// The base of a packed virtqueue: in the low half the place of the next descriptor to take, in the high half that of the
 /// next used one, each with its wrap counter in the top bit. Front-ends that know the low half only leave the other
-/// 0; with nothing in flight, as rings are stopped here, both are the same.
+/// 0; with nothing in flight both are the same.
 fn packed_indices(base: u32) -> (u16, Option<u16>) {
     let [a0, a1, u0, u1] = base.to_le_bytes();
     let (avail, used) = (u16::from_le_bytes([a0, a1]), u16::from_le_bytes([u0, u1]));

@@ -744,9 +744,14 @@ impl Shared {
         let equipped = running.equipped == Some(state.epoch) && log.is_none();
         let again = running.handed_over;
         running.handed_over = true;
+        let mut config = None;
         let talk = |link: &mut dyn Link| {
             if !equipped {
                 self.equip(link, &state.memory, log.as_deref(), running)?;
+                // A card's address may be part of what was kept.
+                if running.kept.is_some() && self.has_config() {
+                    config = Some(self.offer.read_config(link)?);
+                }
             }
             running.stopped = false;
             for (active, ring) in &running.queues {
@@ -764,7 +769,11 @@ impl Shared {
             }
             Ok(())
         };
-        match connection.simple(ANSWER_LIMIT, &self.exit, talk) {
+        let told = connection.simple(ANSWER_LIMIT, &self.exit, talk);
+        if let Some(config) = config {
+            state.config = config;
+        }
+        match told {
             // From here on what it keeps changes.
             Ok(()) => {
                 running.on = Some(state.epoch);

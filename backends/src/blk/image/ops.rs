@@ -41,8 +41,11 @@ pub(in crate::blk) enum Action {
         /// The space may be given back.
         unmap: bool,
     },
-    /// Give back what waits and the storage does not have, [suspended](Outcome::Suspended). There is no outcome of its own.
+    /// Give back what waits and the storage does not have, [suspended](Outcome::Suspended), until [`Resume`](Self::Resume). There
+    /// is no outcome of its own.
     Suspend,
+    /// Let what comes from here on wait again. There is no outcome of its own.
+    Resume,
     /// Let another program go on with the disk: nothing is in flight.
     Leave,
     /// Go on with a disk that another program has left.
@@ -308,11 +311,14 @@ impl Link {
         }
     }
 
-    /// Has what waits given back, by a companion that may keep it waiting: one that is connected to a server.
-    pub(super) fn suspend(&self) {
+    /// Has what waits given back, or not any more, by a companion that may keep it waiting: one that is connected to a server.
+    pub(super) fn suspend(&self, suspended: bool) {
         if let Way::Thread { wake: Some(_), .. } = &self.way {
             // One that is gone has nothing.
-            self.say(Action::Suspend);
+            self.say(match suspended {
+                true => Action::Suspend,
+                false => Action::Resume,
+            });
         }
     }
 

@@ -633,7 +633,7 @@ impl Companion {
                 return Ok(Outcome::Done);
             }
             // Nothing of it waits.
-            Action::Suspend => return Ok(Outcome::Done),
+            Action::Suspend | Action::Resume => return Ok(Outcome::Done),
             // The other program reads the tables from the file, which this one does not write any more.
             Action::Leave => {
                 if !self.frozen {

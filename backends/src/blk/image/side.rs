@@ -29,6 +29,8 @@ pub(in crate::blk) struct Side {
     held: Vec<Held>,
     /// Something was handed over that the companion may not know of.
     unannounced: bool,
+    /// The companion gives back what waits.
+    suspended: bool,
 }
 
 /// A part of a request.
@@ -54,12 +56,16 @@ impl Side {
             paths,
             held: Vec::new(),
             unannounced: false,
+            suspended: false,
         }
     }
 
     /// From now on there are this many slots, all of them free.
     pub(in crate::blk) fn attach(&mut self, slots: u16) {
         self.held.resize_with(usize::from(slots), Held::default);
+        if std::mem::take(&mut self.suspended) {
+            self.link.suspend(false);
+        }
     }
 
     /// Keeps what a request in a slot reads or writes, behind the first `skip` bytes.
@@ -153,9 +159,10 @@ impl Side {
         }
     }
 
-    /// Has the companion give back what waits, undone.
+    /// Has the companion give back what waits, undone, until the next ring is attached.
     pub(in crate::blk) fn suspend(&mut self) {
-        self.link.suspend();
+        self.suspended = true;
+        self.link.suspend(true);
     }
 
     /// Takes what the companion has done; `outcomes` is emptied first.

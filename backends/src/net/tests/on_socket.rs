@@ -497,8 +497,8 @@ fn a_driver_gets_nothing_that_is_longer_than_its_mtu() {
         let mut to_be_cut = packet(3000);
         to_be_cut[..2].copy_from_slice(&[1, 1]);
         socket.send(&packet(1515)).unwrap();
-        socket.send(&tagged(1519)).unwrap();
-        for longest in [packet(1514), tagged(1518), to_be_cut] {
+        socket.send(&tagged(1523)).unwrap();
+        for longest in [packet(1514), tagged(1522), to_be_cut] {
             socket.send(&longest).unwrap();
             assert_eq!(pair.receive(), with_buffers(longest, 1));
         }

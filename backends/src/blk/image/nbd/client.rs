@@ -287,10 +287,21 @@ impl Client {
             match self.ops.try_recv() {
                 Ok(op) => {
                     any = true;
-                    self.suspending.retain(|who| !Arc::ptr_eq(who, &op.mailbox));
-                    if op.action == Action::Suspend {
-                        self.suspending.push(op.mailbox);
-                        self.give_back();
+                    match op.action {
+                        Action::Suspend => {
+                            self.suspending.push(op.mailbox);
+                            self.give_back();
+                            continue;
+                        }
+                        Action::Resume => {
+                            self.suspending.retain(|who| !Arc::ptr_eq(who, &op.mailbox));
+                            continue;
+                        }
+                        _ => {}
+                    }
+                    // The next part of a request that was being served.
+                    if self.gives_back_to(&op.mailbox) {
+                        self.post(op, Outcome::Suspended);
                         continue;
                     }
                     // After this, a request says that the connection is this program's.
@@ -447,9 +458,12 @@ impl Client {
         let kind = match flight.op.action {
             Action::Read => (command::READ, 0),
             Action::Write => (command::WRITE, fua),
-            Action::Discard | Action::Flush | Action::Suspend | Action::Leave | Action::Adopt => {
-                (command::TRIM, fua)
-            }
+            Action::Discard
+            | Action::Flush
+            | Action::Suspend
+            | Action::Resume
+            | Action::Leave
+            | Action::Adopt => (command::TRIM, fua),
             Action::WriteZeroes { unmap: true } => (command::WRITE_ZEROES, fua),
             Action::WriteZeroes { unmap: false } => {
                 (command::WRITE_ZEROES, fua | command::FLAG_NO_HOLE)
@@ -765,6 +779,10 @@ impl Client {
         }
     }
 
+    fn gives_back_to(&self, mailbox: &Arc<Mailbox<Outcome>>) -> bool {
+        self.suspending.iter().any(|who| Arc::ptr_eq(who, mailbox))
+    }
+
     /// Gives back what the server does not have, to whom asked for it. What it has is waited for: it may do it at any time.
     fn give_back(&mut self) {
         if self.suspending.is_empty() {
@@ -775,8 +793,7 @@ impl Client {
                 continue;
             };
             let waits = !self.connected || flight.generation.is_none();
-            let wanted = |who: &Arc<_>| Arc::ptr_eq(who, &flight.op.mailbox);
-            if waits && self.suspending.iter().any(wanted) {
+            if waits && self.gives_back_to(&flight.op.mailbox) {
                 self.end(index, Outcome::Suspended);
                 self.queue.retain(|queued| *queued != index);
             }

@@ -374,7 +374,9 @@ pub(super) fn begin(image: &Arc<Image>, op: Op) {
         Action::Read => Request::Read,
         Action::Write => Request::Write,
         // No image of a cluster goes over, and nothing of it waits.
-        Action::Flush | Action::Suspend | Action::Leave | Action::Adopt => Request::Flush,
+        Action::Flush | Action::Suspend | Action::Resume | Action::Leave | Action::Adopt => {
+            Request::Flush
+        }
         Action::Discard => Request::Discard,
         Action::WriteZeroes { unmap } => Request::WriteZeroes { thick: !unmap },
     };

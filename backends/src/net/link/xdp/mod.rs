@@ -90,6 +90,8 @@ pub enum XdpError {
 /// networks for that, which others hold for long when they make and remove some.
 const ATTEMPTS: u32 = 251;
 const PAUSE: Duration = Duration::from_millis(20);
+/// The same for an interface that has a program: half a second, as one of somebody else's is no rarity.
+const ATTACH_ATTEMPTS: u32 = 26;
 
 /// What was tried, and what the system said.
 type Failed = (&'static str, Errno);
@@ -105,6 +107,20 @@ fn explained(name: &str, queue: u16, (what, errno): Failed) -> XdpError {
             what,
             source: other.into(),
         },
+    }
+}
+
+/// Attaches a program. That of a program that has ended a moment ago is there until its last descriptor is closed: processes that it
+/// has started have them for a moment, too.
+fn attach(index: libc::c_int, queues: u16) -> Result<Program, Failed> {
+    let mut attempts = 1..ATTACH_ATTEMPTS;
+    loop {
+        match Program::attach(index, queues) {
+            Err((_, Errno::EBUSY | Errno::EEXIST)) if attempts.next().is_some() => {
+                thread::sleep(PAUSE);
+            }
+            done => return done,
+        }
     }
 }
 
@@ -137,7 +153,7 @@ impl Xdp {
     /// Opens a socket on each of the first `count` queues of the interface `name`.
     pub(super) fn open(name: &str, count: u16) -> Result<Vec<Self>, XdpError> {
         let index = interface_index(name)?;
-        let program = Program::attach(index, count).map_err(|failed| explained(name, 0, failed))?;
+        let program = attach(index, count).map_err(|failed| explained(name, 0, failed))?;
         let program = Arc::new(program);
         (0..count)
             .map(|queue| {

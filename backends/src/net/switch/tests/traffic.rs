@@ -430,7 +430,8 @@ fn a_driver_gets_nothing_that_is_longer_than_its_mtu() {
     let tagged = |len: usize| packet(mac(2), mac(1), Some(7), &vec![0x88; len + 2]);
     for (longest, longer) in [
         (plain(mac(2), mac(1), 1500), plain(mac(2), mac(1), 1501)),
-        (tagged(1500), tagged(1501)),
+        // With room for another tag.
+        (tagged(1504), tagged(1505)),
     ] {
         let before = b.shared().counters.rx_dropped.get();
         a.send(&longer);
