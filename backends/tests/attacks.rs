@@ -307,7 +307,7 @@ impl Attack {
             let index = self.offered.wrapping_add(1);
             self.store(available + 2, &index.to_le_bytes());
         }
-        self.offered += 1;
+        self.offered = self.offered.wrapping_add(1);
         self.kick();
     }
 
@@ -741,6 +741,15 @@ impl Changing {
     }
 }
 
+/// Tells a thread to end.
+struct Stop<'a>(&'a AtomicBool);
+
+impl Drop for Stop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Whatever becomes of each chain: nobody else notices, and the next front-end is served.
 #[test]
 fn what_changes_while_it_is_looked_at() {
@@ -759,6 +768,8 @@ fn what_changes_while_it_is_looked_at() {
             let stop = AtomicBool::new(false);
             let mut broken = false;
             thread::scope(|scope| {
+                // Also when something is not as it should be: the scope waits for its threads.
+                let _stop = Stop(&stop);
                 scope.spawn(|| {
                     for turn in (0_u64..).take_while(|_| !stop.load(Ordering::Relaxed)) {
                         changing.once(turn, &memory, &places);
@@ -772,7 +783,6 @@ fn what_changes_while_it_is_looked_at() {
                     // Whether they were returned cannot be told where their marks change.
                     broken = readable(err, Duration::from_micros(100));
                 }
-                stop.store(true, Ordering::Relaxed);
             });
             attack.connect();
         }
