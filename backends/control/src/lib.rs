@@ -43,4 +43,4 @@ pub use metrics::Metrics;
 pub use peers::{PeerError, Peers};
 pub use server::{BoundSocket, ControlSocket, Service};
 pub use size::Size;
-pub use socket::{ListenError, SocketFile};
+pub use socket::{ListenError, SocketFile, connect_at_once};

@@ -4,7 +4,7 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
-use std::os::unix::net::UnixListener;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -151,9 +151,8 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
             path: path.to_owned(),
         });
     }
-    match probe(path) {
-        // Who takes no more connections listens, too (connect(2)).
-        Ok(()) | Err(Errno::EAGAIN) => Err(ListenError::InUse {
+    match connect_at_once(path) {
+        Ok(_) | Err(Errno::EAGAIN) => Err(ListenError::InUse {
             path: path.to_owned(),
         }),
         Err(Errno::ECONNREFUSED) => {
@@ -165,11 +164,15 @@ fn remove_stale(path: &Path) -> Result<(), ListenError> {
     }
 }
 
-/// Whether somebody listens there, without waiting to be accepted.
-fn probe(path: &Path) -> nix::Result<()> {
+/// A connection to who listens there, without waiting for it. It does not wait for what is sent either.
+///
+/// # Errors
+/// EAGAIN: somebody listens, and those who wait to be accepted are as many as may (connect(2)). Whatever else the system says.
+pub fn connect_at_once(path: &Path) -> nix::Result<UnixStream> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)
+    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
+    Ok(socket.into())
 }
 
 fn listen_at(path: &Path) -> io::Result<UnixListener> {
@@ -186,7 +189,6 @@ fn listen_at(path: &Path) -> io::Result<UnixListener> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
-    use std::os::unix::net::UnixStream;
 
     #[test]
     fn who_is_stopped_or_holds_the_directory_holds_nobody_up() {

@@ -25,11 +25,10 @@ use epoll::Events;
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::sockopt::SndBuf;
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, recv, send, setsockopt, socket,
-};
+use nix::sys::socket::{MsgFlags, recv, send, setsockopt};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{ClockId, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
+use ringside_control::connect_at_once;
 use ringside_sandbox::Profile;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -197,7 +196,7 @@ impl Source {
     /// A connection to it. `None`, and `asked` is set, while one is being started.
     fn try_connect(&self, asked: &mut bool) -> Result<Option<Connection>, PasstError> {
         let stream = match self {
-            Self::Listening(path) => connected(path).map(Some).map_err(|errno| {
+            Self::Listening(path) => connect_at_once(path).map(Some).map_err(|errno| {
                 let path = path.clone();
                 match errno {
                     Errno::EAGAIN => PasstError::Silent { path },
@@ -538,14 +537,6 @@ impl Passt {
     }
 }
 
-/// A connection to who listens there. Without waiting: EAGAIN if those who do wait are as many as may (connect(2)).
-fn connected(path: &Path) -> nix::Result<UnixStream> {
-    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    Ok(socket.into())
-}
-
 /// Long frames are to pass whole, if the system lets them.
 fn prepare(stream: &UnixStream) -> io::Result<()> {
     stream.set_nonblocking(true)?;
@@ -689,7 +680,9 @@ impl Link for Passt {
 mod tests {
     use std::io::{Read, Write};
 
-    use nix::sys::socket::{Backlog, bind, listen};
+    use nix::sys::socket::{
+        AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket,
+    };
     use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
     use super::*;

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::socket::sockopt::SndBuf;
@@ -28,7 +29,7 @@ use crate::net::features::{GUEST_OFFLOADS, bit};
 use crate::net::link::{AnyLink, Interface, LinkError, TapQueue};
 use crate::net::settings::{Pairs, Shared};
 
-use crate::shell::{Command, Device, command_channel};
+use crate::shell::{Command, CommandSender, Device, command_channel};
 
 const BASE: u64 = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_RING_F_EVENT_IDX);
 const MERGEABLE: u64 = BASE | bit(VIRTIO_NET_F_MRG_RXBUF);
@@ -642,6 +643,13 @@ fn what_was_done_before_a_ring_broke_is_returned() {
     assert_eq!(pair.tx.used(), (vec![segment], 0));
 }
 
+/// A thread that obeys the commands for a card of two pairs, and the way to it.
+fn obeys(interface: Arc<dyn Interface>, shared: &Arc<Shared>) -> (CommandSender, JoinHandle<()>) {
+    let (sender, commands) = command_channel().unwrap();
+    let worker = ControlWorker::new(interface, Arc::clone(shared), 2, commands).unwrap();
+    (sender, std::thread::spawn(move || worker.run()))
+}
+
 /// Steers nothing.
 #[derive(Debug)]
 struct Unsteered;
@@ -657,9 +665,7 @@ fn a_table_of_queues_that_is_refused_changes_nothing() {
         Worker::start(0, tap0, &shared),
         Worker::start(1, tap1, &shared),
     ];
-    let (sender, commands) = command_channel().unwrap();
-    let worker = ControlWorker::new(Arc::new(Unsteered), Arc::clone(&shared), 2, commands).unwrap();
-    let thread = std::thread::spawn(move || worker.run());
+    let (sender, thread) = obeys(Arc::new(Unsteered), &shared);
     let mut guest = Guest::new();
     let mut queue = guest.queue(16);
     let features = CONTROL | bit(VIRTIO_NET_F_RSS);
@@ -720,10 +726,8 @@ fn the_control_queue_sets_what_workers_go_by() {
         Worker::start(0, tap0, &shared),
         Worker::start(1, tap1, &shared),
     ];
-    let (sender, commands) = command_channel().unwrap();
     let interface = Arc::clone(&recorder) as Arc<dyn Interface>;
-    let worker = ControlWorker::new(interface, Arc::clone(&shared), 2, commands).unwrap();
-    let thread = std::thread::spawn(move || worker.run());
+    let (sender, thread) = obeys(interface, &shared);
     let mut guest = Guest::new();
     let mut queue = guest.queue(16);
     assert_eq!(shared.get().pairs, Pairs::Enabled);
