@@ -21,7 +21,10 @@ use thiserror::Error;
 use tracing::{debug, warn};
 use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion, MmapRegion, Permissions};
 
-use crate::shell::{GuestSlice, Memory, is_logged, mark_pieces, restricted};
+use crate::shell::{
+    GuestSlice, IORING_REGISTER_BUFFERS, IORING_REGISTER_FILES, IORING_UNREGISTER_BUFFERS, Memory,
+    is_logged, mark_pieces, restricted,
+};
 
 /// Most iovecs in one submission (the kernel's UIO_MAXIOV), and most that one request may need.
 pub(super) const MAX_IOVECS: usize = 1024;
@@ -31,11 +34,6 @@ const MAX_REGISTERED: usize = 1 << 30;
 const BUFFER: usize = 1 << 20;
 /// The disk's place among the ring's registered files.
 const DISK: Fixed = Fixed(0);
-
-/// What a ring lets register (io_uring_register(2), linux/io_uring.h).
-const IORING_REGISTER_BUFFERS: u8 = 0;
-const IORING_UNREGISTER_BUFFERS: u8 = 1;
-const IORING_REGISTER_FILES: u8 = 2;
 
 /// What an entry's user data says: the high half its sort, the low half a number.
 const IO: u64 = 0;

@@ -92,5 +92,7 @@ pub use session::SessionError;
 pub use socket::SocketError;
 pub use state::StateError;
 pub(crate) use state::{open as open_state, seal as seal_state};
-pub(crate) use uring::restricted;
+pub(crate) use uring::{
+    IORING_REGISTER_BUFFERS, IORING_REGISTER_FILES, IORING_UNREGISTER_BUFFERS, restricted,
+};
 pub use vring::{Command, CommandSender, Commands, Vring, command_channel, signal};

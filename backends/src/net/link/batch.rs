@@ -10,13 +10,13 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::slice::ChunksExactMut;
 
-use io_uring::squeue::Entry;
-use io_uring::types::Fd;
+use io_uring::squeue::{Entry, Flags};
+use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode};
 use tracing::{debug, warn};
 
 use crate::net::iov::IoList;
-use crate::shell::restricted;
+use crate::shell::{IORING_REGISTER_FILES, restricted};
 
 /// Most frames of one call.
 pub(super) const AT_ONCE: u16 = 64;
@@ -24,11 +24,21 @@ pub(super) const AT_ONCE: u16 = 64;
 /// Most pieces of all frames that are read with one call.
 const MAX_READ_PIECES: usize = 1024;
 
-/// Writes and reads frames. It knows its descriptor only during a call: a ring that is closed would hold on to it for a while.
+/// The place of the descriptor among those that the ring knows: to look it up in the program's table costs for each frame.
+const PLACE: Fixed = Fixed(0);
+
+/// How much of a frame the processor is asked to have at hand, in lines of its cache: the header, and a short frame behind it. The
+/// rest of a long one it foresees by itself.
+const LINES: usize = 2;
+const LINE: usize = 64;
+
+/// Writes and reads frames of one descriptor.
 pub(super) struct Batch {
     ring: IoUring,
     /// It failed, and is not used any more.
     broken: bool,
+    /// What the kernel is to say of a write behind which there are others: nothing if all is well, if it knows how.
+    quiet: Flags,
     /// Pieces of the frames that are read: empty between calls.
     places: Vec<libc::iovec>,
 }
@@ -45,17 +55,14 @@ impl std::fmt::Debug for Batch {
 
 impl Batch {
     /// `None` where the kernel, or who started this program, does not let it.
-    pub(super) fn new() -> Option<Self> {
-        let mut builder = IoUring::builder();
-        builder.dontfork();
-        let operations = [
-            opcode::Write::CODE,
-            opcode::Writev::CODE,
-            opcode::Readv::CODE,
-        ];
-        let ring = restricted(&mut builder, AT_ONCE.into(), &[], &operations);
-        match ring {
+    pub(super) fn new(fd: BorrowedFd<'_>) -> Option<Self> {
+        match Self::ring(fd) {
             Ok(ring) => Some(Self {
+                quiet: if ring.params().is_feature_skip_cqe_on_success() {
+                    Flags::SKIP_SUCCESS
+                } else {
+                    Flags::empty()
+                },
                 ring,
                 broken: false,
                 places: Vec::with_capacity(MAX_READ_PIECES),
@@ -67,6 +74,21 @@ impl Batch {
         }
     }
 
+    fn ring(fd: BorrowedFd<'_>) -> io::Result<IoUring> {
+        let mut builder = IoUring::builder();
+        builder.dontfork();
+        let operations = [
+            opcode::Write::CODE,
+            opcode::Writev::CODE,
+            opcode::Readv::CODE,
+            opcode::FilesUpdate::CODE,
+        ];
+        let registrations = [IORING_REGISTER_FILES];
+        let ring = restricted(&mut builder, AT_ONCE.into(), &registrations, &operations)?;
+        ring.submitter().register_files(&[fd.as_raw_fd()])?;
+        Ok(ring)
+    }
+
     pub(super) fn is_sound(&self) -> bool {
         !self.broken
     }
@@ -75,7 +97,6 @@ impl Batch {
     /// [`AT_ONCE`] of them.
     pub(super) fn write(
         &mut self,
-        fd: BorrowedFd<'_>,
         list: &IoList,
         frames: &[usize],
         results: &mut Vec<io::Result<()>>,
@@ -83,18 +104,27 @@ impl Batch {
         if self.broken {
             return;
         }
-        let fd = Fd(fd.as_raw_fd());
         let before = results.len();
+        let frames = frames.get(..AT_ONCE.into()).unwrap_or(frames);
+        let last = frames.len().saturating_sub(1);
         let mut queue = self.ring.submission();
         let mut rest = list.live();
         for (number, &pieces) in frames.iter().enumerate() {
             let (frame, behind) = rest.split_at_checked(pieces).unwrap_or((rest, &[]));
             rest = behind;
-            let entry = entry(fd, frame).user_data(number as u64);
+            foresee(frame);
+            let quiet = if number < last {
+                self.quiet
+            } else {
+                Flags::empty()
+            };
+            let entry = write(frame).flags(quiet).user_data(number as u64);
             // SAFETY: the pieces lie in memory that the list keeps mapped, and stay as they are, like the list itself, until the
             // kernel is done with them, which is waited for below. It only reads.
             if unsafe { queue.push(&entry) }.is_err() {
-                break;
+                // It has room for all: something was left in it.
+                self.broken = true;
+                return;
             }
             // Until the kernel says something else.
             results.push(Err(io::ErrorKind::Interrupted.into()));
@@ -107,7 +137,6 @@ impl Batch {
     /// each, in their order: of fewer than were asked for if their pieces are too many for one call. At most [`AT_ONCE`] of them.
     pub(super) fn read(
         &mut self,
-        fd: BorrowedFd<'_>,
         list: &IoList,
         frames: &[usize],
         spills: ChunksExactMut<'_, u8>,
@@ -116,8 +145,8 @@ impl Batch {
         if self.broken {
             return;
         }
-        let fd = Fd(fd.as_raw_fd());
         let before = results.len();
+        let frames = frames.get(..AT_ONCE.into()).unwrap_or(frames);
         let mut rest = list.live();
         for (&pieces, spill) in frames.iter().zip(spills) {
             let Some((frame, behind)) = rest.split_at_checked(pieces) else {
@@ -141,7 +170,7 @@ impl Batch {
             let (frame, behind) = rest.split_at_checked(pieces + 1).unwrap_or((rest, &[]));
             rest = behind;
             let count = u32::try_from(frame.len()).unwrap_or(u32::MAX);
-            let entry = opcode::Readv::new(fd, frame.as_ptr(), count)
+            let entry = opcode::Readv::new(PLACE, frame.as_ptr(), count)
                 .rw_flags(libc::RWF_NOWAIT)
                 .build()
                 .user_data(number as u64);
@@ -149,8 +178,9 @@ impl Batch {
             // those and `places` stay as they are until the kernel is done with them, which is waited for below. Only the
             // guest's driver shares the former.
             if unsafe { queue.push(&entry) }.is_err() {
-                results.truncate(before + number);
-                break;
+                self.broken = true;
+                self.places.clear();
+                return;
             }
         }
         drop(queue);
@@ -165,11 +195,12 @@ impl Batch {
         }
     }
 
-    /// Has the kernel do what was submitted, and notes what came of each.
+    /// Has the kernel do what was submitted, and notes what came of each. It does all in order, none later than in its turn
+    /// (RWF_NOWAIT), so that all was done when it tells of the last one.
     fn complete<T>(&mut self, results: &mut [io::Result<T>], done: impl Fn(usize) -> T) {
-        let mut left = results.len();
-        while left > 0 {
-            match self.ring.submit_and_wait(left) {
+        let mut known = 0;
+        while known < results.len() && !self.broken {
+            match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 // Nothing was begun: these are offered again, and then one by one.
@@ -179,8 +210,11 @@ impl Batch {
                 }
             }
             for completion in self.ring.completion() {
-                left = left.saturating_sub(1);
                 let place = usize::try_from(completion.user_data()).unwrap_or(usize::MAX);
+                for unsaid in results.get_mut(known..place).unwrap_or_default() {
+                    *unsaid = Ok(done(0));
+                }
+                known = place.saturating_add(1);
                 let Some(result) = results.get_mut(place) else {
                     continue;
                 };
@@ -192,27 +226,59 @@ impl Batch {
                     error => *result = Err(io::Error::from_raw_os_error(error)),
                 }
             }
-            if self.broken {
-                break;
-            }
+        }
+    }
+}
+
+impl Drop for Batch {
+    /// A ring that is closed keeps its descriptors for a while, as the kernel frees it in the background; another program, or this
+    /// one, may want the interface at once.
+    fn drop(&mut self) {
+        if self.broken {
+            return;
+        }
+        let nothing = [-1];
+        let entry = opcode::FilesUpdate::new(nothing.as_ptr(), 1).build();
+        // SAFETY: the number lives until after the call, in which the kernel reads it.
+        if unsafe { self.ring.submission().push(&entry) }.is_ok()
+            && let Err(error) = self.ring.submit_and_wait(1)
+        {
+            debug!("a ring of io_uring keeps its descriptor for a while: {error}");
         }
     }
 }
 
 /// One frame: the plainer call if it lies in one piece.
-fn entry(fd: Fd, frame: &[libc::iovec]) -> Entry {
+fn write(frame: &[libc::iovec]) -> Entry {
     match frame {
         [piece] => {
             let len = u32::try_from(piece.iov_len).unwrap_or(u32::MAX);
-            opcode::Write::new(fd, piece.iov_base.cast(), len)
+            opcode::Write::new(PLACE, piece.iov_base.cast(), len)
                 .rw_flags(libc::RWF_NOWAIT)
                 .build()
         }
         _ => {
             let count = u32::try_from(frame.len()).unwrap_or(u32::MAX);
-            opcode::Writev::new(fd, frame.as_ptr(), count)
+            opcode::Writev::new(PLACE, frame.as_ptr(), count)
                 .rw_flags(libc::RWF_NOWAIT)
                 .build()
         }
     }
 }
+
+/// Has the processor fetch the beginning of a frame, which another one has written, while this one goes on.
+#[cfg(target_arch = "x86_64")]
+fn foresee(frame: &[libc::iovec]) {
+    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+
+    let Some(piece) = frame.first() else { return };
+    for offset in (0..piece.iov_len).step_by(LINE).take(LINES) {
+        let line = piece.iov_base.wrapping_byte_add(offset);
+        // SAFETY: a hint, which has no effect on memory, whatever the address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
+    }
+}
+
+/// Here the processor is left to foresee it by itself.
+#[cfg(not(target_arch = "x86_64"))]
+fn foresee(_: &[libc::iovec]) {}

@@ -33,6 +33,8 @@ use std::fmt::Debug;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::slice::ChunksExactMut;
+use std::thread;
+use std::time::Duration;
 
 use epoll::Events;
 use ringside_sandbox::Profile;
@@ -57,6 +59,25 @@ use super::steering::Rss;
 
 /// The longest header (VIRTIO 1.3, 5.1.6).
 const MAX_HEADER: usize = 20;
+
+/// How long to wait between attempts at what is busy.
+const PAUSE: Duration = Duration::from_millis(20);
+
+/// Tries something so often at most, as long as `busy` says so of its failure: what a program had that has ended a moment ago, the
+/// kernel gives back in the background.
+fn patiently<T, E>(
+    attempts: u32,
+    busy: impl Fn(&E) -> bool,
+    mut attempt: impl FnMut() -> Result<T, E>,
+) -> Result<T, E> {
+    let mut more = 1..attempts;
+    loop {
+        match attempt() {
+            Err(error) if busy(&error) && more.next().is_some() => thread::sleep(PAUSE),
+            done => return done,
+        }
+    }
+}
 
 /// A link cannot be had, or not changed.
 #[derive(Debug, Error)]

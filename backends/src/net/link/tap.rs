@@ -23,7 +23,7 @@ use thiserror::Error;
 use tracing::error;
 
 use super::batch::{self, Batch};
-use super::{Interface, Link, LinkError, Ready};
+use super::{Interface, Link, LinkError, Ready, patiently};
 use crate::net::config::MacAddress;
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
@@ -34,6 +34,9 @@ const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// Most packets that are read with one call: each has a spill of its own.
 const GIVES_AT_ONCE: u16 = 32;
+
+/// How often an interface that is busy is tried: half a second in all, as one of somebody else's is no rarity.
+const ATTEMPTS: u32 = 26;
 
 /// Most queues of one interface (the kernel's MAX_TAP_QUEUES).
 pub(in crate::net) const MAX_QUEUES: u16 = 256;
@@ -248,7 +251,7 @@ impl TapQueue {
     /// A queue that is opened behind `before` others.
     fn new(fd: OwnedFd, switchable: bool, before: usize, members: &Arc<Mutex<Members>>) -> Self {
         Self {
-            batch: Batch::new().map(Box::new),
+            batch: Batch::new(fd.as_fd()).map(Box::new),
             fd: Arc::new(fd),
             switchable,
             number: u16::try_from(before).unwrap_or(u16::MAX),
@@ -303,9 +306,7 @@ impl Link for TapQueue {
         results: &mut Vec<io::Result<()>>,
     ) {
         match &mut self.batch {
-            Some(batch) if pieces.len() > 1 => {
-                batch.write(self.fd.as_fd(), frames, pieces, results)
-            }
+            Some(batch) if pieces.len() > 1 => batch.write(frames, pieces, results),
             _ => results.push(self.send(frames, header_len)),
         }
     }
@@ -335,7 +336,7 @@ impl Link for TapQueue {
         results: &mut Vec<io::Result<usize>>,
     ) {
         if let Some(batch) = &mut self.batch {
-            batch.read(self.fd.as_fd(), list, pieces, spills, results);
+            batch.read(list, pieces, spills, results);
         }
     }
 
@@ -404,11 +405,17 @@ impl Tap {
         }
         for _ in 0..queues {
             let fd = open_device()?;
-            let attached = match ioctls::set_interface(fd.as_fd(), &name, flags) {
+            let attach = |flags| {
+                let busy = |errno: &Errno| *errno == Errno::EBUSY;
+                patiently(ATTEMPTS, busy, || {
+                    ioctls::set_interface(fd.as_fd(), &name, flags)
+                })
+            };
+            let attached = match attach(flags) {
                 // It was made with multi_queue; one queue of it will do.
                 Err(Errno::EINVAL) if queues == 1 => {
                     flags |= libc::IFF_MULTI_QUEUE;
-                    ioctls::set_interface(fd.as_fd(), &name, flags)
+                    attach(flags)
                 }
                 other => other,
             };

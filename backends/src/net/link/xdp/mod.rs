@@ -23,8 +23,6 @@ mod sys;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
 use epoll::Events;
 use nix::errno::Errno;
@@ -34,7 +32,7 @@ use tracing::info;
 use self::program::Program;
 use self::socket::XdpSocket;
 use super::packet::{PacketError, interface_index, promiscuous};
-use super::{Link, MAX_HEADER, Ready};
+use super::{Link, MAX_HEADER, Ready, patiently};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 
@@ -86,10 +84,9 @@ pub enum XdpError {
     },
 }
 
-/// How often a queue that is busy is tried, and how long to wait in between: five seconds in all. The kernel needs its lock of all
-/// networks for that, which others hold for long when they make and remove some.
+/// How often a queue that is busy is tried: five seconds in all. The kernel needs its lock of all networks for that, which others hold
+/// for long when they make and remove some.
 const ATTEMPTS: u32 = 251;
-const PAUSE: Duration = Duration::from_millis(20);
 /// The same for an interface that has a program: half a second, as one of somebody else's is no rarity.
 const ATTACH_ATTEMPTS: u32 = 26;
 
@@ -113,29 +110,15 @@ fn explained(name: &str, queue: u16, (what, errno): Failed) -> XdpError {
 /// Attaches a program. That of a program that has ended a moment ago is there until its last descriptor is closed: processes that it
 /// has started have them for a moment, too.
 fn attach(index: libc::c_int, queues: u16) -> Result<Program, Failed> {
-    let mut attempts = 1..ATTACH_ATTEMPTS;
-    loop {
-        match Program::attach(index, queues) {
-            Err((_, Errno::EBUSY | Errno::EEXIST)) if attempts.next().is_some() => {
-                thread::sleep(PAUSE);
-            }
-            done => return done,
-        }
-    }
+    let busy = |(_, errno): &Failed| matches!(errno, Errno::EBUSY | Errno::EEXIST);
+    patiently(ATTACH_ATTEMPTS, busy, || Program::attach(index, queues))
 }
 
 /// Opens a socket on a queue. One whose socket was closed a moment ago is busy until the kernel has freed that one's memory,
 /// which it does in the background.
 fn open_queue(index: libc::c_int, queue: u16) -> Result<XdpSocket, Failed> {
-    let mut attempts = 1..ATTEMPTS;
-    loop {
-        match XdpSocket::open(index, queue) {
-            Err((socket::BINDING, Errno::EBUSY)) if attempts.next().is_some() => {
-                thread::sleep(PAUSE);
-            }
-            done => return done,
-        }
-    }
+    let busy = |failed: &Failed| *failed == (socket::BINDING, Errno::EBUSY);
+    patiently(ATTEMPTS, busy, || XdpSocket::open(index, queue))
 }
 
 /// One queue of an interface.
