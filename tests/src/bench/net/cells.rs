@@ -13,8 +13,8 @@ pub(super) enum Behind {
     Exchange,
     /// A TAP whose frames nobody wants.
     Tap,
-    /// A TAP with frames for the guest, from a loop that writes them to another TAP, over a bridge.
-    TapSource,
+    /// A TAP in whose queue frames for the guest wait.
+    TapBacklog,
     /// Another card of the same back-end, where the frames come out again.
     Port,
     /// iperf3 in another network namespace, with the front-end as that namespace's interface.
@@ -53,7 +53,7 @@ impl Cell {
             Behind::Source => "source",
             Behind::Exchange => "both",
             Behind::Tap => "tap-tx",
-            Behind::TapSource => "tap-rx",
+            Behind::TapBacklog => "tap-rx",
             Behind::Port => "forward",
             Behind::Tcp(Direction::Rx) => return "tcp rx".into(),
             Behind::Tcp(_) => return "tcp tx".into(),
@@ -70,7 +70,7 @@ impl Cell {
     pub(super) fn direction(&self) -> Direction {
         match self.behind {
             Behind::Discard | Behind::Tap => Direction::Tx,
-            Behind::Source | Behind::TapSource => Direction::Rx,
+            Behind::Source | Behind::TapBacklog => Direction::Rx,
             Behind::Exchange | Behind::Port => Direction::Both,
             Behind::Tcp(direction) => direction,
         }
@@ -84,7 +84,7 @@ impl Cell {
     pub(super) fn needs_tap(&self) -> bool {
         matches!(
             self.behind,
-            Behind::Tap | Behind::TapSource | Behind::Tcp(_)
+            Behind::Tap | Behind::TapBacklog | Behind::Tcp(_)
         )
     }
 }
@@ -114,7 +114,7 @@ pub(super) fn all() -> Vec<Cell> {
             packed: false,
         });
     };
-    for behind in [Behind::Tap, Behind::TapSource] {
+    for behind in [Behind::Tap, Behind::TapBacklog] {
         for frame in FRAMES {
             add(behind, frame);
         }

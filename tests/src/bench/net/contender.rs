@@ -11,11 +11,11 @@ use crate::site::Site;
 
 /// A TAP whose frames go to nobody.
 pub(super) const LONE_TAP: &str = "vm0";
-/// A TAP that gets the frames which are written to the other one, over a bridge.
-pub(super) const FED_TAP: &str = "vm1";
-pub(super) const SOURCE_TAP: &str = "vm2";
+/// A TAP in whose queue frames wait, and how many.
+pub(super) const FULL_TAP: &str = "vm1";
+pub(super) const BACKLOG: u32 = 200_000;
 /// The TAP of this side of a TCP stream, and its address.
-pub(super) const TCP_TAP: &str = "vm3";
+pub(super) const TCP_TAP: &str = "vm2";
 pub(super) const TCP_ADDRESS: &str = "10.88.0.1";
 /// The other side's.
 pub(super) const TCP_PEER: &str = "10.88.0.2";
@@ -101,7 +101,7 @@ impl Contender {
                         .arg("--link")
                         .arg(format!("generate:{}", cell.frame)),
                     Behind::Tap => command.args(["--tap", LONE_TAP]),
-                    Behind::TapSource => command.args(["--tap", FED_TAP]),
+                    Behind::TapBacklog => command.args(["--tap", FULL_TAP]),
                     Behind::Tcp(_) => command.args(["--tap", TCP_TAP]),
                 };
                 Some(command)

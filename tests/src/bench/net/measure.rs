@@ -1,7 +1,7 @@
 //! One measurement: a fresh back-end under one load.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -11,9 +11,9 @@ use super::super::contender::{Process, socket_in};
 use super::super::load::{NetReport, Usage};
 use super::super::measure::Processors;
 use super::cells::{Behind, Cell, Front};
-use super::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, mode, second_socket};
-use crate::command::{self, GRACE, bound, end_tree};
-use crate::error::{Doing, LabError, Result};
+use super::contender::{BACKLOG, Contender, FULL_TAP, LONE_TAP, mode, second_socket};
+use crate::command;
+use crate::error::{LabError, Result};
 use crate::harness::{Testpmd, last_shown, testpmd};
 use crate::site::Site;
 
@@ -26,9 +26,6 @@ const TESTPMD_START: Duration = Duration::from_millis(2500);
 /// Until a fresh back-end forwards, which may go on starting after it listens.
 const SETTLING: Duration = Duration::from_millis(300);
 
-/// For what runs until it is ended, in seconds.
-const DAY: &str = "86400";
-
 /// What one measurement gave. Where the cell is a stream and has no frames, its bits stand for them.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub(super) struct Sample {
@@ -38,15 +35,6 @@ pub(super) struct Sample {
     pub(super) cpu: Option<f64>,
     /// How often the back-end waited for each frame.
     pub(super) waits: Option<f64>,
-}
-
-/// The process that frames come from; it ends when dropped.
-struct Source(Child);
-
-impl Drop for Source {
-    fn drop(&mut self) {
-        end_tree(&mut self.0, GRACE);
-    }
 }
 
 /// What all measurements have in common.
@@ -72,10 +60,6 @@ impl Bench<'_> {
         if let Behind::Tcp(direction) = cell.behind {
             return self.tcp(contender, cell, direction);
         }
-        let _source = match cell.behind {
-            Behind::TapSource => Some(self.source(cell)?),
-            _ => None,
-        };
         let Some(process) = self.start(contender, cell)? else {
             return self.bare(cell);
         };
@@ -122,9 +106,8 @@ impl Bench<'_> {
         if let Some((front, _)) = self.pair() {
             load.arg("--cpu").arg(front.to_string());
         }
-        if cell.behind == Behind::TapSource {
-            // The source needs the processor as well. The queue has room for the frames of some milliseconds.
-            load.args(["--pause", "1000"]);
+        if cell.behind == Behind::TapBacklog {
+            load.args(["--backlog", FULL_TAP, "--count", &BACKLOG.to_string()]);
         }
         self.run(load, cell).map_err(|error| LabError::Ended {
             what: error.to_string(),
@@ -132,30 +115,19 @@ impl Bench<'_> {
         })
     }
 
-    /// Starts what frames to the guest come from, on the processor of the front-end.
-    fn source(&self, cell: &Cell) -> Result<Source> {
-        let mut load = bound(self.site.programs.join("ringside-load"));
-        load.args(["tap", "--tap", SOURCE_TAP, "--direction", "tx"]);
-        load.args(["--seconds", DAY, "--frame"]);
-        load.arg(cell.frame.to_string());
-        if let Some((front, _)) = self.pair() {
-            load.arg("--cpu").arg(front.to_string());
-        }
-        load.stdout(Stdio::null())
-            .spawn()
-            .map(Source)
-            .doing(|| "run ringside-load".into())
-    }
-
     /// Moves frames without any card.
     fn bare(&self, cell: &Cell) -> Result<Sample> {
         let mut load = self.site.program("ringside-load");
-        let tap = match cell.behind {
-            Behind::TapSource => FED_TAP,
-            _ => LONE_TAP,
-        };
-        load.args(["tap", "--tap", tap]);
-        load.args(["--direction", cell.direction().name()]);
+        load.args(["tap", "--direction", cell.direction().name()]);
+        if cell.behind == Behind::TapBacklog {
+            load.args(["--tap", FULL_TAP, "--backlog", &BACKLOG.to_string()]);
+            if let Some((front, _)) = self.pair() {
+                // As with a card before it.
+                load.arg("--source-cpu").arg(front.to_string());
+            }
+        } else {
+            load.args(["--tap", LONE_TAP]);
+        }
         if let Some((_, back)) = self.pair() {
             load.arg("--cpu").arg(back.to_string());
         }
@@ -164,12 +136,10 @@ impl Bench<'_> {
 
     fn run(&self, mut load: Command, cell: &Cell) -> Result<Sample> {
         load.arg("--json");
-        for (option, value) in [
-            ("--frame", cell.frame.to_string()),
-            ("--seconds", self.seconds.to_string()),
-            ("--warm-up", WARM_UP.to_string()),
-        ] {
-            load.arg(option).arg(value);
+        load.args(["--frame", &cell.frame.to_string()]);
+        if cell.behind != Behind::TapBacklog {
+            load.args(["--seconds", &self.seconds.to_string()]);
+            load.args(["--warm-up", &WARM_UP.to_string()]);
         }
         let text = command::run(&mut load, LOAD_LIMIT)?;
         let report: NetReport =

@@ -26,7 +26,7 @@ use nix::sched::{CloneFlags, unshare};
 use serde::Serialize;
 
 use self::cells::Cell;
-use self::contender::{Contender, FED_TAP, LONE_TAP, SOURCE_TAP, TCP_ADDRESS, TCP_TAP};
+use self::contender::{BACKLOG, Contender, FULL_TAP, LONE_TAP, TCP_ADDRESS, TCP_TAP};
 use self::measure::{Bench, Sample};
 use self::outcome::{CellOutcome, Row};
 use super::instructions::{self, FrameInstructions};
@@ -246,21 +246,14 @@ fn own_network() -> Result<()> {
     let mut lines = vec![
         // passt connects to the loopback.
         "ip link set dev lo up".to_owned(),
-        "ip link add br0 type bridge forward_delay 0".to_owned(),
     ];
-    for tap in [LONE_TAP, FED_TAP, SOURCE_TAP, TCP_TAP] {
+    for tap in [LONE_TAP, FULL_TAP, TCP_TAP] {
         lines.push(format!("ip tuntap add dev {tap} mode tap"));
-    }
-    for tap in [FED_TAP, SOURCE_TAP] {
-        lines.push(format!("ip link set dev {tap} master br0"));
-    }
-    for interface in ["br0", LONE_TAP, FED_TAP, SOURCE_TAP, TCP_TAP] {
         // Nothing is sent that was not asked for.
-        lines.push(format!(
-            "sysctl -q -w net.ipv6.conf.{interface}.disable_ipv6=1"
-        ));
-        lines.push(format!("ip link set dev {interface} up"));
+        lines.push(format!("sysctl -q -w net.ipv6.conf.{tap}.disable_ipv6=1"));
+        lines.push(format!("ip link set dev {tap} up"));
     }
+    lines.push(format!("ip link set dev {FULL_TAP} txqueuelen {BACKLOG}"));
     lines.push(format!("ip address add {TCP_ADDRESS}/24 dev {TCP_TAP}"));
     for line in lines {
         command::run_line(&line)?;

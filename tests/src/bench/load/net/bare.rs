@@ -13,7 +13,7 @@ use super::super::error::LoadError;
 use super::super::lane::PATIENCE;
 use super::lane::Counts;
 use super::options::{Direction, TapArgs};
-use super::{BUFFER, GUEST, PEER, open_tap, packet};
+use super::{BUFFER, GUEST, PEER, backlog, open_tap, packet};
 
 /// A TAP and the frame that is written to it.
 pub(super) struct Loop {
@@ -22,6 +22,8 @@ pub(super) struct Loop {
     queue: TapQueue,
     packet: Vec<u8>,
     writes: bool,
+    /// Frames to read in all, where they wait already.
+    left: Option<u64>,
 }
 
 fn failed(doing: &'static str, errno: Errno) -> LoadError {
@@ -42,7 +44,15 @@ impl Loop {
                 return Err(LoadError::Option(text.into()));
             }
         };
+        if let Some(count) = args.backlog {
+            if writes {
+                let text = "frames that wait are read: --backlog is for --direction rx";
+                return Err(LoadError::Option(text.into()));
+            }
+            backlog::fill(&args.tap, args.frame, count, args.source_cpu)?;
+        }
         Ok(Self {
+            left: args.backlog,
             _tap: tap,
             queue,
             packet: packet(args.frame, GUEST, PEER),
@@ -52,7 +62,7 @@ impl Loop {
 
     pub(super) fn run(self, phase: &Phase) -> Result<Counts, LoadError> {
         let mut counts = Counts::default();
-        let mut started = None;
+        let mut started = self.left.map(|_| Instant::now());
         let room = usize::try_from(BUFFER).unwrap_or_default();
         let mut buffer = vec![0; room];
         loop {
@@ -71,7 +81,11 @@ impl Loop {
                 started = Some(Instant::now());
                 counts = Counts::default();
             }
-            if phase.now() == Phase::END {
+            let ended = match self.left {
+                Some(left) => counts.received >= left,
+                None => phase.now() == Phase::END,
+            };
+            if ended {
                 break;
             }
         }

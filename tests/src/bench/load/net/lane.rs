@@ -113,8 +113,6 @@ pub(super) fn announce(side: Side<'_>) -> Result<(), LoadError> {
 pub(super) struct Lane<'m> {
     pub(super) interrupts: &'m Epoll,
     pub(super) polling: bool,
-    /// Between looks that find nothing, where it polls.
-    pub(super) pause: Duration,
     /// What is sent is what is received: by another card.
     pub(super) forwards: bool,
     /// Frames to move in all, where they are counted.
@@ -142,12 +140,8 @@ impl Lane<'_> {
             if counts.frames() > before {
                 quiet = Quiet::default();
             } else if self.polling {
-                if self.pause.is_zero() {
-                    std::hint::spin_loop();
-                } else {
-                    std::thread::sleep(self.pause);
-                }
-                quiet.spin(self.pause)?;
+                std::hint::spin_loop();
+                quiet.spin()?;
             } else {
                 self.wait(&mut turns, &mut counts)?;
             }
@@ -207,10 +201,10 @@ struct Quiet {
 }
 
 impl Quiet {
-    /// The clock is not looked at each time, unless there was a pause.
-    fn spin(&mut self, pause: Duration) -> Result<(), LoadError> {
+    /// The clock is not looked at each time.
+    fn spin(&mut self) -> Result<(), LoadError> {
         self.spins = self.spins.wrapping_add(1);
-        if self.spins.is_multiple_of(SPINS) || !pause.is_zero() {
+        if self.spins.is_multiple_of(SPINS) {
             let since = *self.since.get_or_insert_with(Instant::now);
             if since.elapsed() > PATIENCE {
                 return Err(stalled());

@@ -9,9 +9,11 @@
 //! | `options` | the command lines |
 //! | `lane` | the two queues under load |
 //! | `bare` | a loop on a TAP |
+//! | `backlog` | frames that wait in a TAP |
 //! | `join` | a TAP joined to a card, or to another TAP |
 //! | `report` | what came of it |
 
+mod backlog;
 mod bare;
 mod join;
 mod lane;
@@ -19,7 +21,6 @@ mod options;
 mod report;
 
 use std::path::Path;
-use std::time::Duration;
 
 use ringside_backends::net::{Tap, TapError, TapQueue};
 use ringside_rings::DriverLayout;
@@ -218,6 +219,9 @@ pub(super) fn run(args: &NetArgs) -> Result<(), LoadError> {
     args.check()?;
     let depth = args.queue_size;
     let sent = packet(args.frame, GUEST, PEER);
+    if let (Some(tap), Some(count)) = (&args.backlog, args.count) {
+        backlog::fill(tap, args.frame, count, args.cpu)?;
+    }
     let mut card = Card::loaded(&args.socket_path, args, &sent, depth)?;
     let mut other = match &args.to {
         Some(socket) => {
@@ -253,7 +257,6 @@ pub(super) fn run(args: &NetArgs) -> Result<(), LoadError> {
     let lane = Lane {
         interrupts: &interrupts,
         polling: args.polling(),
-        pause: Duration::from_micros(args.pause),
         forwards: args.to.is_some(),
         left: args.count,
     };
@@ -286,11 +289,11 @@ pub(super) fn run_bare(args: &TapArgs) -> Result<(), LoadError> {
         tap?.run(phase)
     });
     let course = Course {
-        counted: false,
+        counted: args.backlog.is_some(),
         warm_up: args.warm_up(),
         seconds: args.seconds(),
-        // The loop is this process itself.
-        watch: Some(std::process::id()),
+        // The loop is this process itself. One that ends by itself has no thread any more when it is looked at; it never waits.
+        watch: args.backlog.is_none().then(std::process::id),
     };
     let outcome = measure(&course, vec![job])?;
     NetReport::new(args.frame, 0, false, &outcome).print(args.json)

@@ -82,11 +82,6 @@ pub struct NetArgs {
     #[arg(long, value_enum, default_value = "polling")]
     pub completions: Completions,
 
-    /// With `--completions polling`: leave the rings alone for so long whenever nothing has come, for a thread that shares its
-    /// processor
-    #[arg(long, value_name = "MICROSECONDS", default_value_t = 0, value_parser = clap::value_parser!(u64).range(..=1_000_000))]
-    pub pause: u64,
-
     /// Do not negotiate VIRTIO_F_EVENT_IDX
     #[arg(long)]
     pub no_event_idx: bool,
@@ -116,6 +111,10 @@ pub struct NetArgs {
     )]
     pub count: Option<u64>,
 
+    /// With `--direction rx --count N`: before it connects, let N frames wait in the queue of this TAP, which the back-end has open
+    #[arg(long, value_name = "TAP", requires = "count")]
+    pub backlog: Option<String>,
+
     /// Processor for the thread
     #[arg(long, value_name = "N")]
     pub cpu: Option<usize>,
@@ -140,14 +139,17 @@ pub struct NetArgs {
 impl NetArgs {
     /// Checks that the options fit each other.
     pub(super) fn check(&self) -> Result<(), LoadError> {
-        if self.queue_size.is_power_of_two() {
-            Ok(())
-        } else {
-            Err(LoadError::Option(format!(
+        if !self.queue_size.is_power_of_two() {
+            return Err(LoadError::Option(format!(
                 "--queue-size {} is not a power of two",
                 self.queue_size
-            )))
+            )));
         }
+        if self.backlog.is_some() && self.direction != Direction::Rx {
+            let text = "frames that wait go to the guest: --backlog is for --direction rx";
+            return Err(LoadError::Option(text.into()));
+        }
+        Ok(())
     }
 
     /// Bytes of a buffer: that of a frame with its header, or more.
@@ -202,6 +204,19 @@ pub struct TapArgs {
     #[arg(long, value_name = "SECONDS", default_value_t = 0.2, value_parser = parse_seconds)]
     pub warm_up: f64,
 
+    /// With `--direction rx`: let so many frames wait in the TAP's queue, and measure how all of them are read, in place of a time
+    #[arg(
+        long,
+        value_name = "N",
+        conflicts_with = "seconds",
+        conflicts_with = "warm_up"
+    )]
+    pub backlog: Option<u64>,
+
+    /// Processor on which those are made
+    #[arg(long, value_name = "N", requires = "backlog")]
+    pub source_cpu: Option<usize>,
+
     /// Processor for the loop
     #[arg(long, value_name = "N")]
     pub cpu: Option<usize>,
@@ -254,7 +269,8 @@ impl JoinArgs {
     }
 }
 
-fn pin(cpu: Option<usize>) -> Result<(), LoadError> {
+/// Puts the calling thread on a processor.
+pub(super) fn pin(cpu: Option<usize>) -> Result<(), LoadError> {
     let Some(cpu) = cpu else { return Ok(()) };
     let mut set = CpuSet::new();
     set.set(cpu)
