@@ -97,18 +97,7 @@ impl ChainBuf {
 
     #[inline]
     pub(crate) fn chain(&self, head: u16) -> Chain<'_> {
-        // `readable` never exceeds the number of segments.
-        let (readable, writable) = self
-            .segments
-            .split_at_checked(self.readable)
-            .unwrap_or_default();
-        Chain {
-            head,
-            readable,
-            writable,
-            readable_len: self.readable_len,
-            writable_len: self.writable_len,
-        }
+        Chain { head, buf: self }
     }
 }
 
@@ -116,13 +105,12 @@ impl ChainBuf {
 ///
 /// Its segments were checked to lie in guest memory; the bytes in them stay under the driver's
 /// control, so read each of them once.
+// All but its head stays where it was gathered: a processor copies what it has written a moment ago in smaller parts only when
+// all that it wrote before is in memory, packets included.
 #[derive(Debug, Clone, Copy)]
 pub struct Chain<'b> {
     head: u16,
-    readable: &'b [Segment],
-    writable: &'b [Segment],
-    readable_len: u64,
-    writable_len: u64,
+    buf: &'b ChainBuf,
 }
 
 impl<'b> Chain<'b> {
@@ -138,27 +126,31 @@ impl<'b> Chain<'b> {
     #[inline]
     #[must_use]
     pub fn readable(&self) -> &'b [Segment] {
-        self.readable
+        // `readable` never exceeds the number of segments.
+        self.buf
+            .segments
+            .get(..self.buf.readable)
+            .unwrap_or_default()
     }
 
     /// The device-writable segments, in order.
     #[inline]
     #[must_use]
     pub fn writable(&self) -> &'b [Segment] {
-        self.writable
+        self.buf.writable()
     }
 
     /// Length of all device-readable segments in bytes.
     #[inline]
     #[must_use]
     pub fn readable_len(&self) -> u64 {
-        self.readable_len
+        self.buf.readable_len
     }
 
     /// Length of all device-writable segments in bytes.
     #[inline]
     #[must_use]
     pub fn writable_len(&self) -> u64 {
-        self.writable_len
+        self.buf.writable_len
     }
 }

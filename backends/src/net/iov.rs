@@ -15,7 +15,7 @@ use vm_memory::{
     Permissions, VolatileMemory, VolatileSlice,
 };
 
-use crate::shell::{Memory, is_logged, mark_pieces};
+use crate::shell::{Memory, is_logged, mark_pieces, prefetch_to_write};
 
 /// Most pieces that one system call takes (UIO_MAXIOV).
 const MAX_PIECES: usize = 1024;
@@ -376,6 +376,7 @@ impl IoList {
         if count > 0
             && let Some(slice) = self.in_first(offset, data.len())
         {
+            prefetch_to_write(slice.ptr_guard_mut().as_ptr(), slice.len());
             slice.copy_from(data);
             self.wrote(offset, data.len(), count);
             return true;

@@ -16,7 +16,7 @@ use io_uring::{IoUring, opcode};
 use tracing::{debug, warn};
 
 use crate::net::iov::IoList;
-use crate::shell::{IORING_REGISTER_FILES, restricted};
+use crate::shell::{IORING_REGISTER_FILES, prefetch_to_read, restricted};
 
 /// Most frames of one call.
 pub(super) const AT_ONCE: u16 = 64;
@@ -27,10 +27,8 @@ const MAX_READ_PIECES: usize = 1024;
 /// The place of the descriptor among those that the ring knows: to look it up in the program's table costs for each frame.
 const PLACE: Fixed = Fixed(0);
 
-/// How much of a frame the processor is asked to have at hand, in lines of its cache: the header, and a short frame behind it. The
-/// rest of a long one it foresees by itself.
-const LINES: usize = 2;
-const LINE: usize = 64;
+/// Of each frame the kernel waits for these bytes, the header and a short frame; it foresees the rest of a long one.
+const BEGINNING: usize = 128;
 
 /// Writes and reads frames of one descriptor.
 pub(super) struct Batch {
@@ -112,7 +110,9 @@ impl Batch {
         for (number, &pieces) in frames.iter().enumerate() {
             let (frame, behind) = rest.split_at_checked(pieces).unwrap_or((rest, &[]));
             rest = behind;
-            foresee(frame);
+            if let [piece, ..] = frame {
+                prefetch_to_read(piece.iov_base.cast(), piece.iov_len.min(BEGINNING));
+            }
             let quiet = if number < last {
                 self.quiet
             } else {
@@ -265,20 +265,3 @@ fn write(frame: &[libc::iovec]) -> Entry {
         }
     }
 }
-
-/// Has the processor fetch the beginning of a frame, which another one has written, while this one goes on.
-#[cfg(target_arch = "x86_64")]
-fn foresee(frame: &[libc::iovec]) {
-    use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-
-    let Some(piece) = frame.first() else { return };
-    for offset in (0..piece.iov_len).step_by(LINE).take(LINES) {
-        let line = piece.iov_base.wrapping_byte_add(offset);
-        // SAFETY: a hint, which has no effect on memory, whatever the address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) };
-    }
-}
-
-/// Here the processor is left to foresee it by itself.
-#[cfg(not(target_arch = "x86_64"))]
-fn foresee(_: &[libc::iovec]) {}

@@ -9,7 +9,7 @@
 //!                      Header         ╰───── prefix ─────╯ vlan          Rest, not copied yet
 //! ```
 
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 
 use ringside_rings::{Segment, in_one_region};
 use virtio_bindings::virtio_net::{
@@ -148,17 +148,15 @@ impl Header {
     }
 }
 
-/// What follows the prefix of a frame.
-#[derive(Debug, Clone, Copy)]
+/// What follows the prefix of a frame, or of several that came in together.
+#[derive(Debug)]
 pub(super) enum Rest<'a> {
     /// It lies in the memory of a guest, which may change it at any time.
     Guest {
         /// That memory.
         memory: &'a Memory,
-        /// The whole chain.
+        /// The chains of all of them.
         segments: &'a [Segment],
-        /// Bytes of it that are not of the rest.
-        skip: usize,
     },
     /// It lies in memory of ours.
     Bytes(&'a [u8]),
@@ -185,15 +183,19 @@ pub(super) struct Beginning {
     priority: u16,
     /// How many bytes are behind the first ones.
     rest_len: usize,
+    /// Which segments are its chain, if those are in the memory of a guest.
+    segments: Range<usize>,
+    /// Bytes of them that came in with the first ones.
+    skip: usize,
 }
 
-/// A frame.
+/// A frame. It is small: what is copied here waits for the processor to have written all of the frame before it.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Frame<'a> {
     /// How it begins.
     pub(super) beginning: &'a Beginning,
-    /// The bytes behind.
-    pub(super) rest: Rest<'a>,
+    /// Where the bytes behind are.
+    pub(super) rest: &'a Rest<'a>,
 }
 
 impl Deref for Frame<'_> {
@@ -224,7 +226,15 @@ impl Beginning {
             vlan: 0,
             priority: 0,
             rest_len: 0,
+            segments: 0..0,
+            skip: 0,
         }
+    }
+
+    /// What is behind its first bytes is in these segments, behind `skip` bytes.
+    #[inline]
+    pub(super) fn goes_on(&mut self, segments: Range<usize>, skip: usize) {
+        (self.segments, self.skip) = (segments, skip);
     }
 
     /// Where the first `len` bytes of a frame are to be put, its header of `header_len` included; `None` if those are too many.
@@ -503,8 +513,20 @@ impl<'a> Frame<'a> {
         let front_len = HEADER + beginning.prefix_len + longer;
         Packet {
             front: front.get(..front_len).unwrap_or_default(),
-            rest: self.rest,
-            rest_len: beginning.rest_len,
+            frame: *self,
+        }
+    }
+
+    /// The bytes behind its first ones.
+    #[inline]
+    fn left(&self) -> Left<'a> {
+        match *self.rest {
+            Rest::Guest { memory, segments } => Left::Guest {
+                memory,
+                segments: segments.get(self.segments.clone()).unwrap_or_default(),
+                skip: self.skip,
+            },
+            Rest::Bytes(bytes) => Left::Bytes(bytes),
         }
     }
 }
@@ -514,8 +536,7 @@ impl<'a> Frame<'a> {
 pub(super) struct Packet<'a> {
     /// Header and first bytes.
     front: &'a [u8],
-    rest: Rest<'a>,
-    rest_len: usize,
+    frame: Frame<'a>,
 }
 
 impl<'a> Packet<'a> {
@@ -528,13 +549,13 @@ impl<'a> Packet<'a> {
     /// Bytes with a header of `header_len`.
     #[inline]
     pub(super) fn len(&self, header_len: usize) -> usize {
-        (self.front.len() + self.rest_len + header_len).saturating_sub(HEADER)
+        (self.front.len() + self.frame.rest_len + header_len).saturating_sub(HEADER)
     }
 
     /// All of it, with a header of `header_len` bytes, if it lies in one piece.
     #[inline]
     pub(super) fn whole(&self, header_len: usize) -> Option<&'a [u8]> {
-        (self.rest_len == 0 && header_len == HEADER).then_some(self.front)
+        (self.frame.rest_len == 0 && header_len == HEADER).then_some(self.front)
     }
 
     /// All of it, from its beginning, with a header of `header_len` bytes that is no longer than [`HEADER`].
@@ -550,7 +571,7 @@ impl<'a> Packet<'a> {
         Bytes {
             header,
             front,
-            rest: self.rest,
+            rest: self.frame.left(),
         }
     }
 
@@ -570,17 +591,29 @@ impl<'a> Packet<'a> {
         Bytes {
             header: room,
             front: self.start(),
-            rest: self.rest,
+            rest: self.frame.left(),
         }
     }
 }
 
 /// What is left of a packet to copy.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub(super) struct Bytes<'a> {
     header: &'a [u8],
     front: &'a [u8],
-    rest: Rest<'a>,
+    rest: Left<'a>,
+}
+
+/// What is left to copy of that behind its first bytes.
+#[derive(Debug)]
+enum Left<'a> {
+    Guest {
+        memory: &'a Memory,
+        segments: &'a [Segment],
+        /// Bytes of the segments that are not of it.
+        skip: usize,
+    },
+    Bytes(&'a [u8]),
 }
 
 impl Bytes<'_> {
@@ -614,13 +647,13 @@ impl Bytes<'_> {
             }
         }
         match &mut self.rest {
-            Rest::Bytes(bytes) => {
+            Left::Bytes(bytes) => {
                 let (now, later) = bytes.split_at_checked(to.len()).unwrap_or((bytes, &[]));
                 to.copy_from(now);
                 *bytes = later;
                 now.len() == to.len()
             }
-            Rest::Guest {
+            Left::Guest {
                 memory,
                 segments,
                 skip,
@@ -730,7 +763,7 @@ mod tests {
 
     /// What goes out.
     fn out((beginning, rest): &(Beginning, Vec<u8>), form: Form, header_len: usize) -> Vec<u8> {
-        let rest = Rest::Bytes(rest);
+        let rest = &Rest::Bytes(rest);
         let frame = Frame { beginning, rest };
         bytes(&frame.packet(form, &mut [0; FRONT]), header_len)
     }

@@ -48,7 +48,6 @@ pub fn frame(bytes: &[u8]) {
     let rest = Rest::Guest {
         memory: &memory,
         segments: &segments,
-        skip: first.len(),
     };
     let mut beginning = Beginning::new();
     let Some(place) = beginning.place(HEADER, HEADER + first.len()) else {
@@ -60,9 +59,10 @@ pub fn frame(bytes: &[u8]) {
     if understood.is_err() {
         return;
     }
+    beginning.goes_on(0..1, first.len());
     let frame = Frame {
         beginning: &beginning,
-        rest,
+        rest: &rest,
     };
     let untagged = frame.len();
     assert!(untagged == len || untagged + 4 == len);

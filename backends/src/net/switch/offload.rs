@@ -142,7 +142,7 @@ pub(super) fn finish(
 fn send_bytes(frame: &Frame<'_>, bytes: &[u8], mut send: impl FnMut(&Frame<'_>)) {
     let (first, rest) = bytes.split_at(PREFIX.min(bytes.len()));
     let beginning = &frame.with(first, rest.len());
-    let rest = Rest::Bytes(rest);
+    let rest = &Rest::Bytes(rest);
     send(&Frame { beginning, rest });
 }
 

@@ -27,7 +27,7 @@ use super::shared::PortShared;
 use super::signal::Signals;
 use super::window::Window;
 use crate::net::tx::MAX_FRAME;
-use crate::shell::{LogLimit, Memory, Vring};
+use crate::shell::{LogLimit, Memory, Vring, prefetch_to_write};
 
 /// Where `num_buffers` lies in a header (VIRTIO 1.3, 5.1.6).
 const NUM_BUFFERS: u64 = 10;
@@ -176,6 +176,12 @@ impl Opened<'_> {
             return Ok(Put::Done);
         }
         let total = packet.len(self.header_len);
+        if let [segment, ..] = chain.writable()
+            && let Ok(len) = usize::try_from(segment.len)
+            && let Some(place) = self.window.piece(segment.addr, total.min(len))
+        {
+            prefetch_to_write(place.ptr_guard_mut().as_ptr(), place.len());
+        }
         let mut room = [0; LONGEST_HEADER];
         let mut bytes = if self.header_len > HEADER {
             packet.bytes_with(self.hashing.report(packet.start()), &mut room)

@@ -14,7 +14,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -44,7 +43,9 @@ use super::signal::Signals;
 use super::table::{Key, Learnt, Table};
 use super::window::Window;
 use crate::net::tx::{MAX_FRAME, MIN_FRAME};
-use crate::shell::{Command, Commands, Memory, PollLimits, PollWindow, Vring, now};
+use crate::shell::{
+    Command, Commands, Memory, PollLimits, PollWindow, Vring, now, prefetch_to_read,
+};
 
 /// Most frames of one port in a round, so that all get their share. Long ones count for more.
 const BUDGET: u64 = 64;
@@ -998,10 +999,6 @@ struct Slot {
     to: u64,
     /// What its chain is returned by.
     head: u16,
-    /// Which segments of the batch are its chain.
-    segments: Range<usize>,
-    /// Bytes of those that its beginning has.
-    skip: usize,
 }
 
 /// The frames that a port sends in one turn. Where each goes is found out first; then each receiver's ring is opened once,
@@ -1038,8 +1035,6 @@ impl Batch {
             beginning: Beginning::new(),
             to: 0,
             head: 0,
-            segments: 0..0,
-            skip: 0,
         };
         Self {
             slots: (0..BUDGET).map(|_| slot()).collect(),
@@ -1088,13 +1083,18 @@ impl Batch {
             beginning,
             to,
             head,
-            segments,
-            skip,
         } = slot;
         let count = len.min(header_len + PREFIX);
         let mut place = beginning
             .place(header_len, count)
             .ok_or(Refused::Malformed)?;
+        if count < len {
+            // All of it is copied when the frames behind were looked at.
+            window.each(pieces, len, |piece| {
+                prefetch_to_read(piece.ptr_guard().as_ptr(), piece.len());
+                true
+            });
+        }
         let whole = if let [segment] = pieces
             && let Some(piece) = window.piece(segment.addr, count)
         {
@@ -1144,7 +1144,8 @@ impl Batch {
         if count < len {
             self.segments.extend_from_slice(pieces);
         }
-        (*segments, *skip, *head) = (start..self.segments.len(), count, chain.head());
+        beginning.goes_on(start..self.segments.len(), count);
+        *head = chain.head();
         self.count += 1;
         self.to |= *to;
         Ok(true)
@@ -1234,14 +1235,11 @@ impl TxRing {
             *done = done.wrapping_add(1);
             left = left.saturating_sub(1);
         };
-        fabric.deliver(port, batch.to, batch.slots(), |slot| Rest::Guest {
+        let rest = Rest::Guest {
             memory: &memory,
-            segments: batch
-                .segments
-                .get(slot.segments.clone())
-                .unwrap_or_default(),
-            skip: slot.skip,
-        });
+            segments: &batch.segments,
+        };
+        fabric.deliver(port, batch.to, batch.slots(), &rest);
         for slot in batch.slots() {
             session.push_used(slot.head, 0)?;
             *done = done.wrapping_add(1);
@@ -1325,7 +1323,7 @@ fn serve_link(
                 let more = fabric.work_beside(slot.to, &slot.beginning);
                 left = left.saturating_sub(more);
                 let slots = std::slice::from_ref(&*slot);
-                fabric.deliver(port, slot.to, slots, |_| Rest::Bytes(rest));
+                fabric.deliver(port, slot.to, slots, &Rest::Bytes(rest));
             }
             Err(why) => refused(shared, why),
         }
@@ -1465,17 +1463,11 @@ impl Fabric {
     }
 
     /// Gives each of the ports in `to`, a set of bits, those of the frames that go there.
-    fn deliver<'a>(
-        &mut self,
-        from: PortId,
-        to: u64,
-        slots: &'a [Slot],
-        rest: impl Fn(&Slot) -> Rest<'a>,
-    ) {
+    fn deliver<'a>(&mut self, from: PortId, to: u64, slots: &'a [Slot], rest: &'a Rest<'a>) {
         self.touched |= to;
         let frame = |slot: &'a Slot| Frame {
             beginning: &slot.beginning,
-            rest: rest(slot),
+            rest,
         };
         if let Some(Some(egress)) = self.egress.get_mut(usize::from(from))
             && egress.recorder.is_some()
