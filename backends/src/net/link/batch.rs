@@ -18,7 +18,7 @@ use tracing::{debug, warn};
 use crate::net::iov::IoList;
 use crate::shell::{IORING_REGISTER_FILES, prefetch_to_read, restricted};
 
-/// Most frames of one call.
+/// Most frames of one call: as many as a number of 64 bits can tell apart.
 pub(super) const AT_ONCE: u16 = 64;
 
 /// Most pieces of all frames that are read with one call.
@@ -130,7 +130,8 @@ impl Batch {
             results.push(Err(io::ErrorKind::Interrupted.into()));
         }
         drop(queue);
-        self.complete(results.get_mut(before..).unwrap_or_default(), |_| ());
+        let results = results.get_mut(before..).unwrap_or_default();
+        self.complete(results, self.quiet, |_| ());
     }
 
     /// Reads frames, each into so many pieces of the list, and into its spill what does not fit there. Appends the length of
@@ -184,7 +185,8 @@ impl Batch {
             }
         }
         drop(queue);
-        self.complete(results.get_mut(before..).unwrap_or_default(), |len| len);
+        let found = results.get_mut(before..).unwrap_or_default();
+        self.complete(found, Flags::empty(), |len| len);
         self.places.clear();
         let mut start = 0;
         for (&pieces, result) in frames.iter().zip(results.iter().skip(before)) {
@@ -195,11 +197,23 @@ impl Batch {
         }
     }
 
-    /// Has the kernel do what was submitted, and notes what came of each. It does all in order, none later than in its turn
-    /// (RWF_NOWAIT), so that all was done when it tells of the last one.
-    fn complete<T>(&mut self, results: &mut [io::Result<T>], done: impl Fn(usize) -> T) {
-        let mut known = 0;
-        while known < results.len() && !self.broken {
+    /// Has the kernel do what was submitted, and notes what came of each. Of those that `quiet` says, but for the last one, it
+    /// tells only of failures.
+    fn complete<T>(
+        &mut self,
+        results: &mut [io::Result<T>],
+        quiet: Flags,
+        done: impl Fn(usize) -> T,
+    ) {
+        let all = u64::MAX
+            .checked_shr(u64::BITS.saturating_sub(u32::try_from(results.len()).unwrap_or(0)))
+            .unwrap_or(0);
+        let last = all & !(all >> 1);
+        let awaited = if quiet.is_empty() { all } else { last };
+        let mut told = 0_u64;
+        while told & awaited != awaited && !self.broken {
+            // None waits, for room or for a frame (RWF_NOWAIT), so that all have been told of, those that failed behind the others,
+            // when the call returns that began the last one.
             match self.ring.submit_and_wait(1) {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -211,19 +225,23 @@ impl Batch {
             }
             for completion in self.ring.completion() {
                 let place = usize::try_from(completion.user_data()).unwrap_or(usize::MAX);
-                for unsaid in results.get_mut(known..place).unwrap_or_default() {
-                    *unsaid = Ok(done(0));
-                }
-                known = place.saturating_add(1);
                 let Some(result) = results.get_mut(place) else {
                     continue;
                 };
+                told |= 1 << place;
                 let outcome = completion.result();
                 match outcome.saturating_neg() {
                     ..=0 => *result = Ok(done(usize::try_from(outcome).unwrap_or(0))),
                     // The descriptor knows no RWF_NOWAIT.
                     libc::EOPNOTSUPP => self.broken = true,
                     error => *result = Err(io::Error::from_raw_os_error(error)),
+                }
+            }
+        }
+        if !self.broken {
+            for (place, result) in results.iter_mut().enumerate() {
+                if told >> place & 1 == 0 {
+                    *result = Ok(done(0));
                 }
             }
         }

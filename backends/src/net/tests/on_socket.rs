@@ -312,6 +312,43 @@ fn what_waits_is_sent_in_order_by_one_call() {
     assert_eq!(pair.worker.counters.tx_dropped.get(), 1);
 }
 
+/// The kernel tells of those behind all others.
+#[test]
+fn packets_that_the_kernel_refuses_are_lost_and_no_others() {
+    let (socket, theirs) = UnixDatagram::pair().unwrap();
+    // Room for all short packets, and for no long one.
+    setsockopt(&theirs, SndBuf, &30_000).unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    socket
+        .set_read_timeout(Some(Duration::from_secs(5)))
+        .unwrap();
+    let tap = TapQueue::from_packet_fd(theirs.into());
+    let mut pair = Pair::new(tap, ALL);
+    for refused in [
+        &[0][..],
+        &[3],
+        &[9],
+        &[0, 4, 5, 9],
+        &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9],
+    ] {
+        let lens = (0..10).map(|i| if refused.contains(&i) { 65_000 } else { 100 });
+        let sent: Vec<Vec<u8>> = lens.map(packet).collect();
+        let chains: Vec<[Segment; 1]> = sent.iter().map(|sent| [pair.guest.filled(sent)]).collect();
+        let rows: Vec<(&[Segment], &[Segment])> =
+            chains.iter().map(|chain| (&chain[..], &[][..])).collect();
+        let before = pair.worker.counters.tx_dropped.get();
+        pair.tx.add(&rows);
+        for sent in sent.iter().filter(|sent| sent.len() < 1000) {
+            assert_eq!(receive(&socket), *sent);
+        }
+        for chain in &chains {
+            assert_eq!(pair.tx.used().0, chain);
+        }
+        let lost = pair.worker.counters.tx_dropped.get() - before;
+        assert_eq!(lost, refused.len() as u64, "{refused:?}");
+    }
+}
+
 #[test]
 fn packets_in_more_pieces_than_a_call_takes_need_another() {
     let (socket, tap) = socket();
