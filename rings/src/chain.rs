@@ -105,8 +105,8 @@ impl ChainBuf {
 ///
 /// Its segments were checked to lie in guest memory; the bytes in them stay under the driver's
 /// control, so read each of them once.
-// All but its head stays where it was gathered: a processor copies what it has written a moment ago in smaller parts only when
-// all that it wrote before is in memory, packets included.
+// A reference, as a copy costs more than it seems: its lengths were stored a moment ago, one by one. Loads that take both at once
+// cannot be forwarded from those stores, and wait until the data of the chain before is in the cache.
 #[derive(Debug, Clone, Copy)]
 pub struct Chain<'b> {
     head: u16,

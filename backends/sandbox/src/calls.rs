@@ -456,7 +456,7 @@ pub const FRAMES: &[Call] = &[
     sends(libc::SYS_sendto, 3, "frames, and a ring of AF_XDP"),
 ];
 
-/// A ring of io_uring that exists, and reads and writes what is open, no more.
+/// A ring of io_uring that exists, and reads, writes and registers what is open, no more.
 pub const BATCHES: &[Call] = &[call(
     libc::SYS_io_uring_enter,
     "many frames from or into guest memory",

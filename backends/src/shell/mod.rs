@@ -87,7 +87,7 @@ pub use options::{LogFormat, OnOff, Program, ShellArgs};
 pub use placement::PlacementError;
 pub(crate) use poll::{PollLimits, PollWindow};
 pub use ports::{Hub, OpenPort, PortError, PortOptions, UplinkControl, run_ports};
-pub(crate) use prefetch::{prefetch_to_read, prefetch_to_write};
+pub(crate) use prefetch::{MOST_PREFETCHED, prefetch_to_read, prefetch_to_write};
 pub use rate::{Bucket, LimitError, NamedRates, Rate};
 pub use ringside_control::Chain;
 pub use session::SessionError;

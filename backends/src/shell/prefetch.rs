@@ -6,13 +6,13 @@
 )]
 
 /// Bytes that it is told of at most. Of more, those behind would not be there for long enough, and it foresees them by itself.
-const MOST: usize = 2048;
+pub(crate) const MOST_PREFETCHED: usize = 2048;
 
 /// Bytes of a line of a processor's cache.
 #[cfg(target_arch = "x86_64")]
 const LINE: usize = 64;
 
-/// `len` bytes from `start` on are to be read; of more than [`MOST`], none. Any address will do.
+/// `len` bytes from `start` on are to be read; of more than [`MOST_PREFETCHED`], none. Any address will do.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(crate) fn prefetch_to_read(start: *const u8, len: usize) {
@@ -24,7 +24,7 @@ pub(crate) fn prefetch_to_read(start: *const u8, len: usize) {
     });
 }
 
-/// `len` bytes from `start` on are to be written; of more than [`MOST`], none. Any address will do.
+/// `len` bytes from `start` on are to be written; of more than [`MOST_PREFETCHED`], none. Any address will do.
 #[cfg(target_arch = "x86_64")]
 #[inline]
 pub(crate) fn prefetch_to_write(start: *const u8, len: usize) {
@@ -38,7 +38,7 @@ pub(crate) fn prefetch_to_write(start: *const u8, len: usize) {
 #[cfg(target_arch = "x86_64")]
 #[inline]
 fn each_line(start: *const u8, len: usize, tell: impl Fn(*const u8)) {
-    if len > MOST {
+    if len > MOST_PREFETCHED {
         return;
     }
     // The first one may begin before `start`, so that the last byte has one, too.

@@ -7,7 +7,7 @@
 )]
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, RawFd};
 use std::slice::ChunksExactMut;
 
 use io_uring::squeue::{Entry, Flags};
@@ -18,8 +18,10 @@ use tracing::{debug, warn};
 use crate::net::iov::IoList;
 use crate::shell::{IORING_REGISTER_FILES, prefetch_to_read, restricted};
 
-/// Most frames of one call: as many as a number of 64 bits can tell apart.
+/// Most frames of one call.
 pub(super) const AT_ONCE: u16 = 64;
+// Those that were told of are bits of a number.
+const _: () = assert!(AT_ONCE as u32 <= u64::BITS);
 
 /// Most pieces of all frames that are read with one call.
 const MAX_READ_PIECES: usize = 1024;
@@ -27,7 +29,8 @@ const MAX_READ_PIECES: usize = 1024;
 /// The place of the descriptor among those that the ring knows: to look it up in the program's table costs for each frame.
 const PLACE: Fixed = Fixed(0);
 
-/// Of each frame the kernel waits for these bytes, the header and a short frame; it foresees the rest of a long one.
+/// Bytes of each frame that are fetched ahead: the header and a short frame. While the kernel copies those of a long one, the
+/// processor foresees the rest.
 const BEGINNING: usize = 128;
 
 /// Writes and reads frames of one descriptor.
@@ -120,7 +123,7 @@ impl Batch {
             };
             let entry = write(frame).flags(quiet).user_data(number as u64);
             // SAFETY: the pieces lie in memory that the list keeps mapped, and stay as they are, like the list itself, until the
-            // kernel is done with them, which is waited for below. It only reads.
+            // kernel is done with them, which it is when `complete` returns. It only reads.
             if unsafe { queue.push(&entry) }.is_err() {
                 // It has room for all: something was left in it.
                 self.broken = true;
@@ -176,8 +179,8 @@ impl Batch {
                 .build()
                 .user_data(number as u64);
             // SAFETY: the pieces lie in memory that the list keeps mapped, the last one of each frame is borrowed for the call;
-            // those and `places` stay as they are until the kernel is done with them, which is waited for below. Only the
-            // guest's driver shares the former.
+            // those and `places` stay as they are until the kernel is done with them, which it is when `complete` returns. Only
+            // the guest's driver shares the former.
             if unsafe { queue.push(&entry) }.is_err() {
                 self.broken = true;
                 self.places.clear();
@@ -199,6 +202,10 @@ impl Batch {
 
     /// Has the kernel do what was submitted, and notes what came of each. Of those that `quiet` says, but for the last one, it
     /// tells only of failures.
+    ///
+    /// All is done, and told, when the call returns that began the last one: none waits for room or for a frame (RWF_NOWAIT), so that
+    /// none is left to another thread, and of failures, which come behind the others, the kernel tells before it lets this thread
+    /// go on (the ring is not one with IORING_SETUP_DEFER_TASKRUN).
     fn complete<T>(
         &mut self,
         results: &mut [io::Result<T>],
@@ -210,14 +217,12 @@ impl Batch {
             .unwrap_or(0);
         let last = all & !(all >> 1);
         let awaited = if quiet.is_empty() { all } else { last };
-        let mut told = 0_u64;
+        let (mut begun, mut told) = (0, 0_u64);
         while told & awaited != awaited && !self.broken {
-            // None waits, for room or for a frame (RWF_NOWAIT), so that all have been told of, those that failed behind the others,
-            // when the call returns that began the last one.
             match self.ring.submit_and_wait(1) {
-                Ok(_) => {}
+                Ok(count) => begun = count.saturating_add(begun),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                // Nothing was begun: these are offered again, and then one by one.
+                // Nothing more was begun: the others are offered again, and then one by one.
                 Err(error) => {
                     warn!("frames are moved one by one from now on: io_uring failed: {error}");
                     self.broken = true;
@@ -238,11 +243,9 @@ impl Batch {
                 }
             }
         }
-        if !self.broken {
-            for (place, result) in results.iter_mut().enumerate() {
-                if told >> place & 1 == 0 {
-                    *result = Ok(done(0));
-                }
+        for (place, result) in results.iter_mut().enumerate().take(begun) {
+            if told >> place & 1 == 0 {
+                *result = Ok(done(0));
             }
         }
     }
@@ -255,9 +258,9 @@ impl Drop for Batch {
         if self.broken {
             return;
         }
-        let nothing = [-1];
-        let entry = opcode::FilesUpdate::new(nothing.as_ptr(), 1).build();
-        // SAFETY: the number lives until after the call, in which the kernel reads it.
+        static NOTHING: [RawFd; 1] = [-1];
+        let entry = opcode::FilesUpdate::new(NOTHING.as_ptr(), 1).build();
+        // SAFETY: the kernel reads the number, which lives for ever.
         if unsafe { self.ring.submission().push(&entry) }.is_ok()
             && let Err(error) = self.ring.submit_and_wait(1)
         {
@@ -281,5 +284,86 @@ fn write(frame: &[libc::iovec]) -> Entry {
                 .rw_flags(libc::RWF_NOWAIT)
                 .build()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::sync::Arc;
+
+    use nix::sys::socket::sockopt::{RcvBuf, SndBuf};
+    use nix::sys::socket::{AddressFamily, SockFlag, SockType, setsockopt, socketpair};
+    use ringside_rings::Segment;
+    use vm_memory::{GuestAddress, Permissions};
+
+    use super::*;
+    use crate::shell::Memory;
+
+    /// Two ends that keep packets apart.
+    fn ends() -> (OwnedFd, OwnedFd) {
+        let kind = SockType::SeqPacket;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, kind, None, SockFlag::SOCK_CLOEXEC).unwrap();
+        for end in [&ours, &theirs] {
+            setsockopt(end, SndBuf, &200_000).unwrap();
+            setsockopt(end, RcvBuf, &200_000).unwrap();
+        }
+        (ours, theirs)
+    }
+
+    fn list() -> IoList {
+        let ranges = [(GuestAddress(0), 1 << 20)];
+        IoList::new(Arc::new(Memory::from_ranges(&ranges).unwrap()))
+    }
+
+    /// With a kernel that tells only of failures, and with one that does not know how.
+    #[test]
+    fn it_is_known_what_came_of_each_frame() {
+        for knows in [true, false] {
+            let (ours, theirs) = ends();
+            let Some(mut batch) = Batch::new(ours.as_fd()) else {
+                eprintln!("skipped: no io_uring here");
+                return;
+            };
+            if !knows {
+                batch.quiet = Flags::empty();
+            }
+            for count in [0, 1, 2, 63, 64] {
+                let refused = [vec![], vec![0], vec![1, 62], vec![63], (0..64).collect()];
+                for refused in refused {
+                    let mut list = list();
+                    for place in 0..count {
+                        // No packet of this socket is as long.
+                        let len = if refused.contains(&place) { 900_000 } else { 9 };
+                        let segment = Segment::new(GuestAddress(0), len);
+                        list.append(&[segment], Permissions::Read).unwrap();
+                    }
+                    let mut results = Vec::new();
+                    batch.write(&list, &vec![1; count], &mut results);
+                    assert_eq!(results.len(), count);
+                    for (place, result) in results.iter().enumerate() {
+                        let refused = refused.contains(&place);
+                        assert_eq!(result.is_err(), refused, "{place} of {count}: {result:?}");
+                        if !refused {
+                            assert_eq!(nix::unistd::read(&theirs, &mut [0; 99]), Ok(9));
+                        }
+                    }
+                }
+            }
+            assert!(batch.is_sound());
+        }
+    }
+
+    #[test]
+    fn nothing_is_held_when_it_is_gone() {
+        let (ours, theirs) = ends();
+        let Some(batch) = Batch::new(ours.as_fd()) else {
+            eprintln!("skipped: no io_uring here");
+            return;
+        };
+        drop(ours);
+        drop(batch);
+        assert_eq!(nix::unistd::read(&theirs, &mut [0; 9]), Ok(0));
     }
 }

@@ -62,6 +62,8 @@ const MAX_HEADER: usize = 20;
 
 /// How long to wait between attempts at what is busy.
 const PAUSE: Duration = Duration::from_millis(20);
+/// How often an interface that is busy is tried: half a second in all, as one of somebody else's is no rarity.
+const ATTEMPTS: u32 = 26;
 
 /// Tries something so often at most, as long as `busy` says so of its failure: what a program had that has ended a moment ago, the
 /// kernel gives back in the background.
@@ -436,5 +438,34 @@ impl Interface for Fixed {
     fn parts(&self) -> io::Result<Option<Vec<OwnedFd>>> {
         let own = matches!(self.0, LinkSpec::Null | LinkSpec::Generate(_));
         Ok(own.then(Vec::new))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_busy_is_tried_again_for_a_while_and_nothing_else_is() {
+        let mut tries = 0;
+        let mut attempt = |free_at: u32, error: &'static str| {
+            tries = 0;
+            patiently(
+                4,
+                |&error| error == "busy",
+                || {
+                    tries += 1;
+                    if tries == free_at {
+                        Ok(tries)
+                    } else {
+                        Err(error)
+                    }
+                },
+            )
+        };
+        assert_eq!(attempt(1, "busy"), Ok(1));
+        assert_eq!(attempt(4, "busy"), Ok(4));
+        assert_eq!(attempt(5, "busy"), Err("busy"));
+        assert_eq!(attempt(2, "forbidden"), Err("forbidden"));
     }
 }

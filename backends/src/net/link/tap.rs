@@ -23,7 +23,7 @@ use thiserror::Error;
 use tracing::error;
 
 use super::batch::{self, Batch};
-use super::{Interface, Link, LinkError, Ready, patiently};
+use super::{ATTEMPTS, Interface, Link, LinkError, Ready, patiently};
 use crate::net::config::MacAddress;
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
@@ -34,9 +34,6 @@ const TUN_DEVICE: &str = "/dev/net/tun";
 
 /// Most packets that are read with one call: each has a spill of its own.
 const GIVES_AT_ONCE: u16 = 32;
-
-/// How often an interface that is busy is tried: half a second in all, as one of somebody else's is no rarity.
-const ATTEMPTS: u32 = 26;
 
 /// Most queues of one interface (the kernel's MAX_TAP_QUEUES).
 pub(in crate::net) const MAX_QUEUES: u16 = 256;
@@ -406,7 +403,8 @@ impl Tap {
         for _ in 0..queues {
             let fd = open_device()?;
             let attach = |flags| {
-                let busy = |errno: &Errno| *errno == Errno::EBUSY;
+                // By a program that was killed a moment ago, perhaps.
+                let busy = |errno: &Errno| matches!(errno, Errno::EBUSY | Errno::E2BIG);
                 patiently(ATTEMPTS, busy, || {
                     ioctls::set_interface(fd.as_fd(), &name, flags)
                 })

@@ -189,7 +189,8 @@ pub(super) struct Beginning {
     skip: usize,
 }
 
-/// A frame. It is small: what is copied here waits for the processor to have written all of the frame before it.
+/// A frame: two references, which stay in registers. What was written a moment ago in small parts, and is copied in large ones, has
+/// a processor wait until all of the frame before is in its cache (a store that cannot be forwarded).
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Frame<'a> {
     /// How it begins.

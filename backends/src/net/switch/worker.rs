@@ -44,7 +44,8 @@ use super::table::{Key, Learnt, Table};
 use super::window::Window;
 use crate::net::tx::{MAX_FRAME, MIN_FRAME};
 use crate::shell::{
-    Command, Commands, Memory, PollLimits, PollWindow, Vring, now, prefetch_to_read,
+    Command, Commands, MOST_PREFETCHED, Memory, PollLimits, PollWindow, Vring, now,
+    prefetch_to_read,
 };
 
 /// Most frames of one port in a round, so that all get their share. Long ones count for more.
@@ -1088,8 +1089,8 @@ impl Batch {
         let mut place = beginning
             .place(header_len, count)
             .ok_or(Refused::Malformed)?;
-        if count < len {
-            // All of it is copied when the frames behind were looked at.
+        if count < len && len <= MOST_PREFETCHED {
+            // The rest of it is copied once the frames behind it were looked at.
             window.each(pieces, len, |piece| {
                 prefetch_to_read(piece.ptr_guard().as_ptr(), piece.len());
                 true

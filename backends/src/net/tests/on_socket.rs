@@ -347,6 +347,7 @@ fn packets_that_the_kernel_refuses_are_lost_and_no_others() {
         let lost = pair.worker.counters.tx_dropped.get() - before;
         assert_eq!(lost, refused.len() as u64, "{refused:?}");
     }
+    assert_eq!(pair.worker.counters.tx_calls.get(), 5);
 }
 
 #[test]

@@ -32,7 +32,7 @@ use tracing::info;
 use self::program::Program;
 use self::socket::XdpSocket;
 use super::packet::{PacketError, interface_index, promiscuous};
-use super::{Link, MAX_HEADER, Ready, patiently};
+use super::{ATTEMPTS, Link, MAX_HEADER, Ready, patiently};
 use crate::net::epoll_set::Watcher;
 use crate::net::iov::IoList;
 
@@ -86,9 +86,7 @@ pub enum XdpError {
 
 /// How often a queue that is busy is tried: five seconds in all. The kernel needs its lock of all networks for that, which others hold
 /// for long when they make and remove some.
-const ATTEMPTS: u32 = 251;
-/// The same for an interface that has a program: half a second, as one of somebody else's is no rarity.
-const ATTACH_ATTEMPTS: u32 = 26;
+const QUEUE_ATTEMPTS: u32 = 251;
 
 /// What was tried, and what the system said.
 type Failed = (&'static str, Errno);
@@ -111,14 +109,14 @@ fn explained(name: &str, queue: u16, (what, errno): Failed) -> XdpError {
 /// has started have them for a moment, too.
 fn attach(index: libc::c_int, queues: u16) -> Result<Program, Failed> {
     let busy = |(_, errno): &Failed| matches!(errno, Errno::EBUSY | Errno::EEXIST);
-    patiently(ATTACH_ATTEMPTS, busy, || Program::attach(index, queues))
+    patiently(ATTEMPTS, busy, || Program::attach(index, queues))
 }
 
 /// Opens a socket on a queue. One whose socket was closed a moment ago is busy until the kernel has freed that one's memory,
 /// which it does in the background.
 fn open_queue(index: libc::c_int, queue: u16) -> Result<XdpSocket, Failed> {
     let busy = |failed: &Failed| *failed == (socket::BINDING, Errno::EBUSY);
-    patiently(ATTEMPTS, busy, || XdpSocket::open(index, queue))
+    patiently(QUEUE_ATTEMPTS, busy, || XdpSocket::open(index, queue))
 }
 
 /// One queue of an interface.

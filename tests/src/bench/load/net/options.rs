@@ -112,7 +112,7 @@ pub struct NetArgs {
     pub count: Option<u64>,
 
     /// With `--direction rx --count N`: before it connects, let N frames wait in the queue of this TAP, which the back-end has open
-    #[arg(long, value_name = "TAP", requires = "count")]
+    #[arg(long, value_name = "TAP", requires = "count", conflicts_with = "to")]
     pub backlog: Option<String>,
 
     /// Processor for the thread
