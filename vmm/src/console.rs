@@ -15,6 +15,7 @@ use std::time::Duration;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use ringside_control::{ListenError, Peers, SocketFile};
 
+use crate::complaints::Complaints;
 use crate::config::SerialTarget;
 use crate::devices::serial::{Output, SerialInput};
 use crate::exit::{ExitHandle, ExitReason};
@@ -186,12 +187,15 @@ impl Write for SocketOutput {
 }
 
 fn serve_socket(listener: &UnixListener, peers: &Peers, client: &Client, input: &SerialInput) {
+    let complaints = Complaints::default();
     loop {
         let accepted = listener.accept().map(|(stream, _)| stream);
         if let Ok(stream) = &accepted
             && let Err(error) = peers.check(stream)
         {
-            tracing::warn!("serial port's socket: {error}");
+            if complaints.may_complain() {
+                tracing::warn!("serial port's socket: {error}");
+            }
             continue;
         }
         let connected = accepted.and_then(|stream| {

@@ -23,6 +23,8 @@ use ringside_control::{Peers, SocketFile};
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _};
 
+use crate::complaints::Complaints;
+
 /// How long the other side may be silent.
 pub const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -194,12 +196,16 @@ impl Listener {
     /// # Errors
     /// The process has no file descriptor left.
     pub fn accept(&self, peers: &Peers) -> io::Result<Connection> {
+        let complaints = Complaints::default();
         match self {
             Self::Unix(listener, _) => loop {
                 let (stream, _) = listener.accept()?;
                 match peers.check(&stream) {
                     Ok(()) => break Connection::Unix(stream),
-                    Err(error) => tracing::warn!("socket for a guest: {error}"),
+                    Err(error) if complaints.may_complain() => {
+                        tracing::warn!("socket for a guest: {error}");
+                    }
+                    Err(_) => {}
                 }
             },
             Self::Tcp(listener) => Connection::Tcp(listener.accept()?.0),
