@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{self, AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, recv};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::unistd::pipe2;
+use ringside_control::connect_at_once;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags,
     VhostUserHeaderFlag, VhostUserInflight, VhostUserVringAddrFlags,
@@ -560,10 +561,7 @@ pub(crate) fn connect(path: &Path, patience: Duration) -> io::Result<UnixStream>
 /// Connects at once or not at all: a listener that does not accept may leave no room for another
 /// connection, and connecting would then wait for it.
 fn connect_now(path: &Path) -> io::Result<UnixStream> {
-    let flags = SockFlag::SOCK_NONBLOCK | SockFlag::SOCK_CLOEXEC;
-    let socket = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-    socket::connect(socket.as_raw_fd(), &UnixAddr::new(path)?)?;
-    let socket = UnixStream::from(socket);
+    let socket = connect_at_once(path)?;
     socket.set_nonblocking(false)?;
     Ok(socket)
 }

@@ -315,14 +315,9 @@ fn what_waits_is_sent_in_order_by_one_call() {
 /// The kernel tells of those behind all others.
 #[test]
 fn packets_that_the_kernel_refuses_are_lost_and_no_others() {
-    let (socket, theirs) = UnixDatagram::pair().unwrap();
+    let (socket, tap) = socket();
     // Room for all short packets, and for no long one.
-    setsockopt(&theirs, SndBuf, &30_000).unwrap();
-    theirs.set_nonblocking(true).unwrap();
-    socket
-        .set_read_timeout(Some(Duration::from_secs(5)))
-        .unwrap();
-    let tap = TapQueue::from_packet_fd(theirs.into());
+    setsockopt(&tap, SndBuf, &30_000).unwrap();
     let mut pair = Pair::new(tap, ALL);
     for refused in [
         &[0][..],
